@@ -1,0 +1,183 @@
+"""Prepares Fashion-MNIST for TFDS, with neither a network nor TensorFlow.
+
+  apt install dataset-fashion-mnist
+  python tools/prepare_fashion_mnist.py
+
+turns the four gzipped IDX files of that Debian package into the TFDS data set `fashion_mnist` in
+ArrayRecord form. `--bundle FILE` writes, instead, the balanced subset that comes with the package.
+"""
+
+import argparse
+import gzip
+import pathlib
+import struct
+import sys
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import PIL.Image
+import tensorflow_datasets as tfds
+
+CLASS_NAMES = (
+  "T-shirt/top",
+  "Trouser",
+  "Pullover",
+  "Dress",
+  "Coat",
+  "Sandal",
+  "Shirt",
+  "Sneaker",
+  "Bag",
+  "Ankle boot",
+)
+PREFIXES = {"train": "train", "test": "t10k"}
+BUNDLED_PER_CLASS = {"train": 500, "test": 100}
+BUNDLE_SEED = 0
+
+
+def read_idx(path: pathlib.Path) -> np.ndarray:
+  """Reads a gzipped IDX file of unsigned bytes.
+
+  Args:
+    path: The file.
+
+  Returns:
+    uint8 array of the shape that the header gives.
+
+  Raises:
+    ValueError: If it is not such a file, or if it is cut short.
+  """
+  with gzip.open(path, "rb") as file:
+    content = file.read()
+  zeros, kind, ndim = struct.unpack(">HBB", content[:4])
+  if zeros != 0 or kind != 8:
+    raise ValueError(f"{path}: expected an IDX file of unsigned bytes.")
+  shape = struct.unpack(f">{ndim}I", content[4 : 4 + 4 * ndim])
+  return np.frombuffer(content, np.uint8, offset=4 + 4 * ndim).reshape(shape)
+
+
+def read_split(source: pathlib.Path, split: str) -> tuple[np.ndarray, np.ndarray]:
+  """Reads one split.
+
+  Args:
+    source: The folder with the IDX files.
+    split: `train` or `test`.
+
+  Returns:
+    Images, uint8[n 28 28], and labels, uint8[n].
+  """
+  prefix = PREFIXES[split]
+  images = read_idx(source / f"{prefix}-images-idx3-ubyte.gz")
+  labels = read_idx(source / f"{prefix}-labels-idx1-ubyte.gz")
+  if len(images) != len(labels):
+    raise ValueError(f"{source}: {len(images)} {split} images but {len(labels)} labels.")
+  return images, labels
+
+
+def missing_files(source: pathlib.Path) -> list[str]:
+  """The names of the IDX files that `source` lacks."""
+  names = [
+    f"{prefix}-{kind}-ubyte.gz"
+    for prefix in PREFIXES.values()
+    for kind in ("images-idx3", "labels-idx1")
+  ]
+  return [name for name in names if not (source / name).is_file()]
+
+
+# TFDS registers its own FashionMnist, which downloads; this one has the same name and content.
+with tfds.core.registered.skip_registration():
+
+  class FashionMnist(tfds.core.GeneratorBasedBuilder):
+    """Fashion-MNIST from local IDX files."""
+
+    VERSION = tfds.core.Version("3.0.1")
+
+    def __init__(self, *, source: pathlib.Path, **kwargs: object) -> None:
+      self._source = source
+      super().__init__(**kwargs)
+
+    def _info(self) -> tfds.core.DatasetInfo:
+      return tfds.core.DatasetInfo(
+        builder=self,
+        description="Fashion-MNIST: 70,000 grayscale images of Zalando's articles, 10 classes.",
+        features=tfds.features.FeaturesDict(
+          {
+            "image": tfds.features.Image(shape=(28, 28, 1)),
+            "label": tfds.features.ClassLabel(names=CLASS_NAMES),
+          }
+        ),
+        supervised_keys=("image", "label"),
+        homepage="https://github.com/zalandoresearch/fashion-mnist",
+      )
+
+    def _split_generators(self, dl_manager: object) -> dict[str, Iterator]:
+      return {split: self._generate_examples(split) for split in PREFIXES}
+
+    def _generate_examples(self, split: str) -> Iterator[tuple[int, dict]]:
+      images, labels = read_split(self._source, split)
+      for i, (image, label) in enumerate(zip(images, labels, strict=True)):
+        # Not as an array, which TFDS would call TensorFlow to encode.
+        yield i, {"image": PIL.Image.fromarray(image), "label": int(label)}
+
+
+def prepare(source: pathlib.Path, data_dir: pathlib.Path) -> pathlib.Path:
+  """Writes the TFDS data set, unless it is there already.
+
+  Args:
+    source: The folder with the IDX files.
+    data_dir: TFDS's data_dir.
+
+  Returns:
+    The folder of the data set.
+  """
+  builder = FashionMnist(source=source, data_dir=data_dir, file_format="array_record")
+  builder.download_and_prepare()
+  return pathlib.Path(builder.data_dir)
+
+
+def bundle(source: pathlib.Path, file: pathlib.Path) -> None:
+  """Writes the first images of each class of each split, shuffled, as a compressed npz.
+
+  Args:
+    source: The folder with the IDX files.
+    file: The npz to write.
+  """
+  arrays: dict[str, np.ndarray] = {"class_names": np.array(CLASS_NAMES)}
+  for split, per_class in BUNDLED_PER_CLASS.items():
+    images, labels = read_split(source, split)
+    firsts = [np.flatnonzero(labels == c)[:per_class] for c in range(len(CLASS_NAMES))]
+    order = np.random.default_rng(BUNDLE_SEED).permutation(np.concatenate(firsts))
+    arrays[f"{split}_image"], arrays[f"{split}_label"] = images[order], labels[order]
+  file.parent.mkdir(parents=True, exist_ok=True)
+  np.savez_compressed(file, **arrays)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+  """Runs the command line; returns its exit status."""
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  default_source = pathlib.Path("/usr/share/datasets/fashion-mnist")
+  default_data_dir = pathlib.Path("~/tensorflow_datasets")
+  parser.add_argument("--source", type=pathlib.Path, default=default_source, metavar="DIR")
+  parser.add_argument("--data_dir", type=pathlib.Path, default=default_data_dir, metavar="DIR")
+  parser.add_argument("--bundle", type=pathlib.Path, metavar="FILE")
+  args = parser.parse_args(argv)
+  missing = missing_files(args.source)
+  if missing:
+    print(
+      f"{args.source}: expected Fashion-MNIST's IDX files, missing {', '.join(missing)}; run "
+      "`apt install dataset-fashion-mnist`, or name their folder with --source.",
+      file=sys.stderr,
+    )
+    return 2
+  if args.bundle:
+    bundle(args.source, args.bundle)
+    print(f"Wrote {args.bundle} ({args.bundle.stat().st_size / 1e6:.2f} MB).")
+  else:
+    print(f"Prepared {prepare(args.source, args.data_dir.expanduser())}.")
+  return 0
+
+
+if __name__ == "__main__":
+  sys.exit(main())

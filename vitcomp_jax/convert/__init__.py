@@ -1,0 +1,1 @@
+"""Weights of others: files (reading, writing), timm's names, position embeddings."""

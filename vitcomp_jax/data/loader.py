@@ -1,0 +1,289 @@
+"""Batches in an order that the seed and the step alone decide.
+
+Batch k of a run is a pure function of `(seed, k)`: a run that starts at step k sees exactly what an
+uninterrupted one sees from there on. Images stay uint8 here; the jitted step normalises them.
+"""
+
+import dataclasses
+import functools
+import logging
+import math
+import threading
+import typing
+from collections.abc import Iterator
+
+import grain
+import numpy as np
+
+from vitcomp_jax.config import DataConfig
+from vitcomp_jax.data import sources, transforms
+from vitcomp_jax.errors import UserError
+
+Batch = dict[str, np.ndarray]
+
+_MEMORY_BYTES = 2**30  # What the decoded images of a data set may take.
+_SMALL_SIDE = 64  # Pixels; a larger image is decoded whenever it is needed.
+_READ_AT_ONCE = 1024  # Records.
+
+
+def load(
+  config: DataConfig,
+  split: str,
+  pre: transforms.Preprocess,
+  seed: int,
+  fake_classes: int = 1000,
+) -> "Dataset":
+  """Opens the training or evaluation images of a config.
+
+  Args:
+    config: The data part of the config; its `pad` and `crop_pct`, where set, go before `pre`'s.
+    split: `train` or `eval`.
+    pre: What is done to every image.
+    seed: Of the order, the augmentation and the subset.
+    fake_classes: Number of classes of `fake`.
+
+  Returns:
+    The data set.
+
+  Raises:
+    UserError: If the data set, the split or a value of the config is not usable.
+  """
+  if split not in ("train", "eval"):
+    raise ValueError(f"split: expected train or eval, got {split!r}.")
+  _check(config)
+  pre = dataclasses.replace(
+    pre, pad=config.pad or pre.pad, crop_pct=config.crop_pct or pre.crop_pct
+  )
+  train = split == "train"
+  height, width = pre.image_size
+  source = sources.make_source(
+    config.name,
+    config.dir,
+    config.train_split if train else config.eval_split,
+    fake_size=(height - 2 * pre.pad, width - 2 * pre.pad),
+    fake_classes=fake_classes,
+  )
+  count = config.train_examples if train else config.eval_examples
+  return Dataset(
+    source,
+    _subset(len(source), count, seed, f"config.data.{split}_examples"),
+    pre,
+    seed,
+    augment=config.augment if train else "none",
+    skip_corrupt=config.on_error == "skip",
+    workers=config.workers,
+  )
+
+
+def _check(config: DataConfig) -> None:
+  for key, known in (("augment", transforms.AUGMENTS), ("on_error", ("stop", "skip"))):
+    if getattr(config, key) not in known:
+      raise UserError(
+        f"config.data.{key}: expected one of {known}, got {getattr(config, key)!r}."
+      )
+  if config.workers < 1:
+    raise UserError(f"config.data.workers: expected at least 1, got {config.workers}.")
+
+
+def _subset(length: int, count: int | None, seed: int, key: str) -> np.ndarray:
+  """Sorted indices of `count` examples drawn by the seed; of all for none."""
+  if count is None:
+    return np.arange(length)
+  if not 1 <= count <= length:
+    raise UserError(f"{key}: expected 1 to {length} (there are no more), got {count}.")
+  return np.sort(_generator(seed, "subset").permutation(length)[:count])
+
+
+def _generator(seed: int, purpose: str, *position: int) -> np.random.Generator:
+  """A generator for one purpose and place, independent of all others."""
+  return np.random.default_rng([seed, *purpose.encode(), 256, *position])
+
+
+class Dataset:
+  """A split of a data set, as batches.
+
+  Attributes:
+    name: Of the data set.
+    split: Name of the split in the data set.
+    class_names: By label.
+    num_classes: Their number.
+    num_examples: Images that are used, corrupt ones included.
+    pre: What is done to every image.
+  """
+
+  def __init__(
+    self,
+    source: sources.Source,
+    indices: np.ndarray,
+    pre: transforms.Preprocess,
+    seed: int,
+    augment: str,
+    skip_corrupt: bool,
+    workers: int,
+  ) -> None:
+    """Opens it.
+
+    Args:
+      source: The examples.
+      indices: int[n], those of the source that are used.
+      pre: What is done to every image.
+      seed: Of the order and the augmentation.
+      augment: Of training images; one of `transforms.AUGMENTS`.
+      skip_corrupt: Whether to leave out and count corrupt images, or to stop at the first.
+      workers: Threads that decode images.
+    """
+    self.name, self.split = source.name, source.split
+    self.class_names, self.num_classes = source.class_names, len(source.class_names)
+    self.num_examples, self.pre = len(indices), pre
+    self._source, self._indices, self._seed = source, indices, seed
+    self._augment, self._skip_corrupt, self._workers = augment, skip_corrupt, workers
+    self._corrupt: set[int] = set()
+    self._lock = threading.Lock()
+
+  @property
+  def skipped(self) -> int:
+    """How many corrupt images have been met and left out so far."""
+    return len(self._corrupt)
+
+  def train_batches(self, batch_size: int, start_step: int = 0) -> Iterator[Batch]:
+    """Endless batches, each epoch in another order.
+
+    Args:
+      batch_size: May be larger than the data set.
+      start_step: Number of the first batch.
+
+    Returns:
+      Iterator over `image` uint8[b h w 3], `label` int32[b] and `index` int64[b] in the source.
+    """
+    _check_batch_size(batch_size)
+    # Grain's epochs use seed, seed + 1, ...: neighbouring seeds must not share permutations.
+    seed = int(_generator(self._seed, "order").integers(2**32))
+    order = grain.MapDataset.range(self.num_examples).shuffle(seed).repeat()
+    batches = order.batch(batch_size).map_with_index(self._train_batch)
+    return self._iterate(batches, start_step)
+
+  def eval_batches(self, batch_size: int) -> Iterator[Batch]:
+    """Every example once, in order; the last batch is filled up with zeros.
+
+    Args:
+      batch_size: Of every batch, the last one too.
+
+    Returns:
+      Iterator over `image` uint8[b h w 3], `label` int32[b], `index` int64[b] in the source (-1:
+      none) and `mask` float32[b], 1 for examples, 0 for filling and for corrupt images.
+    """
+    _check_batch_size(batch_size)
+    order = grain.MapDataset.range(self.num_examples).batch(batch_size)
+    return self._iterate(order.map(functools.partial(self._eval_batch, batch_size)), 0)
+
+  def sample(self, count: int) -> Batch:
+    """A few images for figures, spread evenly over the set.
+
+    Args:
+      count: How many; at most all.
+
+    Returns:
+      `image` uint8[n h w 3], `label` int32[n] and `index` int64[n] in the source.
+    """
+    count = min(count, self.num_examples)
+    positions = np.arange(count) * self.num_examples // max(count, 1)
+    return _stack([self._readable(int(p)) for p in positions])
+
+  def _iterate(self, batches: grain.MapDataset, start_step: int) -> Iterator[Batch]:
+    """Makes the batches in threads, a few ahead."""
+    threads = self._workers if self._memory is None else 1
+    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(2, threads))
+    iterator = iter(batches.to_iter_dataset(options))
+    iterator.set_state({"next_index": start_step})
+    return typing.cast(Iterator[Batch], iterator)
+
+  def _train_batch(self, step: int, positions: np.ndarray) -> Batch:
+    if self._augment == "crop_flip":
+      rngs = [_generator(self._seed, "augment", step, i) for i in range(len(positions))]
+      pairs = zip(positions, rngs, strict=True)
+      return _stack([self._readable(int(p), rng) for p, rng in pairs])
+    batch = _stack([self._readable(int(p)) for p in positions])
+    if self._augment == "flip_shift":
+      rng = _generator(self._seed, "augment", step)
+      batch["image"] = transforms.random_flip_shift(batch["image"], rng)
+    return batch
+
+  def _eval_batch(self, batch_size: int, positions: np.ndarray) -> Batch:
+    found = [self._item(int(p)) for p in positions] + [None] * (batch_size - len(positions))
+    nothing = _Item(np.zeros((*self.pre.image_size, 3), np.uint8), 0, -1)
+    batch = _stack([nothing if item is None else item for item in found])
+    return batch | {"mask": np.array([item is not None for item in found], np.float32)}
+
+  def _readable(self, position: int, rng: np.random.Generator | None = None) -> "_Item":
+    """The item at `position`, or the next one that can be decoded."""
+    for i in range(self.num_examples):
+      if item := self._item((position + i) % self.num_examples, rng):
+        return item
+    raise UserError(f"{self.name}, split {self.split}: expected images, got only corrupt ones.")
+
+  def _item(self, position: int, rng: np.random.Generator | None = None) -> "_Item | None":
+    """The item at `position`, augmented if there is a generator; none if it is corrupt."""
+    if self._memory is not None:
+      return self._memory[position]
+    index = int(self._indices[position])
+    try:
+      return self._transform(self._source[index], index, rng)
+    except sources.CorruptImage as error:
+      return self._leave_out(index, error)
+
+  def _transform(
+    self, example: sources.Example, index: int, rng: np.random.Generator | None
+  ) -> "_Item":
+    if rng is None:
+      image = transforms.evaluation_image(example.image, self.pre)
+    else:
+      image = transforms.random_crop_flip(example.image, self.pre, rng)
+    return _Item(image, example.label, index)
+
+  def _leave_out(self, index: int, error: sources.CorruptImage) -> None:
+    """Counts a corrupt image, or stops."""
+    if not self._skip_corrupt:
+      raise UserError(
+        f"Corrupt image: {error}; mend or remove it, or set config.data.on_error=skip."
+      ) from error
+    with self._lock:
+      if index not in self._corrupt:
+        self._corrupt.add(index)
+        logging.warning("Left out a corrupt image: %s", error)
+
+  @functools.cached_property
+  def _memory(self) -> "list[_Item | None] | None":
+    """All items, decoded once, where the images are small and fit; none for others."""
+    shape, size = self._source.image_shape, self.pre.image_size
+    if shape is None or max(shape) > _SMALL_SIDE or self._augment == "crop_flip":
+      return None
+    if self.num_examples * math.prod(size) * 3 > _MEMORY_BYTES:
+      return None
+    items: list[_Item | None] = []
+    for start in range(0, self.num_examples, _READ_AT_ONCE):
+      indices = [int(i) for i in self._indices[start : start + _READ_AT_ONCE]]
+      for index, example in zip(indices, sources.read(self._source, indices), strict=True):
+        if isinstance(example, sources.CorruptImage):
+          items.append(self._leave_out(index, example))
+        else:
+          items.append(self._transform(example, index, None))
+    return items
+
+
+class _Item(typing.NamedTuple):
+  image: np.ndarray  # uint8[h w 3]
+  label: int
+  index: int  # in the source
+
+
+def _stack(items: list[_Item]) -> Batch:
+  return {
+    "image": np.stack([item.image for item in items]),
+    "label": np.array([item.label for item in items], np.int32),
+    "index": np.array([item.index for item in items], np.int64),
+  }
+
+
+def _check_batch_size(batch_size: int) -> None:
+  if batch_size < 1:
+    raise UserError(f"batch_size: expected at least 1, got {batch_size}.")

@@ -1,0 +1,222 @@
+"""From an image file's pixels to the model's input, equal to timm's evaluation transform.
+
+Everything up to the batch is uint8; `normalize` runs inside the jitted step.
+"""
+
+import dataclasses
+import math
+from typing import TypeVar
+
+import numpy as np
+import PIL.Image
+import PIL.ImageOps
+
+from vitcomp_jax.errors import UserError
+
+AUGMENTS = ("none", "flip_shift", "crop_flip")
+_RESAMPLING = {
+  "bicubic": PIL.Image.Resampling.BICUBIC,
+  "bilinear": PIL.Image.Resampling.BILINEAR,
+}
+
+Array = TypeVar("Array")
+
+
+@dataclasses.dataclass(frozen=True)
+class Preprocess:
+  """What is done to every image.
+
+  Attributes:
+    image_size: Height and width of the model's input, in pixels.
+    mean: Of the red, green and blue values, which are in [0, 1].
+    std: Their standard deviations.
+    crop_pct: Share of the resized image's side that the central crop keeps.
+    interpolation: `bicubic` or `bilinear`.
+    pad: Pixels of zeros added on every side before anything else.
+  """
+
+  image_size: tuple[int, int]
+  mean: tuple[float, float, float]
+  std: tuple[float, float, float]
+  crop_pct: float
+  interpolation: str
+  pad: int = 0
+
+  def __post_init__(self) -> None:
+    if self.interpolation not in _RESAMPLING:
+      raise UserError(
+        f"interpolation: expected one of {tuple(_RESAMPLING)}, got {self.interpolation!r}."
+      )
+    if not 0 < self.crop_pct <= 1:
+      raise UserError(f"config.data.crop_pct: expected a number in (0, 1], got {self.crop_pct}.")
+    if self.pad < 0:
+      raise UserError(f"config.data.pad: expected at least 0 pixels, got {self.pad}.")
+
+
+def to_rgb(image: PIL.Image.Image | np.ndarray, pad: int = 0) -> PIL.Image.Image:
+  """Makes an RGB image with zeros around it.
+
+  Args:
+    image: PIL image of any mode, or uint8[h w], uint8[h w 1] or uint8[h w 3].
+    pad: Pixels added on every side.
+
+  Returns:
+    The RGB image.
+  """
+  if isinstance(image, np.ndarray):
+    image = PIL.Image.fromarray(image[:, :, 0] if image.shape[2:] == (1,) else image)
+  image = image.convert("RGB")
+  return PIL.ImageOps.expand(image, pad, fill=0) if pad else image
+
+
+def evaluation_image(image: PIL.Image.Image | np.ndarray, pre: Preprocess) -> np.ndarray:
+  """Resizes the shorter side, then crops the centre: timm's evaluation transform.
+
+  Args:
+    image: PIL image, or uint8 array as in `to_rgb`.
+    pre: The sizes and the interpolation.
+
+  Returns:
+    uint8[h w 3] with h, w = `pre.image_size`.
+  """
+  rgb = to_rgb(image, pre.pad)
+  height, width = _resized_size((rgb.height, rgb.width), pre)
+  rgb = _resize(rgb, height, width, pre.interpolation)
+  return np.asarray(_center_crop(rgb, *pre.image_size))
+
+
+def _resized_size(size: tuple[int, int], pre: Preprocess) -> tuple[int, int]:
+  """Height and width after the resize, rounded as torchvision and timm round them."""
+  height, width = size
+  target = [math.floor(side / pre.crop_pct) for side in pre.image_size]
+  if target[0] == target[1]:  # torchvision's Resize truncates the longer side.
+    if width <= height:
+      return int(target[0] * height / width), target[0]
+    return target[0], int(target[0] * width / height)
+  # timm's ResizeKeepRatio, for inputs that are not square, rounds both.
+  ratio = min(height / target[0], width / target[1])
+  return round(height / ratio), round(width / ratio)
+
+
+def _resize(
+  image: PIL.Image.Image, height: int, width: int, interpolation: str
+) -> PIL.Image.Image:
+  if image.size == (width, height):
+    return image
+  return image.resize((width, height), _RESAMPLING[interpolation])
+
+
+def _center_crop(image: PIL.Image.Image, height: int, width: int) -> PIL.Image.Image:
+  """Crops the centre as torchvision does, with zeros where the image is smaller."""
+  missing_w, missing_h = max(width - image.width, 0), max(height - image.height, 0)
+  if missing_w or missing_h:
+    border = (missing_w // 2, missing_h // 2, (missing_w + 1) // 2, (missing_h + 1) // 2)
+    image = PIL.ImageOps.expand(image, border, fill=0)
+  top = round((image.height - height) / 2.0)
+  left = round((image.width - width) / 2.0)
+  return image.crop((left, top, left + width, top + height))
+
+
+def normalize(images: Array, pre: Preprocess) -> Array:
+  """Scales pixels to [0, 1], then subtracts the mean and divides by the standard deviation.
+
+  Args:
+    images: uint8[... 3], of NumPy or JAX.
+    pre: Holds `mean` and `std`.
+
+  Returns:
+    float32[... 3], of the same library.
+  """
+  mean, std = np.asarray(pre.mean, np.float32), np.asarray(pre.std, np.float32)
+  return (images.astype(np.float32) / np.float32(255) - mean) / std  # type: ignore[attr-defined]
+
+
+def flip_shift(images: np.ndarray, flips: np.ndarray, shifts: np.ndarray) -> np.ndarray:
+  """Mirrors and moves images; what moves in is zero.
+
+  Args:
+    images: uint8[b h w c].
+    flips: bool[b], whether an image is mirrored left to right.
+    shifts: int[b 2], rows down and columns right, in pixels.
+
+  Returns:
+    uint8[b h w c].
+  """
+  reach = int(np.abs(shifts).max(initial=0))
+  flipped = np.where(flips[:, None, None, None], images[:, :, ::-1], images)
+  padded = np.pad(flipped, ((0, 0), (reach, reach), (reach, reach), (0, 0)))
+  windows = np.lib.stride_tricks.sliding_window_view(padded, images.shape[1:3], axis=(1, 2))
+  rows, columns = reach - shifts[:, 0], reach - shifts[:, 1]
+  moved = windows[np.arange(len(images)), rows, columns]  # b c h w
+  return np.ascontiguousarray(moved.transpose(0, 2, 3, 1))
+
+
+def random_flip_shift(
+  images: np.ndarray, rng: np.random.Generator, max_shift: int = 2
+) -> np.ndarray:
+  """Mirrors half of the images and moves each by up to `max_shift` pixels either way.
+
+  Args:
+    images: uint8[b h w c].
+    rng: Source of the draws.
+    max_shift: In pixels.
+
+  Returns:
+    uint8[b h w c].
+  """
+  flips = rng.random(len(images)) < 0.5
+  shifts = rng.integers(-max_shift, max_shift, size=(len(images), 2), endpoint=True)
+  return flip_shift(images, flips, shifts)
+
+
+def random_crop_box(
+  size: tuple[int, int],
+  rng: np.random.Generator,
+  scale: tuple[float, float] = (0.08, 1.0),
+  ratio: tuple[float, float] = (3 / 4, 4 / 3),
+) -> tuple[int, int, int, int]:
+  """Draws the box of torchvision's RandomResizedCrop.
+
+  Args:
+    size: Height and width of the image, in pixels.
+    rng: Source of the draws.
+    scale: Range of the box's share of the image's area, drawn uniformly.
+    ratio: Range of width over height, drawn uniformly in its logarithm.
+
+  Returns:
+    Top, left, height and width, in pixels.
+  """
+  height, width = size
+  for _ in range(10):
+    area = height * width * rng.uniform(*scale)
+    aspect = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
+    w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+    if 0 < w <= width and 0 < h <= height:
+      return int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1)), h, w
+  # No box fitted: the largest central one whose ratio is allowed.
+  w, h = width, height
+  if width / height < ratio[0]:
+    h = round(width / ratio[0])
+  elif width / height > ratio[1]:
+    w = round(height * ratio[1])
+  return (height - h) // 2, (width - w) // 2, h, w
+
+
+def random_crop_flip(
+  image: PIL.Image.Image | np.ndarray, pre: Preprocess, rng: np.random.Generator
+) -> np.ndarray:
+  """Resizes a random box to the input size, and mirrors half of the images.
+
+  Args:
+    image: PIL image, or uint8 array as in `to_rgb`.
+    pre: The size and the interpolation; `crop_pct` has no part in it.
+    rng: Source of the draws.
+
+  Returns:
+    uint8[h w 3] with h, w = `pre.image_size`.
+  """
+  rgb = to_rgb(image, pre.pad)
+  top, left, height, width = random_crop_box((rgb.height, rgb.width), rng)
+  rgb = rgb.crop((left, top, left + width, top + height))
+  result = np.asarray(_resize(rgb, *pre.image_size, pre.interpolation))
+  return result[:, ::-1] if rng.random() < 0.5 else result

@@ -1,0 +1,63 @@
+"""One counter of multiply-accumulates, for the report (ints) and for the budget loss (traced).
+
+The rule is the papers', whose "GFLOPs" are 1e9 multiply-accumulates: matrix products and the patch
+embedding, the latter counted for the prefix tokens too; no norms, biases, softmax or matching.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from vitcomp_jax.models.spec import LayerSpec, ViTSpec
+
+
+def embed_macs(spec: ViTSpec) -> int:
+  """Multiply-accumulates of the patch embedding, and of the classifier."""
+  heads = 2 if spec.distilled else 1
+  patch = spec.num_tokens * spec.width * 3 * spec.patch_size**2
+  return patch + heads * spec.width * spec.num_classes
+
+
+def layer_macs(layer: LayerSpec, width: int, at_attention: Any, at_mlp: Any) -> Any:
+  """Multiply-accumulates of one layer, per image.
+
+  Args:
+    layer: Its widths.
+    width: Channels of a token.
+    at_attention: Tokens that enter attention, an int or a traced scalar.
+    at_mlp: Tokens that enter the MLP.
+  """
+  inner = layer.num_heads * layer.head_dim
+  attention = at_attention * (4.0 * width * inner) + at_attention * at_attention * (2.0 * inner)
+  return attention + at_mlp * (2.0 * width * layer.mlp_dim)
+
+
+def macs(spec: ViTSpec, layers: Sequence[LayerSpec], counts: Sequence[tuple[Any, Any]]) -> Any:
+  """Multiply-accumulates of a forward pass, per image.
+
+  Args:
+    spec: The model.
+    layers: Its layers.
+    counts: Tokens at attention and at the MLP of each layer, ints or traced scalars.
+
+  References:
+    Chen et al., `DiffRate <https://arxiv.org/abs/2305.17997>`_, 2023, Eq. 8.
+  """
+  total = sum(
+    layer_macs(layer, spec.width, *count) for layer, count in zip(layers, counts, strict=True)
+  )
+  return total + float(embed_macs(spec))
+
+
+def static_counts(spec: ViTSpec, layers: Sequence[LayerSpec]) -> list[tuple[int, int]]:
+  """Tokens at attention and at the MLP of each layer, for static reducers."""
+  counts, n = [], spec.num_tokens
+  for layer in layers:
+    at_attention = layer.select.count(n)
+    n = layer.reduce.count(at_attention)
+    counts.append((at_attention, n))
+  return counts
+
+
+def static_macs(spec: ViTSpec, layers: Sequence[LayerSpec]) -> float:
+  """Multiply-accumulates of a model whose reducers are static, per image."""
+  return float(macs(spec, layers, static_counts(spec, layers)))

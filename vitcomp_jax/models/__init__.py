@@ -1,0 +1,1 @@
+"""One Flax Vision Transformer whose layers are data: specs, tokens, reducers, variants."""

@@ -1,0 +1,142 @@
+"""The parts of an encoder layer, under timm's names."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from vitcomp_jax.models.spec import LayerSpec
+from vitcomp_jax.models.tokens import AttentionStats, Aux, TokenReducer, Tokens
+from vitcomp_jax.ops.attention import attend, cls_attention
+
+_kernel_init = nn.initializers.truncated_normal(0.02)
+
+
+def dense(features: int, dtype: str | None) -> nn.Dense:
+  return nn.Dense(features, dtype=dtype, kernel_init=_kernel_init)
+
+
+def layer_norm(epsilon: float) -> nn.LayerNorm:
+  # The fast variance, E[x²] - E[x]², costs digits that the golden tests see.
+  return nn.LayerNorm(epsilon=epsilon, use_fast_variance=False)
+
+
+class PatchEmbed(nn.Module):
+  """Cuts an image into patches and maps each to a token: a convolution whose stride is its size."""
+
+  patch_size: int
+  width: int
+  dtype: str | None = None
+
+  @nn.compact
+  def __call__(self, images: Float[Array, "b h w 3"]) -> Float[Array, "b p d"]:
+    p = self.patch_size
+    return _PatchProjection(p, self.width, self.dtype, name="proj")(images)
+
+
+class _PatchProjection(nn.Module):
+  """The convolution as one matrix product over flattened patches, row by row."""
+
+  patch_size: int
+  width: int
+  dtype: str | None
+
+  @nn.compact
+  def __call__(self, images: Array) -> Array:
+    p = self.patch_size
+    b, h, w, c = images.shape
+    kernel = self.param("kernel", _kernel_init, (p, p, c, self.width))
+    bias = self.param("bias", nn.initializers.zeros, (self.width,))
+    patches = images.reshape(b, h // p, p, w // p, p, c).transpose(0, 1, 3, 2, 4, 5)
+    patches = patches.reshape(b, (h // p) * (w // p), p * p * c)
+    patches, kernel, bias = nn.dtypes.promote_dtype(patches, kernel, bias, dtype=self.dtype)
+    return patches @ kernel.reshape(p * p * c, self.width) + bias
+
+
+class Attention(nn.Module):
+  """Multi-head self-attention with one fused projection to queries, keys and values."""
+
+  spec: LayerSpec
+  width: int
+  dtype: str | None = None
+
+  def setup(self) -> None:
+    self.qkv = dense(3 * self.spec.num_heads * self.spec.head_dim, self.dtype)
+    self.proj = dense(self.width, self.dtype)
+
+  def __call__(
+    self, x: Float[Array, "b n d"], size: Array | None, keep: Array | None
+  ) -> tuple[Float[Array, "b n d"], AttentionStats]:
+    b, n, _ = x.shape
+    s = self.spec
+    # [3 b h n k]: heads next to the batch, so that each product is one batched matrix product.
+    qkv = self.qkv(x).reshape(b, n, 3, s.num_heads, s.head_dim).transpose(2, 0, 3, 1, 4)
+    q, k, v = qkv[0], qkv[1], qkv[2]
+    log_size = jnp.log(size) if s.size_bias and size is not None else None
+    y = attend(q, k, v, s.qk_scale, log_size, keep)
+    y = y.transpose(0, 2, 1, 3).reshape(b, n, s.num_heads * s.head_dim)
+    return self.proj(y), AttentionStats(cls_attention(q[:, :, 0], k, s.qk_scale, log_size, keep))
+
+
+class Mlp(nn.Module):
+  """Two projections with an exact GELU between them."""
+
+  mlp_dim: int
+  width: int
+  dtype: str | None = None
+
+  def setup(self) -> None:
+    self.fc1 = dense(self.mlp_dim, self.dtype)
+    self.fc2 = dense(self.width, self.dtype)
+
+  def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
+    return self.fc2(nn.gelu(self.fc1(x), approximate=False))
+
+
+class LayerScale(nn.Module):
+  """A learnt factor per channel."""
+
+  width: int
+
+  @nn.compact
+  def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
+    gamma = self.param("gamma", nn.initializers.constant(1e-5), (self.width,))
+    return x * gamma.astype(x.dtype)
+
+
+class EncoderBlock(nn.Module):
+  """A pre-norm encoder layer whose tokens may be reduced before and after attention."""
+
+  spec: LayerSpec
+  width: int
+  norm_eps: float
+  # Held as fields of their own so that Flax adopts the ones that are modules.
+  select: TokenReducer
+  reduce: TokenReducer
+  dtype: str | None = None
+
+  def setup(self) -> None:
+    self.norm1 = layer_norm(self.norm_eps)
+    self.attn = Attention(self.spec, self.width, self.dtype)
+    self.norm2 = layer_norm(self.norm_eps)
+    self.mlp = Mlp(self.spec.mlp_dim, self.width, self.dtype)
+    if self.spec.layer_scale:
+      self.ls1, self.ls2 = LayerScale(self.width), LayerScale(self.width)
+
+  def __call__(self, tokens: Tokens) -> tuple[Tokens, tuple[Aux, Aux]]:
+    tokens, selected = self.select(tokens, None)
+    y, stats = self.attn(self.norm1(tokens.x), tokens.size, tokens.keep)
+    y = self.ls1(y) if self.spec.layer_scale else y
+    tokens = tokens.replace(x=tokens.x + self._drop_path(y))
+    tokens, reduced = self.reduce(tokens, stats)
+    y = self.mlp(self.norm2(tokens.x))
+    y = self.ls2(y) if self.spec.layer_scale else y
+    return tokens.replace(x=tokens.x + self._drop_path(y)), (selected, reduced)
+
+  def _drop_path(self, y: Array) -> Array:
+    """Stochastic depth: drops the branch for some images and scales it up for the others."""
+    rate = self.spec.drop_path
+    if not rate:
+      return y
+    kept = jax.random.bernoulli(self.make_rng("drop_path"), 1 - rate, (y.shape[0], 1, 1))
+    return y * kept.astype(y.dtype) / (1 - rate)

@@ -1,0 +1,134 @@
+"""A ViT as data: what the whole model is, and what each of its layers is."""
+
+import dataclasses
+import functools
+
+from vitcomp_jax.errors import UserError
+from vitcomp_jax.models.reducers import keep_all
+from vitcomp_jax.models.tokens import TokenReducer
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerSpec:
+  """One encoder layer. Equal specs hash equal, so equal models compile once.
+
+  Attributes:
+    num_heads: Attention heads.
+    head_dim: Channels per head.
+    mlp_dim: Hidden units of the MLP.
+    qk_scale: Factor of the attention's products; stays the original head's when a head shrinks.
+    select: Removes tokens before attention.
+    reduce: Removes tokens between attention and MLP.
+    size_bias: Proportional attention: merged tokens weigh as much as their patches.
+    layer_scale: Learnt per-channel factors on both residual branches.
+    drop_path: Probability of dropping a residual branch of an image (stochastic depth).
+  """
+
+  num_heads: int
+  head_dim: int
+  mlp_dim: int
+  qk_scale: float
+  select: TokenReducer = keep_all
+  reduce: TokenReducer = keep_all
+  size_bias: bool = True
+  layer_scale: bool = False
+  drop_path: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class ViTSpec:
+  """A Vision Transformer without its layers' compression.
+
+  Attributes:
+    name: The variant's name.
+    image_size: Height and width in pixels.
+    patch_size: Side of a square patch in pixels.
+    width: Channels of a token.
+    depth: Layers.
+    num_heads: Heads of a dense layer.
+    mlp_dim: Hidden units of a dense layer's MLP.
+    num_classes: Outputs of the classifier; 0: none, the model gives features.
+    distilled: Has a distillation token, and a second head that is averaged with the first.
+    num_registers: Register tokens.
+    pos_on_prefix: Position embeddings cover the prefix; otherwise only the patches.
+    pool: `cls`, `cls_dist` (CLS and distillation token), or `size_mean` (mean over patches, each
+      token weighing as much as the patches it stands for; then `fc_norm` instead of `norm`).
+    layer_scale: Learnt per-channel factors on the residual branches (DINOv2).
+    norm_eps: Added to the variance in every LayerNorm.
+    antialias: Position embeddings for another grid are resampled as timm does; otherwise as
+      PyTorch's plain bicubic does (DINOv2's origin).
+    mean: Of the input channels, in [0, 1].
+    std: Of the input channels, in [0, 1].
+    crop_pct: Share of the resized image that evaluation keeps.
+    interpolation: Of evaluation's resizing.
+    dtype: Of the computation; None: that of inputs and weights.
+  """
+
+  name: str
+  image_size: tuple[int, int]
+  patch_size: int
+  width: int
+  depth: int
+  num_heads: int
+  mlp_dim: int
+  num_classes: int = 1000
+  distilled: bool = False
+  num_registers: int = 0
+  pos_on_prefix: bool = True
+  pool: str = "cls"
+  layer_scale: bool = False
+  norm_eps: float = 1e-6
+  antialias: bool = True
+  mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+  std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+  crop_pct: float = 0.9
+  interpolation: str = "bicubic"
+  dtype: str | None = None
+
+  def __post_init__(self) -> None:
+    for side in self.image_size:
+      if side < self.patch_size or side % self.patch_size:
+        raise UserError(
+          f"image size: expected a multiple of the patch size {self.patch_size} for "
+          f"{self.name}, got {side}; use {max(side // self.patch_size, 1) * self.patch_size}."
+        )
+
+  @property
+  def grid(self) -> tuple[int, int]:
+    """Rows and columns of patches."""
+    return self.image_size[0] // self.patch_size, self.image_size[1] // self.patch_size
+
+  @property
+  def num_patches(self) -> int:
+    return self.grid[0] * self.grid[1]
+
+  @property
+  def num_prefix(self) -> int:
+    """CLS, distillation and register tokens."""
+    return 1 + self.distilled + self.num_registers
+
+  @property
+  def num_tokens(self) -> int:
+    return self.num_prefix + self.num_patches
+
+  @property
+  def pos_prefix(self) -> int:
+    """Rows of the position embeddings that belong to the prefix."""
+    return self.num_prefix if self.pos_on_prefix else 0
+
+  @functools.cached_property
+  def dense_layers(self) -> tuple[LayerSpec, ...]:
+    """The layers as they are before any compression."""
+    head_dim = self.width // self.num_heads
+    layer = LayerSpec(
+      self.num_heads, head_dim, self.mlp_dim, head_dim**-0.5, layer_scale=self.layer_scale
+    )
+    return (layer,) * self.depth
+
+
+def with_drop_path(layers: tuple[LayerSpec, ...], rate: float) -> tuple[LayerSpec, ...]:
+  """Stochastic depth that grows linearly from 0 at the first layer to `rate` at the last."""
+  last = max(len(layers) - 1, 1)
+  return tuple(
+    dataclasses.replace(layer, drop_path=rate * i / last) for i, layer in enumerate(layers)
+  )

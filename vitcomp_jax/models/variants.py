@@ -1,0 +1,95 @@
+"""Every model by name: timm's names, and the small one this project trains itself."""
+
+import dataclasses
+import difflib
+
+from vitcomp_jax.errors import UserError
+from vitcomp_jax.models.spec import ViTSpec
+
+_HALF = (0.5, 0.5, 0.5)
+_SIZES = {  # width, depth, heads
+  "tiny": (192, 12, 3),
+  "small": (384, 12, 6),
+  "base": (768, 12, 12),
+  "large": (1024, 24, 16),
+  "huge": (1280, 32, 16),
+}
+
+
+def _vit(name: str, size: str, image_size: int, patch_size: int = 16, **options) -> ViTSpec:
+  width, depth, heads = _SIZES[size]
+  side = (image_size, image_size)
+  return ViTSpec(name, side, patch_size, width, depth, heads, 4 * width, **options)
+
+
+def _build() -> dict[str, ViTSpec]:
+  """All variants. Preprocessing is that of timm's weights of the same name."""
+  specs = []
+  for size, side in (("tiny", 224), ("small", 224), ("base", 224), ("base", 384)):
+    crop = 1.0 if side == 384 else 0.9
+    specs.append(_vit(f"deit_{size}_patch16_{side}", size, side, crop_pct=crop))
+    name = f"deit_{size}_distilled_patch16_{side}"
+    specs.append(_vit(name, size, side, distilled=True, pool="cls_dist", crop_pct=crop))
+  for size in ("tiny", "small", "base", "large"):
+    for side, crop in ((224, 0.9), (384, 1.0)):
+      name = f"vit_{size}_patch16_{side}"
+      specs.append(_vit(name, size, side, mean=_HALF, std=_HALF, crop_pct=crop))
+  for size, patch in (("base", 16), ("large", 16), ("huge", 14)):
+    name = f"vit_{size}_patch{patch}_224.mae"
+    specs.append(_vit(name, size, 224, patch, pool="size_mean"))
+  for size in ("small", "base", "large"):
+    dino = dict(num_classes=0, layer_scale=True, crop_pct=1.0)
+    specs.append(_vit(f"vit_{size}_patch14_dinov2", size, 518, 14, **dino))
+    registers = dict(num_registers=4, pos_on_prefix=False)
+    specs.append(_vit(f"vit_{size}_patch14_reg4_dinov2", size, 518, 14, **dino, **registers))
+  # Fashion-MNIST's 28 pixels padded to 30: 100 patches, as many as compression needs to show.
+  specs.append(
+    ViTSpec(
+      "vit_mini_patch3_30",
+      image_size=(30, 30),
+      patch_size=3,
+      width=96,
+      depth=6,
+      num_heads=3,
+      mlp_dim=384,
+      num_classes=10,
+      mean=_HALF,
+      std=_HALF,
+      crop_pct=1.0,
+    )
+  )
+  return {spec.name: spec for spec in specs}
+
+
+VARIANTS = _build()
+
+
+def get_spec(
+  variant: str,
+  num_classes: int | None = None,
+  image_size: int | None = None,
+  dtype: str | None = None,
+) -> ViTSpec:
+  """The spec of a variant, by timm's name with or without a pre-training tag.
+
+  Args:
+    variant: Such as `deit_small_patch16_224` or `deit_small_patch16_224.fb_in1k`.
+    num_classes: Outputs of the classifier, 0 for features; none: the variant's.
+    image_size: Pixels; none: the variant's.
+    dtype: Of the computation; none: that of inputs and weights.
+
+  Raises:
+    UserError: For an unknown variant, or an image size that the patch does not divide.
+  """
+  spec = VARIANTS.get(variant) or VARIANTS.get(variant.split(".")[0])
+  if spec is None:
+    near = difflib.get_close_matches(variant, VARIANTS, n=3, cutoff=0.0)
+    raise UserError(f"variant {variant!r} is not known; near it are {', '.join(near)}.")
+  changes: dict = {"dtype": dtype}
+  if num_classes is not None:
+    if num_classes < 0:
+      raise UserError(f"num_classes: expected 0 or more, got {num_classes}.")
+    changes["num_classes"] = num_classes
+  if image_size is not None:
+    changes["image_size"] = (image_size, image_size)
+  return dataclasses.replace(spec, **changes)

@@ -1,0 +1,118 @@
+"""The Vision Transformer that serves every method."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from vitcomp_jax.models.layers import EncoderBlock, PatchEmbed, dense, layer_norm
+from vitcomp_jax.models.spec import LayerSpec, ViTSpec
+from vitcomp_jax.models.tokens import Output, Tokens
+
+_position_init = nn.initializers.truncated_normal(0.02)
+
+
+class ViT(nn.Module):
+  """A Vision Transformer; `layers` says what each layer is and what it removes.
+
+  Attributes:
+    spec: The model.
+    layers: Its layers, `spec.dense_layers` or compressed ones.
+  """
+
+  spec: ViTSpec
+  layers: tuple[LayerSpec, ...]
+
+  def setup(self) -> None:
+    spec = self.spec
+    self.patch_embed = PatchEmbed(spec.patch_size, spec.width, spec.dtype)
+    self.cls_token = self.param("cls_token", nn.initializers.normal(1e-6), (1, 1, spec.width))
+    if spec.distilled:
+      self.dist_token = self.param("dist_token", nn.initializers.normal(1e-6), (1, 1, spec.width))
+    if spec.num_registers:
+      shape = (1, spec.num_registers, spec.width)
+      self.reg_token = self.param("reg_token", nn.initializers.normal(1e-6), shape)
+    positions = (1, spec.pos_prefix + spec.num_patches, spec.width)
+    self.pos_embed = self.param("pos_embed", _position_init, positions)
+    self.blocks = [
+      EncoderBlock(s, spec.width, spec.norm_eps, s.select, s.reduce, spec.dtype)
+      for s in self.layers
+    ]
+    if spec.pool == "size_mean":
+      self.fc_norm = layer_norm(spec.norm_eps)
+    else:
+      self.norm = layer_norm(spec.norm_eps)
+    if spec.num_classes:
+      self.head = dense(spec.num_classes, spec.dtype)
+      if spec.distilled:
+        self.head_dist = dense(spec.num_classes, spec.dtype)
+
+  def __call__(self, images: Float[Array, "b h w 3"]) -> Float[Array, "b classes"]:
+    """Logits, or pooled features where the model has no classifier."""
+    return self.forward(images).logits
+
+  def forward(self, images: Float[Array, "b h w 3"]) -> Output:
+    """All there is to know of a forward pass.
+
+    Args:
+      images: Normalised by the spec's mean and std.
+
+    Raises:
+      ValueError: If the images are not of the model's size.
+    """
+    if images.shape[1:3] != self.spec.image_size:
+      raise ValueError(f"images: expected {self.spec.image_size} pixels, got {images.shape[1:3]}")
+    tokens = self._embed(images)
+    layers, aux = [], []
+    for block in self.blocks:
+      tokens, reductions = block(tokens)
+      layers.append(tokens)
+      aux.append(reductions)
+    if self.spec.pool != "size_mean":
+      tokens = tokens.replace(x=self.norm(tokens.x))
+    features = self._pool(tokens)
+    return Output(self._classify(features), features, tokens, tuple(layers), tuple(aux))
+
+  def _embed(self, images: Array) -> Tokens:
+    """Patches behind the prefix, with positions."""
+    spec, b = self.spec, images.shape[0]
+    x = self.patch_embed(images)
+    prefix = [self.cls_token]
+    prefix += [self.dist_token] if spec.distilled else []
+    prefix += [self.reg_token] if spec.num_registers else []
+    prefix = [jnp.broadcast_to(t, (b, *t.shape[1:])).astype(x.dtype) for t in prefix]
+    positions = self.pos_embed.astype(x.dtype)
+    if spec.pos_on_prefix:
+      x = jnp.concatenate([*prefix, x], axis=1) + positions
+    else:
+      x = jnp.concatenate([*prefix, x + positions], axis=1)
+    source = jnp.broadcast_to(spec.num_prefix + jnp.arange(spec.num_patches), (b, spec.num_patches))
+    return Tokens(x, None, None, source, spec.num_prefix)
+
+  def _pool(self, tokens: Tokens) -> Array:
+    """[b d], or [b 2 d] with a distillation token, which has a classifier of its own."""
+    if self.spec.pool == "cls":
+      return tokens.x[:, 0]
+    if self.spec.pool == "cls_dist":
+      return tokens.x[:, :2]
+    return self.fc_norm(size_mean(tokens))
+
+  def _classify(self, features: Array) -> Array:
+    if self.spec.pool == "cls_dist":
+      if not self.spec.num_classes:
+        return jnp.mean(features, axis=1)
+      return (self.head(features[:, 0]) + self.head_dist(features[:, 1])) / 2
+    return self.head(features) if self.spec.num_classes else features
+
+
+def size_mean(tokens: Tokens) -> Float[Array, "b d"]:
+  """Mean over the patch tokens, each weighing as much as the patches it stands for.
+
+  The denominator takes no gradient, as in the authors' model for MAE weights.
+  """
+  x = tokens.x[:, tokens.num_prefix :]
+  weight = jnp.ones((*x.shape[:2], 1), x.dtype)
+  for factor in (tokens.size, tokens.keep):
+    if factor is not None:
+      weight = weight * factor[:, tokens.num_prefix :, None].astype(x.dtype)
+  return jnp.sum(weight * x, axis=1) / jax.lax.stop_gradient(jnp.sum(weight, axis=1))

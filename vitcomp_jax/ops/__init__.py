@@ -1,0 +1,1 @@
+"""Pure functions on arrays: attention, selection, merging, straight-through counts."""

@@ -1,0 +1,44 @@
+"""Ordering tokens by importance, taking the first, and following where patches went."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+
+def importance_order(
+  importance: Float[Array, "b n"], num_prefix: int, count: int
+) -> Int[Array, "b {count}"]:
+  """Positions of the `count` most important tokens, the prefix first and as it stands.
+
+  Args:
+    importance: Score of each token; the prefix's scores are not looked at.
+    num_prefix: Tokens at the front that always stay.
+    count: Tokens to name, prefix included.
+
+  Returns:
+    Positions, by falling importance behind the prefix; among equals the earlier first.
+  """
+  prefix = jnp.broadcast_to(jnp.arange(num_prefix), (importance.shape[0], num_prefix))
+  _, order = jax.lax.top_k(importance[:, num_prefix:], count - num_prefix)
+  return jnp.concatenate([prefix, order + num_prefix], axis=1)
+
+
+def take(x: Array, order: Int[Array, "b c"]) -> Array:
+  """Gathers along the token axis: x [b n] or [b n d] -> [b c] or [b c d]."""
+  index = order if x.ndim == 2 else order[:, :, None]
+  return jnp.take_along_axis(x, index, axis=1, mode="promise_in_bounds")
+
+
+def follow(
+  source: Int[Array, "b p"], order: Int[Array, "b c"], num_tokens: int
+) -> Int[Array, "b p"]:
+  """Where each patch's token is after `take(_, order)`; -1 if it was left behind.
+
+  Args:
+    source: Token that holds each patch before; -1: pruned earlier.
+    order: Positions that were taken.
+    num_tokens: Tokens there were before.
+  """
+  found = order[:, :, None] == jnp.arange(num_tokens)  # [b c n]
+  rank = jnp.where(jnp.any(found, axis=1), jnp.argmax(found, axis=1), -1)  # [b n]
+  return jnp.where(source >= 0, take(rank, jnp.maximum(source, 0)), -1)

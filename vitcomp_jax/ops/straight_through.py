@@ -1,0 +1,44 @@
+"""Functions whose gradient is not their derivative, for learning whole numbers."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+
+def ste_ceil(x: Float[Array, ""], tolerance: float = 0.0) -> Float[Array, ""]:
+  """ceil(x - tolerance) with the gradient of x.
+
+  Args:
+    x: Any scalar.
+    tolerance: How far above a whole number still counts as that number. An expectation that is
+      whole in exact arithmetic must not be rounded up because of float noise.
+  """
+  return x + jax.lax.stop_gradient(jnp.ceil(x - tolerance) - x)
+
+
+def ste_mask(
+  probability: Float[Array, "n"], dropped: Array
+) -> Float[Array, "n"]:
+  """A hard 0/1 mask, 0 where `dropped`, with the gradient of `probability`.
+
+  References:
+    Chen et al., `DiffRate <https://arxiv.org/abs/2305.17997>`_, 2023, Eq. 6.
+  """
+  # hard - p + p is exact in float32 for hard in {0, 1} and p in [0, 1].
+  return jnp.where(dropped, 0.0, 1.0) - jax.lax.stop_gradient(probability) + probability
+
+
+@jax.custom_jvp
+def ste_min(before: Array, prune_count: Array, merge_count: Array) -> Array:
+  """min of the three, whose gradient goes to both counts in full and not to `before`.
+
+  So that each layer's two counts feel the budget whichever of them is the smaller, and no layer's
+  count takes the blame for an earlier one's.
+  """
+  return jnp.minimum(before, jnp.minimum(prune_count, merge_count))
+
+
+@ste_min.defjvp
+def _ste_min_jvp(primals, tangents):
+  _, prune_tangent, merge_tangent = tangents
+  return ste_min(*primals), prune_tangent + merge_tangent
