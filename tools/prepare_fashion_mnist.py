@@ -13,6 +13,7 @@ import pathlib
 import struct
 import sys
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import PIL.Image
@@ -110,10 +111,10 @@ with tfds.core.registered.skip_registration():
         homepage="https://github.com/zalandoresearch/fashion-mnist",
       )
 
-    def _split_generators(self, dl_manager: object) -> dict[str, Iterator]:
+    def _split_generators(self, dl_manager: object) -> dict[str, Iterator[Any]]:
       return {split: self._generate_examples(split) for split in PREFIXES}
 
-    def _generate_examples(self, split: str) -> Iterator[tuple[int, dict]]:
+    def _generate_examples(self, split: str) -> Iterator[tuple[int, dict[str, Any]]]:
       images, labels = read_split(self._source, split)
       for i, (image, label) in enumerate(zip(images, labels, strict=True)):
         # Not as an array, which TFDS would call TensorFlow to encode.
@@ -142,7 +143,7 @@ def bundle(source: pathlib.Path, file: pathlib.Path) -> None:
     source: The folder with the IDX files.
     file: The npz to write.
   """
-  arrays: dict[str, np.ndarray] = {"class_names": np.array(CLASS_NAMES)}
+  arrays: dict[str, Any] = {"class_names": np.array(CLASS_NAMES)}
   for split, per_class in BUNDLED_PER_CLASS.items():
     images, labels = read_split(source, split)
     firsts = [np.flatnonzero(labels == c)[:per_class] for c in range(len(CLASS_NAMES))]

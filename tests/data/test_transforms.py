@@ -51,9 +51,7 @@ def test_normalize_equals_timm(timm: dict[str, np.ndarray]) -> None:
 
 
 @pytest.mark.parametrize("size", [(400, 100), (190, 401), (50, 60)])
-def test_center_crop_equals_torchvision(
-  timm: dict[str, np.ndarray], size: tuple[int, int]
-) -> None:
+def test_center_crop_equals_torchvision(timm: dict[str, np.ndarray], size: tuple[int, int]) -> None:
   image = PIL.Image.fromarray(timm["image/wide"])
   got = np.asarray(transforms._center_crop(image, *size))
   np.testing.assert_array_equal(got, timm[f"center/{size[0]}x{size[1]}"])

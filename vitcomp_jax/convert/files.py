@@ -204,7 +204,7 @@ def _from_torch(torch: Any, tensor: Any) -> np.ndarray:
 
 def _read_npz(path: Path) -> dict[str, np.ndarray]:
   try:
-    with np.load(path, allow_pickle=False) as file:
+    with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
       arrays = {name: _widen(file[name]) for name in file.files}
   # What NumPy raises depends on where the damage is.
   except Exception as error:

@@ -47,7 +47,7 @@ _SCALES = ("res_scale", "layer_scale", "act")
 
 
 def to_flax(state: State) -> Params:
-  """timm's tensors as a Flax parameter tree: renamed and transposed, nothing else.
+  """The Flax parameter tree of timm's tensors: renamed and transposed, nothing else.
 
   Args:
     state: Arrays by timm's names, in PyTorch's layout.
@@ -87,7 +87,7 @@ def to_timm(params: Mapping[str, Any]) -> dict[str, np.ndarray]:
 
 
 def timm_name(path: Sequence[str]) -> str:
-  """timm's name of a parameter.
+  """The name timm gives a parameter.
 
   Args:
     path: The keys from the root of the Flax tree to the parameter.

@@ -22,6 +22,9 @@ from vitcomp_jax.errors import UserError
 Batch = dict[str, np.ndarray]
 
 _MEMORY_BYTES = 2**30  # What the decoded images of a data set may take.
+_EPOCHS = (
+  2**32
+)  # Endless: Grain has no more orders; its own `repeat()` overflows in batches of one.
 _SMALL_SIDE = 64  # Pixels; a larger image is decoded whenever it is needed.
 _READ_AT_ONCE = 1024  # Records.
 
@@ -51,9 +54,8 @@ def load(
   if split not in ("train", "eval"):
     raise ValueError(f"split: expected train or eval, got {split!r}.")
   _check(config)
-  pre = dataclasses.replace(
-    pre, pad=config.pad or pre.pad, crop_pct=config.crop_pct or pre.crop_pct
-  )
+  crop_pct = pre.crop_pct if config.crop_pct is None else config.crop_pct
+  pre = dataclasses.replace(pre, pad=config.pad or pre.pad, crop_pct=crop_pct)
   train = split == "train"
   height, width = pre.image_size
   source = sources.make_source(
@@ -78,9 +80,7 @@ def load(
 def _check(config: DataConfig) -> None:
   for key, known in (("augment", transforms.AUGMENTS), ("on_error", ("stop", "skip"))):
     if getattr(config, key) not in known:
-      raise UserError(
-        f"config.data.{key}: expected one of {known}, got {getattr(config, key)!r}."
-      )
+      raise UserError(f"config.data.{key}: expected one of {known}, got {getattr(config, key)!r}.")
   if config.workers < 1:
     raise UserError(f"config.data.workers: expected at least 1, got {config.workers}.")
 
@@ -158,7 +158,7 @@ class Dataset:
     _check_batch_size(batch_size)
     # Grain's epochs use seed, seed + 1, ...: neighbouring seeds must not share permutations.
     seed = int(_generator(self._seed, "order").integers(2**32))
-    order = grain.MapDataset.range(self.num_examples).shuffle(seed).repeat()
+    order = grain.MapDataset.range(self.num_examples).shuffle(seed).repeat(_EPOCHS)
     batches = order.batch(batch_size).map_with_index(self._train_batch)
     return self._iterate(batches, start_step)
 
@@ -229,7 +229,8 @@ class Dataset:
     try:
       return self._transform(self._source[index], index, rng)
     except sources.CorruptImage as error:
-      return self._leave_out(index, error)
+      self._leave_out(index, error)
+      return None
 
   def _transform(
     self, example: sources.Example, index: int, rng: np.random.Generator | None
@@ -264,13 +265,15 @@ class Dataset:
       indices = [int(i) for i in self._indices[start : start + _READ_AT_ONCE]]
       for index, example in zip(indices, sources.read(self._source, indices), strict=True):
         if isinstance(example, sources.CorruptImage):
-          items.append(self._leave_out(index, example))
+          self._leave_out(index, example)
+          items.append(None)
         else:
           items.append(self._transform(example, index, None))
     return items
 
 
-class _Item(typing.NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class _Item:
   image: np.ndarray  # uint8[h w 3]
   label: int
   index: int  # in the source

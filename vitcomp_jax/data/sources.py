@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import importlib.resources
 import io
-import logging
 import pathlib
 import re
 from collections.abc import Callable, Sequence
@@ -86,7 +85,7 @@ class FakeSource:
     lengths = {"train": 1280, "validation": 256}
     self.name, self.split = "fake", _known_split("fake", split, tuple(lengths))
     self.class_names = tuple(f"class {i}" for i in range(num_classes))
-    self.image_shape = None
+    self.image_shape: tuple[int, int] | None = None
     self._length, self._size = lengths[split], size
     self._stream = tuple(lengths).index(split)
 
@@ -104,7 +103,7 @@ class FolderSource:
 
   def __init__(self, directory: str, split: str) -> None:
     self.name, self.split = pathlib.Path(directory).name, split
-    self.image_shape = None
+    self.image_shape: tuple[int, int] | None = None
     folder = pathlib.Path(directory) / split
     self.class_names = class_folders(folder)
     self._check_same_classes(pathlib.Path(directory))
@@ -119,13 +118,17 @@ class FolderSource:
       self._files += [(file, label) for file in files]
 
   def _check_same_classes(self, directory: pathlib.Path) -> None:
-    for other in folder_splits(directory):
-      differing = sorted(set(self.class_names) ^ set(class_folders(directory / other)))
-      if differing:
-        raise UserError(
-          f"{directory}: expected the same classes in {self.split} and {other}, got "
-          f"{len(differing)} in only one of them ({', '.join(differing[:5])}); add or remove them."
-        )
+    """Training and evaluation must number the classes alike."""
+    others = EVAL_SPLITS if self.split == "train" else ("train",)
+    other = next((o for o in others if o != self.split and (directory / o).is_dir()), None)
+    if other is None:
+      return
+    differing = sorted(set(self.class_names) ^ set(class_folders(directory / other)))
+    if differing:
+      raise UserError(
+        f"{directory}: expected the same classes in {self.split} and {other}, got "
+        f"{len(differing)} in only one of them ({', '.join(differing[:5])}); add or remove them."
+      )
 
   def __len__(self) -> int:
     return len(self._files)
@@ -133,11 +136,6 @@ class FolderSource:
   def __getitem__(self, index: int) -> Example:
     file, label = self._files[index]
     return Example(decode(file.read_bytes(), str(file)), label)
-
-
-def folder_splits(directory: pathlib.Path) -> tuple[str, ...]:
-  """The splits that a folder has, out of those that are looked for."""
-  return tuple(split for split in ("train", *EVAL_SPLITS) if (directory / split).is_dir())
 
 
 def class_folders(folder: pathlib.Path) -> tuple[str, ...]:
@@ -298,6 +296,7 @@ def _folder(directory: str | None, split: str | None) -> Source:
 
 
 def _tfds(name: str, directory: str | None, split: str | None) -> Source:
+  directory = directory and str(pathlib.Path(directory).expanduser())
   builder = _tfds_builder(name, directory)
   features = builder.info.features
   if not {"image", "label"} <= set(features) or not hasattr(features["label"], "names"):
@@ -317,12 +316,12 @@ def _tfds(name: str, directory: str | None, split: str | None) -> Source:
       "config.data.dir=OTHER_DIR."
     ) from None
   except (ValueError, KeyError) as error:
-    raise UserError(f"{name}: expected a split such as `train[:90%]`, got {split!r}: {error}.") from error
+    why = _first_line(error)
+    raise UserError(f"{name}: expected a split like `train[:90%]`, got {split!r}: {why}") from error
 
 
 def _tfds_builder(name: str, directory: str | None) -> Any:
   """TFDS's builder, made from the prepared files alone: no network, no TensorFlow."""
-  logging.getLogger("absl").setLevel(logging.ERROR)
   import tensorflow_datasets as tfds
 
   try:
@@ -332,7 +331,9 @@ def _tfds_builder(name: str, directory: str | None) -> Any:
   except tfds.core.registered.DatasetNotFoundError:
     pass
   except (ValueError, OSError) as error:
-    raise UserError(f"config.data.name: cannot read {name!r}: {error}") from error
+    raise UserError(
+      f"config.data.name: expected a data set that can be read, got {name!r}: {_first_line(error)}"
+    ) from error
   where = directory or tfds.core.constants.DATA_DIR
   if re.split(r"[/:]", name)[0] in tfds.list_builders(with_community_datasets=False):
     raise UserError(
@@ -343,6 +344,11 @@ def _tfds_builder(name: str, directory: str | None) -> Any:
     f"config.data.name: expected bundled, folder, fake or a TFDS name, got {name!r}, which TFDS "
     f"does not know and which is not prepared in {where}."
   )
+
+
+def _first_line(error: Exception) -> str:
+  """What an error says, without the help that follows."""
+  return str(error.args[0] if error.args else error).splitlines()[0]
 
 
 def _how_to_prepare(name: str, directory: str | None) -> str:

@@ -5,7 +5,7 @@ Everything up to the batch is uint8; `normalize` runs inside the jitted step.
 
 import dataclasses
 import math
-from typing import TypeVar
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import PIL.Image
@@ -98,9 +98,7 @@ def _resized_size(size: tuple[int, int], pre: Preprocess) -> tuple[int, int]:
   return round(height / ratio), round(width / ratio)
 
 
-def _resize(
-  image: PIL.Image.Image, height: int, width: int, interpolation: str
-) -> PIL.Image.Image:
+def _resize(image: PIL.Image.Image, height: int, width: int, interpolation: str) -> PIL.Image.Image:
   if image.size == (width, height):
     return image
   return image.resize((width, height), _RESAMPLING[interpolation])
@@ -128,7 +126,8 @@ def normalize(images: Array, pre: Preprocess) -> Array:
     float32[... 3], of the same library.
   """
   mean, std = np.asarray(pre.mean, np.float32), np.asarray(pre.std, np.float32)
-  return (images.astype(np.float32) / np.float32(255) - mean) / std  # type: ignore[attr-defined]
+  pixels = cast(Any, images).astype(np.float32)  # What NumPy and JAX share has no common type.
+  return cast(Array, (pixels / np.float32(255) - mean) / std)
 
 
 def flip_shift(images: np.ndarray, flips: np.ndarray, shifts: np.ndarray) -> np.ndarray:

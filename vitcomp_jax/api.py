@@ -1,0 +1,125 @@
+"""Models from names, weights and plans; what `import vitcomp_jax as vc` shows of them."""
+
+import dataclasses
+import functools
+import importlib.resources
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from vitcomp_jax import macs
+from vitcomp_jax.convert import files
+from vitcomp_jax.convert.timm import port
+from vitcomp_jax.models.spec import LayerSpec, ViTSpec
+from vitcomp_jax.models.variants import get_spec
+from vitcomp_jax.models.vit import ViT
+from vitcomp_jax.plans import Plan, load_plan
+
+Params = dict[str, Any]
+
+
+def load(
+  variant: str,
+  weights: str | None = None,
+  plan: Plan | str | None = None,
+  num_classes: int | None = None,
+  image_size: int | None = None,
+) -> tuple[ViT, Params]:
+  """A model and its parameters.
+
+  Args:
+    variant: timm's name.
+    weights: A file, a hub id `timm/…`, `bundled`, or none: random weights.
+    plan: A plan, a published plan's name or the path of a plan.json; none: dense.
+    num_classes: 0 gives the pooled features; another number than the weights' a fresh head;
+      none: the variant's.
+    image_size: In pixels; none: the variant's. Position embeddings are resampled.
+
+  Returns:
+    An ordinary Flax module, and its parameter tree.
+
+  Raises:
+    UserError: If variant, weights and plan are not there or do not fit each other.
+  """
+  spec = get_spec(variant, num_classes, image_size)
+  plan = load_plan(plan) if isinstance(plan, str) else plan
+  layers = plan.layers_for(spec) if plan else spec.dense_layers
+  return ViT(spec, layers), load_params(spec, layers, weights)
+
+
+def load_params(
+  spec: ViTSpec,
+  layers: tuple[LayerSpec, ...],
+  weights: str | None,
+  seed: int = 0,
+  fresh_head: bool = True,
+) -> Params:
+  """Parameters of a model, from weights fitted to it, or random.
+
+  Args:
+    spec: The model.
+    layers: Its layers.
+    weights: As for `load`.
+    seed: Of what is random.
+    fresh_head: Whether weights for another number of classes are taken, with a random head.
+  """
+  model = ViT(spec, layers)
+  images = jax.ShapeDtypeStruct((1, *spec.image_size, 3), jnp.float32)
+  if weights is None:
+    return dict(jax.jit(model.init)(jax.random.key(seed), jnp.zeros(images.shape))["params"])
+  expected = jax.eval_shape(model.init, jax.random.key(seed), images)["params"]
+  initial = None
+  if fresh_head and spec.num_classes:
+    initial = {k: v for k, v in load_params(spec, layers, None, seed).items() if k in _FRESH}
+  state = port(
+    files.read(bundled_weights(spec) if weights == "bundled" else weights),
+    expected,
+    grid=spec.grid,
+    prefix_positions=spec.pos_prefix,
+    antialias=spec.antialias,
+    initial=initial,
+  )
+  return jax.tree.map(jnp.asarray, state)
+
+
+_FRESH = ("head", "head_dist", "fc_norm")
+
+
+def bundled_weights(spec: ViTSpec) -> str:
+  """The path of the weights that ship with the package."""
+  return str(importlib.resources.files("vitcomp_jax") / "bundled" / f"{spec.name}.safetensors")
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def apply(model: ViT, params: Params, images: Float[Array, "b h w 3"]) -> Float[Array, "b c"]:
+  """Logits (features for a model without classifier); compiled once per model and batch shape.
+
+  Args:
+    model: From `load`. Models with equal plans are equal, and compile once.
+    params: From `load`.
+    images: Normalised by `model.spec.mean` and `model.spec.std`.
+  """
+  return model.apply({"params": params}, images)
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+  """What a model costs.
+
+  Attributes:
+    gmacs: 1e9 multiply-accumulates per image (the papers' "GFLOPs").
+    params: Number of parameters.
+  """
+
+  gmacs: float
+  params: int
+
+
+def count_cost(model: ViT) -> Cost:
+  """Counts a model's multiply-accumulates and parameters."""
+  images = jax.ShapeDtypeStruct((1, *model.spec.image_size, 3), jnp.float32)
+  params = jax.eval_shape(model.init, jax.random.key(0), images)["params"]
+  gmacs = macs.static_macs(model.spec, model.layers) / 1e9
+  return Cost(gmacs, sum(p.size for p in jax.tree.leaves(params)))

@@ -1,0 +1,104 @@
+"""Figures of a run: JSON lines, TensorBoard events, and what the terminal shows."""
+
+import json
+import logging
+import pathlib
+import sys
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import tqdm
+from tensorboardX import SummaryWriter
+
+
+class MetricsWriter:
+  """Writes the figures of one stage."""
+
+  def __init__(self, workdir: pathlib.Path, stage: str, start_step: int, total_steps: int) -> None:
+    """Opens the files; figures past `start_step`, from a run that was cut off, are dropped.
+
+    Args:
+      workdir: Where `metrics.jsonl` and `tensorboard/` are.
+      stage: Name of the stage.
+      start_step: Steps that are done.
+      total_steps: Steps there will be.
+    """
+    self._path, self._stage, self._begin = workdir / "metrics.jsonl", stage, time.monotonic()
+    self._elapsed = _drop_later(self._path, stage, start_step)
+    self._board = SummaryWriter(str(workdir / "tensorboard" / stage), purge_step=start_step + 1)
+    self._bar = tqdm.tqdm(
+      total=total_steps,
+      initial=start_step,
+      desc=stage,
+      unit="step",
+      disable=not sys.stderr.isatty(),
+    )
+
+  @property
+  def seconds(self) -> float:
+    """Time spent in the stage, earlier sittings included as far as they were logged."""
+    return self._elapsed + time.monotonic() - self._begin
+
+  def write(self, step: int, figures: Mapping[str, Any]) -> None:
+    """Logs the figures of a step; arrays of one number become numbers, others lists."""
+    values = {key: _plain(value) for key, value in figures.items()}
+    record = {"stage": self._stage, "step": step, "time_s": round(self.seconds, 3), **values}
+    with self._path.open("a") as file:
+      file.write(json.dumps(record) + "\n")
+    for key, value in values.items():
+      if isinstance(value, int | float):
+        self._board.add_scalar(f"{self._stage}/{key}", value, step)
+    shown = {k: f"{v:.4g}" for k, v in values.items() if isinstance(v, int | float)}
+    if self._bar.disable:
+      text = " ".join(f"{key} {value}" for key, value in shown.items())
+      logging.info("%s step %d/%d: %s", self._stage, step, self._bar.total, text)
+    else:
+      self._bar.set_postfix(shown)
+
+  def advance(self, steps: int = 1) -> None:
+    """Moves the progress bar."""
+    self._bar.update(steps)
+
+  def close(self) -> None:
+    self._bar.close()
+    self._board.close()
+
+  def __enter__(self) -> "MetricsWriter":
+    return self
+
+  def __exit__(self, *_: object) -> None:
+    self.close()
+
+
+def read_metrics(workdir: pathlib.Path, stage: str) -> list[dict[str, Any]]:
+  """The logged figures of a stage, in order."""
+  path = workdir / "metrics.jsonl"
+  if not path.exists():
+    return []
+  return [r for r in map(_parse, path.read_text().splitlines()) if r.get("stage") == stage]
+
+
+def _parse(line: str) -> dict[str, Any]:
+  """A logged record; a line that a kill cut off is an empty one."""
+  try:
+    return dict(json.loads(line))
+  except ValueError:
+    return {}
+
+
+def _drop_later(path: pathlib.Path, stage: str, step: int) -> float:
+  """Removes a stage's records after `step`; returns the seconds spent up to it."""
+  if not path.exists():
+    return 0.0
+  records = [r for r in map(_parse, path.read_text().splitlines()) if r]
+  kept = [r for r in records if r["stage"] != stage or r["step"] <= step]
+  temporary = path.with_suffix(".tmp")
+  temporary.write_text("".join(json.dumps(r) + "\n" for r in kept))
+  temporary.replace(path)
+  return max((float(r["time_s"]) for r in kept if r["stage"] == stage), default=0.0)
+
+
+def _plain(value: Any) -> Any:
+  value = value.tolist() if hasattr(value, "tolist") else value
+  return value[0] if isinstance(value, list) and len(value) == 1 else value

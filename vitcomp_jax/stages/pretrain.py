@@ -1,0 +1,49 @@
+"""Stage `pretrain`: trains the dense model, and writes its weights under timm's names."""
+
+from typing import Any
+
+import jax
+
+from vitcomp_jax.convert import files
+from vitcomp_jax.data.transforms import normalize
+from vitcomp_jax.models.spec import with_drop_path
+from vitcomp_jax.models.vit import ViT
+from vitcomp_jax.stages.run import Run
+from vitcomp_jax.training import loop, losses, optimizer
+from vitcomp_jax.training.step import init_state, make_step
+
+
+def pretrain(run: Run) -> dict[str, Any]:
+  """Trains from the config's weights, or from scratch.
+
+  Returns:
+    The steps, images and minutes it took. The weights are in `weights.safetensors`.
+  """
+  config, spec, data = run.config.pretrain, run.spec, run.train_data
+  model = ViT(spec, with_drop_path(spec.dense_layers, config.drop_path))
+
+  def loss_fn(params, arch, batch, key):
+    del arch
+    images = normalize(batch["image"], run.preprocess)
+    logits = model.apply({"params": params}, images, rngs={"drop_path": key})
+    loss = losses.cross_entropy(logits, batch["label"], config.label_smoothing)
+    correct = jax.numpy.argmax(logits, axis=1) == batch["label"]
+    return loss, {"top1": 100 * jax.numpy.mean(correct)}
+
+  tx = optimizer.train_optimizer(config, data.num_examples)
+  steps = optimizer.train_steps(config, data.num_examples)
+  keeps_ema = config.ema is not None
+  state, seconds = loop.train(
+    stage="pretrain",
+    workdir=run.workdir,
+    state=init_state(run.params, {}, run.params, tx, run.config.seed, keeps_ema),
+    step_fn=make_step(loss_fn, tx, "params", config.ema),
+    batches=lambda done: data.train_batches(config.batch_size, done),
+    steps=steps,
+    log_every=config.log_every,
+    checkpoint_every=config.checkpoint_every,
+  )
+  params = state.ema if keeps_ema else state.params
+  files.write(params, str(run.workdir / "weights.safetensors"), {"variant": spec.name})
+  vars(run).pop("params", None)  # later stages read what was written
+  return {"steps": steps, "images": steps * config.batch_size, "minutes": round(seconds / 60, 2)}

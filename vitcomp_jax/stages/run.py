@@ -1,0 +1,134 @@
+"""What the stages of one run share: the config, the workdir, the model and the data."""
+
+import dataclasses
+import functools
+import importlib.metadata
+import json
+import pathlib
+import subprocess
+from typing import Any
+
+import jax
+
+from vitcomp_jax import api, config as config_lib
+from vitcomp_jax.config import Config
+from vitcomp_jax.data import loader, transforms
+from vitcomp_jax.errors import UserError
+from vitcomp_jax.models.spec import ViTSpec
+from vitcomp_jax.models.variants import get_spec
+
+_PACKAGES = ("vitcomp_jax", "jax", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+  """One run in its workdir."""
+
+  config: Config
+  workdir: pathlib.Path
+
+  def finished(self, stage: str) -> dict[str, Any] | None:
+    """What a finished stage reported; none if it is not finished."""
+    path = self._marker(stage)
+    return dict(json.loads(path.read_text())) if path.exists() else None
+
+  def finish(self, stage: str, summary: dict[str, Any]) -> dict[str, Any]:
+    """Marks a stage as finished."""
+    self._marker(stage).parent.mkdir(exist_ok=True)
+    write_json(self._marker(stage), summary)
+    return summary
+
+  def _marker(self, stage: str) -> pathlib.Path:
+    return self.workdir / "finished" / f"{stage}.json"
+
+  @functools.cached_property
+  def spec(self) -> ViTSpec:
+    """The dense model; as many classes as the data have, unless the config says otherwise."""
+    model = self.config.model
+    dtype = None if model.dtype == "float32" else model.dtype
+    spec = get_spec(model.variant, model.num_classes, model.image_size, dtype)
+    if model.num_classes is None and spec.num_classes and self.config.data.name != "fake":
+      spec = dataclasses.replace(spec, num_classes=self._open("eval", spec).num_classes)
+    return spec
+
+  @functools.cached_property
+  def params(self) -> api.Params:
+    """Dense parameters: what `pretrain` made in this workdir, or the config's weights."""
+    made_here = self.workdir / "weights.safetensors"
+    weights = str(made_here) if made_here.exists() else self.config.model.weights
+    spec = self.spec
+    return api.load_params(spec, spec.dense_layers, weights, self.config.seed, fresh_head=False)
+
+  @functools.cached_property
+  def train_data(self) -> loader.Dataset:
+    return self._open("train", self.spec)
+
+  @functools.cached_property
+  def eval_data(self) -> loader.Dataset:
+    return self._open("eval", self.spec)
+
+  @functools.cached_property
+  def preprocess(self) -> transforms.Preprocess:
+    return _preprocess(self.spec)
+
+  def _open(self, split: str, spec: ViTSpec) -> loader.Dataset:
+    seed, classes = self.config.seed, spec.num_classes or 1000
+    return loader.load(self.config.data, split, _preprocess(spec), seed, classes)
+
+
+def _preprocess(spec: ViTSpec) -> transforms.Preprocess:
+  return transforms.Preprocess(
+    spec.image_size, spec.mean, spec.std, spec.crop_pct, spec.interpolation
+  )
+
+
+def open_run(config: Config, workdir: pathlib.Path) -> Run:
+  """Opens a workdir, new or to be resumed.
+
+  Raises:
+    UserError: If another config made what is there.
+  """
+  path = workdir / "config.json"
+  values = config_lib.to_dict(config)
+  if path.exists():
+    differing = config_lib.differing_keys(json.loads(path.read_text())["config"], values)
+    if differing:
+      raise UserError(
+        f"{workdir} was made with another config ({'; '.join(differing)}); give another --workdir, "
+        "or the config it was made with."
+      )
+    return Run(config, workdir)
+  try:
+    workdir.mkdir(parents=True, exist_ok=True)
+  except OSError as error:
+    raise UserError(f"--workdir {workdir}: cannot make this folder ({error.strerror}).") from error
+  write_json(path, {"config": values, "git_commit": _git_commit(), **environment()})
+  return Run(config, workdir)
+
+
+def environment() -> dict[str, Any]:
+  """Device and package versions, as they stand in config.json and result.json."""
+  device = jax.devices()[0]
+  return {
+    "device": f"{len(jax.devices())} x {device.device_kind}",
+    "versions": {name: importlib.metadata.version(name) for name in _PACKAGES},
+  }
+
+
+def _git_commit() -> str | None:
+  """The commit of the code, where it runs from a checkout."""
+  command = ["git", "rev-parse", "HEAD"]
+  try:
+    result = subprocess.run(
+      command, cwd=pathlib.Path(__file__).parent, capture_output=True, text=True, check=False
+    )
+  except OSError:
+    return None
+  return result.stdout.strip() or None
+
+
+def write_json(path: pathlib.Path, values: Any) -> None:
+  """Writes a JSON file, all of it or nothing."""
+  temporary = path.with_name(f".{path.name}.tmp")
+  temporary.write_text(json.dumps(values, indent=1) + "\n")
+  temporary.replace(path)

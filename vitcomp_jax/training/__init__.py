@@ -1,0 +1,1 @@
+"""Losses, the optimizer, one training step and the loop around it."""

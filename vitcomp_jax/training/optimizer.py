@@ -1,0 +1,64 @@
+"""Optimizers and schedules of training and search."""
+
+import math
+from typing import Any
+
+import jax
+import optax
+
+from vitcomp_jax.config import SearchConfig, TrainConfig
+
+
+def train_steps(config: TrainConfig, num_examples: int) -> int:
+  """Steps of a training."""
+  return max(1, math.ceil(config.epochs * num_examples / config.batch_size))
+
+
+def train_schedule(config: TrainConfig, num_examples: int) -> optax.Schedule:
+  """Linear warm-up, then a cosine down to the smallest learning rate."""
+  steps = train_steps(config, num_examples)
+  warmup = min(steps - 1, round(config.warmup_epochs * num_examples / config.batch_size))
+  return optax.warmup_cosine_decay_schedule(
+    0.0, config.learning_rate, warmup, steps, config.min_learning_rate
+  )
+
+
+def train_optimizer(config: TrainConfig, num_examples: int) -> optax.GradientTransformation:
+  """AdamW; kernels decay, biases, norms, tokens and positions do not."""
+  adamw = optax.adamw(
+    train_schedule(config, num_examples), weight_decay=config.weight_decay, mask=_decays
+  )
+  if config.clip_norm is None:
+    return adamw
+  return optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw)
+
+
+def _decays(params: Any) -> Any:
+  return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key == "kernel", params)
+
+
+def search_schedule(config: SearchConfig, epoch_steps: int) -> optax.Schedule:
+  """The learning rate of the rates.
+
+  Args:
+    config: `schedule` is `cosine`, step by step, or `authors`: once per epoch and one epoch late,
+      so that three epochs from 0.01 to 0.001 run at 0.01, 0.01 and 0.00775.
+    epoch_steps: Steps of an epoch, for `authors`.
+  """
+  if config.schedule == "cosine":
+    alpha = config.min_learning_rate / config.learning_rate
+    return optax.cosine_decay_schedule(config.learning_rate, config.steps, alpha)
+  epochs = math.ceil(config.steps / epoch_steps)
+  span = config.learning_rate - config.min_learning_rate
+
+  def late_cosine(epoch: int) -> float:
+    progress = max(epoch - 1, 0) / epochs
+    return config.min_learning_rate + span * (1 + math.cos(math.pi * progress)) / 2
+
+  rates = [optax.constant_schedule(late_cosine(epoch)) for epoch in range(epochs)]
+  return optax.join_schedules(rates, [epoch_steps * epoch for epoch in range(1, epochs)])
+
+
+def search_optimizer(config: SearchConfig, epoch_steps: int) -> optax.GradientTransformation:
+  """Adam without decay on the rates."""
+  return optax.adam(search_schedule(config, epoch_steps))

@@ -1,0 +1,91 @@
+"""One optimizer step: a pure function of the state and a batch."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array
+
+Metrics = dict[str, Array]
+Batch = Mapping[str, Array]
+
+
+@flax.struct.dataclass
+class TrainState:
+  """All that a run needs to go on: what is trained, and what is not but belongs to it.
+
+  The order of the examples and all randomness are functions of the seed and the step.
+  """
+
+  step: Array  # i[]
+  params: Any  # the weights
+  arch: Any  # search variables; empty where there are none
+  opt_state: Any
+  ema: Any  # averaged weights; none where they are not kept
+  rng: Array  # key data of the run
+
+
+# (trained variables, the other variables, batch, random key) -> loss and figures
+LossFn = Callable[[Any, Any, Batch, Array], tuple[Array, Metrics]]
+
+
+def init_state(
+  params: Any, arch: Any, trained: Any, tx: optax.GradientTransformation, seed: int, ema: bool
+) -> TrainState:
+  """The state before the first step.
+
+  Args:
+    params: The weights.
+    arch: Search variables.
+    trained: Which of the two is trained.
+    tx: Its optimizer.
+    seed: Of all randomness.
+    ema: Whether averaged weights are kept.
+  """
+  return TrainState(
+    step=jnp.zeros((), jnp.int32),
+    params=params,
+    arch=arch,
+    opt_state=tx.init(trained),
+    ema=jax.tree.map(jnp.copy, params) if ema else None,
+    rng=jax.random.key_data(jax.random.key(seed)),
+  )
+
+
+def make_step(
+  loss_fn: LossFn, tx: optax.GradientTransformation, trains: str, ema_decay: float | None = None
+) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+  """The jitted step.
+
+  Args:
+    loss_fn: Differentiated with respect to its first argument only, so that no gradient of
+      anything else exists in the compiled step.
+    tx: Optimizer of what is trained.
+    trains: `params` or `arch`.
+    ema_decay: Of the averaged weights.
+
+  Returns:
+    A function that maps state and batch to the next state and figures. The state is donated.
+  """
+  other = {"params": "arch", "arch": "params"}[trains]
+
+  def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+    key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
+    trained, fixed = getattr(state, trains), getattr(state, other)
+    (loss, figures), grads = jax.value_and_grad(loss_fn, has_aux=True)(trained, fixed, batch, key)
+    updates, opt_state = tx.update(grads, state.opt_state, trained)
+    trained = optax.apply_updates(trained, updates)
+    ema = state.ema
+    if ema is not None:
+      # The warm-up lets a short run's average forget its random start.
+      decay = jnp.minimum(ema_decay, (1 + state.step) / (10 + state.step))
+      ema = optax.incremental_update(trained, ema, 1 - decay)
+    state = state.replace(
+      step=state.step + 1, opt_state=opt_state, ema=ema, **{trains: trained}
+    )
+    return state, {"loss": loss, **figures}
+
+  return jax.jit(step, donate_argnums=0)
