@@ -199,7 +199,10 @@ def _read_torch(path: Path) -> dict[str, np.ndarray]:
 
 def _from_torch(torch: Any, tensor: Any) -> np.ndarray:
   # NumPy knows no bfloat16, so PyTorch has to widen it.
-  return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).detach().numpy()
+  array: np.ndarray = (
+    (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).detach().numpy()
+  )
+  return array
 
 
 def _read_npz(path: Path) -> dict[str, np.ndarray]:

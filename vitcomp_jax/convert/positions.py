@@ -64,7 +64,8 @@ def antialiased_weights(old: int, new: int) -> Float[np.ndarray, "new old"]:
     end = min(int(centre + 2 * stretch + 0.5), old)
     taps = np.arange(first, end)
     weights[i, first:end] = keys_kernel((taps - centre + 0.5) / stretch, a=-0.5)
-  return weights / weights.sum(axis=1, keepdims=True)
+  weights /= weights.sum(axis=1, keepdims=True)
+  return weights
 
 
 def plain_weights(old: int, new: int) -> Float[np.ndarray, "new old"]:

@@ -1,0 +1,1 @@
+"""Compression methods: how a ViT's layers are built for a search, and what they deploy."""

@@ -50,7 +50,7 @@ class _PatchProjection(nn.Module):
     patches = images.reshape(b, h // p, p, w // p, p, c).transpose(0, 1, 3, 2, 4, 5)
     patches = patches.reshape(b, (h // p) * (w // p), p * p * c)
     patches, kernel, bias = nn.dtypes.promote_dtype(patches, kernel, bias, dtype=self.dtype)
-    return patches @ kernel.reshape(p * p * c, self.width) + bias
+    return patches @ kernel.reshape(p * p * c, self.width) + bias[None, None]
 
 
 class Attention(nn.Module):
@@ -101,7 +101,7 @@ class LayerScale(nn.Module):
   @nn.compact
   def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
     gamma = self.param("gamma", nn.initializers.constant(1e-5), (self.width,))
-    return x * gamma.astype(x.dtype)
+    return x * gamma.astype(x.dtype)[None, None]
 
 
 class EncoderBlock(nn.Module):

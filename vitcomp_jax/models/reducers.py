@@ -50,7 +50,7 @@ class PruneMerge:
     if merged < n or self.always_sort:
       tokens = take_most_important(tokens, stats, pruned)
     if merged < pruned:
-      tokens = _merge_last(tokens, merged, self.signed_similarity)
+      tokens = _merge_last(tokens, merged, stats.cls_attn.dtype, self.signed_similarity)
     return tokens, Aux(merged)
 
   def count(self, n: int) -> int:
@@ -67,8 +67,8 @@ def take_most_important(tokens: Tokens, stats: AttentionStats, count: int) -> To
   )
 
 
-def _merge_last(tokens: Tokens, keep: int, signed_similarity: bool) -> Tokens:
-  size = jnp.ones(tokens.x.shape[:2]) if tokens.size is None else tokens.size
+def _merge_last(tokens: Tokens, keep: int, dtype: jnp.dtype, signed_similarity: bool) -> Tokens:
+  size = jnp.ones(tokens.x.shape[:2], dtype) if tokens.size is None else tokens.size
   receiver, weight = merge.receivers(tokens.x, keep, tokens.num_prefix)
   weight = weight if signed_similarity else jnp.maximum(weight, 0)
   x, size = merge.merge_tail(tokens.x, size, receiver, weight.astype(size.dtype))

@@ -1,6 +1,6 @@
 """What flows between the layers of a ViT whose tokens can be pruned and merged."""
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import flax.struct
 from jaxtyping import Array
@@ -42,6 +42,7 @@ class Output:
   aux: tuple[tuple[Aux, Aux], ...]  # of each layer's two reductions, before and after attention
 
 
+@runtime_checkable
 class TokenReducer(Protocol):
   """Removes tokens, or masks them, between two parts of a layer."""
 

@@ -18,7 +18,7 @@ def importance_order(
   Returns:
     Positions, by falling importance behind the prefix; among equals the earlier first.
   """
-  prefix = jnp.broadcast_to(jnp.arange(num_prefix), (importance.shape[0], num_prefix))
+  prefix = jnp.tile(jnp.arange(num_prefix, dtype=jnp.int32), (importance.shape[0], 1))
   _, order = jax.lax.top_k(importance[:, num_prefix:], count - num_prefix)
   return jnp.concatenate([prefix, order + num_prefix], axis=1)
 
@@ -39,6 +39,6 @@ def follow(
     order: Positions that were taken.
     num_tokens: Tokens there were before.
   """
-  found = order[:, :, None] == jnp.arange(num_tokens)  # [b c n]
+  found = order[:, :, None] == jnp.arange(num_tokens)[None, None]  # [b c n]
   rank = jnp.where(jnp.any(found, axis=1), jnp.argmax(found, axis=1), -1)  # [b n]
   return jnp.where(source >= 0, take(rank, jnp.maximum(source, 0)), -1)

@@ -2,7 +2,7 @@
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 
 def ste_ceil(x: Float[Array, ""], tolerance: float = 0.0) -> Float[Array, ""]:
@@ -16,16 +16,15 @@ def ste_ceil(x: Float[Array, ""], tolerance: float = 0.0) -> Float[Array, ""]:
   return x + jax.lax.stop_gradient(jnp.ceil(x - tolerance) - x)
 
 
-def ste_mask(
-  probability: Float[Array, "n"], dropped: Array
-) -> Float[Array, "n"]:
+def ste_mask(probability: Float[Array, "n"], dropped: Bool[Array, "n"]) -> Float[Array, "n"]:
   """A hard 0/1 mask, 0 where `dropped`, with the gradient of `probability`.
 
   References:
     Chen et al., `DiffRate <https://arxiv.org/abs/2305.17997>`_, 2023, Eq. 6.
   """
   # hard - p + p is exact in float32 for hard in {0, 1} and p in [0, 1].
-  return jnp.where(dropped, 0.0, 1.0) - jax.lax.stop_gradient(probability) + probability
+  hard = 1 - dropped.astype(probability.dtype)
+  return hard - jax.lax.stop_gradient(probability) + probability
 
 
 @jax.custom_jvp

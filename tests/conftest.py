@@ -1,0 +1,42 @@
+"""Strict dtypes and ranks, two CPU devices, shapes checked against their annotations."""
+
+import os
+
+os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=2")
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import pathlib
+
+import jax
+import jaxtyping
+import pytest
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+jaxtyping.install_import_hook(
+  ["vitcomp_jax.ops", "vitcomp_jax.models", "vitcomp_jax.methods", "vitcomp_jax.training"],
+  "beartype.beartype",
+)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+  parser.addoption("--golden", default=None, help="directory of golden fixtures to replay")
+  parser.addoption("--all", action="store_true", help="run the slow proofs too")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+  config.addinivalue_line("markers", "slow: a slow proof, run with --all")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+  if config.getoption("--all"):
+    return
+  slow = [item for item in items if item.get_closest_marker("slow")]
+  config.hook.pytest_deselected(items=slow)
+  items[:] = [item for item in items if item not in slow]
+
+
+def golden_dir(config: pytest.Config) -> pathlib.Path:
+  given = config.getoption("--golden")
+  return pathlib.Path(given) if given else pathlib.Path(__file__).parent / "golden"

@@ -1,0 +1,365 @@
+"""Replays every golden fixture: numbers from the authors' code and from timm.
+
+`pytest tests/test_golden.py [--golden DIR]`. A fixture is `NAME.npz` with `NAME.json`; the method
+is the name's stem, what it fixes comes from the method, all else from the JSON.
+"""
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from tests.conftest import golden_dir
+from vitcomp_jax import macs
+from vitcomp_jax.convert.positions import resample_positions
+from vitcomp_jax.convert.timm import port
+from vitcomp_jax.methods.diffrate import DiffRate, candidates, keep_probability
+from vitcomp_jax.models.reducers import PruneMerge
+from vitcomp_jax.models.spec import LayerSpec, ViTSpec
+from vitcomp_jax.models.variants import get_spec
+from vitcomp_jax.models.vit import ViT
+from vitcomp_jax.training.losses import cross_entropy
+
+F32, F64, HIDDEN = 2e-5, 1e-9, 5e-5
+
+
+@dataclasses.dataclass(frozen=True)
+class Fixture:
+  """One fixture; `arrays` are as they are on disk."""
+
+  name: str
+  info: dict[str, Any]
+  arrays: dict[str, np.ndarray]
+
+  def weights(self, dtype: str) -> dict[str, np.ndarray]:
+    items = self.arrays.items()
+    return {k[2:]: v.astype(dtype) for k, v in items if k.startswith("w/")}
+
+  def case(self, name: str) -> dict[str, np.ndarray]:
+    items = self.arrays.items()
+    return {k[len(name) + 1 :]: v for k, v in items if k.startswith(f"{name}/")}
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+  folder = golden_dir(metafunc.config)
+  names = sorted(path.stem for path in folder.glob("*.npz"))
+  assert names, f"no fixtures in {folder}"
+  metafunc.parametrize("path", [folder / name for name in names], ids=names)
+
+
+def test_fixture(path: pathlib.Path) -> None:
+  info = json.loads(path.with_suffix(".json").read_text())
+  with np.load(path.with_suffix(".npz"), allow_pickle=False) as file:
+    fixture = Fixture(path.name, info, dict(file))
+  methods = sorted((m for m in REPLAYS if path.name.startswith(m)), key=len)
+  assert methods, f"{path.name}: the method is not known; known are {sorted(REPLAYS)}"
+  REPLAYS[methods[-1]](fixture)
+
+
+# Both precisions: float32 as people run it, float64 to see effects of 1e-7.
+def _precisions() -> Iterator[tuple[str, float]]:
+  yield "float32", F32
+  # Strict promotion refuses even to ask for the wider of float64 and float32.
+  with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
+    yield "float64", F64
+
+
+def _spec(model: dict[str, Any], pool: str) -> ViTSpec:
+  return ViTSpec(
+    name="golden",
+    image_size=(model["img_size"], model["img_size"]),
+    patch_size=model["patch_size"],
+    width=model["embed_dim"],
+    depth=model["depth"],
+    num_heads=model["num_heads"],
+    mlp_dim=int(model["embed_dim"] * model["mlp_ratio"]),
+    num_classes=model["num_classes"],
+    pool=pool,
+  )
+
+
+def _images(x: np.ndarray, dtype: str) -> np.ndarray:
+  return np.moveaxis(x, -3, -1).astype(dtype)
+
+
+def _params(
+  fixture: Fixture, model: ViT, dtype: str, antialias: bool = True
+) -> dict[str, Any]:
+  spec = model.spec
+  dense = ViT(spec, spec.dense_layers)
+  with jax.enable_x64(False):
+    expected = jax.eval_shape(dense.init, jax.random.key(0), jnp.zeros((1, *spec.image_size, 3)))
+  return port(
+    fixture.weights(dtype),
+    expected["params"],
+    grid=spec.grid,
+    prefix_positions=spec.pos_prefix,
+    antialias=antialias,
+  )
+
+
+def _close(found: Any, expected: np.ndarray, atol: float, what: str) -> None:
+  np.testing.assert_allclose(np.asarray(found), expected, rtol=0, atol=atol, err_msg=what)
+
+
+def _source_matrix(source: np.ndarray, num_tokens: int) -> np.ndarray:
+  """Ours, [b p] token of each patch, as the authors' 0/1 [b n p+1] with CLS in front."""
+  matrix = np.zeros((source.shape[0], num_tokens, source.shape[1] + 1))
+  matrix[:, 0, 0] = 1
+  for b, p in np.argwhere(source >= 0):
+    matrix[b, source[b, p], p + 1] = 1
+  return matrix
+
+
+def _sizes(size: Any, shape: tuple[int, int]) -> np.ndarray:
+  return np.ones(shape) if size is None else np.asarray(size)
+
+
+def replay_diffrate_eval(fixture: Fixture, pool: str = "cls") -> None:
+  spec = _spec(fixture.info["model"], pool)
+  for name in fixture.info["cases"]:
+    case = fixture.case(name)
+    keeps = zip(case["prune_kept"].tolist(), case["merge_kept"].tolist(), strict=True)
+    layers = tuple(
+      dataclasses.replace(
+        layer, reduce=PruneMerge(p, m, signed_similarity=True, always_sort=True)
+      )
+      for layer, (p, m) in zip(spec.dense_layers, keeps, strict=True)
+    )
+    assert macs.static_macs(spec, layers) == case["flops"], name
+    for dtype, tolerance in _precisions():
+      _check_eval(fixture, ViT(spec, layers), case, dtype, tolerance, name)
+
+
+def _check_eval(
+  fixture: Fixture, model: ViT, case: dict, dtype: str, tolerance: float, name: str
+) -> None:
+  params = _params(fixture, model, dtype)
+  out = jax.jit(lambda p, x: model.apply({"params": p}, x, method="forward"))(
+    params, _images(case["x"], dtype)
+  )
+  _close(out.logits, case["logits_f64"], tolerance, name)
+  last = out.layers[-1]
+  _close(_sizes(last.size, last.x.shape[:2]), case["size"][..., 0], F32, name)
+  for key in (k for k in case if k.startswith("hidden/")):
+    _close(out.layers[int(key[7:])].x, case[key], HIDDEN, f"{name} {key}")
+  sizes = [_sizes(t.size, t.x.shape[:2]) for t in out.layers]
+  _close(np.concatenate(sizes, axis=1), case["size_per_block"], F32, name)
+  if "source" in case:
+    matrix = _source_matrix(np.asarray(last.source), last.x.shape[1])
+    np.testing.assert_array_equal(matrix, case["source"], err_msg=name)
+
+
+def replay_diffrate_search(fixture: Fixture, pool: str = "cls") -> None:
+  spec = _spec(fixture.info["model"], pool)
+  for name, settings in fixture.info["cases"].items():
+    method = _authors(settings)
+    for dtype, tolerance in _precisions():
+      _check_search(fixture, spec, method, fixture.case(name), dtype, tolerance, name)
+  for name, settings in fixture.info.get("trajectories", {}).items():
+    _check_trajectory(fixture, spec, settings, fixture.case(name), name)
+
+
+def _authors(settings: dict[str, Any]) -> DiffRate:
+  return DiffRate(
+    target_gmacs=settings["target_mflops"] / 1e3,
+    granularity=settings["granularity"],
+    init="zeros",
+    budget_weight=settings.get("lam", 5.0),
+    budget_unit=1e6,
+    clamp_size=True,
+    signed_similarity=True,
+  )
+
+
+def _arch(case: dict[str, np.ndarray], kind: str, depth: int, dtype: str) -> dict[str, Any]:
+  return {
+    f"blocks_{i}": {
+      "reduce": {f"{k}_logits": jnp.asarray(case[f"{kind}/{k}/{i}"], dtype) for k in ("prune", "merge")}
+    }
+    for i in range(depth)
+  }
+
+
+def _by_key(arch: dict[str, Any], kind: str) -> dict[str, np.ndarray]:
+  return {
+    f"{kind}/{k}/{name.removeprefix('blocks_')}": np.asarray(v["reduce"][f"{k}_logits"])
+    for name, v in arch.items()
+    for k in ("prune", "merge")
+  }
+
+
+def _check_search(
+  fixture: Fixture,
+  spec: ViTSpec,
+  method: DiffRate,
+  case: dict[str, np.ndarray],
+  dtype: str,
+  tolerance: float,
+  name: str,
+) -> None:
+  model = ViT(spec, method.layers(spec))
+  params = _params(fixture, model, dtype)
+  arch = _arch(case, "selected_probability", spec.depth, dtype)
+  images, labels = _images(case["x"], dtype), jnp.asarray(case["y"])
+
+  def task(arch):
+    out = model.apply({"params": params, "arch": arch}, images, method="forward")
+    return cross_entropy(out.logits, labels), out
+
+  def budget(arch):
+    out = task(arch)[1]
+    return method.penalty(spec, out, jnp.asarray(0))[0] / method.budget_weight
+
+  (loss, out), task_grads = jax.jit(jax.value_and_grad(task, has_aux=True))(arch)
+  spent, budget_grads = jax.jit(jax.value_and_grad(budget))(arch)
+  _close(out.logits, case["logits_f64"], tolerance, name)
+  _close(loss, case["loss_ce"], F32, name)
+  _close(spent, case["loss_flops"], F32 * max(1, float(case["loss_flops"])), name)
+  counts = [int(reduced.count) for _, reduced in out.aux]
+  kept = np.minimum(case["prune_kept_num"], case["merge_kept_num"])
+  np.testing.assert_array_equal(counts, np.minimum.accumulate(kept))
+  found = np.stack([np.asarray(t.keep) for t in out.layers])
+  np.testing.assert_array_equal(np.round(found), np.round(case["mask"]))
+  _close(found, case["mask"], 1e-6, f"{name} mask")
+  dropped = case["mask"] < 0.5
+  sizes = np.stack([np.asarray(t.size) for t in out.layers])
+  _close(np.where(dropped, 0, sizes), np.where(dropped, 0, case["size"]), F32, f"{name} size")
+  for key, layer in (("hidden_2", 2), ("hidden_last", -1)):
+    if key in case:
+      gone = dropped[layer][..., None]
+      x = np.where(gone, 0, np.asarray(out.layers[layer].x))
+      _close(x, np.where(gone, 0, case[key]), HIDDEN, f"{name} {key}")
+  _check_gradients(_by_key(task_grads, "grad_ce_f64"), case, 1e-4 if dtype == "float32" else 1e-8)
+  _check_gradients(_by_key(budget_grads, "grad_flops"), case, 1e-4)
+  _check_modules(spec, method, arch, case)
+
+
+def _check_gradients(found: dict[str, np.ndarray], case: dict, relative: float) -> None:
+  largest = max(float(np.abs(case[key]).max()) for key in found)
+  for key, gradient in found.items():
+    _close(gradient, case[key], relative * largest, key)
+
+
+def _check_modules(spec: ViTSpec, method: DiffRate, arch: dict, case: dict) -> None:
+  options = candidates(spec.num_patches, method.granularity)
+  for key in (k for k in case if k.startswith("module_block") and k.endswith("token_probability")):
+    block, which = key.removeprefix("module_block").split("/")[0].split("_")
+    logits = arch[f"blocks_{block}"]["reduce"][f"{which}_logits"]
+    found = keep_probability(logits, options, spec.num_prefix, spec.num_tokens)
+    _close(found, case[key], 1e-6, key)
+
+
+def _check_trajectory(
+  fixture: Fixture, spec: ViTSpec, settings: dict, case: dict[str, np.ndarray], name: str
+) -> None:
+  """The authors' AdamW on the rates, step by step."""
+  method = _authors(settings)
+  model = ViT(spec, method.layers(spec))
+  params = _params(fixture, model, "float32")
+  tx = optax.adamw(
+    settings["lr"], *settings["betas"], eps=settings["eps"], weight_decay=settings["weight_decay"]
+  )
+  arch = _arch(case, "init", spec.depth, "float32")
+  state = tx.init(arch)
+
+  @jax.jit
+  def step(arch, state, images, labels):
+    def loss_fn(arch):
+      out = model.apply({"params": params, "arch": arch}, images, method="forward")
+      penalty, figures = method.penalty(spec, out, jnp.asarray(0))
+      return cross_entropy(out.logits, labels) + penalty, figures["tokens"]
+
+    (loss, counts), grads = jax.value_and_grad(loss_fn, has_aux=True)(arch)
+    updates, state = tx.update(grads, state, arch)
+    return optax.apply_updates(arch, updates), state, loss, counts
+
+  images, labels = _images(case["x"], "float32"), jnp.asarray(case["y"], jnp.int32)
+  for i in range(settings["steps"]):
+    batch = i % len(images)
+    expected = np.ceil(np.round(method.expected_counts(spec, arch), 5)) + spec.num_prefix
+    np.testing.assert_array_equal(expected[:, 0], case["prune_kept_num"][i], f"{name} {i}")
+    np.testing.assert_array_equal(expected[:, 1], case["merge_kept_num"][i], f"{name} {i}")
+    arch, state, loss, counts = step(arch, state, images[batch], labels[batch])
+    kept = np.minimum(case["prune_kept_num"][i], case["merge_kept_num"][i])
+    np.testing.assert_array_equal(counts, np.minimum.accumulate(kept), f"{name} {i}")
+    _close(loss, case["loss"][i], 1e-4, f"{name} {i}")
+  for key, found in _by_key(arch, "final").items():
+    _close(found, case[key], 2e-4, f"{name} {key}")
+
+
+def _timm_spec(info: dict[str, Any]) -> ViTSpec:
+  """The variant's own spec at the fixture's size: the family's rules come from our code."""
+  spec = get_spec(info["entrypoint"])
+  size = info["geometry"]
+  return dataclasses.replace(
+    spec,
+    image_size=(size["img"], size["img"]),
+    patch_size=size["patch"],
+    width=size["dim"],
+    depth=size["depth"],
+    num_heads=size["heads"],
+    mlp_dim=4 * size["dim"],
+    num_classes=info["create_model_kwargs"]["num_classes"],
+  )
+
+
+def _run_timm(fixture: Fixture, spec: ViTSpec, dtype: str, antialias: bool = True) -> Any:
+  model = ViT(spec, spec.dense_layers)
+  images = jnp.asarray(_images(fixture.arrays["x"], dtype))
+  params = _params(fixture, model, dtype, antialias)
+  return jax.jit(lambda p, x: model.apply({"params": p}, x, method="forward"))(params, images)
+
+
+def replay_timm(fixture: Fixture) -> None:
+  spec = _timm_spec(fixture.info)
+  assert spec.num_prefix == fixture.info["num_prefix_tokens"]
+  for dtype, tolerance in _precisions():
+    out = _run_timm(fixture, spec, dtype)
+    if "logits_f64" in fixture.arrays:
+      _close(out.logits, fixture.arrays["logits_f64"], tolerance, fixture.name)
+    features = fixture.arrays["features_f64"]
+    per_token = features.ndim == 3 and features.shape[1] == spec.num_tokens
+    _close(out.tokens.x if per_token else out.features, features, tolerance, fixture.name)
+
+
+def replay_timm_posembed(fixture: Fixture) -> None:
+  spec, arrays = _timm_spec(fixture.info), fixture.arrays
+  for rule, antialias in (("aa", True), ("noaa", False)):
+    for key in (k for k in arrays if k.startswith(f"pos_{rule}_")):
+      double = key.endswith("_f64")
+      table = fixture.weights("float64" if double else "float32")["pos_embed"][..., :8]
+      rows, columns = map(int, key.split("_")[2].split("x"))
+      old = tuple(fixture.info["pos_embed_old_grid"])
+      found = resample_positions(table, spec.pos_prefix, old, (rows, columns), antialias)
+      _close(found, arrays[key], 1e-12 if double else 1e-6, key)
+    for dtype, tolerance in _precisions():
+      out = _run_timm(fixture, spec, dtype, antialias)
+      if f"logits_{rule}_f64" in arrays:
+        _close(out.logits, arrays[f"logits_{rule}_f64"], tolerance, rule)
+      features, expected = out.features, arrays[f"features_{rule}_f64"]
+      if "feature_token_index" in arrays:
+        features = out.tokens.x[:, arrays["feature_token_index"]]
+      _close(features, expected, tolerance, rule)
+
+
+REPLAYS: dict[str, Callable[[Fixture], None]] = {
+  "diffrate_eval": replay_diffrate_eval,
+  "diffrate_search": replay_diffrate_search,
+  "diffrate_mae_eval": lambda fixture: replay_diffrate_eval(fixture, "size_mean"),
+  "diffrate_mae_search": lambda fixture: replay_diffrate_search(fixture, "size_mean"),
+  "timm_augreg": replay_timm,
+  "timm_deit": replay_timm,
+  "timm_deit_distilled": replay_timm,
+  "timm_dinov2": replay_timm,
+  "timm_dinov2_reg4": replay_timm,
+  "timm_mae_ft": replay_timm,
+  "timm_posembed": replay_timm_posembed,
+}

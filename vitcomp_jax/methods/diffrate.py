@@ -1,0 +1,314 @@
+"""DiffRate: how many tokens each layer keeps, learnt by gradient under a compute budget.
+
+Chen et al., `DiffRate <https://arxiv.org/abs/2305.17997>`_, ICCV 2023.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from vitcomp_jax import macs
+from vitcomp_jax.errors import UserError
+from vitcomp_jax.models.reducers import PruneMerge
+from vitcomp_jax.models.spec import LayerSpec, ViTSpec
+from vitcomp_jax.models.tokens import AttentionStats, Aux, Output, Tokens
+from vitcomp_jax.ops import merge, select
+from vitcomp_jax.ops.straight_through import ste_ceil, ste_mask, ste_min
+
+# The paper's coefficient is for DeiT-S, whose 4.6 GMACs the relative budget term refers to.
+REFERENCE_GMACS = 4.6
+
+
+def candidates(num_patches: int, granularity: int) -> np.ndarray:
+  """Kept patch tokens to choose among, most first: n, n - g, ... down to at least 1."""
+  return np.arange(num_patches, 0, -granularity)
+
+
+def expected_count(logits: Float[Array, "c"], options: np.ndarray) -> Float[Array, ""]:
+  """The expectation of the kept patch tokens under the softmax of the logits (Eq. 4)."""
+  return jnp.sum(jax.nn.softmax(logits) * options.astype(logits.dtype))
+
+
+def kept_count(expected: Float[Array, ""], num_patches: int) -> Float[Array, ""]:
+  """The expectation rounded up, with a straight-through gradient.
+
+  An expectation that is whole in exact arithmetic, such as the start's, may come out a few units
+  in the last place higher; it must not be rounded up for that.
+  """
+  return ste_ceil(expected, tolerance=num_patches * 2.0**-22)
+
+
+def keep_probability(
+  logits: Float[Array, "c"], options: np.ndarray, num_prefix: int, num_tokens: int
+) -> Float[Array, "n"]:
+  """Probability that the token at each rank is kept: that of choosing a count above its rank."""
+  covered = np.arange(num_tokens)[:, None] < options + num_prefix  # [n c]
+  return covered.astype(np.float32).astype(logits.dtype) @ jax.nn.softmax(logits)
+
+
+class PruneMergeSearch(nn.Module):
+  """DiffRate's reduction with learnable counts: masks tokens instead of removing them.
+
+  Both counts live in the collection `arch`. Tokens come out sorted by importance, the dropped
+  ones last.
+
+  Attributes:
+    num_patches: Patch tokens of the model.
+    num_prefix: Prefix tokens of the model.
+    granularity: Distance between candidate counts; `num_patches + 1` leaves the single candidate
+      that keeps all.
+    clamp_size: Clamp sizes to 1 wherever a merge happens, as the authors do while searching (and
+      not when deployed).
+    signed_similarity: The authors' merge weight, see `PruneMerge`.
+
+  References:
+    Chen et al., `DiffRate <https://arxiv.org/abs/2305.17997>`_, 2023, Sec. 3.3 and Eq. 4-7.
+  """
+
+  num_patches: int
+  num_prefix: int
+  granularity: int = 1
+  clamp_size: bool = False
+  signed_similarity: bool = False
+
+  @nn.compact
+  def __call__(self, tokens: Tokens, stats: AttentionStats | None) -> tuple[Tokens, Aux]:
+    assert stats is not None, "PruneMergeSearch needs the attention's statistics"
+    tokens = self._sorted(tokens, stats)
+    assert tokens.keep is not None
+    prune_probability, prune_count = self._choice("prune_logits")
+    merge_probability, merge_count = self._choice("merge_logits")
+    # Equal for all images, since ranks are masked and not particular tokens.
+    before = jax.lax.stop_gradient(jnp.sum(tokens.keep[0] > 0.5)).astype(prune_count.dtype)
+    pruned = jnp.minimum(before, prune_count)
+    keep = tokens.keep * _rank_mask(prune_probability, prune_count, before)[None]
+    tokens = self._merged(tokens, merge_count, pruned)
+    keep = keep * _rank_mask(merge_probability, merge_count, pruned)[None]
+    count = ste_min(before, prune_count, merge_count)
+    return tokens.replace(keep=keep), Aux(count)
+
+  def count(self, n: int) -> int:
+    """All tokens stay, masked or not."""
+    return n
+
+  def _choice(self, name: str) -> tuple[Array, Array]:
+    """The probability that each rank is kept, and the kept count, prefix included."""
+    options = candidates(self.num_patches, self.granularity)
+    logits = self.variable("arch", name, jnp.zeros, options.shape).value
+    count = kept_count(expected_count(logits, options), self.num_patches) + self.num_prefix
+    num_tokens = self.num_patches + self.num_prefix
+    return keep_probability(logits, options, self.num_prefix, num_tokens), count
+
+  def _sorted(self, tokens: Tokens, stats: AttentionStats) -> Tokens:
+    n = tokens.x.shape[1]
+    ones = jnp.ones(tokens.x.shape[:2], stats.cls_attn.dtype)
+    order = select.importance_order(stats.cls_attn, tokens.num_prefix, n)
+    return tokens.replace(
+      x=select.take(tokens.x, order),
+      size=select.take(ones if tokens.size is None else tokens.size, order),
+      keep=select.take(ones if tokens.keep is None else tokens.keep, order),
+      source=select.follow(tokens.source, order, n),
+    )
+
+  def _merged(self, tokens: Tokens, start: Array, stop: Array) -> Tokens:
+    """Adds the tokens of rank [start, stop) to their receivers; they stay where they are."""
+    assert tokens.size is not None
+    rank = jnp.arange(tokens.x.shape[1], dtype=start.dtype)[None]
+    joins = (rank >= start) & (rank < stop)
+    receives = (rank >= tokens.num_prefix) & (rank < start)
+    scores = jnp.where(receives[:, None], merge.similarity(tokens.x, tokens.x), -jnp.inf)
+    receiver, weight = jnp.argmax(scores, axis=-1), jnp.max(scores, axis=-1)
+    weight = jnp.where(joins, weight, 0).astype(tokens.size.dtype)
+    weight = weight if self.signed_similarity else jnp.maximum(weight, 0)
+    joined = jax.nn.one_hot(receiver, rank.size, dtype=tokens.x.dtype)
+    joined = joined * joins[..., None].astype(joined.dtype)
+    total = tokens.x + jnp.einsum("bst,bsd->btd", joined, tokens.x)
+    size, share = tokens.size, tokens.size * weight
+    if self.clamp_size:
+      share = jnp.where(joins, jnp.maximum(share, 1), 0)
+      size = jnp.where(joins, share, size)
+    size = size + jnp.einsum("bst,bs->bt", joined.astype(size.dtype), share)
+    return tokens.replace(
+      x=total / (1 + jnp.sum(joined, axis=1))[..., None],
+      size=jax.lax.stop_gradient(size),
+      source=_follow_join(tokens.source, receiver, joins[0]),
+    )
+
+
+def _rank_mask(probability: Array, count: Array, stop: Array) -> Array:
+  """0 for ranks in [count, stop), 1 elsewhere; the probability's gradient, unless none is 0.
+
+  Ranks past `stop` were dropped earlier. They are 1 here: their 0 is the earlier mask's, which
+  this one then lets the gradient pass to.
+  """
+  rank = jnp.arange(probability.shape[0], dtype=count.dtype)
+  mask = ste_mask(probability, (rank >= count) & (rank < stop))
+  return jnp.where(count < stop, mask, 1.0)
+
+
+def _follow_join(source: Array, receiver: Array, joins: Array) -> Array:
+  position = jnp.maximum(source, 0)
+  moved = jnp.take_along_axis(receiver, position, axis=1)
+  return jnp.where((source >= 0) & joins[position], moved, source)
+
+
+@dataclasses.dataclass(frozen=True)
+class DiffRate:
+  """The method.
+
+  Attributes:
+    target_gmacs: The budget, in 1e9 multiply-accumulates.
+    granularity: Distance between candidate counts.
+    init: Where the rates start: `zeros` is the authors', see `initial_logits`.
+    budget_weight: Lambda of the budget term.
+    budget_unit: MACs that count as 1 in the budget term.
+    warmup_steps: Steps without the budget term.
+    compress_first: May the first layer lose tokens.
+    compress_last: May the last layer lose tokens; none: unless the head pools over patches.
+    clamp_size: See `PruneMergeSearch`.
+    signed_similarity: See `PruneMerge`.
+  """
+
+  target_gmacs: float
+  granularity: int = 1
+  init: str = "merge_first"
+  budget_weight: float = 5.0
+  budget_unit: float = 1e9
+  warmup_steps: int = 0
+  compress_first: bool = False
+  compress_last: bool | None = None
+  clamp_size: bool = False
+  signed_similarity: bool = False
+
+  def is_compressed(self, spec: ViTSpec) -> tuple[bool, ...]:
+    """Which layers may lose tokens."""
+    last = spec.pool != "size_mean" if self.compress_last is None else self.compress_last
+    return (self.compress_first, *(True,) * (spec.depth - 2), last)
+
+  def layers(self, spec: ViTSpec) -> tuple[LayerSpec, ...]:
+    """Layers whose reducers learn their counts; one reducer per layer, as each has its own."""
+    return tuple(
+      dataclasses.replace(layer, reduce=self._reducer(spec, compressed))
+      for layer, compressed in zip(spec.dense_layers, self.is_compressed(spec), strict=True)
+    )
+
+  def _reducer(self, spec: ViTSpec, compressed: bool) -> PruneMergeSearch:
+    return PruneMergeSearch(
+      spec.num_patches,
+      spec.num_prefix,
+      self.granularity if compressed else spec.num_patches + 1,
+      self.clamp_size,
+      self.signed_similarity,
+    )
+
+  def penalty(self, spec: ViTSpec, out: Output, step: Array) -> tuple[Array, dict[str, Array]]:
+    """The budget term (Eq. 9): lambda times the squared distance from the target, in units."""
+    spent = search_macs(spec, spec.dense_layers, out)
+    distance = (spent - self.target_gmacs * 1e9) / self.budget_unit
+    weight = jnp.where(step < self.warmup_steps, 0.0, self.budget_weight)
+    counts = jnp.stack([jnp.asarray(reduced.count) for _, reduced in out.aux])
+    figures = {"gmacs": spent / 1e9, "tokens": counts, "budget_loss": distance**2}
+    return weight * distance**2, figures
+
+  def initial_arch(self, spec: ViTSpec) -> dict[str, Any]:
+    """The rates before the first step."""
+    return {
+      f"blocks_{i}": {"reduce": self._initial_logits(spec, compressed)}
+      for i, compressed in enumerate(self.is_compressed(spec))
+    }
+
+  def _initial_logits(self, spec: ViTSpec, compressed: bool) -> dict[str, Array]:
+    granularity = self.granularity if compressed else spec.num_patches + 1
+    options = candidates(spec.num_patches, granularity)
+    zeros = jnp.zeros(options.shape)
+    if self.init == "zeros":
+      return {"prune_logits": zeros, "merge_logits": zeros}
+    falling = jnp.asarray(options / spec.num_patches, zeros.dtype)
+    return {"prune_logits": 40 * falling, "merge_logits": 5 * falling}
+
+  def expected_counts(self, spec: ViTSpec, arch: Mapping[str, Any]) -> np.ndarray:
+    """Expected kept patch tokens, float64[layers 2]: after pruning and after merging."""
+    rows = []
+    for i, compressed in enumerate(self.is_compressed(spec)):
+      granularity = self.granularity if compressed else spec.num_patches + 1
+      options = candidates(spec.num_patches, granularity)
+      variables = arch[f"blocks_{i}"]["reduce"]
+      rows.append([_expectation(variables[k], options) for k in ("prune_logits", "merge_logits")])
+    return np.array(rows)
+
+  def deploy(self, spec: ViTSpec, arch: Mapping[str, Any]) -> tuple[LayerSpec, ...]:
+    """Static layers that keep what was learnt, unadjusted."""
+    return self._static(spec, self.expected_counts(spec, arch))
+
+  def deploy_within(
+    self, spec: ViTSpec, arch: Mapping[str, Any], tolerance: float = 0.01
+  ) -> tuple[LayerSpec, ...]:
+    """Static layers whose MACs meet the budget: one offset is added to all expected counts.
+
+    Args:
+      spec: The model.
+      arch: The learnt rates.
+      tolerance: Largest distance from the budget, relative to it.
+
+    Raises:
+      UserError: If no offset comes near enough.
+    """
+    expected = self.expected_counts(spec, arch)
+    compressed = np.array(self.is_compressed(spec))[:, None]
+
+    def shifted(offset: float) -> tuple[LayerSpec, ...]:
+      return self._static(spec, np.where(compressed, expected + offset, expected))
+
+    target = self.target_gmacs * 1e9
+    low, high = -float(spec.num_patches), float(spec.num_patches)
+    for _ in range(50):
+      middle = (low + high) / 2
+      low, high = (low, middle) if macs.static_macs(spec, shifted(middle)) > target else (
+        middle,
+        high,
+      )
+    best = min(
+      (shifted(low), shifted(high)), key=lambda c: abs(macs.static_macs(spec, c) - target)
+    )
+    reached = macs.static_macs(spec, best)
+    if abs(reached - target) > tolerance * target:
+      raise UserError(
+        f"budget: expected a plan within {100 * tolerance:g} % of {target / 1e9:.4g} GMACs, got "
+        f"{reached / 1e9:.4g} at the nearest; ask for another budget."
+      )
+    return best
+
+  def _static(self, spec: ViTSpec, expected: np.ndarray) -> tuple[LayerSpec, ...]:
+    noise = spec.num_patches * 2.0**-22
+    counts = np.clip(np.ceil(expected - noise), 1, spec.num_patches).astype(int) + spec.num_prefix
+    return tuple(
+      dataclasses.replace(layer, reduce=PruneMerge(int(p), int(m), self.signed_similarity))
+      for layer, (p, m) in zip(spec.dense_layers, counts, strict=True)
+    )
+
+  def smallest_gmacs(self, spec: ViTSpec) -> float:
+    """What the cheapest plan costs: one patch token after each layer that may lose tokens."""
+    least = np.where(np.array(self.is_compressed(spec))[:, None], 1, spec.num_patches)
+    return macs.static_macs(spec, self._static(spec, np.repeat(least, 2, axis=1))) / 1e9
+
+
+def search_macs(spec: ViTSpec, layers: tuple[LayerSpec, ...], out: Output) -> Array:
+  """Traced multiply-accumulates; each layer's count takes the gradient of its own MLP and of the
+  next layer's attention."""
+  counts, n = [], jnp.asarray(float(spec.num_tokens))
+  for _, reduced in out.aux:
+    counts.append((n, reduced.count))
+    n = reduced.count
+  return macs.macs(spec, layers, counts)
+
+
+def _expectation(logits: Array, options: np.ndarray) -> float:
+  values = np.asarray(logits, np.float64)
+  weights = np.exp(values - values.max())
+  return float(options @ weights / weights.sum())
