@@ -7,7 +7,7 @@ def get_config():
   c.data.name = "fashion_mnist"
   c.data.pad = 1
   c.data.augment = "none"
-  c.pretrain.epochs = 5.0
+  c.pretrain.epochs = 3.0
   c.pretrain.batch_size = 64
   c.pretrain.learning_rate = 1e-3
   c.pretrain.warmup_epochs = 0.5

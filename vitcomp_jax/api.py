@@ -12,6 +12,7 @@ from jaxtyping import Array, Float
 from vitcomp_jax import macs
 from vitcomp_jax.convert import files
 from vitcomp_jax.convert.timm import port
+from vitcomp_jax.errors import UserError
 from vitcomp_jax.models.spec import LayerSpec, ViTSpec
 from vitcomp_jax.models.variants import get_spec
 from vitcomp_jax.models.vit import ViT
@@ -88,8 +89,21 @@ _FRESH = ("head", "head_dist", "fc_norm")
 
 
 def bundled_weights(spec: ViTSpec) -> str:
-  """The path of the weights that ship with the package."""
-  return str(importlib.resources.files("vitcomp_jax") / "bundled" / f"{spec.name}.safetensors")
+  """The path of the weights that ship with the package.
+
+  Raises:
+    UserError: If none ship for this variant.
+  """
+  folder = importlib.resources.files("vitcomp_jax") / "bundled"
+  path = folder / f"{spec.name}.safetensors"
+  if not path.is_file():
+    known = sorted(p.name.removesuffix(".safetensors") for p in folder.iterdir())
+    known = [name for name in known if not name.endswith(".json")]
+    raise UserError(
+      f"weights: expected a variant whose weights ship with the package ({', '.join(known)}), "
+      f"got {spec.name}; give a file or a hub id."
+    )
+  return str(path)
 
 
 @functools.partial(jax.jit, static_argnums=0)

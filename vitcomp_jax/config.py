@@ -162,15 +162,16 @@ def _from_mapping(cls: type, values: Mapping[str, Any], path: str) -> Any:
 
 def unknown_key(path: str) -> str:
   """The message for a key that does not exist, with the nearest one that does."""
-  near = difflib.get_close_matches(path, _all_keys(Config, ""), n=1, cutoff=0.0)
+  near = difflib.get_close_matches(path, all_keys(), n=1, cutoff=0.0)
   return f"config.{path} does not exist; did you mean config.{near[0]}?"
 
 
-def _all_keys(cls: type, path: str) -> list[str]:
+def all_keys(cls: type = Config, path: str = "") -> list[str]:
+  """Dotted names of all keys."""
   keys = []
   for field in dataclasses.fields(cls):
     kind = _field_type(cls, field.name)
-    keys += _all_keys(typing.cast(type, kind), f"{path}{field.name}.") if (
+    keys += all_keys(typing.cast(type, kind), f"{path}{field.name}.") if (
       dataclasses.is_dataclass(kind)
     ) else [path + field.name]
   return keys

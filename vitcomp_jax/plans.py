@@ -244,6 +244,8 @@ def _published() -> dict[str, dict[str, Any]]:
 def _from_published(name: str) -> Plan:
   entry = _published()[name]
   made_by = {k: v for k, v in entry.items() if k in ("source", "published")}
-  keeps = zip(entry["prune_keep"], entry["merge_keep"], strict=True)
+  # CAFormer's authors only merge; an unpruned layer keeps all tokens of its stage.
+  prune_keep = entry["prune_keep"] or [196] * 18 + [49] * 3
+  keeps = zip(prune_keep, entry["merge_keep"], strict=True)
   layers = tuple(PlanLayer(reduce=reducers.PruneMerge(p, m)) for p, m in keeps)
   return Plan(entry["variant"], entry["num_tokens"], layers, entry["gmacs"], made_by)

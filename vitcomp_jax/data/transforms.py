@@ -125,7 +125,9 @@ def normalize(images: Array, pre: Preprocess) -> Array:
   Returns:
     float32[... 3], of the same library.
   """
-  mean, std = np.asarray(pre.mean, np.float32), np.asarray(pre.std, np.float32)
+  shape = (1,) * (images.ndim - 1) + (3,)  # type: ignore[attr-defined]
+  mean = np.asarray(pre.mean, np.float32).reshape(shape)
+  std = np.asarray(pre.std, np.float32).reshape(shape)
   pixels = cast(Any, images).astype(np.float32)  # What NumPy and JAX share has no common type.
   return cast(Array, (pixels / np.float32(255) - mean) / std)
 

@@ -308,7 +308,7 @@ def search_macs(spec: ViTSpec, layers: tuple[LayerSpec, ...], out: Output) -> Ar
   return macs.macs(spec, layers, counts)
 
 
-def _expectation(logits: Array, options: np.ndarray) -> float:
+def _expectation(logits: Array | np.ndarray, options: np.ndarray) -> float:
   values = np.asarray(logits, np.float64)
   weights = np.exp(values - values.max())
   return float(options @ weights / weights.sum())

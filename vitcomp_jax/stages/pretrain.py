@@ -2,7 +2,7 @@
 
 from typing import Any
 
-import jax
+import jax.numpy as jnp
 
 from vitcomp_jax.convert import files
 from vitcomp_jax.data.transforms import normalize
@@ -22,13 +22,13 @@ def pretrain(run: Run) -> dict[str, Any]:
   config, spec, data = run.config.pretrain, run.spec, run.train_data
   model = ViT(spec, with_drop_path(spec.dense_layers, config.drop_path))
 
-  def loss_fn(params, arch, batch, key):
-    del arch
+  def loss_fn(params, arch, batch, key, step):
+    del arch, step
     images = normalize(batch["image"], run.preprocess)
     logits = model.apply({"params": params}, images, rngs={"drop_path": key})
     loss = losses.cross_entropy(logits, batch["label"], config.label_smoothing)
-    correct = jax.numpy.argmax(logits, axis=1) == batch["label"]
-    return loss, {"top1": 100 * jax.numpy.mean(correct)}
+    correct = jnp.argmax(logits, axis=1) == batch["label"]
+    return loss, {"top1": 100 * jnp.mean(correct)}
 
   tx = optimizer.train_optimizer(config, data.num_examples)
   steps = optimizer.train_steps(config, data.num_examples)

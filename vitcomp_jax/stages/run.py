@@ -10,7 +10,8 @@ from typing import Any
 
 import jax
 
-from vitcomp_jax import api, config as config_lib
+from vitcomp_jax import api, macs
+from vitcomp_jax import config as config_lib
 from vitcomp_jax.config import Config
 from vitcomp_jax.data import loader, transforms
 from vitcomp_jax.errors import UserError
@@ -57,7 +58,26 @@ class Run:
     made_here = self.workdir / "weights.safetensors"
     weights = str(made_here) if made_here.exists() else self.config.model.weights
     spec = self.spec
-    return api.load_params(spec, spec.dense_layers, weights, self.config.seed, fresh_head=False)
+    fresh_head = "pretrain" in self.config.stages
+    return api.load_params(spec, spec.dense_layers, weights, self.config.seed, fresh_head)
+
+  @functools.cached_property
+  def target_gmacs(self) -> float:
+    """The budget, in 1e9 multiply-accumulates.
+
+    Raises:
+      UserError: If it is not given once, or is not above 0 and at most the dense model's.
+    """
+    budget, dense = self.config.budget, macs.static_macs(self.spec, self.spec.dense_layers) / 1e9
+    if (budget.fraction is None) == (budget.gmacs is None):
+      raise UserError("config.budget: expected one of fraction and gmacs, got both or none.")
+    target = dense * budget.fraction if budget.fraction is not None else budget.gmacs
+    if target is None or not 0 < target <= dense:
+      raise UserError(
+        f"config.budget: expected more than 0 and at most the dense model's {dense:.4g} GMACs "
+        f"(fraction 1), got {target:.4g}."
+      )
+    return target
 
   @functools.cached_property
   def train_data(self) -> loader.Dataset:

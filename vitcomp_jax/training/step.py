@@ -28,8 +28,8 @@ class TrainState:
   rng: Array  # key data of the run
 
 
-# (trained variables, the other variables, batch, random key) -> loss and figures
-LossFn = Callable[[Any, Any, Batch, Array], tuple[Array, Metrics]]
+# (trained variables, the other variables, batch, random key, step) -> loss and figures
+LossFn = Callable[[Any, Any, Batch, Array, Array], tuple[Array, Metrics]]
 
 
 def init_state(
@@ -75,7 +75,8 @@ def make_step(
   def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
     key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
     trained, fixed = getattr(state, trains), getattr(state, other)
-    (loss, figures), grads = jax.value_and_grad(loss_fn, has_aux=True)(trained, fixed, batch, key)
+    differentiate = jax.value_and_grad(loss_fn, has_aux=True)
+    (loss, figures), grads = differentiate(trained, fixed, batch, key, state.step)
     updates, opt_state = tx.update(grads, state.opt_state, trained)
     trained = optax.apply_updates(trained, updates)
     ema = state.ema

@@ -1,0 +1,57 @@
+"""What several experiments share."""
+
+import ml_collections
+
+from vitcomp_jax.config import default_config
+
+IMAGENET_TRAIN_IMAGES = 1_281_167
+
+
+def diffrate_imagenet(
+  arg: str | None, variant: str, weights: str, gmacs: float
+) -> ml_collections.ConfigDict:
+  """DiffRate's search on ImageNet-1k, three epochs as its authors ran it, and an evaluation.
+
+  From the authors: 3 epochs of batches of 1,024 images, learning rate 0.01 falling to 0.001 by
+  their epoch-wise cosine, candidates 4 tokens apart, rates that start at zero, label smoothing of
+  0.1. Ours, as the defaults of `SearchConfig`: no clamp of sizes, no stochastic depth, the budget
+  term relative to the dense model. Of the authors' augmentation only random crops and flips are
+  there; RandAugment, random erasing, mixup, cutmix and repeated augmentation are not.
+
+  Args:
+    arg: What stands behind the colon in `--config FILE:ARG`: the budget in GMACs; none: `gmacs`.
+    variant: The model.
+    weights: Its fine-tuned weights.
+    gmacs: The budget where no argument is given.
+  """
+  config = default_config()
+  config.stages = ("search", "evaluate")
+  config.model.variant = variant
+  config.model.weights = weights
+  config.data.name = "imagenet2012"
+  config.data.augment = "crop_flip"
+  config.data.workers = 16
+  config.budget.gmacs = budget(arg, gmacs)
+
+  search = config.search
+  search.batch_size = 1024
+  search.epoch_steps = IMAGENET_TRAIN_IMAGES // search.batch_size
+  search.steps = 3 * search.epoch_steps
+  search.learning_rate = 0.01
+  search.min_learning_rate = 0.001
+  search.schedule = "authors"
+  search.granularity = 4
+  search.init = "zeros"
+  search.label_smoothing = 0.1
+  search.checkpoint_every = 250
+  return config
+
+
+def budget(arg: str | None, default: float) -> float:
+  """The budget that stands behind the colon of `--config FILE:ARG`."""
+  if not arg:
+    return default
+  try:
+    return float(arg)
+  except ValueError:
+    raise ValueError(f"budget behind the colon: expected a number, got {arg!r}") from None

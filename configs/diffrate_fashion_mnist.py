@@ -1,0 +1,32 @@
+"""DiffRate on a small ViT that was trained on Fashion-MNIST, with all of the data set.
+
+Paper: Chen et al., DiffRate, ICCV 2023 (https://arxiv.org/abs/2305.17997), whose authors did not
+use this data set. The weights ship with the package.
+
+  python tools/prepare_fashion_mnist.py
+  python -m vitcomp_jax.main --config configs/diffrate_fashion_mnist.py:0.65
+
+The number behind the colon is the budget as a share of the dense model's MACs, 0.65 if left out.
+The search sees the 60,000 training images, the evaluation the 10,000 test images. Hand-made
+schedules of the same MACs stand beside the searched one. There is no published figure to compare
+with; what a run measures is in its `report.md`.
+"""
+
+import ml_collections
+
+from vitcomp_jax.config import default_config
+from vitcomp_jax.configs import common
+
+
+def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
+  config = default_config()
+  config.stages = ("search", "evaluate")
+  config.model.variant = "vit_mini_patch3_30"
+  config.model.weights = "bundled"
+  config.data.name = "fashion_mnist"
+  config.data.pad = 1  # 28 pixels to 30, which patches of 3 divide
+  config.budget.fraction = common.budget(arg, 0.65)
+  config.search.steps = 1000
+  config.search.checkpoint_every = 100
+  config.evaluate.baselines = ("uniform", "uniform_merge")
+  return config

@@ -1,0 +1,29 @@
+"""DiffRate on ViT-L (MAE), ImageNet-1k.
+
+Paper: Chen et al., DiffRate, ICCV 2023 (https://arxiv.org/abs/2305.17997).
+
+  python -m vitcomp_jax.main --config configs/diffrate_vitl_mae.py:42.3
+
+The number behind the colon is the budget in GMACs, 42.3 if left out. `imagenet2012` must have been
+prepared by TFDS in ArrayRecord form. The weights are the official fine-tuned ones of MAE,
+`mae_finetuned_vit_large.pth`, from MAE's authors: fetch them, and give the path with
+`--config.model.weights=PATH`. Reading a `.pth` file takes an installed PyTorch.
+
+Published, without fine-tuning (of the authors' own schedule where DiffRate is concerned, which is
+the plan `diffrate/mae_large@42.3`):
+
+  dense     61.555 GMACs  85.96 % top-1  (as re-evaluated by later work)
+  DiffRate  42.290 GMACs  85.658 % top-1, 97.442 % top-5  (DiffRate README)
+
+Nothing was measured here: neither these figures nor how long the search takes.
+"""
+
+import ml_collections
+
+from vitcomp_jax.configs import common
+
+
+def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
+  return common.diffrate_imagenet(
+    arg, "vit_large_patch16_224.mae", "mae_finetuned_vit_large.pth", 42.3
+  )

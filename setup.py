@@ -1,0 +1,58 @@
+"""Packaging. Tool settings are in pyproject.toml."""
+
+import pathlib
+
+import setuptools
+
+PACKAGES = setuptools.find_packages(include=["vitcomp_jax", "vitcomp_jax.*"])
+
+REQUIRES = [
+  "absl-py>=2",
+  "array_record>=0.8",
+  "flax>=0.12",
+  "grain>=0.2.16",
+  "huggingface_hub>=0.30",
+  "jax>=0.10",
+  "jaxtyping>=0.3",
+  "matplotlib>=3.9",
+  "ml_collections>=1.1",
+  "ml_dtypes",
+  "numpy>=2",
+  "optax>=0.2.5",
+  "orbax-checkpoint>=0.12",
+  "Pillow>=11",
+  "safetensors>=0.5",
+  "tensorboardX>=2.6",
+  "tensorflow-datasets>=4.9.9",
+  "tqdm>=4.66",
+]
+
+TEST_REQUIRES = [
+  "beartype",
+  "hypothesis",
+  "import-linter",
+  "mypy",
+  "pytest",
+  "pytest-xdist",
+  "ruff",
+]
+
+setuptools.setup(
+  name="vitcomp_jax",
+  version="0.1.0",
+  description="Compression of Vision Transformers in JAX and Flax",
+  long_description=pathlib.Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+  long_description_content_type="text/markdown",
+  license="Apache-2.0",
+  python_requires=">=3.11",
+  # The experiments lie at the top of the checkout, where people look for them.
+  package_dir={"vitcomp_jax.configs": "configs"},
+  packages=[*PACKAGES, "vitcomp_jax.configs"],
+  package_data={"vitcomp_jax": ["py.typed", "bundled/*", "data/bundled/*"]},
+  install_requires=REQUIRES,
+  extras_require={"cuda": ["jax[cuda12]"], "tpu": ["jax[tpu]"], "test": TEST_REQUIRES},
+  classifiers=[
+    "License :: OSI Approved :: Apache Software License",
+    "Programming Language :: Python :: 3",
+  ],
+)

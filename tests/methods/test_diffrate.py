@@ -1,0 +1,167 @@
+"""The search sees what it deploys, trains the rates only, and starts where it should."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from tests.models import forward, random_images, random_params, small_spec
+from vitcomp_jax import macs
+from vitcomp_jax.config import SearchConfig
+from vitcomp_jax.data.transforms import Preprocess
+from vitcomp_jax.errors import UserError
+from vitcomp_jax.methods.diffrate import DiffRate, candidates, expected_count, kept_count
+from vitcomp_jax.models.reducers import PruneMerge
+from vitcomp_jax.stages.search import make_method, search_loss
+from vitcomp_jax.training.step import init_state, make_step
+
+SPECS = {
+  "cls": small_spec(),
+  "mean": small_spec(pool="size_mean"),
+  "distilled": small_spec(distilled=True, pool="cls_dist"),
+  "registers": small_spec(num_registers=3, pos_on_prefix=False, layer_scale=True),
+}
+
+
+def _random_plan(spec, seed):
+  rng = np.random.default_rng(seed)
+  counts = rng.integers(1, spec.num_patches + 1, (spec.depth, 2)) + spec.num_prefix
+  return tuple(
+    dataclasses.replace(layer, reduce=PruneMerge(int(p), int(m)))
+    for layer, (p, m) in zip(spec.dense_layers, counts, strict=True)
+  )
+
+
+def _arch_of(spec, layers):
+  """Rates that are sure of a static plan's counts."""
+  options = candidates(spec.num_patches, 1)
+
+  def sure(count):
+    return jnp.where(options == count - spec.num_prefix, 100.0, 0.0)
+
+  return {
+    f"blocks_{i}": {
+      "reduce": {
+        "prune_logits": sure(layer.reduce.prune_keep),
+        "merge_logits": sure(layer.reduce.merge_keep),
+      }
+    }
+    for i, layer in enumerate(layers)
+  }
+
+
+@pytest.mark.parametrize("kind", SPECS)
+@pytest.mark.parametrize("seed", range(5))
+def test_masked_search_equals_static_plan(kind, seed):
+  spec = SPECS[kind]
+  layers = _random_plan(spec, seed)
+  method = DiffRate(target_gmacs=1.0, compress_first=True, compress_last=True)
+  params, images = random_params(spec, seed), random_images(spec, 3, seed)
+  variables = {"params": params, "arch": _arch_of(spec, layers)}
+  masked = forward(spec, method.layers(spec), variables, images)
+  static = forward(spec, layers, {"params": params}, images)
+  np.testing.assert_allclose(masked.logits, static.logits, rtol=0, atol=1e-5)
+  counts = [int(reduced.count) for _, reduced in masked.aux]
+  assert counts == [n for _, n in macs.static_counts(spec, layers)]
+  spent = method.penalty(spec, masked, jnp.asarray(0))[1]["gmacs"]
+  np.testing.assert_allclose(spent * 1e9, macs.static_macs(spec, layers), rtol=1e-6)
+  # Masked tokens are still there, behind the kept ones.
+  held = np.where(masked.tokens.source < counts[-1], masked.tokens.source, -1)
+  np.testing.assert_array_equal(held, static.tokens.source)
+
+
+def test_authors_clamp_sees_something_else():
+  spec = SPECS["cls"]
+  layers = _random_plan(spec, 3)
+  params, images = random_params(spec), random_images(spec, 3)
+  variables = {"params": params, "arch": _arch_of(spec, layers)}
+  method = DiffRate(1.0, compress_first=True, clamp_size=True, signed_similarity=True)
+  masked = forward(spec, method.layers(spec), variables, images)
+  static = forward(spec, layers, {"params": params}, images)
+  assert np.abs(masked.logits - static.logits).max() > 1e-3
+
+
+@pytest.mark.parametrize("num_patches", [64, 100, 196, 256, 1369])
+@pytest.mark.parametrize("granularity", [1, 4])
+def test_even_start_is_not_rounded_up_by_noise(num_patches, granularity):
+  options = candidates(num_patches, granularity)
+  expected = expected_count(jnp.zeros(options.shape), options)
+  assert int(kept_count(expected, num_patches)) == int(np.ceil(options.mean()))
+
+
+def _step(spec, config):
+  method = make_method(config, spec, 0.6 * macs.static_macs(spec, spec.dense_layers) / 1e9)
+  pre = Preprocess(spec.image_size, spec.mean, spec.std, spec.crop_pct, spec.interpolation)
+  tx = optax.adam(0.1)
+  arch = method.initial_arch(spec)
+  state = init_state(random_params(spec), arch, arch, tx, 0, ema=False)
+  loss_fn = search_loss(config, method, spec, pre)
+  shape = (8, *spec.image_size, 3)
+  images = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+  batch = {"image": images, "label": np.arange(8, dtype=np.int32) % spec.num_classes}
+  return state, batch, loss_fn, make_step(loss_fn, tx, "arch")
+
+
+@pytest.mark.parametrize("loss", ["labels", "logits", "features"])
+def test_search_trains_rates_only_and_never_recompiles(loss):
+  state, batch, _, step = _step(SPECS["cls"], SearchConfig(loss=loss, granularity=4))
+  before = jax.device_get((state.params, state.arch))
+  for _ in range(3):
+    state, figures = step(state, batch)
+  assert step._cache_size() == 1
+  jax.tree.map(np.testing.assert_array_equal, before[0], jax.device_get(state.params))
+  moved = jax.tree.map(lambda a, b: bool(np.any(a != b)), before[1], jax.device_get(state.arch))
+  assert any(jax.tree.leaves(moved))
+  assert np.isfinite(figures["loss"])
+
+
+def test_search_step_has_no_weight_gradients():
+  """By XLA's count: backward without weight gradients costs about what forward does."""
+  spec = small_spec(width=96, mlp_dim=384, num_heads=3, depth=6)
+  state, batch, loss_fn, step = _step(spec, SearchConfig())
+  rest = (batch, jax.random.key(0), jnp.asarray(0))
+
+  def flops(fn, *args):
+    return jax.jit(fn).lower(*args).compile().cost_analysis()["flops"]
+
+  forward_only = flops(lambda a, p: loss_fn(a, p, *rest), state.arch, state.params)
+  whole = step.lower(state, batch).compile().cost_analysis()["flops"]
+  weights_too = flops(
+    jax.grad(lambda a, p: loss_fn(a, p, *rest)[0], argnums=(0, 1)), state.arch, state.params
+  )
+  assert whole < 2.2 * forward_only
+  assert weights_too > 2.6 * forward_only
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_adjusted_plan_meets_the_budget(seed):
+  spec = small_spec(image_size=(56, 56))
+  dense = macs.static_macs(spec, spec.dense_layers) / 1e9
+  for fraction in (0.4, 0.65, 0.9):
+    method = DiffRate(fraction * dense)
+    arch = method.initial_arch(spec)
+    keys = iter(jax.random.split(jax.random.key(seed), 99))
+    arch = jax.tree.map(lambda a: a + 3 * jax.random.normal(next(keys), a.shape), arch)
+    layers = method.deploy_within(spec, jax.device_get(arch))
+    assert abs(macs.static_macs(spec, layers) / 1e9 / dense - fraction) <= 0.01 * fraction
+
+
+def test_budget_below_the_smallest_plan_is_refused():
+  with pytest.raises(UserError, match="smallest plan"):
+    make_method(SearchConfig(), small_spec(), 1e-6)
+
+
+@pytest.mark.parametrize("kind", SPECS)
+def test_logits_do_not_depend_on_the_batch(kind):
+  spec = SPECS[kind]
+  layers, params = _random_plan(spec, 1), random_params(spec)
+  images = random_images(spec, 6)
+  order = np.array([3, 1, 5, 0, 2, 4])
+  logits = forward(spec, layers, {"params": params}, images).logits
+  permuted = forward(spec, layers, {"params": params}, images[order]).logits
+  np.testing.assert_allclose(permuted, logits[order], rtol=0, atol=1e-5)
+  alone = forward(spec, layers, {"params": params}, images[2:3]).logits
+  np.testing.assert_allclose(alone, logits[2:3], rtol=0, atol=1e-5)

@@ -1,0 +1,43 @@
+"""Small models with random weights, for tests."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from vitcomp_jax.models.spec import LayerSpec, ViTSpec
+from vitcomp_jax.models.vit import ViT
+
+
+def small_spec(**changes: Any) -> ViTSpec:
+  spec = ViTSpec(
+    name="small",
+    image_size=(24, 24),
+    patch_size=4,
+    width=32,
+    depth=4,
+    num_heads=2,
+    mlp_dim=64,
+    num_classes=7,
+  )
+  return dataclasses.replace(spec, **changes)
+
+
+def random_params(spec: ViTSpec, seed: int = 0) -> dict[str, Any]:
+  """Weights large enough for attention to be far from even."""
+  model = ViT(spec, spec.dense_layers)
+  params = model.init(jax.random.key(seed), jnp.zeros((1, *spec.image_size, 3)))["params"]
+  leaves, tree = jax.tree.flatten(params)
+  keys = jax.random.split(jax.random.key(seed + 1), len(leaves))
+  noisy = [p + 0.2 * jax.random.normal(k, p.shape) for p, k in zip(leaves, keys, strict=True)]
+  return dict(jax.tree.unflatten(tree, noisy))
+
+
+def random_images(spec: ViTSpec, count: int, seed: int = 0) -> jax.Array:
+  return jax.random.normal(jax.random.key(seed), (count, *spec.image_size, 3))
+
+
+def forward(spec: ViTSpec, layers: tuple[LayerSpec, ...], variables: dict, images: jax.Array) -> Any:
+  model = ViT(spec, layers)
+  return jax.jit(lambda v, x: model.apply(v, x, method="forward"))(variables, images)

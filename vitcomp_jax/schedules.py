@@ -1,0 +1,36 @@
+"""Hand-made schedules that meet a budget: what a search has to beat."""
+
+import dataclasses
+
+from vitcomp_jax import macs
+from vitcomp_jax.errors import UserError
+from vitcomp_jax.models.reducers import PruneMerge
+from vitcomp_jax.models.spec import LayerSpec, ViTSpec
+
+HAND_MADE = ("uniform", "uniform_merge")
+
+
+def hand_made(name: str, spec: ViTSpec, target_gmacs: float) -> tuple[LayerSpec, ...]:
+  """A hand-made schedule by name.
+
+  Args:
+    name: `uniform` prunes to the same count in every layer but the first, `uniform_merge` merges.
+    spec: The model.
+    target_gmacs: The budget; the count that comes nearest is taken.
+
+  Raises:
+    UserError: For an unknown name.
+  """
+  if name not in HAND_MADE:
+    raise UserError(f"config.evaluate.baselines: expected some of {HAND_MADE}, got {name!r}.")
+
+  def layers(count: int) -> tuple[LayerSpec, ...]:
+    prune = spec.num_tokens if name == "uniform_merge" else count
+    first, *rest = spec.dense_layers
+    reduced = (dataclasses.replace(layer, reduce=PruneMerge(prune, count)) for layer in rest)
+    return (first, *reduced)
+
+  def distance(count: int) -> float:
+    return abs(macs.static_macs(spec, layers(count)) - target_gmacs * 1e9)
+
+  return layers(min(range(spec.num_prefix + 1, spec.num_tokens + 1), key=distance))

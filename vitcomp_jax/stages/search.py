@@ -1,0 +1,138 @@
+"""Stage `search`: learns a plan by gradient; only the rates are trained."""
+
+from typing import Any
+
+import jax
+import numpy as np
+
+from vitcomp_jax import macs
+from vitcomp_jax.config import SearchConfig
+from vitcomp_jax.data.transforms import Preprocess, normalize
+from vitcomp_jax.errors import UserError
+from vitcomp_jax.methods.diffrate import REFERENCE_GMACS, DiffRate
+from vitcomp_jax.models.reducers import PruneMerge
+from vitcomp_jax.models.spec import LayerSpec, ViTSpec, with_drop_path
+from vitcomp_jax.models.vit import ViT
+from vitcomp_jax.plans import make_plan, save_plan
+from vitcomp_jax.stages.run import Run
+from vitcomp_jax.training import loop, losses, optimizer
+from vitcomp_jax.training.step import LossFn, init_state, make_step
+
+_CHOICES = {
+  "method": ("diffrate",),
+  "loss": ("labels", "logits", "features"),
+  "init": ("merge_first", "zeros"),
+  "schedule": ("cosine", "authors"),
+  "budget_scale": ("relative", "gmacs"),
+}
+
+
+def search(run: Run) -> dict[str, Any]:
+  """Searches a plan that meets the budget.
+
+  Returns:
+    What the search took and found, before and after the adjustment to the budget. The plan is in
+    `plan.json`.
+
+  Raises:
+    UserError: If the budget cannot be reached, before any step.
+  """
+  config, spec = run.config.search, run.spec
+  method = make_method(config, spec, run.target_gmacs)
+  data = run.train_data
+  epoch_steps = config.epoch_steps or max(1, data.num_examples // config.batch_size)
+  tx = optimizer.search_optimizer(config, epoch_steps)
+  arch = method.initial_arch(spec)
+  state, seconds = loop.train(
+    stage="search",
+    workdir=run.workdir,
+    state=init_state(run.params, arch, arch, tx, run.config.seed, ema=False),
+    step_fn=make_step(search_loss(config, method, spec, run.preprocess), tx, "arch"),
+    batches=lambda done: data.train_batches(config.batch_size, done),
+    steps=config.steps,
+    log_every=config.log_every,
+    checkpoint_every=config.checkpoint_every,
+  )
+  learnt = jax.device_get(state.arch)
+  raw, layers = method.deploy(spec, learnt), method.deploy_within(spec, learnt)
+  images = config.steps * config.batch_size
+  made_by = {"method": config.method, "steps": config.steps, "images": images}
+  made_by |= {"weights": run.config.model.weights, "data": data.name, "seed": run.config.seed}
+  save_plan(make_plan(spec, layers, made_by), run.workdir / "plan.json")
+  return {
+    "steps": config.steps,
+    "images": images,
+    "minutes": round(seconds / 60, 2),
+    "budget_gmacs": run.target_gmacs,
+    "raw_gmacs": macs.static_macs(spec, raw) / 1e9,
+    "gmacs": macs.static_macs(spec, layers) / 1e9,
+    "raw_counts": _counts(raw),
+    "counts": _counts(layers),
+  }
+
+
+def make_method(config: SearchConfig, spec: ViTSpec, target_gmacs: float) -> DiffRate:
+  """The method of a search.
+
+  Raises:
+    UserError: For a value that is not among a key's choices, or a budget below the smallest plan.
+  """
+  for key, choices in _CHOICES.items():
+    if getattr(config, key) not in choices:
+      got = getattr(config, key)
+      raise UserError(f"config.search.{key}: expected one of {choices}, got {got!r}.")
+  if not 1 <= config.granularity <= spec.num_patches:
+    raise UserError(
+      f"config.search.granularity: expected 1 to {spec.num_patches}, got {config.granularity}."
+    )
+  if config.steps < 1 or config.batch_size < 1:
+    raise UserError("config.search: expected steps and batch_size of at least 1.")
+  dense = macs.static_macs(spec, spec.dense_layers)
+  method = DiffRate(
+    target_gmacs=target_gmacs,
+    granularity=config.granularity,
+    init=config.init,
+    budget_weight=config.budget_weight,
+    budget_unit=dense / REFERENCE_GMACS if config.budget_scale == "relative" else 1e9,
+    warmup_steps=config.warmup_steps,
+    compress_first=config.compress_first,
+    compress_last=config.compress_last,
+    clamp_size=config.clamp_size,
+    signed_similarity=config.signed_similarity,
+  )
+  smallest = method.smallest_gmacs(spec)
+  if target_gmacs < smallest:
+    raise UserError(
+      f"config.budget: expected at least {smallest:.4g} GMACs, what the smallest plan of "
+      f"{spec.name} costs, got {target_gmacs:.4g}."
+    )
+  return method
+
+
+def search_loss(
+  config: SearchConfig, method: DiffRate, spec: ViTSpec, preprocess: Preprocess
+) -> LossFn:
+  """The task loss of the masked model plus the method's penalty, as a function of the rates."""
+  model = ViT(spec, with_drop_path(method.layers(spec), config.drop_path))
+  dense = ViT(spec, spec.dense_layers)
+
+  def loss_fn(arch, params, batch, key, step):
+    images = normalize(batch["image"], preprocess)
+    variables = {"params": params, "arch": arch}
+    out = model.apply(variables, images, method="forward", rngs={"drop_path": key})
+    if config.loss == "labels":
+      task = losses.cross_entropy(out.logits, batch["label"], config.label_smoothing)
+    else:
+      teacher = dense.apply({"params": params}, images, method="forward")
+      divergence = {"logits": losses.logit_divergence, "features": losses.feature_divergence}
+      task = divergence[config.loss](getattr(out, config.loss), getattr(teacher, config.loss))
+    penalty, figures = method.penalty(spec, out, step)
+    return task + penalty, {"task_loss": task, **figures}
+
+  return loss_fn
+
+
+def _counts(layers: tuple[LayerSpec, ...]) -> list[list[int]]:
+  reducers = [layer.reduce for layer in layers]
+  pairs = [[r.prune_keep, r.merge_keep] for r in reducers if isinstance(r, PruneMerge)]
+  return np.array(pairs).tolist()
