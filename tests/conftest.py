@@ -6,6 +6,7 @@ os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=2")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import pathlib
+from collections.abc import Iterator
 
 import jax
 import jaxtyping
@@ -35,6 +36,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
   slow = [item for item in items if item.get_closest_marker("slow")]
   config.hook.pytest_deselected(items=slow)
   items[:] = [item for item in items if item not in slow]
+
+
+@pytest.fixture
+def optax_promotion() -> Iterator[None]:
+  """Optax raises a float to an integer step, which strict promotion refuses."""
+  with jax.numpy_dtype_promotion("standard"):
+    yield
 
 
 def golden_dir(config: pytest.Config) -> pathlib.Path:

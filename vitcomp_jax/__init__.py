@@ -1,0 +1,34 @@
+"""vitcomp_jax: makes a Vision Transformer smaller and faster at a budget you choose.
+
+`import vitcomp_jax as vc`, then `vc.load`, `vc.apply`, `vc.load_plan`, `vc.count_cost`; the stages
+of a run are `vc.pretrain`, `vc.search` and `vc.evaluate`.
+"""
+
+import functools
+
+from vitcomp_jax.api import Cost, apply, count_cost, load
+from vitcomp_jax.config import default_config
+from vitcomp_jax.errors import UserError
+from vitcomp_jax.models.variants import list_variants
+from vitcomp_jax.plans import Plan, list_plans, load_plan
+from vitcomp_jax.stages import run_stage
+
+pretrain = functools.partial(run_stage, "pretrain")
+search = functools.partial(run_stage, "search")
+evaluate = functools.partial(run_stage, "evaluate")
+
+__all__ = [
+  "Cost",
+  "Plan",
+  "UserError",
+  "apply",
+  "count_cost",
+  "default_config",
+  "evaluate",
+  "list_plans",
+  "list_variants",
+  "load",
+  "load_plan",
+  "pretrain",
+  "search",
+]

@@ -11,7 +11,7 @@ from ml_collections import config_flags
 
 from vitcomp_jax import config as config_lib
 from vitcomp_jax.errors import UserError
-from vitcomp_jax.stages import STAGES
+from vitcomp_jax.stages import finish_stage
 from vitcomp_jax.stages.run import open_run
 
 _CONFIG = config_flags.DEFINE_config_file("config", help_string="configs/NAME.py[:ARG]")
@@ -60,10 +60,7 @@ def _run(config: config_lib.Config) -> None:
   name = pathlib.Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
   run = open_run(config, pathlib.Path(_WORKDIR.value or f"runs/{name.split('.')[0]}"))
   for stage in config.stages:
-    if run.finished(stage) is None:
-      run.finish(stage, STAGES[stage](run))
-    else:
-      logging.info("%s: finished before", stage)
+    finish_stage(run, stage)
   logging.info("done: %s", run.workdir / "report.md")
 
 

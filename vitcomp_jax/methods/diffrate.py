@@ -248,13 +248,16 @@ class DiffRate:
 
   def deploy_within(
     self, spec: ViTSpec, arch: Mapping[str, Any], tolerance: float = 0.01
-  ) -> tuple[LayerSpec, ...]:
+  ) -> tuple[tuple[LayerSpec, ...], float]:
     """Static layers whose MACs meet the budget: one offset is added to all expected counts.
 
     Args:
       spec: The model.
       arch: The learnt rates.
       tolerance: Largest distance from the budget, relative to it.
+
+    Returns:
+      The layers, and the offset in tokens.
 
     Raises:
       UserError: If no offset comes near enough.
@@ -265,24 +268,23 @@ class DiffRate:
     def shifted(offset: float) -> tuple[LayerSpec, ...]:
       return self._static(spec, np.where(compressed, expected + offset, expected))
 
+    def distance(layers: tuple[LayerSpec, ...]) -> float:
+      return macs.static_macs(spec, layers) - target
+
     target = self.target_gmacs * 1e9
     low, high = -float(spec.num_patches), float(spec.num_patches)
     for _ in range(50):
       middle = (low + high) / 2
-      low, high = (low, middle) if macs.static_macs(spec, shifted(middle)) > target else (
-        middle,
-        high,
-      )
-    best = min(
-      (shifted(low), shifted(high)), key=lambda c: abs(macs.static_macs(spec, c) - target)
-    )
-    reached = macs.static_macs(spec, best)
-    if abs(reached - target) > tolerance * target:
+      low, high = (low, middle) if distance(shifted(middle)) > 0 else (middle, high)
+    offset = min(low, high, key=lambda offset: abs(distance(shifted(offset))))
+    best = shifted(offset)
+    if abs(distance(best)) > tolerance * target:
+      reached = (target + distance(best)) / 1e9
       raise UserError(
         f"budget: expected a plan within {100 * tolerance:g} % of {target / 1e9:.4g} GMACs, got "
-        f"{reached / 1e9:.4g} at the nearest; ask for another budget."
+        f"{reached:.4g} at the nearest; ask for another budget."
       )
-    return best
+    return best, offset
 
   def _static(self, spec: ViTSpec, expected: np.ndarray) -> tuple[LayerSpec, ...]:
     noise = spec.num_patches * 2.0**-22

@@ -64,6 +64,11 @@ def _build() -> dict[str, ViTSpec]:
 VARIANTS = _build()
 
 
+def list_variants() -> list[str]:
+  """Names of all variants."""
+  return sorted(VARIANTS)
+
+
 def get_spec(
   variant: str,
   num_classes: int | None = None,

@@ -2,18 +2,19 @@
 
 import functools
 import json
+import pathlib
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from vitcomp_jax import macs
 from vitcomp_jax.api import Params, count_cost
 from vitcomp_jax.data.loader import Dataset
 from vitcomp_jax.data.transforms import Preprocess, normalize
+from vitcomp_jax.metrics import read_metrics
 from vitcomp_jax.models.spec import LayerSpec
 from vitcomp_jax.models.vit import ViT
-from vitcomp_jax.plans import Plan, load_plan
+from vitcomp_jax.plans import Plan, load_plan, make_plan
 from vitcomp_jax.schedules import hand_made
 from vitcomp_jax.stages import figures, report
 from vitcomp_jax.stages.run import Run, environment, write_json
@@ -100,3 +101,47 @@ def _evaluate_batch(
     "loss": jnp.sum(mask * loss),
     "count": jnp.sum(mask),
   }
+
+
+def _draw(run: Run, plan: Plan | None, result: dict[str, Any]) -> None:
+  """Writes the figures, then the report that shows them."""
+  folder, plan_json = run.workdir / "figures", plan.to_json() if plan else None
+  summary = run.finished("search")
+  if plan and plan_json:
+    schedules = {"plan": report.plan_counts(plan_json)}
+    for name in run.config.evaluate.baselines:
+      layers = hand_made(name, run.spec, plan.gmacs)
+      schedules[name] = report.plan_counts(make_plan(run.spec, layers, {}).to_json())
+    figures.schedule(folder / "schedule.png", schedules, plan.num_tokens)
+    _draw_token_maps(run, plan, folder / "token_maps.png")
+  if summary:
+    records = read_metrics(run.workdir, "search")
+    figures.search_curves(folder / "search.png", records, summary["budget_gmacs"])
+  figures.accuracy_against_gmacs(folder / "accuracy.png", result["rows"])
+  budget = f"{plan.gmacs:.4g} GMACs" if plan else ""
+  report.write_report(run.workdir, result, plan_json, summary, budget)
+
+
+def _draw_token_maps(run: Run, plan: Plan, path: pathlib.Path) -> None:
+  """What the plan did to a few images, at four depths."""
+  spec, data = run.spec, run.eval_data
+  batch = data.sample(run.config.evaluate.token_maps)
+  model = ViT(spec, plan.layers_for(spec))
+
+  @jax.jit
+  def sources(params: Params, images: jax.Array) -> list[jax.Array]:
+    normal = normalize(images, run.preprocess)
+    out = model.apply({"params": params}, normal, method="forward")
+    return [tokens.source for tokens in out.layers]
+
+  found = jax.device_get(sources(run.params, jnp.asarray(batch["image"])))
+  chosen = sorted({spec.depth * part // 4 - 1 for part in (1, 2, 3, 4)} - {-1})
+  figures.token_maps(
+    path,
+    batch["image"],
+    [found[i] for i in chosen],
+    spec.num_prefix,
+    spec.grid,
+    [f"layer {i + 1}" for i in chosen],
+    [data.class_names[label] for label in batch["label"]],
+  )

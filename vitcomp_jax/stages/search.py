@@ -54,7 +54,8 @@ def search(run: Run) -> dict[str, Any]:
     checkpoint_every=config.checkpoint_every,
   )
   learnt = jax.device_get(state.arch)
-  raw, layers = method.deploy(spec, learnt), method.deploy_within(spec, learnt)
+  raw = method.deploy(spec, learnt)
+  layers, offset = method.deploy_within(spec, learnt)
   images = config.steps * config.batch_size
   made_by = {"method": config.method, "steps": config.steps, "images": images}
   made_by |= {"weights": run.config.model.weights, "data": data.name, "seed": run.config.seed}
@@ -66,6 +67,7 @@ def search(run: Run) -> dict[str, Any]:
     "budget_gmacs": run.target_gmacs,
     "raw_gmacs": macs.static_macs(spec, raw) / 1e9,
     "gmacs": macs.static_macs(spec, layers) / 1e9,
+    "offset": round(offset, 3),
     "raw_counts": _counts(raw),
     "counts": _counts(layers),
   }

@@ -45,14 +45,16 @@ def init_state(
     seed: Of all randomness.
     ema: Whether averaged weights are kept.
   """
-  return TrainState(
+  state = TrainState(
     step=jnp.zeros((), jnp.int32),
     params=params,
     arch=arch,
     opt_state=tx.init(trained),
-    ema=jax.tree.map(jnp.copy, params) if ema else None,
+    ema=params if ema else None,
     rng=jax.random.key_data(jax.random.key(seed)),
   )
+  # The step donates the state; what the caller holds must not go with it.
+  return jax.tree.map(jnp.copy, state)
 
 
 def make_step(
@@ -80,7 +82,7 @@ def make_step(
     updates, opt_state = tx.update(grads, state.opt_state, trained)
     trained = optax.apply_updates(trained, updates)
     ema = state.ema
-    if ema is not None:
+    if ema is not None and ema_decay is not None:
       # The warm-up lets a short run's average forget its random start.
       decay = jnp.minimum(ema_decay, (1 + state.step) / (10 + state.step))
       ema = optax.incremental_update(trained, ema, 1 - decay)
