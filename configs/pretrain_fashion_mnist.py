@@ -1,5 +1,8 @@
 """x"""
+
 from vitcomp_jax.config import default_config
+
+
 def get_config():
   c = default_config()
   c.stages = ("pretrain", "evaluate")
@@ -12,6 +15,6 @@ def get_config():
   c.pretrain.learning_rate = 1e-3
   c.pretrain.warmup_epochs = 0.5
   c.pretrain.label_smoothing = 0.0
-  c.pretrain.log_every=50
+  c.pretrain.log_every = 50
   c.pretrain.checkpoint_every = 250
   return c

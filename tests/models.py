@@ -38,6 +38,8 @@ def random_images(spec: ViTSpec, count: int, seed: int = 0) -> jax.Array:
   return jax.random.normal(jax.random.key(seed), (count, *spec.image_size, 3))
 
 
-def forward(spec: ViTSpec, layers: tuple[LayerSpec, ...], variables: dict, images: jax.Array) -> Any:
+def forward(
+  spec: ViTSpec, layers: tuple[LayerSpec, ...], variables: dict, images: jax.Array
+) -> Any:
   model = ViT(spec, layers)
   return jax.jit(lambda v, x: model.apply(v, x, method="forward"))(variables, images)

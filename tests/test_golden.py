@@ -22,7 +22,7 @@ from vitcomp_jax.convert.positions import resample_positions
 from vitcomp_jax.convert.timm import port
 from vitcomp_jax.methods.diffrate import DiffRate, candidates, keep_probability
 from vitcomp_jax.models.reducers import PruneMerge
-from vitcomp_jax.models.spec import LayerSpec, ViTSpec
+from vitcomp_jax.models.spec import ViTSpec
 from vitcomp_jax.models.variants import get_spec
 from vitcomp_jax.models.vit import ViT
 from vitcomp_jax.training.losses import cross_entropy
@@ -89,9 +89,7 @@ def _images(x: np.ndarray, dtype: str) -> np.ndarray:
   return np.moveaxis(x, -3, -1).astype(dtype)
 
 
-def _params(
-  fixture: Fixture, model: ViT, dtype: str, antialias: bool = True
-) -> dict[str, Any]:
+def _params(fixture: Fixture, model: ViT, dtype: str, antialias: bool = True) -> dict[str, Any]:
   spec = model.spec
   dense = ViT(spec, spec.dense_layers)
   with jax.enable_x64(False):
@@ -128,9 +126,7 @@ def replay_diffrate_eval(fixture: Fixture, pool: str = "cls") -> None:
     case = fixture.case(name)
     keeps = zip(case["prune_kept"].tolist(), case["merge_kept"].tolist(), strict=True)
     layers = tuple(
-      dataclasses.replace(
-        layer, reduce=PruneMerge(p, m, signed_similarity=True, always_sort=True)
-      )
+      dataclasses.replace(layer, reduce=PruneMerge(p, m, signed_similarity=True, always_sort=True))
       for layer, (p, m) in zip(spec.dense_layers, keeps, strict=True)
     )
     assert macs.static_macs(spec, layers) == case["flops"], name
@@ -182,7 +178,9 @@ def _authors(settings: dict[str, Any]) -> DiffRate:
 def _arch(case: dict[str, np.ndarray], kind: str, depth: int, dtype: str) -> dict[str, Any]:
   return {
     f"blocks_{i}": {
-      "reduce": {f"{k}_logits": jnp.asarray(case[f"{kind}/{k}/{i}"], dtype) for k in ("prune", "merge")}
+      "reduce": {
+        f"{k}_logits": jnp.asarray(case[f"{kind}/{k}/{i}"], dtype) for k in ("prune", "merge")
+      }
     }
     for i in range(depth)
   }

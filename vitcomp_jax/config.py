@@ -84,7 +84,9 @@ class SearchConfig:
   budget_scale: str = "relative"  # MACs in units of dense/4.6, or the authors' `gmacs`
   warmup_steps: int = 0  # steps without the budget term
   compress_first: bool = False  # may the first layer lose tokens
-  compress_last: bool | None = None  # none: as the authors, yes with a CLS head, no with average pool
+  compress_last: bool | None = (
+    None  # none: as the authors, yes with a CLS head, no with average pool
+  )
   clamp_size: bool = False  # the authors' clamp of sizes to 1, which deployment does not have
   signed_similarity: bool = False  # the authors' merge weight, which may be negative
   drop_path: float = 0.0  # stochastic depth while searching (authors: 0.1)
@@ -171,9 +173,11 @@ def all_keys(cls: type = Config, path: str = "") -> list[str]:
   keys = []
   for field in dataclasses.fields(cls):
     kind = _field_type(cls, field.name)
-    keys += all_keys(typing.cast(type, kind), f"{path}{field.name}.") if (
-      dataclasses.is_dataclass(kind)
-    ) else [path + field.name]
+    keys += (
+      all_keys(typing.cast(type, kind), f"{path}{field.name}.")
+      if (dataclasses.is_dataclass(kind))
+      else [path + field.name]
+    )
   return keys
 
 
@@ -188,7 +192,9 @@ def _checked(value: Any, kind: Any, path: str) -> Any:
       return float(value)
     if isinstance(value, origin) and (origin is bool or not isinstance(value, bool)):
       return value
-  names = " or ".join("none" if o is types.NoneType else str(getattr(o, "__name__", o)) for o in options)
+  names = " or ".join(
+    "none" if o is types.NoneType else str(getattr(o, "__name__", o)) for o in options
+  )
   raise UserError(f"config.{path}: expected {names}, got {value!r}.")
 
 

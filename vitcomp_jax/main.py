@@ -20,7 +20,9 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "where the run is kept; none: ru
 
 def main(argv: list[str]) -> int:
   """Runs the config's stages; returns the exit status."""
-  logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+  # absl has put a handler of its own there already.
+  form = "%(asctime)s %(message)s"
+  logging.basicConfig(level=logging.INFO, format=form, datefmt="%H:%M:%S", force=True)
   absl.logging.set_verbosity(absl.logging.WARNING)
   try:
     _run(_parse(argv))

@@ -155,9 +155,7 @@ def parse_plan(values: Any, where: str = "plan") -> Plan:
     _parse_layer(layer, f"{where}: layer {i}") for i, layer in enumerate(values["layers"])
   )
   if len(layers) != spec.depth:
-    raise UserError(
-      f"{where}: expected {spec.depth} layers for {spec.name}, got {len(layers)}."
-    )
+    raise UserError(f"{where}: expected {spec.depth} layers for {spec.name}, got {len(layers)}.")
   bases = zip(spec.dense_layers, layers, strict=True)
   gmacs = _gmacs(spec, values["num_tokens"], tuple(layer.apply_to(base) for base, layer in bases))
   return Plan(spec.name, values["num_tokens"], layers, gmacs, dict(values.get("made_by", {})))

@@ -49,7 +49,7 @@ def keep_probability(
 ) -> Float[Array, "n"]:
   """Probability that the token at each rank is kept: that of choosing a count above its rank."""
   covered = np.arange(num_tokens)[:, None] < options + num_prefix  # [n c]
-  return covered.astype(np.float32).astype(logits.dtype) @ jax.nn.softmax(logits)
+  return jnp.asarray(covered, logits.dtype) @ jax.nn.softmax(logits)
 
 
 class PruneMergeSearch(nn.Module):
@@ -303,10 +303,8 @@ class DiffRate:
 def search_macs(spec: ViTSpec, layers: tuple[LayerSpec, ...], out: Output) -> Array:
   """Traced multiply-accumulates; each layer's count takes the gradient of its own MLP and of the
   next layer's attention."""
-  counts, n = [], jnp.asarray(float(spec.num_tokens))
-  for _, reduced in out.aux:
-    counts.append((n, reduced.count))
-    n = reduced.count
+  after = [jnp.asarray(reduced.count) for _, reduced in out.aux]
+  counts = list(zip([jnp.asarray(float(spec.num_tokens)), *after], after, strict=False))
   return macs.macs(spec, layers, counts)
 
 

@@ -6,8 +6,7 @@ import flax.struct
 from jaxtyping import Array
 
 
-@flax.struct.dataclass
-class Tokens:
+class Tokens(flax.struct.PyTreeNode):
   """A batch of token sequences. Shapes: b images, n tokens, d width, p patches."""
 
   x: Array  # f[b n d]
@@ -17,22 +16,19 @@ class Tokens:
   num_prefix: int = flax.struct.field(pytree_node=False)  # never sorted, merged or removed
 
 
-@flax.struct.dataclass
-class AttentionStats:
+class AttentionStats(flax.struct.PyTreeNode):
   """What a reducer may want to know of a layer's attention."""
 
   cls_attn: Array  # f[b n] attention of CLS to each token, mean over heads; -1 where masked
 
 
-@flax.struct.dataclass
-class Aux:
+class Aux(flax.struct.PyTreeNode):
   """What a loss may want to know of one reduction."""
 
   count: Array | int  # tokens after it; traced, with straight-through gradients, in a search
 
 
-@flax.struct.dataclass
-class Output:
+class Output(flax.struct.PyTreeNode):
   """All a forward pass gives."""
 
   logits: Array  # f[b classes]; the features where the model has no classifier

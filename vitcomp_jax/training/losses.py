@@ -20,9 +20,7 @@ def cross_entropy(
   return -jnp.mean((1 - smoothing) * picked + smoothing * jnp.mean(log_p, axis=1))
 
 
-def logit_divergence(
-  logits: Float[Array, "b c"], teacher: Float[Array, "b c"]
-) -> Float[Array, ""]:
+def logit_divergence(logits: Float[Array, "b c"], teacher: Float[Array, "b c"]) -> Float[Array, ""]:
   """Kullback-Leibler divergence from the teacher's prediction, in nats."""
   target = jax.nn.log_softmax(teacher.astype(jnp.float32))
   difference = target - jax.nn.log_softmax(logits.astype(jnp.float32))

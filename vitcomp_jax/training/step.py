@@ -13,8 +13,7 @@ Metrics = dict[str, Array]
 Batch = Mapping[str, Array]
 
 
-@flax.struct.dataclass
-class TrainState:
+class TrainState(flax.struct.PyTreeNode):
   """All that a run needs to go on: what is trained, and what is not but belongs to it.
 
   The order of the examples and all randomness are functions of the seed and the step.
@@ -86,9 +85,7 @@ def make_step(
       # The warm-up lets a short run's average forget its random start.
       decay = jnp.minimum(ema_decay, (1 + state.step) / (10 + state.step))
       ema = optax.incremental_update(trained, ema, 1 - decay)
-    state = state.replace(
-      step=state.step + 1, opt_state=opt_state, ema=ema, **{trains: trained}
-    )
+    state = state.replace(step=state.step + 1, opt_state=opt_state, ema=ema, **{trains: trained})
     return state, {"loss": loss, **figures}
 
   return jax.jit(step, donate_argnums=0)
