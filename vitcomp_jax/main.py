@@ -24,6 +24,7 @@ def main(argv: list[str]) -> int:
   form = "%(asctime)s %(message)s"
   logging.basicConfig(level=logging.INFO, format=form, datefmt="%H:%M:%S", force=True)
   absl.logging.set_verbosity(absl.logging.WARNING)
+  logging.getLogger("jax").setLevel(logging.WARNING)
   try:
     _run(_parse(argv))
   except UserError as error:
