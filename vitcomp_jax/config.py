@@ -184,6 +184,8 @@ def all_keys(cls: type = Config, path: str = "") -> list[str]:
 def _checked(value: Any, kind: Any, path: str) -> Any:
   """`value` as `kind`, or an error that names the key."""
   options = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+  if types.NoneType in options and value in ("none", "None"):
+    return None  # how a command line unsets what a config file sets
   for option in options:
     origin = typing.get_origin(option) or option
     if origin is tuple and isinstance(value, tuple | list):

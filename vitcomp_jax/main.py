@@ -49,14 +49,17 @@ def _parse(argv: list[str]) -> config_lib.Config:
       raise UserError(config_lib.unknown_key(key[1]))
   try:
     rest = flags.FLAGS(argv)[1:]
+    config = _CONFIG.value and _CONFIG.value.to_dict()
+  except UserError:
+    raise
   # A config file may raise anything; what it says is what the user needs to know.
   except Exception as error:
-    raise UserError(f"command line: {str(error).splitlines()[0]}") from error
+    raise UserError(f"command line: {' '.join(str(error).split())}") from error
   if rest:
     raise UserError(f"command line: expected only flags, got {rest[0]!r}.")
-  if _CONFIG.value is None:
+  if config is None:
     raise UserError("--config: expected configs/NAME.py, got none.")
-  return config_lib.from_config_dict(_CONFIG.value)
+  return config_lib.from_config_dict(config)
 
 
 def _run(config: config_lib.Config) -> None:

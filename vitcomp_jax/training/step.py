@@ -19,12 +19,12 @@ class TrainState(flax.struct.PyTreeNode):
   The order of the examples and all randomness are functions of the seed and the step.
   """
 
-  step: Array  # i[]
+  step: Any  # i[]
   params: Any  # the weights
   arch: Any  # search variables; empty where there are none
   opt_state: Any
   ema: Any  # averaged weights; none where they are not kept
-  rng: Array  # key data of the run
+  rng: Any  # key data of the run
 
 
 # (trained variables, the other variables, batch, random key, step) -> loss and figures
