@@ -64,7 +64,6 @@ class TrainConfig:
   ema: float | None = None  # decay of the averaged weights that are kept; none: the last ones
   log_every: int = 50  # steps
   checkpoint_every: int = 500  # steps
-  eval_every: int = 0  # steps; 0: only at the end
 
 
 @dataclasses.dataclass(frozen=True)

@@ -48,9 +48,17 @@ def macs(spec: ViTSpec, layers: Sequence[LayerSpec], counts: Sequence[tuple[Any,
   return total + float(embed_macs(spec))
 
 
-def static_counts(spec: ViTSpec, layers: Sequence[LayerSpec]) -> list[tuple[int, int]]:
-  """Tokens at attention and at the MLP of each layer, for static reducers."""
-  counts, n = [], spec.num_tokens
+def static_counts(
+  spec: ViTSpec, layers: Sequence[LayerSpec], num_tokens: int | None = None
+) -> list[tuple[int, int]]:
+  """Tokens at attention and at the MLP of each layer, for static reducers.
+
+  Args:
+    spec: The model.
+    layers: Its layers.
+    num_tokens: Tokens before the first layer; none: the model's.
+  """
+  counts, n = [], num_tokens or spec.num_tokens
   for layer in layers:
     at_attention = layer.select.count(n)
     n = layer.reduce.count(at_attention)

@@ -163,11 +163,7 @@ def parse_plan(values: Any, where: str = "plan") -> Plan:
 
 def _gmacs(spec: ViTSpec, num_tokens: int, layers: tuple[LayerSpec, ...]) -> float:
   """Counts for the plan's own image size, which may not be the variant's."""
-  counts, n = [], num_tokens
-  for layer in layers:
-    at_attention = layer.select.count(n)
-    n = layer.reduce.count(at_attention)
-    counts.append((at_attention, n))
+  counts = macs.static_counts(spec, layers, num_tokens)
   resize = (num_tokens - spec.num_tokens) * spec.width * 3 * spec.patch_size**2
   return (float(macs.macs(spec, layers, counts)) + resize) / 1e9
 

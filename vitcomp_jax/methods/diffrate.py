@@ -24,6 +24,9 @@ from vitcomp_jax.ops.straight_through import ste_ceil, ste_mask, ste_min
 # The paper's coefficient is for DeiT-S, whose 4.6 GMACs the relative budget term refers to.
 REFERENCE_GMACS = 4.6
 
+# Float noise of an expected count, relative to the patches: a few units in the last place.
+_NOISE = 2.0**-22
+
 
 def candidates(num_patches: int, granularity: int) -> np.ndarray:
   """Kept patch tokens to choose among, most first: n, n - g, ... down to at least 1."""
@@ -41,7 +44,7 @@ def kept_count(expected: Float[Array, ""], num_patches: int) -> Float[Array, ""]
   An expectation that is whole in exact arithmetic, such as the start's, may come out a few units
   in the last place higher; it must not be rounded up for that.
   """
-  return ste_ceil(expected, tolerance=num_patches * 2.0**-22)
+  return ste_ceil(expected, tolerance=num_patches * _NOISE)
 
 
 def keep_probability(
@@ -165,7 +168,7 @@ class DiffRate:
   Attributes:
     target_gmacs: The budget, in 1e9 multiply-accumulates.
     granularity: Distance between candidate counts.
-    init: Where the rates start: `zeros` is the authors', see `initial_logits`.
+    init: Where the rates start: `zeros` is the authors', see `initial_arch`.
     budget_weight: Lambda of the budget term.
     budget_unit: MACs that count as 1 in the budget term.
     warmup_steps: Steps without the budget term.
@@ -202,10 +205,14 @@ class DiffRate:
     return PruneMergeSearch(
       spec.num_patches,
       spec.num_prefix,
-      self.granularity if compressed else spec.num_patches + 1,
+      self._granularity(spec, compressed),
       self.clamp_size,
       self.signed_similarity,
     )
+
+  def _granularity(self, spec: ViTSpec, compressed: bool) -> int:
+    """A layer that may not lose tokens has the single candidate that keeps all."""
+    return self.granularity if compressed else spec.num_patches + 1
 
   def penalty(self, spec: ViTSpec, out: Output, step: Array) -> tuple[Array, dict[str, Array]]:
     """The budget term (Eq. 9): lambda times the squared distance from the target, in units."""
@@ -224,8 +231,7 @@ class DiffRate:
     }
 
   def _initial_logits(self, spec: ViTSpec, compressed: bool) -> dict[str, Array]:
-    granularity = self.granularity if compressed else spec.num_patches + 1
-    options = candidates(spec.num_patches, granularity)
+    options = candidates(spec.num_patches, self._granularity(spec, compressed))
     zeros = jnp.zeros(options.shape)
     if self.init == "zeros":
       return {"prune_logits": zeros, "merge_logits": zeros}
@@ -236,8 +242,7 @@ class DiffRate:
     """Expected kept patch tokens, float64[layers 2]: after pruning and after merging."""
     rows = []
     for i, compressed in enumerate(self.is_compressed(spec)):
-      granularity = self.granularity if compressed else spec.num_patches + 1
-      options = candidates(spec.num_patches, granularity)
+      options = candidates(spec.num_patches, self._granularity(spec, compressed))
       variables = arch[f"blocks_{i}"]["reduce"]
       rows.append([_expectation(variables[k], options) for k in ("prune_logits", "merge_logits")])
     return np.array(rows)
@@ -287,8 +292,8 @@ class DiffRate:
     return best, offset
 
   def _static(self, spec: ViTSpec, expected: np.ndarray) -> tuple[LayerSpec, ...]:
-    noise = spec.num_patches * 2.0**-22
-    counts = np.clip(np.ceil(expected - noise), 1, spec.num_patches).astype(int) + spec.num_prefix
+    whole = np.ceil(expected - spec.num_patches * _NOISE)
+    counts = np.clip(whole, 1, spec.num_patches).astype(int) + spec.num_prefix
     return tuple(
       dataclasses.replace(layer, reduce=PruneMerge(int(p), int(m), self.signed_similarity))
       for layer, (p, m) in zip(spec.dense_layers, counts, strict=True)

@@ -118,7 +118,7 @@ def _draw(run: Run, plan: Plan | None, result: dict[str, Any]) -> None:
     records = read_metrics(run.workdir, "search")
     figures.search_curves(folder / "search.png", records, summary["budget_gmacs"])
   figures.accuracy_against_gmacs(folder / "accuracy.png", result["rows"])
-  budget = f"{plan.gmacs:.4g} GMACs" if plan else ""
+  budget = f"{plan.gmacs:.4g} GMACs" if plan and not summary else ""
   report.write_report(run.workdir, result, plan_json, summary, budget)
 
 
