@@ -23,8 +23,7 @@ def get_config() -> ml_collections.ConfigDict:
   config.model.variant = "vit_mini_patch3_30"
   config.data.name = "fashion_mnist"
   config.data.pad = 1
-  config.data.augment = "flip_shift"
-  config.pretrain.epochs = 12.0
+  config.pretrain.epochs = 9.0
   config.pretrain.batch_size = 64
   config.pretrain.learning_rate = 1e-3
   config.pretrain.warmup_epochs = 0.5

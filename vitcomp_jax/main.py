@@ -17,6 +17,11 @@ from vitcomp_jax.stages.run import open_run
 _CONFIG = config_flags.DEFINE_config_file("config", help_string="configs/NAME.py[:ARG]")
 _WORKDIR = flags.DEFINE_string("workdir", None, "where the run is kept; none: runs/NAME")
 
+_DISK_FULL = (
+  "the disk is full; free some space and run the same command again: it goes on from the last "
+  "whole checkpoint."
+)
+
 
 def main(argv: list[str]) -> int:
   """Runs the config's stages; returns the exit status."""
@@ -27,18 +32,14 @@ def main(argv: list[str]) -> int:
   logging.getLogger("jax").setLevel(logging.WARNING)
   try:
     _run(_parse(argv))
-  except UserError as error:
+  except Exception as error:
+    if "No space left on device" in f"{error} {error.__cause__}":
+      print(f"vitcomp_jax: {_DISK_FULL}", file=sys.stderr)
+      return 1
+    if not isinstance(error, UserError):
+      raise
     print(f"vitcomp_jax: {error}", file=sys.stderr)
     return 2
-  except Exception as error:
-    if "No space left on device" not in f"{error} {error.__cause__}":
-      raise
-    print(
-      "vitcomp_jax: the disk is full; free some space and run the same command again: it goes on "
-      "from the last whole checkpoint.",
-      file=sys.stderr,
-    )
-    return 1
   return 0
 
 

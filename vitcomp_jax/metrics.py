@@ -11,6 +11,8 @@ from typing import Any
 import tqdm
 from tensorboardX import SummaryWriter
 
+from vitcomp_jax.atomic import write_text
+
 
 class MetricsWriter:
   """Writes the figures of one stage."""
@@ -93,9 +95,7 @@ def _drop_later(path: pathlib.Path, stage: str, step: int) -> float:
     return 0.0
   records = [r for r in map(_parse, path.read_text().splitlines()) if r]
   kept = [r for r in records if r["stage"] != stage or r["step"] <= step]
-  temporary = path.with_suffix(".tmp")
-  temporary.write_text("".join(json.dumps(r) + "\n" for r in kept))
-  temporary.replace(path)
+  write_text(path, "".join(json.dumps(r) + "\n" for r in kept))
   return max((float(r["time_s"]) for r in kept if r["stage"] == stage), default=0.0)
 
 

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from vitcomp_jax import macs
+from vitcomp_jax.atomic import write_json
 from vitcomp_jax.errors import UserError
 from vitcomp_jax.models import reducers
 from vitcomp_jax.models.spec import LayerSpec, ViTSpec
@@ -131,10 +132,8 @@ def load_plan(name: str) -> Plan:
 
 
 def save_plan(plan: Plan, path: pathlib.Path) -> None:
-  """Writes a plan.json, all of it or nothing."""
-  temporary = path.with_suffix(".tmp")
-  temporary.write_text(json.dumps(plan.to_json(), indent=1) + "\n")
-  temporary.replace(path)
+  """Writes a plan.json."""
+  write_json(path, plan.to_json())
 
 
 def parse_plan(values: Any, where: str = "plan") -> Plan:

@@ -2,10 +2,8 @@
 
 import argparse
 import importlib
-import os
 import pickle
 import re
-import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
+from vitcomp_jax.atomic import replacing
 from vitcomp_jax.convert import augreg
 from vitcomp_jax.convert.timm import to_timm
 from vitcomp_jax.errors import UserError
@@ -89,14 +88,11 @@ def write(params: Mapping[str, Any], path: str, metadata: Mapping[str, str] | No
   target = Path(path)
   try:
     target.parent.mkdir(parents=True, exist_ok=True)
-    # In the same directory, hence on the same disk: only then is replacing atomic.
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as scratch:
-      unfinished = Path(scratch) / target.name
+    with replacing(target) as unfinished:
       unfinished.touch()
       mode = unfinished.stat().st_mode  # safetensors makes files that only their owner can read
       safetensors.numpy.save_file(to_timm(params), unfinished, dict(metadata or {}))
       unfinished.chmod(mode)
-      os.replace(unfinished, target)
   except (safetensors.SafetensorError, OSError) as error:
     raise UserError(f"weights cannot be written to {path}: {_line(error)}.") from error
 

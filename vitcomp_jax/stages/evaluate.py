@@ -3,12 +3,14 @@
 import functools
 import json
 import pathlib
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from vitcomp_jax.api import Params, count_cost
+from vitcomp_jax.atomic import write_json
 from vitcomp_jax.data.loader import Dataset
 from vitcomp_jax.data.transforms import Preprocess, normalize
 from vitcomp_jax.metrics import read_metrics
@@ -17,7 +19,7 @@ from vitcomp_jax.models.vit import ViT
 from vitcomp_jax.plans import Plan, load_plan, make_plan
 from vitcomp_jax.schedules import hand_made
 from vitcomp_jax.stages import figures, report
-from vitcomp_jax.stages.run import Run, environment, write_json
+from vitcomp_jax.stages.run import Run, environment
 
 
 def evaluate(run: Run) -> dict[str, Any]:
@@ -36,13 +38,14 @@ def evaluate(run: Run) -> dict[str, Any]:
     "rows": json.loads(path.read_text())["rows"] if path.exists() else [],
   }
   done = {row["name"] for row in result["rows"]}
-  for name, layers in _models(run, plan).items():
+  models = _models(run, plan)
+  for name, layers in models.items():
     if name not in done:
       row = evaluate_model(ViT(run.spec, layers), run.params, data, run)
       result["rows"].append({"name": name, **row})
       result["examples"] = data.num_examples - data.skipped
       write_json(path, result)
-  _draw(run, plan, result)
+  _draw(run, plan, models, result)
   return result
 
 
@@ -103,15 +106,21 @@ def _evaluate_batch(
   }
 
 
-def _draw(run: Run, plan: Plan | None, result: dict[str, Any]) -> None:
+def _draw(
+  run: Run,
+  plan: Plan | None,
+  models: Mapping[str, tuple[LayerSpec, ...]],
+  result: dict[str, Any],
+) -> None:
   """Writes the figures, then the report that shows them."""
   folder, plan_json = run.workdir / "figures", plan.to_json() if plan else None
   summary = run.finished("search")
   if plan and plan_json:
-    schedules = {"plan": report.plan_counts(plan_json)}
-    for name in run.config.evaluate.baselines:
-      layers = hand_made(name, run.spec, plan.gmacs)
-      schedules[name] = report.plan_counts(make_plan(run.spec, layers, {}).to_json())
+    schedules = {
+      name: report.plan_counts(make_plan(run.spec, layers, {}).to_json())
+      for name, layers in models.items()
+      if name != "dense"
+    }
     figures.schedule(folder / "schedule.png", schedules, plan.num_tokens)
     _draw_token_maps(run, plan, folder / "token_maps.png")
   if summary:

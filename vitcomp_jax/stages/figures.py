@@ -19,6 +19,8 @@ from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FormatStrFormatter, LogLocator, MaxNLocator, NullFormatter
 from matplotlib.transforms import Bbox
 
+from vitcomp_jax.atomic import replacing
+
 DPI = 150
 BLUE, VERMILION, GREEN, ORANGE = "#0072B2", "#D55E00", "#009E73", "#E69F00"
 PURPLE, SKY, BLACK, GRAY = "#CC79A7", "#56B4E9", "#000000", "#6E6E6E"
@@ -433,6 +435,5 @@ def _name_axes(axes: Axes, x: str, y: str) -> None:
 def _save(figure: Figure, path: pathlib.Path) -> None:
   """Writes the PNG, all of it or nothing."""
   path.parent.mkdir(parents=True, exist_ok=True)
-  temporary = path.with_name(f".{path.name}.tmp")
-  figure.savefig(temporary, format="png", dpi=DPI, facecolor="white")
-  temporary.replace(path)
+  with replacing(path) as temporary:
+    figure.savefig(temporary, format="png", dpi=DPI, facecolor="white")

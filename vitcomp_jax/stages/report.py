@@ -4,6 +4,7 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from vitcomp_jax.atomic import write_text
 from vitcomp_jax.stages.figures import number, tokens_left
 
 CAPTIONS = {
@@ -47,10 +48,7 @@ def write_report(
   if figures:
     parts += ["## Figures", *figures]
   parts += ["## Versions", _versions(result.get("versions", {}))]
-  path = workdir / "report.md"
-  temporary = path.with_name(f".{path.name}.tmp")
-  temporary.write_text("\n\n".join(part for part in parts if part) + "\n", encoding="utf-8")
-  temporary.replace(path)
+  write_text(workdir / "report.md", "\n\n".join(part for part in parts if part) + "\n")
 
 
 def _title(result: Mapping[str, Any]) -> str:

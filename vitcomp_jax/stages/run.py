@@ -12,6 +12,7 @@ import jax
 
 from vitcomp_jax import api, macs
 from vitcomp_jax import config as config_lib
+from vitcomp_jax.atomic import write_json
 from vitcomp_jax.config import Config
 from vitcomp_jax.data import loader, transforms
 from vitcomp_jax.errors import UserError
@@ -145,10 +146,3 @@ def _git_commit() -> str | None:
   except OSError:
     return None
   return result.stdout.strip() or None
-
-
-def write_json(path: pathlib.Path, values: Any) -> None:
-  """Writes a JSON file, all of it or nothing."""
-  temporary = path.with_name(f".{path.name}.tmp")
-  temporary.write_text(json.dumps(values, indent=1) + "\n")
-  temporary.replace(path)
