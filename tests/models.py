@@ -24,13 +24,13 @@ def small_spec(**changes: Any) -> ViTSpec:
   return dataclasses.replace(spec, **changes)
 
 
-def random_params(spec: ViTSpec, seed: int = 0) -> dict[str, Any]:
+def random_params(spec: ViTSpec, seed: int = 0, noise: float = 0.2) -> dict[str, Any]:
   """Weights large enough for attention to be far from even."""
   model = ViT(spec, spec.dense_layers)
   params = model.init(jax.random.key(seed), jnp.zeros((1, *spec.image_size, 3)))["params"]
   leaves, tree = jax.tree.flatten(params)
   keys = jax.random.split(jax.random.key(seed + 1), len(leaves))
-  noisy = [p + 0.2 * jax.random.normal(k, p.shape) for p, k in zip(leaves, keys, strict=True)]
+  noisy = [p + noise * jax.random.normal(k, p.shape) for p, k in zip(leaves, keys, strict=True)]
   return dict(jax.tree.unflatten(tree, noisy))
 
 

@@ -1,12 +1,14 @@
 """Replays every golden fixture: numbers from the authors' code and from timm.
 
 `pytest tests/test_golden.py [--golden DIR]`. A fixture is `NAME.npz` with `NAME.json`; the method
-is the name's stem, what it fixes comes from the method, all else from the JSON.
+is the name's stem, what it fixes comes from the method, all else from the JSON. After the method,
+tags may tell fixtures of it apart, as in `diffrate_eval_hidden_s7`.
 """
 
 import dataclasses
 import json
 import pathlib
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -20,12 +22,18 @@ from tests.conftest import golden_dir
 from vitcomp_jax import macs
 from vitcomp_jax.convert.positions import resample_positions
 from vitcomp_jax.convert.timm import port
-from vitcomp_jax.methods.diffrate import DiffRate, candidates, keep_probability
+from vitcomp_jax.methods.diffrate import (
+  DiffRate,
+  _rank_mask,
+  candidates,
+  keep_probability,
+  search_macs,
+)
 from vitcomp_jax.models.reducers import PruneMerge
-from vitcomp_jax.models.spec import ViTSpec
+from vitcomp_jax.models.spec import LayerSpec, ViTSpec
 from vitcomp_jax.models.variants import get_spec
 from vitcomp_jax.models.vit import ViT
-from vitcomp_jax.training.losses import cross_entropy
+from vitcomp_jax.ops.losses import cross_entropy
 
 F32, F64, HIDDEN = 2e-5, 1e-9, 5e-5
 
@@ -48,19 +56,72 @@ class Fixture:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+  if "path" not in metafunc.fixturenames:
+    return
   folder = golden_dir(metafunc.config)
-  names = sorted(path.stem for path in folder.glob("*.npz"))
+  # Not `stem` and `with_suffix`: a name may have dots.
+  names = sorted(path.name.removesuffix(".npz") for path in folder.glob("*.npz"))
   assert names, f"no fixtures in {folder}"
   metafunc.parametrize("path", [folder / name for name in names], ids=names)
 
 
 def test_fixture(path: pathlib.Path) -> None:
-  info = json.loads(path.with_suffix(".json").read_text())
-  with np.load(path.with_suffix(".npz"), allow_pickle=False) as file:
+  replay = REPLAYS[_method(path.name)]
+  info = json.loads(path.with_name(f"{path.name}.json").read_text())
+  with np.load(path.with_name(f"{path.name}.npz"), allow_pickle=False) as file:
     fixture = Fixture(path.name, info, dict(file))
-  methods = sorted((m for m in REPLAYS if path.name.startswith(m)), key=len)
-  assert methods, f"{path.name}: the method is not known; known are {sorted(REPLAYS)}"
-  REPLAYS[methods[-1]](fixture)
+  replay(fixture)
+
+
+# What may follow a method's name: words for a split, numbers (`2`, `s7`, `seed602`, `96px`) and
+# sizes, which the JSON gives. Any other word makes the name that of a method we do not know.
+_TAG = re.compile(
+  r"[._-]((public|private|hidden|extra|new|other|train|val|test|split|set|part|fold|seed|run)\d*"
+  r"|[a-z]?\d*|\d+[a-z]*|tiny|small|base|large|huge|wide|deep)"
+)
+_ANY_TAG = re.compile(r"[._-].*")
+
+
+def _method(name: str) -> str:
+  """The longest known method that the name is, or starts with before its tags."""
+
+  def fits(method: str) -> bool:
+    # These resample another model's positions each, which the JSON names too.
+    tags = _ANY_TAG if method == "timm_posembed" else re.compile(f"({_TAG.pattern})*")
+    return name.startswith(method) and tags.fullmatch(name[len(method) :]) is not None
+
+  methods = sorted(filter(fits, REPLAYS), key=len)
+  assert methods, f"{name}: the method is not known; known are {sorted(REPLAYS)}"
+  return methods[-1]
+
+
+@pytest.mark.parametrize(
+  ("name", "method"),
+  [
+    ("diffrate_eval", "diffrate_eval"),
+    ("diffrate_eval.s7", "diffrate_eval"),
+    ("diffrate_eval_2", "diffrate_eval"),
+    ("diffrate_eval_b", "diffrate_eval"),
+    ("diffrate_eval_hidden", "diffrate_eval"),
+    ("diffrate_eval_hidden-seed602", "diffrate_eval"),
+    ("diffrate_mae_search_private2", "diffrate_mae_search"),
+    ("timm_deit_large_v2", "timm_deit"),
+    ("timm_deit_distilled_96px", "timm_deit_distilled"),
+    ("timm_dinov2_reg4.hidden", "timm_dinov2_reg4"),
+    ("timm_posembed_any", "timm_posembed"),
+  ],
+)
+def test_the_method_of_a_name(name: str, method: str) -> None:
+  assert _method(name) == method
+
+
+@pytest.mark.parametrize(
+  "name",
+  ["timm_deit3", "timm_deit_xyz", "timm_dinov2_reg8", "timm_posembedding", "diffrate_eval2d", "x"],
+)
+def test_a_method_that_is_not_known(name: str) -> None:
+  with pytest.raises(AssertionError, match=f"{name}: the method is not known"):
+    _method(name)
 
 
 # Both precisions: float32 as people run it, float64 to see effects of 1e-7.
@@ -120,15 +181,21 @@ def _sizes(size: Any, shape: tuple[int, int]) -> np.ndarray:
   return np.ones(shape) if size is None else np.asarray(size)
 
 
+def _static_layers(spec: ViTSpec, prune: np.ndarray, merge: np.ndarray) -> tuple[LayerSpec, ...]:
+  """The layers that the authors run where tokens are removed and not masked."""
+  return tuple(
+    dataclasses.replace(
+      layer, reduce=PruneMerge(int(p), int(m), signed_similarity=True, always_sort=True)
+    )
+    for layer, p, m in zip(spec.dense_layers, prune, merge, strict=True)
+  )
+
+
 def replay_diffrate_eval(fixture: Fixture, pool: str = "cls") -> None:
   spec = _spec(fixture.info["model"], pool)
   for name in fixture.info["cases"]:
     case = fixture.case(name)
-    keeps = zip(case["prune_kept"].tolist(), case["merge_kept"].tolist(), strict=True)
-    layers = tuple(
-      dataclasses.replace(layer, reduce=PruneMerge(p, m, signed_similarity=True, always_sort=True))
-      for layer, (p, m) in zip(spec.dense_layers, keeps, strict=True)
-    )
+    layers = _static_layers(spec, case["prune_kept"], case["merge_kept"])
     assert macs.static_macs(spec, layers) == case["flops"], name
     for dtype, tolerance in _precisions():
       _check_eval(fixture, ViT(spec, layers), case, dtype, tolerance, name)
@@ -158,9 +225,8 @@ def replay_diffrate_search(fixture: Fixture, pool: str = "cls") -> None:
   for name, settings in fixture.info["cases"].items():
     method = _authors(settings)
     for dtype, tolerance in _precisions():
-      # The authors smooth the first layer's softmax too, where nothing is masked yet: 2e-7.
-      tolerance = max(tolerance, 1e-6)
       _check_search(fixture, spec, method, fixture.case(name), dtype, tolerance, name)
+    _check_deployed(fixture, spec, method, fixture.case(name), name)
   for name, settings in fixture.info.get("trajectories", {}).items():
     # Optax raises a float to an integer step, which strict promotion refuses.
     with jax.numpy_dtype_promotion("standard"):
@@ -176,6 +242,7 @@ def _authors(settings: dict[str, Any]) -> DiffRate:
     budget_unit=1e6,
     clamp_size=True,
     signed_similarity=True,
+    mask_eps=1e-6,
   )
 
 
@@ -218,13 +285,15 @@ def _check_search(
 
   def budget(arch):
     out = task(arch)[1]
-    return method.penalty(spec, out, jnp.asarray(0))[0] / method.budget_weight
+    penalty = method.penalty(spec, out, jnp.asarray(0))[0] / method.budget_weight
+    return penalty, search_macs(spec, spec.dense_layers, out)
 
   (loss, out), task_grads = jax.jit(jax.value_and_grad(task, has_aux=True))(arch)
-  spent, budget_grads = jax.jit(jax.value_and_grad(budget))(arch)
+  (spent, flops), budget_grads = jax.jit(jax.value_and_grad(budget, has_aux=True))(arch)
   _close(out.logits, case["logits_f64"], tolerance, name)
   _close(loss, case["loss_ce"], F32, name)
   _close(spent, case["loss_flops"], F32 * max(1, float(case["loss_flops"])), name)
+  _close(flops, case["flops"], 1e-6 * float(case["flops"]), f"{name} flops")
   counts = [int(reduced.count) for _, reduced in out.aux]
   kept = np.minimum(case["prune_kept_num"], case["merge_kept_num"])
   np.testing.assert_array_equal(counts, np.minimum.accumulate(kept))
@@ -251,12 +320,47 @@ def _check_gradients(found: dict[str, np.ndarray], case: dict, relative: float) 
 
 
 def _check_modules(spec: ViTSpec, method: DiffRate, arch: dict, case: dict) -> None:
-  options = candidates(spec.num_patches, method.granularity)
-  for key in (k for k in case if k.startswith("module_block") and k.endswith("token_probability")):
-    block, which = key.removeprefix("module_block").split("/")[0].split("_")
+  """What each layer chooses among, and what the authors' modules make of it."""
+  layers = method.layers(spec)
+  options = [candidates(spec.num_patches, layer.reduce.granularity) for layer in layers]
+  for key in (k for k in case if k.startswith("candidates/")):
+    np.testing.assert_array_equal(options[int(key.split("/")[2])], case[key], err_msg=key)
+  for key in (k for k in case if k.startswith("module_block")):
+    module, what = key.split("/")
+    block, which = module.removeprefix("module_block").split("_")
     logits = arch[f"blocks_{block}"]["reduce"][f"{which}_logits"]
-    found = keep_probability(logits, options, spec.num_prefix, spec.num_tokens)
+    probability = keep_probability(logits, options[int(block)], spec.num_prefix, spec.num_tokens)
+    kept = case[f"{which}_kept_num"][int(block)]
+    # Ranks past the second number are an earlier mask's to drop; the authors asked for kept + 6.
+    stops = {
+      "token_mask": spec.num_tokens,
+      "token_mask_with_token_number": min(spec.num_tokens, kept + 6),
+    }
+    found = probability
+    if what != "token_probability":
+      count, stop = (jnp.asarray(n, probability.dtype) for n in (kept, stops[what]))
+      found = _rank_mask(probability, count, stop)
     _close(found, case[key], 1e-6, key)
+
+
+def _check_deployed(
+  fixture: Fixture, spec: ViTSpec, method: DiffRate, case: dict[str, np.ndarray], name: str
+) -> None:
+  """The same counts with tokens removed; the authors' masks clamp sizes, their removal does not."""
+  layers = _static_layers(spec, case["prune_kept_num"], case["merge_kept_num"])
+  learnt = method.deploy(spec, _arch(case, "selected_probability", spec.depth, "float32"))
+  found = [(layer.reduce.prune_keep, layer.reduce.merge_keep) for layer in learnt]
+  expected = [(layer.reduce.prune_keep, layer.reduce.merge_keep) for layer in layers]
+  assert found == expected, name
+  assert macs.static_macs(spec, layers) == case["flops"], name
+  if "eval_flops" in case:
+    assert macs.static_macs(spec, layers) == case["eval_flops"], name
+  if "eval_logits" not in case:
+    return
+  model = ViT(spec, layers)
+  params, images = _params(fixture, model, "float32"), _images(case["x"], "float32")
+  logits = jax.jit(lambda p, x: model.apply({"params": p}, x))(params, images)
+  _close(logits, case["eval_logits"], F32, f"{name} eval_logits")
 
 
 def _check_trajectory(
@@ -277,11 +381,11 @@ def _check_trajectory(
     def loss_fn(arch):
       out = model.apply({"params": params, "arch": arch}, images, method="forward")
       penalty, figures = method.penalty(spec, out, jnp.asarray(0))
-      return cross_entropy(out.logits, labels) + penalty, figures["tokens"]
+      return cross_entropy(out.logits, labels) + penalty, figures
 
-    (loss, counts), grads = jax.value_and_grad(loss_fn, has_aux=True)(arch)
+    (loss, figures), grads = jax.value_and_grad(loss_fn, has_aux=True)(arch)
     updates, state = tx.update(grads, state, arch)
-    return optax.apply_updates(arch, updates), state, loss, counts
+    return optax.apply_updates(arch, updates), state, loss, figures
 
   images = jnp.asarray(_images(case["x"], "float32"))
   labels = jnp.asarray(case["y"], jnp.int32)
@@ -290,9 +394,11 @@ def _check_trajectory(
     expected = np.ceil(np.round(method.expected_counts(spec, arch), 5)) + spec.num_prefix
     np.testing.assert_array_equal(expected[:, 0], case["prune_kept_num"][i], f"{name} {i}")
     np.testing.assert_array_equal(expected[:, 1], case["merge_kept_num"][i], f"{name} {i}")
-    arch, state, loss, counts = step(arch, state, images[batch], labels[batch])
+    arch, state, loss, figures = step(arch, state, images[batch], labels[batch])
     kept = np.minimum(case["prune_kept_num"][i], case["merge_kept_num"][i])
-    np.testing.assert_array_equal(counts, np.minimum.accumulate(kept), f"{name} {i}")
+    np.testing.assert_array_equal(figures["tokens"], np.minimum.accumulate(kept), f"{name} {i}")
+    flops = float(case["flops"][i])
+    _close(1e9 * float(figures["gmacs"]), flops, 1e-6 * flops, f"{name} {i} flops")
     _close(loss, case["loss"][i], 1e-4, f"{name} {i}")
   for key, found in _by_key(arch, "final").items():
     _close(found, case[key], 2e-4, f"{name} {key}")

@@ -1,5 +1,6 @@
 """Plans: the published ones, the round trip through JSON, and every refusal."""
 
+import dataclasses
 import json
 
 import pytest
@@ -19,7 +20,6 @@ def plan_json(**changes):
     "version": 1,
     "variant": MINI,
     "num_tokens": 101,
-    "gmacs": 0.0,
     "made_by": {"method": "diffrate"},
     "layers": [
       {
@@ -94,7 +94,7 @@ def test_file_round_trip(tmp_path):
   assert again.layers == plan.layers
   assert again.layers_for(spec) == layers
   assert again.made_by == plan.made_by
-  assert again.gmacs == pytest.approx(plan.gmacs)
+  assert again.gmacs == round(plan.gmacs, 6)
   assert again.to_json() == plan.to_json()
 
 
@@ -136,6 +136,35 @@ def test_counts_may_rise():
   assert counts == [60, 60, 60, 60, 40, 40, 30, 20]
 
 
+def test_the_files_own_gmacs_count_if_its_layers_cost_that():
+  spec = get_spec(MINI)
+  for_100_classes = get_spec(MINI, num_classes=100)
+  plan = make_plan(for_100_classes, parse_plan(plan_json()).layers_for(spec), {})
+  again = parse_plan(plan.to_json())
+  assert again.gmacs == pytest.approx(plan.gmacs, abs=1e-6)
+  assert again.gmacs - parse_plan(plan_json()).gmacs == pytest.approx(64 * 90 / 1e9, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+  ("gmacs", "shown"),
+  [
+    (0.0, "0.0"),
+    (-1, "-1"),
+    (0.05, "0.05"),
+    (float("nan"), "nan"),
+    (float("inf"), "inf"),
+    (10**400, "1000.*000"),
+    (True, "True"),
+    (None, "None"),
+    ("0.03", "'0.03'"),
+  ],
+)
+def test_gmacs_that_the_layers_do_not_cost(gmacs, shown):
+  cost = f"{parse_plan(plan_json()).gmacs:.6g}"
+  with pytest.raises(UserError, match=f"p.json: .* within 1 % of {cost}, .* got {shown}; correct"):
+    parse_plan(plan_json(gmacs=gmacs), "p.json")
+
+
 def test_gmacs_are_those_of_the_plans_own_image_size():
   layers = [{"prune_keep": 60, "merge_keep": 50}] * 8
   plan = parse_plan(plan_json(num_tokens=145, layers=layers))  # 12 by 12 patches
@@ -144,46 +173,99 @@ def test_gmacs_are_those_of_the_plans_own_image_size():
 
 
 REDUCER = {"type": "prune_merge", "prune_keep": 50, "merge_keep": 40}
+COUNT = "expected a whole number from 1 to 2147483647 for"
 
 
 @pytest.mark.parametrize(
   ("values", "message"),
   [
-    ([], "expected a JSON object"),
+    ([], r'expected a JSON object with "format": "vitcomp-plan", got \[\]'),
+    ([plan_json()], r"expected a JSON object .* got \[\{"),
+    (None, "expected a JSON object .* got None"),
     (plan_json(format="other"), 'expected a JSON object with "format": "vitcomp-plan"'),
     (plan_json(version=2), "expected version 1, got 2"),
-    (plan_json(variant=None), r"expected variant \(str\), got None"),
+    (plan_json(version=[1]), r"expected version 1, got \[1\]"),
+    (plan_json(variant=None), "expected variant to be a string, got None"),
     (plan_json(variant="vit_minni"), "variant 'vit_minni' is not known; near it are"),
-    (plan_json(num_tokens="101"), r"expected num_tokens \(int\), got '101'"),
-    (plan_json(layers={}), r"expected layers \(list\)"),
+    (plan_json(num_tokens="101"), f"{COUNT} num_tokens, got '101'"),
+    (plan_json(num_tokens=0), f"{COUNT} num_tokens, got 0"),
+    (plan_json(num_tokens=-101), f"{COUNT} num_tokens, got -101"),
+    (plan_json(num_tokens=True), f"{COUNT} num_tokens, got True"),
+    (plan_json(num_tokens=101.0), f"{COUNT} num_tokens, got 101.0"),
+    (plan_json(num_tokens=10**400), f"{COUNT} num_tokens, got 1000.*000"),
+    (plan_json(num_tokens=1), "expected num_tokens above the 1 prefix tokens .* got 1"),
+    (plan_json(layers={}), "expected layers to be a list, got {}"),
+    (plan_json(layers=None), "expected layers to be a list, got None"),
     (plan_json(layers=[{}] * 7), "expected 8 layers for vit_mini_patch3_30, got 7"),
-    (with_layer(2, 5), "layer 2: expected an object, got 5"),
-    (with_layer(2, {"prune": 5}), "layer 2: 'prune' is not a key of a layer"),
-    (with_layer(2, {"prune_keep": 5, "reduce": REDUCER}), "expected `reduce` or kept counts"),
-    (with_layer(2, {"prune_keep": 5}), "prune_merge needs merge_keep"),
-    (with_layer(2, {"prune_keep": 5, "merge_keep": 0}), "above 0 for merge_keep, got 0"),
-    (with_layer(2, {"prune_keep": 5.5, "merge_keep": 5}), "above 0 for prune_keep, got 5.5"),
-    (with_layer(2, {"prune_keep": True, "merge_keep": 5}), "above 0 for prune_keep, got True"),
-    (with_layer(2, {"mlp_dim": "256"}), "above 0 for mlp_dim, got '256'"),
-    (
-      with_layer(2, {"reduce": {"type": "tome"}}),
-      "reducer among keep_all, prune_merge, got 'tome'",
-    ),
-    (with_layer(2, {"select": "keep"}), "reducer among keep_all, prune_merge, got 'keep'"),
-    (with_layer(2, {"reduce": {**REDUCER, "r": 1}}), "'r' is not an option of prune_merge"),
-    (with_layer(2, {"reduce": {**REDUCER, "prune_keep": "5"}}), "above 0 for prune_keep, got '5'"),
-    (with_layer(2, {"reduce": {"type": "prune_merge"}}), "needs prune_keep, merge_keep"),
+    (plan_json(made_by=None), "expected made_by to be an object, got None"),
+    (plan_json(made_by="me"), "expected made_by to be an object, got 'me'"),
+    (plan_json(made_by=[]), r"expected made_by to be an object, got \[\]"),
   ],
 )
 def test_a_plan_that_is_not_one(values, message):
-  with pytest.raises(UserError, match=message):
-    parse_plan(values)
+  with pytest.raises(UserError, match=f"^p.json: {message}"):
+    parse_plan(values, "p.json")
+
+
+@pytest.mark.parametrize(
+  ("layer", "message"),
+  [
+    (5, "expected an object, got 5"),
+    (None, "expected an object, got None"),
+    ([], r"expected an object, got \[\]"),
+    ({"prune": 5}, "expected keys among num_heads, .*, got 'prune'"),
+    ({"prune_keep": 5, "reduce": REDUCER}, "expected `reduce` or kept counts, got both"),
+    ({"prune_keep": 5}, "prune_merge needs prune_keep, merge_keep, got prune_keep"),
+    ({"prune_keep": 5, "merge_keep": 0}, f"{COUNT} merge_keep, got 0"),
+    ({"prune_keep": 5.5, "merge_keep": 5}, f"{COUNT} prune_keep, got 5.5"),
+    ({"prune_keep": True, "merge_keep": 5}, f"{COUNT} prune_keep, got True"),
+    ({"prune_keep": 10**400, "merge_keep": 5}, f"{COUNT} prune_keep, got 1000.*000"),
+    ({"prune_keep": 102, "merge_keep": 50}, "expected prune_keep from 2 to 101, got 102"),
+    ({"prune_keep": 50, "merge_keep": 1}, "expected merge_keep from 2 to 101, got 1"),
+    ({"mlp_dim": "256"}, f"{COUNT} mlp_dim, got '256'"),
+    ({"mlp_dim": None}, f"{COUNT} mlp_dim, got None"),
+    ({"num_heads": 10**400}, f"{COUNT} num_heads, got 1000.*000"),
+    (
+      {"reduce": "keep_all"},
+      'reduce: expected an object such as {"type": "keep_all"}, got \'keep_',
+    ),
+    ({"reduce": ["keep_all"]}, r"reduce: expected an object such as .* got \['keep_all'\]"),
+    ({"reduce": None}, "reduce: expected an object such as .* got None"),
+    ({"reduce": {}}, "reduce: expected a type among keep_all, prune_merge, got nothing"),
+    ({"reduce": {"type": []}}, r"reduce: expected a type among .*, got \[\]"),
+    ({"reduce": {"type": {}}}, "reduce: expected a type among .*, got {}"),
+    ({"reduce": {"type": "tome"}}, "reduce: expected a type among .*, got 'tome'"),
+    ({"reduce": {"type": "keep_all", "r": 1}}, r"reduce: .* keep_all \(none\), got 'r'"),
+    ({"reduce": {**REDUCER, "r": 1}}, r"options of prune_merge \(prune_keep, .*\), got 'r'"),
+    ({"reduce": {**REDUCER, "prune_keep": "5"}}, f"reduce: {COUNT} prune_keep, got '5'"),
+    ({"reduce": {**REDUCER, "merge_keep": 102}}, "expected merge_keep from 2 to 101, got 102"),
+    ({"reduce": {"type": "prune_merge"}}, "prune_merge needs prune_keep, merge_keep, got none"),
+    (
+      {"reduce": {**REDUCER, "signed_similarity": [1]}},
+      r"reduce: expected true or false for signed_similarity, got \[1\]",
+    ),
+    ({"reduce": {**REDUCER, "always_sort": 1}}, "expected true or false for always_sort, got 1"),
+    ({"select": "keep"}, "select: expected an object such as .* got 'keep'"),
+    ({"select": REDUCER}, "select: expected type keep_all, got 'prune_merge'"),
+  ],
+)
+def test_a_layer_that_is_not_one(layer, message):
+  with pytest.raises(UserError, match=f"^p.json: layer 2: .*{message}"):
+    parse_plan(with_layer(2, layer), "p.json")
 
 
 def test_a_file_that_is_not_json(tmp_path):
   path = tmp_path / "plan.json"
-  path.write_text("{")
-  with pytest.raises(UserError, match="expected JSON"):
+  for text in ("", "{", "[" * 100_000, '{"gmacs": 1' + "0" * 5000 + "}"):
+    path.write_text(text)
+    with pytest.raises(UserError, match="plan.json: expected JSON"):
+      load_plan(str(path))
+
+
+def test_an_error_names_the_file(tmp_path):
+  path = tmp_path / "mine.json"
+  path.write_text(json.dumps(with_layer(2, {"reduce": "keep_all"})))
+  with pytest.raises(UserError, match="mine.json: layer 2: reduce: expected an object"):
     load_plan(str(path))
 
 
@@ -206,16 +288,27 @@ def test_a_plan_for_another_model(variant, image_size, message):
     load_plan("diffrate/deit_small@2.9").layers_for(get_spec(variant, image_size=image_size))
 
 
+def test_a_count_out_of_range():
+  plan = parse_plan(plan_json())
+  layers = list(plan.layers)
+  layers[4] = dataclasses.replace(layers[4], reduce=PruneMerge(50, 1))
+  plan = dataclasses.replace(plan, layers=tuple(layers))
+  with pytest.raises(UserError, match="layer 4: expected merge_keep from 2 to 101, got 1"):
+    plan.layers_for(get_spec(MINI))
+
+
 @pytest.mark.parametrize(
   ("layer", "message"),
   [
-    ({"prune_keep": 102, "merge_keep": 50}, "layer 4: expected prune_keep from 2 to 101, got 102"),
-    ({"prune_keep": 50, "merge_keep": 1}, "layer 4: expected merge_keep from 2 to 101, got 1"),
+    ({"num_heads": 4, "head_dim": 16}, "expected num_heads 2, as .* has, got 4"),
+    ({"num_heads": 1}, "expected num_heads 2, as .* has, got 1"),
+    ({"head_dim": 16}, "expected head_dim 32, as .* has, got 16"),
+    ({"mlp_dim": 128}, "expected mlp_dim 256, as .* has, got 128"),
   ],
 )
-def test_a_count_out_of_range(layer, message):
+def test_slimmed_layers_are_not_supported(layer, message):
   plan = parse_plan(with_layer(4, layer))
-  with pytest.raises(UserError, match=message):
+  with pytest.raises(UserError, match=f"layer 4: {message}; slimmed layers are not supported"):
     plan.layers_for(get_spec(MINI))
 
 

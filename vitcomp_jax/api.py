@@ -3,10 +3,12 @@
 import dataclasses
 import functools
 import importlib.resources
+import os
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from vitcomp_jax import macs
@@ -23,10 +25,10 @@ Params = dict[str, Any]
 
 def load(
   variant: str,
-  weights: str | None = None,
-  plan: Plan | str | None = None,
+  weights: str | os.PathLike[str] | None = None,
+  plan: Plan | str | os.PathLike[str] | None = None,
   num_classes: int | None = None,
-  image_size: int | None = None,
+  image_size: int | tuple[int, int] | None = None,
 ) -> tuple[ViT, Params]:
   """A model and its parameters.
 
@@ -36,7 +38,8 @@ def load(
     plan: A plan, a published plan's name or the path of a plan.json; none: dense.
     num_classes: 0 gives the pooled features; another number than the weights' a fresh head;
       none: the variant's.
-    image_size: In pixels; none: the variant's. Position embeddings are resampled.
+    image_size: Side of a square, or height and width, in pixels; none: the variant's. Position
+      embeddings are resampled.
 
   Returns:
     An ordinary Flax module, and its parameter tree.
@@ -45,8 +48,9 @@ def load(
     UserError: If variant, weights and plan are not there or do not fit each other.
   """
   spec = get_spec(variant, num_classes, image_size)
-  plan = load_plan(plan) if isinstance(plan, str) else plan
+  plan = load_plan(os.fspath(plan)) if isinstance(plan, str | os.PathLike) else plan
   layers = plan.layers_for(spec) if plan else spec.dense_layers
+  weights = None if weights is None else os.fspath(weights)
   return ViT(spec, layers), load_params(spec, layers, weights)
 
 
@@ -82,6 +86,13 @@ def load_params(
     antialias=spec.antialias,
     initial=initial,
   )
+  broken = [
+    ".".join(key.key for key in path)
+    for path, value in jax.tree.leaves_with_path(state)
+    if not (np.issubdtype(value.dtype, np.floating) and np.isfinite(value).all())
+  ]
+  if broken:
+    raise UserError(f"weights {weights}: expected finite floats, got others in {broken[0]}.")
   return jax.tree.map(jnp.asarray, state)
 
 

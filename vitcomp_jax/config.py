@@ -2,21 +2,50 @@
 
 A config file's `get_config()` returns the `ConfigDict` of `default_config()` with some values
 changed; `main` turns it into a `Config` once, and nothing after that can change it. The comment
-behind a field is its documentation.
+behind or above a field is its documentation.
 """
 
+import ast
+import copy
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import ml_collections
 
 from vitcomp_jax.errors import UserError
 
-STAGES = ("pretrain", "search", "evaluate")
+
+@dataclasses.dataclass(frozen=True)
+class Range:
+  """The finite numbers from `least`, or above `above`, to `most`, or below `below`."""
+
+  least: float = -math.inf
+  above: float = -math.inf
+  most: float = math.inf
+  below: float = math.inf
+
+  def __contains__(self, value: float) -> bool:
+    return self.least <= value <= self.most and self.above < value < self.below
+
+  def __str__(self) -> str:
+    words = ("at least", self.least), ("more than", self.above), ("at most", self.most)
+    bounds = (*words, ("less than", self.below))
+    return " and ".join(f"{word} {bound:g}" for word, bound in bounds if math.isfinite(bound))
+
+
+Count = Annotated[int, Range(1)]
+CountOrZero = Annotated[int, Range(0)]
+Positive = Annotated[float, Range(above=0)]
+PositiveOrZero = Annotated[float, Range(0)]
+Share = Annotated[float, Range(0, most=1)]
+Rate = Annotated[float, Range(0, below=1)]
+
+Stage = Literal["pretrain", "search", "evaluate"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,9 +53,10 @@ class ModelConfig:
   variant: str = "deit_small_patch16_224"  # timm's name; `vc.list_variants()` names all
   weights: str | None = None  # file, hub id `timm/…`, `bundled`, or none: random weights
   plan: str | None = None  # published plan's name or path of a plan.json, for `evaluate`
-  num_classes: int | None = None  # none: as many as the data set has
-  image_size: int | None = None  # pixels; none: the variant's
-  dtype: str = "float32"  # of the computation: float32 or bfloat16; weights stay float32
+  num_classes: CountOrZero | None = None  # none: as many as the data set has
+  image_size: Count | None = None  # pixels; none: the variant's
+  antialias: bool | None = None  # of resampled position embeddings; none: as the variant's origin
+  dtype: Literal["float32", "bfloat16"] = "float32"  # of the computation; weights stay float32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,13 +65,14 @@ class DataConfig:
   dir: str | None = None  # the image folder, or TFDS's data_dir
   train_split: str = "train"  # a split's name; TFDS slices such as `train[:90%]` work
   eval_split: str | None = None  # none: `validation`, `val` or `test`, whichever is there
-  train_examples: int | None = None  # use only this many training images (drawn by seed)
-  eval_examples: int | None = None  # use only this many evaluation images (drawn by seed)
-  pad: int = 0  # pixels of zeros added on every side before anything else
-  crop_pct: float | None = None  # share of the resized image that is kept; none: the variant's
-  augment: str = "none"  # of training images: `none`, `flip_shift` or `crop_flip`
-  on_error: str = "stop"  # a corrupt image: `stop`, or `skip` and count
-  workers: int = 2  # threads that decode images
+  train_examples: Count | None = None  # use only this many training images (drawn by seed)
+  eval_examples: Count | None = None  # use only this many evaluation images (drawn by seed)
+  pad: CountOrZero = 0  # pixels of zeros added on every side before anything else
+  # Share of the resized image that is kept; none: the variant's.
+  crop_pct: Annotated[float, Range(above=0, most=1)] | None = None
+  augment: Literal["none", "flip_shift", "crop_flip"] = "none"  # of training images
+  on_error: Literal["stop", "skip"] = "stop"  # at a corrupt image; `skip` counts them
+  workers: Count = 2  # threads that decode images
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,59 +83,60 @@ class BudgetConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-  epochs: float = 10.0  # passes over the training images
-  batch_size: int = 128  # images per step, over all devices
-  learning_rate: float = 1e-3  # at the peak
-  min_learning_rate: float = 1e-5  # at the end of the cosine
-  warmup_epochs: float = 1.0  # of linear warm-up
-  weight_decay: float = 0.05  # of kernels; biases, norms, tokens and positions take none
-  label_smoothing: float = 0.1  # share of the target spread over all classes
-  drop_path: float = 0.0  # stochastic depth at the last layer, growing linearly from 0
-  clip_norm: float | None = 1.0  # global norm of the gradient; none: not clipped
-  ema: float | None = None  # decay of the averaged weights that are kept; none: the last ones
-  log_every: int = 50  # steps
-  checkpoint_every: int = 500  # steps
+  epochs: Positive = 10.0  # passes over the training images
+  batch_size: Count = 128  # images per step
+  learning_rate: Positive = 1e-3  # at the peak
+  min_learning_rate: PositiveOrZero = 1e-5  # at the end of the cosine
+  warmup_epochs: PositiveOrZero = 1.0  # of linear warm-up
+  weight_decay: PositiveOrZero = 0.05  # of kernels; biases, norms, tokens and positions take none
+  label_smoothing: Share = 0.1  # share of the target spread over all classes
+  drop_path: Rate = 0.0  # stochastic depth at the last layer, growing linearly from 0
+  clip_norm: Positive | None = 1.0  # global norm of the gradient; none: not clipped
+  ema: Rate | None = None  # decay of the averaged weights that are kept; none: the last ones
+  log_every: Count = 50  # steps
+  checkpoint_every: Count = 500  # steps
 
 
 @dataclasses.dataclass(frozen=True)
 class SearchConfig:
-  method: str = "diffrate"  # what is searched
-  steps: int = 300  # optimizer steps
-  batch_size: int = 64  # images per step, over all devices
-  learning_rate: float = 0.1  # of the rates (AdamW, no decay)
-  min_learning_rate: float = 0.01  # at the end of the schedule
-  schedule: str = "cosine"  # `cosine` per step, or `authors`: per epoch, one epoch late
-  epoch_steps: int | None = None  # steps per epoch of `authors`; none: one pass over the images
-  loss: str = "labels"  # `labels`, or the divergence from the dense model's `logits` or `features`
-  label_smoothing: float = 0.0  # share of the target spread over all classes
-  granularity: int = 1  # distance between neighbouring candidate counts
-  init: str = "merge_first"  # where the rates start: `merge_first`, or the authors' `zeros`
-  budget_weight: float = 5.0  # lambda of the budget term
-  budget_scale: str = "relative"  # MACs in units of dense/4.6, or the authors' `gmacs`
-  warmup_steps: int = 0  # steps without the budget term
+  method: Literal["diffrate"] = "diffrate"  # what is searched
+  steps: Count = 300  # optimizer steps
+  batch_size: Count = 64  # images per step
+  learning_rate: Positive = 0.1  # of the rates (Adam)
+  min_learning_rate: PositiveOrZero = 0.01  # at the end of the schedule
+  schedule: Literal["cosine", "authors"] = "cosine"  # per step, or per epoch and one epoch late
+  epoch_steps: Count | None = None  # steps per epoch of `authors`; none: one pass over the images
+  # Cross-entropy with the labels, or the divergence from the dense model's logits or features.
+  loss: Literal["labels", "logits", "features"] = "labels"
+  label_smoothing: Share = 0.0  # share of the target spread over all classes
+  granularity: Count = 1  # distance between neighbouring candidate counts
+  init: Literal["merge_first", "zeros"] = "merge_first"  # where the rates start; authors: `zeros`
+  budget_weight: PositiveOrZero = 5.0  # lambda of the budget term
+  # The budget term counts MACs in units of dense/4.6, or, as the authors', of 1e9.
+  budget_scale: Literal["relative", "gmacs"] = "relative"
+  warmup_steps: CountOrZero = 0  # steps without the budget term
   compress_first: bool = False  # may the first layer lose tokens
-  compress_last: bool | None = (
-    None  # none: as the authors, yes with a CLS head, no with average pool
-  )
+  compress_last: bool | None = None  # none: as the authors, yes with a CLS head, no with a mean
   clamp_size: bool = False  # the authors' clamp of sizes to 1, which deployment does not have
   signed_similarity: bool = False  # the authors' merge weight, which may be negative
-  drop_path: float = 0.0  # stochastic depth while searching (authors: 0.1)
-  log_every: int = 10  # steps
-  checkpoint_every: int = 50  # steps
+  mask_eps: PositiveOrZero = 0.0  # smoothing of the masked softmax (authors: 1e-6)
+  drop_path: Rate = 0.0  # stochastic depth while searching (authors: 0.1)
+  log_every: Count = 10  # steps
+  checkpoint_every: Count = 50  # steps
 
 
 @dataclasses.dataclass(frozen=True)
 class EvaluateConfig:
-  batch_size: int = 100  # images per step
+  batch_size: Count = 100  # images per step
   dense: bool = True  # a row for the dense model
-  baselines: tuple[str, ...] = ()  # hand-made rows at the same MACs: `uniform`, `uniform_merge`
-  token_maps: int = 4  # images in the token-map figure
+  baselines: tuple[Literal["uniform", "uniform_merge"], ...] = ()  # hand-made rows, same MACs
+  token_maps: CountOrZero = 4  # images in the token-map figure
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-  stages: tuple[str, ...] = ("evaluate",)  # run in this order
-  seed: int = 0  # of everything random
+  stages: tuple[Stage, ...] = ("evaluate",)  # run in this order
+  seed: Annotated[int, Range(0, below=2**32)] = 0  # of everything random
   model: ModelConfig = ModelConfig()
   data: DataConfig = DataConfig()
   budget: BudgetConfig = BudgetConfig()
@@ -126,7 +158,7 @@ def _to_config_dict(cls: type) -> ml_collections.ConfigDict:
       values[field.name] = _to_config_dict(typing.cast(type, kind))
     elif field.default is None:
       # A placeholder knows the type that an override must have.
-      values[field.name] = ml_collections.config_dict.placeholder(_strip_none(kind))
+      values[field.name] = ml_collections.config_dict.placeholder(_plain_type(kind))
     else:
       values[field.name] = field.default
   return ml_collections.ConfigDict(values)
@@ -136,13 +168,49 @@ def from_config_dict(values: Mapping[str, Any]) -> Config:
   """Turns a (possibly partial) mapping into a `Config`.
 
   Raises:
-    UserError: For an unknown key (naming the nearest known one) or a value of the wrong type.
+    UserError: For an unknown key (naming the nearest known one), or a value of the wrong type or
+      out of its range.
   """
-  config = _from_mapping(Config, values, "")
-  for stage in config.stages:
-    if stage not in STAGES:
-      raise UserError(f"config.stages: expected some of {STAGES}, got {stage!r}.")
+  config: Config = _from_mapping(Config, values, "")
+  if not config.stages:
+    raise UserError("config.stages: expected at least one stage, got none.")
   return config
+
+
+def with_overrides(values: Mapping[str, Any], overrides: Mapping[str, str]) -> dict[str, Any]:
+  """Sets keys from a command line's text: Python literals, or strings as they are.
+
+  Raises:
+    UserError: For an unknown key (naming the nearest known one).
+  """
+  changed: dict[str, Any] = copy.deepcopy(dict(values))
+  for key, text in overrides.items():
+    if key not in all_keys():
+      raise UserError(unknown_key(key))
+    *groups, last = key.split(".")
+    group = changed
+    for name in groups:
+      group = group.setdefault(name, {})
+    group[last] = _literal(text, _key_type(key))
+  return changed
+
+
+def _key_type(key: str) -> type:
+  kind: Any = Config
+  for name in key.split("."):
+    kind = _field_type(kind, name)
+  return _plain_type(kind)
+
+
+def _literal(text: str, kind: type) -> Any:
+  if kind is str:
+    return text
+  if kind is bool and text.lower() in ("true", "false"):
+    return text.lower() == "true"
+  try:
+    return ast.literal_eval(text)
+  except (ValueError, SyntaxError, MemoryError, RecursionError):
+    return text  # which the check of its type will name
 
 
 def _from_mapping(cls: type, values: Mapping[str, Any], path: str) -> Any:
@@ -163,6 +231,9 @@ def _from_mapping(cls: type, values: Mapping[str, Any], path: str) -> Any:
 
 def unknown_key(path: str) -> str:
   """The message for a key that does not exist, with the nearest one that does."""
+  inside = [key for key in all_keys() if key.startswith(f"{path}.")]
+  if inside:
+    return f"config.{path} is a group of keys; set one of them, such as config.{inside[0]}."
   near = difflib.get_close_matches(path, all_keys(), n=1, cutoff=0.0)
   return f"config.{path} does not exist; did you mean config.{near[0]}?"
 
@@ -182,29 +253,54 @@ def all_keys(cls: type = Config, path: str = "") -> list[str]:
 
 def _checked(value: Any, kind: Any, path: str) -> Any:
   """`value` as `kind`, or an error that names the key."""
-  options = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
-  if types.NoneType in options and value in ("none", "None"):
+  options = _options(kind)
+  is_bool, is_empty = isinstance(value, bool), value == ""
+  if type(None) in options and value in ("none", "None"):
     return None  # how a command line unsets what a config file sets
   for option in options:
-    origin = typing.get_origin(option) or option
-    if origin is tuple and isinstance(value, tuple | list):
+    base, known = _base_and_known(option)
+    if base is tuple and isinstance(value, tuple | list):
       return tuple(_checked(v, typing.get_args(option)[0], path) for v in value)
-    if origin is float and isinstance(value, int | float) and not isinstance(value, bool):
-      return float(value)
-    if isinstance(value, origin) and (origin is bool or not isinstance(value, bool)):
+    if base is float and isinstance(value, int) and not isinstance(value, bool):
+      value = float(value)
+    is_right = isinstance(value, base) and is_bool == (base is bool) and not is_empty
+    if is_right and (known is None or value in known):
       return value
-  names = " or ".join(
-    "none" if o is types.NoneType else str(getattr(o, "__name__", o)) for o in options
+  raise UserError(
+    f"config.{path}: expected {' or '.join(map(_described, options))}, got {value!r}."
   )
-  raise UserError(f"config.{path}: expected {names}, got {value!r}.")
+
+
+def _options(kind: Any) -> tuple[Any, ...]:
+  """The alternatives of a union, or the one type there is."""
+  union = typing.get_origin(kind) in (types.UnionType, typing.Union)
+  return typing.get_args(kind) if union else (kind,)
+
+
+def _base_and_known(option: Any) -> tuple[type, Any]:
+  """A plain type, and what its values must be among; none: anything."""
+  if typing.get_origin(option) is Annotated:
+    return typing.get_args(option)
+  if typing.get_origin(option) is Literal:
+    return str, typing.get_args(option)
+  return typing.get_origin(option) or option, None
+
+
+def _described(option: Any) -> str:
+  if option is type(None):
+    return "none"
+  base, known = _base_and_known(option)
+  if isinstance(known, Range):
+    return f"{base.__name__} of {known}"
+  return base.__name__ if known is None else f"one of {', '.join(known)}"
+
+
+def _plain_type(kind: Any) -> type:
+  return next(_base_and_known(t)[0] for t in _options(kind) if t is not type(None))
 
 
 def _field_type(cls: type, name: str) -> Any:
-  return typing.get_type_hints(cls)[name]
-
-
-def _strip_none(kind: Any) -> type:
-  return next(t for t in typing.get_args(kind) if t is not types.NoneType)
+  return typing.get_type_hints(cls, include_extras=True)[name]
 
 
 def to_dict(config: Config) -> dict[str, Any]:

@@ -5,7 +5,7 @@ import logging
 import pathlib
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import tqdm
@@ -78,27 +78,37 @@ def read_metrics(workdir: pathlib.Path, stage: str) -> list[dict[str, Any]]:
   path = workdir / "metrics.jsonl"
   if not path.exists():
     return []
-  return [r for r in map(_parse, path.read_text().splitlines()) if r.get("stage") == stage]
+  return [r for r in _records(path) if r.get("stage") == stage]
+
+
+def _records(path: pathlib.Path) -> list[dict[str, Any]]:
+  """What was logged, without lines that are damaged."""
+  return [r for r in map(_parse, path.read_text(errors="replace").splitlines()) if r]
 
 
 def _parse(line: str) -> dict[str, Any]:
   """A logged record; a line that a kill cut off is an empty one."""
   try:
-    return dict(json.loads(line))
+    record = json.loads(line)
   except ValueError:
     return {}
+  return record if isinstance(record, dict) else {}
 
 
 def _drop_later(path: pathlib.Path, stage: str, step: int) -> float:
   """Removes a stage's records after `step`; returns the seconds spent up to it."""
   if not path.exists():
     return 0.0
-  records = [r for r in map(_parse, path.read_text().splitlines()) if r]
-  kept = [r for r in records if r["stage"] != stage or r["step"] <= step]
+  kept = [r for r in _records(path) if r.get("stage") != stage or r.get("step", 0) <= step]
   write_text(path, "".join(json.dumps(r) + "\n" for r in kept))
-  return max((float(r["time_s"]) for r in kept if r["stage"] == stage), default=0.0)
+  return max((float(r.get("time_s", 0)) for r in kept if r.get("stage") == stage), default=0.0)
 
 
 def _plain(value: Any) -> Any:
   value = value.tolist() if hasattr(value, "tolist") else value
   return value[0] if isinstance(value, list) and len(value) == 1 else value
+
+
+def progress(items: Iterable[Any], what: str, total: int) -> Iterable[Any]:
+  """The items, with a progress bar on a terminal."""
+  return tqdm.tqdm(items, desc=what, total=total, disable=not sys.stderr.isatty())

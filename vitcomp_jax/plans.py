@@ -6,7 +6,8 @@ import functools
 import importlib.resources
 import json
 import pathlib
-from collections.abc import Mapping
+import reprlib
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from vitcomp_jax import macs
@@ -20,6 +21,9 @@ from vitcomp_jax.models.variants import get_spec
 FORMAT, VERSION = "vitcomp-plan", 1
 REDUCERS: dict[str, type] = {"keep_all": reducers.KeepAll, "prune_merge": reducers.PruneMerge}
 _WIDTHS = ("num_heads", "head_dim", "mlp_dim")
+_LARGEST = 2**31 - 1  # more is a slip of the pen, and would not fit the arithmetic
+# How far a file's GMACs may be from what its layers cost: a head for other classes is less.
+_GMACS_TOLERANCE = 0.01
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +48,7 @@ class Plan:
     """The layer specs of a model under this plan.
 
     Raises:
-      UserError: If the plan is for another depth, width or token count.
+      UserError: If the plan is for another depth, width or token count, or for slimmed layers.
     """
     mine = get_spec(self.variant)
     for what, expected, got in (
@@ -58,9 +62,11 @@ class Plan:
           f"plan: expected {expected} {what} for {spec.name} at {spec.image_size[0]} pixels, got "
           f"{got}; the plan is for {self.variant}."
         )
-    for index, layer in enumerate(self.layers):
-      _check_counts(layer, index, spec)
-    pairs = zip(spec.dense_layers, self.layers, strict=True)
+    pairs = list(zip(spec.dense_layers, self.layers, strict=True))
+    for index, (base, layer) in enumerate(pairs):
+      where = f"plan: layer {index}"
+      _check_widths(layer, base, spec, where)
+      _check_counts(layer, spec.num_prefix, spec.num_tokens, where)
     return tuple(layer.apply_to(base) for base, layer in pairs)
 
   def to_json(self) -> dict[str, Any]:
@@ -126,7 +132,7 @@ def load_plan(name: str) -> Plan:
     )
   try:
     values = json.loads(path.read_text())
-  except ValueError as error:
+  except (ValueError, RecursionError) as error:
     raise UserError(f"plan {name}: expected JSON, got something else: {error}.") from error
   return parse_plan(values, name)
 
@@ -139,69 +145,136 @@ def save_plan(plan: Plan, path: pathlib.Path) -> None:
 def parse_plan(values: Any, where: str = "plan") -> Plan:
   """A plan from the content of a plan.json.
 
+  Args:
+    values: The content.
+    where: The file's name, for errors.
+
   Raises:
     UserError: Names the key that is missing or wrong.
   """
   if not isinstance(values, Mapping) or values.get("format") != FORMAT:
-    raise UserError(f'{where}: expected a JSON object with "format": "{FORMAT}".')
+    raise UserError(
+      f'{where}: expected a JSON object with "format": "{FORMAT}", got {reprlib.repr(values)}.'
+    )
   if values.get("version") != VERSION:
-    raise UserError(f"{where}: expected version {VERSION}, got {values.get('version')!r}.")
-  for key, kind in (("variant", str), ("num_tokens", int), ("layers", list)):
-    if not isinstance(values.get(key), kind):
-      raise UserError(f"{where}: expected {key} ({kind.__name__}), got {values.get(key)!r}.")
-  spec = get_spec(values["variant"])
-  layers = tuple(
-    _parse_layer(layer, f"{where}: layer {i}") for i, layer in enumerate(values["layers"])
-  )
-  if len(layers) != spec.depth:
-    raise UserError(f"{where}: expected {spec.depth} layers for {spec.name}, got {len(layers)}.")
-  bases = zip(spec.dense_layers, layers, strict=True)
-  gmacs = _gmacs(spec, values["num_tokens"], tuple(layer.apply_to(base) for base, layer in bases))
-  return Plan(spec.name, values["num_tokens"], layers, gmacs, dict(values.get("made_by", {})))
+    raise UserError(f"{where}: expected version {VERSION}, got {_shown(values, 'version')}.")
+  made_by = values.get("made_by", {})
+  for key, is_right, kind in (
+    ("variant", isinstance(values.get("variant"), str), "a string"),
+    ("layers", isinstance(values.get("layers"), list), "a list"),
+    ("made_by", isinstance(made_by, Mapping), "an object"),
+  ):
+    if not is_right:
+      raise UserError(f"{where}: expected {key} to be {kind}, got {_shown(values, key)}.")
+  try:
+    spec = get_spec(values["variant"])
+  except UserError as error:
+    raise UserError(f"{where}: {error}") from error
+  num_tokens = _count(values, "num_tokens", where)
+  if num_tokens <= spec.num_prefix:
+    raise UserError(
+      f"{where}: expected num_tokens above the {spec.num_prefix} prefix tokens of {spec.name}, got "
+      f"{num_tokens}."
+    )
+  if len(values["layers"]) != spec.depth:
+    raise UserError(
+      f"{where}: expected {spec.depth} layers for {spec.name}, got {len(values['layers'])}."
+    )
+  layers = []
+  for i, layer in enumerate(values["layers"]):
+    layers.append(_parse_layer(layer, f"{where}: layer {i}"))
+    _check_counts(layers[i], spec.num_prefix, num_tokens, f"{where}: layer {i}")
+  gmacs = _gmacs(spec, num_tokens, layers)
+  if "gmacs" in values:
+    gmacs = _checked_gmacs(values["gmacs"], gmacs, where)
+  return Plan(spec.name, num_tokens, tuple(layers), gmacs, dict(made_by))
 
 
-def _gmacs(spec: ViTSpec, num_tokens: int, layers: tuple[LayerSpec, ...]) -> float:
+def _gmacs(spec: ViTSpec, num_tokens: int, plan_layers: Sequence[PlanLayer]) -> float:
   """Counts for the plan's own image size, which may not be the variant's."""
+  bases = zip(spec.dense_layers, plan_layers, strict=True)
+  layers = tuple(layer.apply_to(base) for base, layer in bases)
   counts = macs.static_counts(spec, layers, num_tokens)
   resize = (num_tokens - spec.num_tokens) * spec.width * 3 * spec.patch_size**2
   return (float(macs.macs(spec, layers, counts)) + resize) / 1e9
 
 
+def _checked_gmacs(value: Any, expected: float, where: str) -> float:
+  """The file's own GMACs, which are right for its number of classes, if its layers cost that."""
+  is_number = isinstance(value, int | float) and not isinstance(value, bool)
+  # Compared this way round, NaN and whole numbers that no float can hold are refused too.
+  low, high = ((1 + sign * _GMACS_TOLERANCE) * expected for sign in (-1, 1))
+  if not (is_number and low <= value <= high):
+    raise UserError(
+      f"{where}: expected gmacs within {100 * _GMACS_TOLERANCE:g} % of {expected:.6g}, which the "
+      f"layers cost, got {reprlib.repr(value)}; correct the layers, or leave gmacs out."
+    )
+  return float(value)
+
+
 def _parse_layer(values: Any, where: str) -> PlanLayer:
   if not isinstance(values, Mapping):
-    raise UserError(f"{where}: expected an object, got {values!r}.")
+    raise UserError(f"{where}: expected an object, got {reprlib.repr(values)}.")
   counts = {k: values[k] for k in ("prune_keep", "merge_keep") if k in values}
   unknown = set(values) - {*_WIDTHS, "select", "reduce", *counts}
   if unknown:
-    raise UserError(f"{where}: {sorted(unknown)[0]!r} is not a key of a layer.")
+    known = ", ".join((*_WIDTHS, "select", "reduce", "prune_keep", "merge_keep"))
+    raise UserError(f"{where}: expected keys among {known}, got {sorted(unknown)[0]!r}.")
   if counts and "reduce" in values:
     raise UserError(f"{where}: expected `reduce` or kept counts, got both.")
-  for key in (*_WIDTHS, *counts):
-    if key in values and not _is_count(values[key]):
-      raise UserError(f"{where}: expected a whole number above 0 for {key}, got {values[key]!r}.")
-  reduce = values.get("reduce", {"type": "keep_all"})
+  nothing = {"type": "keep_all"}
+  select = _parse_reducer(values.get("select", nothing), f"{where}: select")
+  if not isinstance(select, reducers.KeepAll):
+    # Before attention there is nothing yet to tell the important tokens by.
+    raise UserError(f"{where}: select: expected type keep_all, got {values['select']['type']!r}.")
+  reduce = {"type": "prune_merge", **counts} if counts else values.get("reduce", nothing)
   return PlanLayer(
-    **{name: values.get(name) for name in _WIDTHS},
-    select=_parse_reducer(values.get("select", {"type": "keep_all"}), where),
-    reduce=_parse_reducer({"type": "prune_merge", **counts} if counts else reduce, where),
+    **{name: _count(values, name, where) for name in _WIDTHS if name in values},
+    select=select,
+    reduce=_parse_reducer(reduce, where if counts else f"{where}: reduce"),
   )
 
 
 def _parse_reducer(values: Any, where: str) -> TokenReducer:
-  kind = values.get("type") if isinstance(values, Mapping) else values
-  if kind not in REDUCERS:
-    raise UserError(f"{where}: expected a reducer among {', '.join(REDUCERS)}, got {kind!r}.")
+  if not isinstance(values, Mapping):
+    raise UserError(
+      f'{where}: expected an object such as {{"type": "keep_all"}}, got {reprlib.repr(values)}.'
+    )
+  kind = values.get("type")
+  if not isinstance(kind, str) or kind not in REDUCERS:
+    raise UserError(
+      f"{where}: expected a type among {', '.join(REDUCERS)}, got {_shown(values, 'type')}."
+    )
   fields = {f.name: f for f in dataclasses.fields(REDUCERS[kind])}
   options = {k: v for k, v in values.items() if k != "type"}
   for key, value in options.items():
     if key not in fields:
-      raise UserError(f"{where}: {key!r} is not an option of {kind}.")
-    if fields[key].type is int and not _is_count(value):
-      raise UserError(f"{where}: expected a whole number above 0 for {key}, got {value!r}.")
-  missing = [k for k, f in fields.items() if f.default is dataclasses.MISSING and k not in options]
-  if missing:
-    raise UserError(f"{where}: {kind} needs {', '.join(missing)}.")
+      known = ", ".join(fields) or "none"
+      raise UserError(f"{where}: expected options of {kind} ({known}), got {key!r}.")
+    if fields[key].type is int:
+      _count(options, key, where)
+    elif fields[key].type is bool and not isinstance(value, bool):
+      raise UserError(f"{where}: expected true or false for {key}, got {reprlib.repr(value)}.")
+  required = [k for k, f in fields.items() if f.default is dataclasses.MISSING]
+  if not set(required) <= set(options):
+    got = ", ".join(options) or "none"
+    raise UserError(f"{where}: {kind} needs {', '.join(required)}, got {got}.")
   return REDUCERS[kind](**options)
+
+
+def _count(values: Mapping[str, Any], key: str, where: str) -> int:
+  """A whole number above 0; true and false are no numbers."""
+  value = values.get(key)
+  if not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= _LARGEST:
+    raise UserError(
+      f"{where}: expected a whole number from 1 to {_LARGEST} for {key}, got {_shown(values, key)}."
+    )
+  return value
+
+
+def _shown(values: Mapping[str, Any], key: str) -> str:
+  """What a key has, short enough for a line."""
+  return reprlib.repr(values[key]) if key in values else "nothing"
 
 
 def _reducer_json(reducer: TokenReducer) -> dict[str, Any]:
@@ -212,20 +285,25 @@ def _reducer_json(reducer: TokenReducer) -> dict[str, Any]:
   return {"type": kind, **shown}
 
 
-def _check_counts(layer: PlanLayer, index: int, spec: ViTSpec) -> None:
+def _check_widths(layer: PlanLayer, base: LayerSpec, spec: ViTSpec, where: str) -> None:
+  """No slimmed weights exist yet, and other heads cut the dense ones apart without an error."""
+  for name in _WIDTHS:
+    expected, got = getattr(base, name), getattr(layer, name)
+    if got not in (None, expected):
+      raise UserError(
+        f"{where}: expected {name} {expected}, as {spec.name} has, got {got}; slimmed layers are "
+        "not supported."
+      )
+
+
+def _check_counts(layer: PlanLayer, num_prefix: int, num_tokens: int, where: str) -> None:
   """Kept counts must leave the prefix and a patch token; rising counts are the authors' right."""
   if not isinstance(layer.reduce, reducers.PruneMerge):
     return
   for name in ("prune_keep", "merge_keep"):
-    count, least = getattr(layer.reduce, name), spec.num_prefix + 1
-    if not least <= count <= spec.num_tokens:
-      raise UserError(
-        f"plan: layer {index}: expected {name} from {least} to {spec.num_tokens}, got {count}."
-      )
-
-
-def _is_count(value: Any) -> bool:
-  return isinstance(value, int) and not isinstance(value, bool) and value > 0
+    count, least = getattr(layer.reduce, name), num_prefix + 1
+    if not least <= count <= num_tokens:
+      raise UserError(f"{where}: expected {name} from {least} to {num_tokens}, got {count}.")
 
 
 @functools.cache

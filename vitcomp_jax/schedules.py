@@ -14,7 +14,8 @@ def hand_made(name: str, spec: ViTSpec, target_gmacs: float) -> tuple[LayerSpec,
   """A hand-made schedule by name.
 
   Args:
-    name: `uniform` prunes to the same count in every layer but the first, `uniform_merge` merges.
+    name: `uniform` prunes to the same count in every layer that a search compresses by default,
+      `uniform_merge` merges.
     spec: The model.
     target_gmacs: The budget; the count that comes nearest is taken.
 
@@ -25,12 +26,19 @@ def hand_made(name: str, spec: ViTSpec, target_gmacs: float) -> tuple[LayerSpec,
     raise UserError(f"config.evaluate.baselines: expected some of {HAND_MADE}, got {name!r}.")
 
   def layers(count: int) -> tuple[LayerSpec, ...]:
-    prune = spec.num_tokens if name == "uniform_merge" else count
-    first, *rest = spec.dense_layers
-    reduced = (dataclasses.replace(layer, reduce=PruneMerge(prune, count)) for layer in rest)
-    return (first, *reduced)
+    reduce = PruneMerge(spec.num_tokens if name == "uniform_merge" else count, count)
+    return tuple(
+      dataclasses.replace(layer, reduce=reduce) if _is_compressed(spec, index) else layer
+      for index, layer in enumerate(spec.dense_layers)
+    )
 
   def distance(count: int) -> float:
     return abs(macs.static_macs(spec, layers(count)) - target_gmacs * 1e9)
 
   return layers(min(range(spec.num_prefix + 1, spec.num_tokens + 1), key=distance))
+
+
+def _is_compressed(spec: ViTSpec, index: int) -> bool:
+  """Not the first layer, nor one whose patch tokens the head pools over: as in a search."""
+  pooled = spec.pool == "size_mean" and index == spec.depth - 1
+  return index > 0 and not pooled

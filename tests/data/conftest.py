@@ -12,7 +12,7 @@ import tiny
 
 @pytest.fixture(scope="session")
 def tfds_dir(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-  """TFDS's data_dir with `tiny_shapes` as ArrayRecord; not to be changed."""
+  """TFDS's data_dir with the sets of `tiny` as ArrayRecord; not to be changed."""
   directory = tmp_path_factory.mktemp("tfds")
   tiny.prepare(directory)
   return directory

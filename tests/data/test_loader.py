@@ -9,7 +9,7 @@ import pytest
 import tiny
 
 from vitcomp_jax.config import DataConfig
-from vitcomp_jax.data import loader, transforms
+from vitcomp_jax.data import loader, sources, transforms
 from vitcomp_jax.errors import UserError
 
 Batch = dict[str, np.ndarray]
@@ -203,6 +203,43 @@ def test_only_corrupt_images_are_an_error(folder: pathlib.Path) -> None:
   dataset = open_set("train", name="folder", dir=str(folder), on_error="skip")
   with pytest.raises(UserError, match="got only corrupt ones"):
     take(dataset, 1, 2)
+
+
+@pytest.mark.parametrize("name", ["folder", "tiny_shapes"])
+def test_only_corrupt_images_end_an_evaluation(
+  name: str, folder: pathlib.Path, tfds_dir: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  def corrupt(content: bytes, what: str) -> None:
+    raise sources.CorruptImage(what)
+
+  monkeypatch.setattr(sources, "decode", corrupt)
+  place = folder if name == "folder" else tfds_dir
+  dataset = open_set("eval", name=name, dir=str(place), on_error="skip")
+  with pytest.raises(UserError, match="got only corrupt ones"):
+    list(dataset.eval_batches(4))
+  with pytest.raises(UserError, match="got only corrupt ones"):
+    dataset.sample(2)
+
+
+def test_image_that_cannot_be_read_counts_as_corrupt(folder: pathlib.Path) -> None:
+  dataset = open_set("eval", name="folder", dir=str(folder), on_error="skip")
+  (folder / "val" / "cat" / "1.JPEG").unlink()
+  masks = np.concatenate([batch["mask"] for batch in dataset.eval_batches(6)])
+  np.testing.assert_array_equal(masks, [1, 0, 1, 1, 1, 1])
+
+
+@pytest.mark.parametrize("name", ["folder", "tiny_plain"])
+def test_images_without_labels(name: str, tmp_path: pathlib.Path, tfds_dir: pathlib.Path) -> None:
+  tiny.plain_folder(tmp_path)
+  place = tmp_path if name == "folder" else tfds_dir
+  for split in ("train", "eval"):
+    dataset = open_set(split, name=name, dir=str(place))
+    assert not dataset.has_labels and dataset.num_classes == 0 and dataset.class_names == ()
+  np.testing.assert_array_equal(take(dataset, 1, 5)[0]["label"], [-1] * 5)
+  batch = next(dataset.eval_batches(3))
+  assert (batch["label"] == -1).all() and batch["mask"].all()
+  assert (dataset.sample(2)["label"] == -1).all()
+  assert open_set("eval", name="fake").has_labels
 
 
 @pytest.mark.parametrize(

@@ -97,6 +97,31 @@ def test_folder_with_an_empty_class_is_refused(folder: pathlib.Path) -> None:
     open_source("folder", folder)
 
 
+def test_folder_takes_only_files(folder: pathlib.Path) -> None:
+  (folder / "val" / "cat" / "3.jpg").symlink_to("nowhere")
+  (folder / "val" / "cat" / "4.jpg").mkdir()
+  (folder / "val" / "5.jpg").mkdir()
+  (folder / "val" / "dog" / "6.png").symlink_to(folder / "val" / "cat" / "2.png")
+  source = open_source("folder", folder)
+  assert source.class_names == ("cat", "dog") and len(source) == 7
+  np.testing.assert_array_equal(np.asarray(source[6].image), np.asarray(source[2].image))
+
+
+def test_folder_without_class_folders_has_no_labels(tmp_path: pathlib.Path) -> None:
+  tiny.plain_folder(tmp_path)
+  source = open_source("folder", tmp_path)
+  assert source.class_names == () and len(source) == 3
+  assert [source[i].label for i in range(3)] == [-1] * 3
+  assert [int(np.asarray(source[i].image)[0, 0, 0]) for i in range(3)] == [0, 10, 20]
+
+
+def test_only_one_split_may_have_labels(tmp_path: pathlib.Path) -> None:
+  tiny.plain_folder(tmp_path, ("train",))
+  tiny.folder(tmp_path, ("val",))
+  assert open_source("folder", tmp_path, "train").class_names == ()
+  assert open_source("folder", tmp_path, "val").class_names == ("cat", "dog")
+
+
 @pytest.mark.parametrize("split", ["train", "val"])
 def test_folder_with_differing_classes_is_refused(folder: pathlib.Path, split: str) -> None:
   (folder / "val" / "dog").rename(folder / "val" / "wolf")
@@ -109,6 +134,22 @@ def test_truncated_image_is_named(folder: pathlib.Path) -> None:
   tiny.truncate(file)
   with pytest.raises(sources.CorruptImage, match=str(file)):
     open_source("folder", folder)[0]
+
+
+def test_image_that_is_gone_is_named(folder: pathlib.Path) -> None:
+  source = open_source("folder", folder)
+  file = folder / "val" / "cat" / "0.jpg"
+  file.unlink()
+  with pytest.raises(sources.CorruptImage, match=f"{file}: No such file"):
+    source[0]
+  assert isinstance(sources.read(source, [0])[0], sources.CorruptImage)
+
+
+def test_tfds_without_labels(tfds_dir: pathlib.Path) -> None:
+  source = open_source("tiny_plain", tfds_dir)
+  assert source.class_names == () and len(source) == 4
+  found = [source[0], *sources.read(source, range(4))]
+  assert [example.label for example in found if isinstance(example, sources.Example)] == [-1] * 5
 
 
 def test_tfds_reads_array_record(tfds_dir: pathlib.Path) -> None:

@@ -33,10 +33,22 @@ with tfds.core.registered.skip_registration():
         image = PIL.Image.fromarray(np.full((6, 8), i, np.uint8))
         yield i, {"image": image, "label": i % 3}
 
+  class TinyPlain(TinyShapes):
+    """The same images without labels."""
+
+    def _info(self) -> tfds.core.DatasetInfo:
+      features = {"image": tfds.features.Image(shape=(6, 8, 1))}
+      return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
+
+    def _generate_examples(self, count: int) -> Iterator[tuple[int, dict[str, Any]]]:
+      for i, example in super()._generate_examples(count):
+        yield i, {"image": example["image"]}
+
 
 def prepare(directory: pathlib.Path) -> None:
-  """Writes `tiny_shapes` as ArrayRecord."""
-  TinyShapes(data_dir=directory, file_format="array_record").download_and_prepare()
+  """Writes `tiny_shapes` and `tiny_plain` as ArrayRecord."""
+  for builder in (TinyShapes, TinyPlain):
+    builder(data_dir=directory, file_format="array_record").download_and_prepare()
   assert "tensorflow" not in sys.modules
 
 
@@ -50,6 +62,15 @@ def folder(directory: pathlib.Path, splits: tuple[str, ...] = ("train", "val")) 
         image = np.full((20 + i, 30, 3), 100 * c + 10 * i, np.uint8)
         PIL.Image.fromarray(image).save(place / f"{i}{suffix}")
       (place / "notes.txt").write_text("not an image")
+
+
+def plain_folder(directory: pathlib.Path, splits: tuple[str, ...] = ("train", "val")) -> None:
+  """Writes three images per split, without class folders."""
+  for split in splits:
+    (directory / split).mkdir(parents=True)
+    for i in range(3):
+      image = np.full((20, 30, 3), 10 * i, np.uint8)
+      PIL.Image.fromarray(image).save(directory / split / f"{i}.png")
 
 
 def truncate(file: pathlib.Path) -> None:

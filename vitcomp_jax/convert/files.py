@@ -156,7 +156,8 @@ def _from_hub(hub_id: str, cache_dir: str | None) -> Path:
 def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
   try:
     return dict(safetensors.numpy.load_file(path))
-  except (safetensors.SafetensorError, OSError) as error:
+  # Besides its own errors, whatever NumPy makes of a type that it does not know.
+  except Exception as error:
     raise _damaged(path, error) from error
 
 
@@ -205,9 +206,9 @@ def _read_npz(path: Path) -> dict[str, np.ndarray]:
   try:
     with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
       arrays = {name: _widen(file[name]) for name in file.files}
-  # What NumPy raises depends on where the damage is.
+  # What NumPy raises depends on where the damage is; it advises to load pickles, which we never do.
   except Exception as error:
-    raise _damaged(path, error) from error
+    raise _damaged(path, ValueError("not an archive of plain arrays")) from error
   return augreg.to_timm(arrays, str(path))
 
 

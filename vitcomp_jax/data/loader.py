@@ -53,7 +53,7 @@ def load(
   """
   if split not in ("train", "eval"):
     raise ValueError(f"split: expected train or eval, got {split!r}.")
-  _check(config)
+  _check(config, min(pre.image_size))
   crop_pct = pre.crop_pct if config.crop_pct is None else config.crop_pct
   pre = dataclasses.replace(pre, pad=config.pad or pre.pad, crop_pct=crop_pct)
   train = split == "train"
@@ -77,12 +77,16 @@ def load(
   )
 
 
-def _check(config: DataConfig) -> None:
+def _check(config: DataConfig, side: int) -> None:
   for key, known in (("augment", transforms.AUGMENTS), ("on_error", ("stop", "skip"))):
     if getattr(config, key) not in known:
       raise UserError(f"config.data.{key}: expected one of {known}, got {getattr(config, key)!r}.")
   if config.workers < 1:
     raise UserError(f"config.data.workers: expected at least 1, got {config.workers}.")
+  if 2 * config.pad >= side:
+    raise UserError(
+      f"config.data.pad: expected less than half of the model's {side} pixels, got {config.pad}."
+    )
 
 
 def _subset(length: int, count: int | None, seed: int, key: str) -> np.ndarray:
@@ -105,8 +109,9 @@ class Dataset:
   Attributes:
     name: Of the data set.
     split: Name of the split in the data set.
-    class_names: By label.
+    class_names: By label; empty where there are no labels.
     num_classes: Their number.
+    has_labels: Whether there are labels; without, every label is -1.
     num_examples: Images that are used, corrupt ones included.
     pre: What is done to every image.
   """
@@ -134,6 +139,7 @@ class Dataset:
     """
     self.name, self.split = source.name, source.split
     self.class_names, self.num_classes = source.class_names, len(source.class_names)
+    self.has_labels = self.num_classes > 0
     self.num_examples, self.pre = len(indices), pre
     self._source, self._indices, self._seed = source, indices, seed
     self._augment, self._skip_corrupt, self._workers = augment, skip_corrupt, workers
@@ -170,11 +176,13 @@ class Dataset:
 
     Returns:
       Iterator over `image` uint8[b h w 3], `label` int32[b], `index` int64[b] in the source (-1:
-      none) and `mask` float32[b], 1 for examples, 0 for filling and for corrupt images.
+      none) and `mask` float32[b], 1 for examples, 0 for filling and for corrupt images. At its end
+      it raises a UserError if all images are corrupt.
     """
     _check_batch_size(batch_size)
     order = grain.MapDataset.range(self.num_examples).batch(batch_size)
-    return self._iterate(order.map(functools.partial(self._eval_batch, batch_size)), 0)
+    batches = self._iterate(order.map(functools.partial(self._eval_batch, batch_size)), 0)
+    return self._with_some_readable(batches)
 
   def sample(self, count: int) -> Batch:
     """A few images for figures, spread evenly over the set.
@@ -188,6 +196,14 @@ class Dataset:
     count = min(count, self.num_examples)
     positions = np.arange(count) * self.num_examples // max(count, 1)
     return _stack([self._readable(int(p)) for p in positions])
+
+  def _with_some_readable(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+    found = False
+    for batch in batches:
+      found = found or bool(batch["mask"].any())
+      yield batch
+    if not found:
+      raise self._only_corrupt()
 
   def _iterate(self, batches: grain.MapDataset, start_step: int) -> Iterator[Batch]:
     """Makes the batches in threads, a few ahead."""
@@ -215,11 +231,14 @@ class Dataset:
     return batch | {"mask": np.array([item is not None for item in found], np.float32)}
 
   def _readable(self, position: int, rng: np.random.Generator | None = None) -> "_Item":
-    """The item at `position`, or the next one that can be decoded."""
+    """The item at `position`, or the next one that is not corrupt."""
     for i in range(self.num_examples):
       if item := self._item((position + i) % self.num_examples, rng):
         return item
-    raise UserError(f"{self.name}, split {self.split}: expected images, got only corrupt ones.")
+    raise self._only_corrupt()
+
+  def _only_corrupt(self) -> UserError:
+    return UserError(f"{self.name}, split {self.split}: expected images, got only corrupt ones.")
 
   def _item(self, position: int, rng: np.random.Generator | None = None) -> "_Item | None":
     """The item at `position`, augmented if there is a generator; none if it is corrupt."""

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import importlib.resources
 import io
+import os
 import pathlib
 import re
 from collections.abc import Callable, Sequence
@@ -23,11 +24,11 @@ class Example:
   """An image, PIL or uint8[h w c], and the index of its class."""
 
   image: PIL.Image.Image | np.ndarray
-  label: int
+  label: int  # -1: none
 
 
 class CorruptImage(Exception):
-  """An image that cannot be decoded; the message names it."""
+  """An image that cannot be read or decoded; the message names it."""
 
 
 class Source(Protocol):
@@ -36,7 +37,7 @@ class Source(Protocol):
   Attributes:
     name: Of the data set.
     split: Name of the split.
-    class_names: By label.
+    class_names: By label; empty for images without labels.
     image_shape: Height and width where all images share a small one, else none.
   """
 
@@ -51,7 +52,7 @@ class Source(Protocol):
     """The example.
 
     Raises:
-      CorruptImage: If its image cannot be decoded.
+      CorruptImage: If its image cannot be read or decoded.
     """
     ...
 
@@ -99,7 +100,10 @@ class FakeSource:
 
 
 class FolderSource:
-  """Image files in `DIR/SPLIT/CLASS/`; the classes are the folder names in sorted order."""
+  """Image files in `DIR/SPLIT/CLASS/`; the classes are the folder names in sorted order.
+
+  Without such folders, the images in `DIR/SPLIT/` have no labels.
+  """
 
   def __init__(self, directory: str, split: str) -> None:
     self.name, self.split = pathlib.Path(directory).name, split
@@ -108,6 +112,8 @@ class FolderSource:
     self.class_names = class_folders(folder)
     self._check_same_classes(pathlib.Path(directory))
     self._files: list[tuple[pathlib.Path, int]] = []
+    if not self.class_names:
+      self._files = [(file, -1) for file in image_files(folder)]
     for label, class_name in enumerate(self.class_names):
       files = image_files(folder / class_name)
       if not files:
@@ -118,13 +124,14 @@ class FolderSource:
       self._files += [(file, label) for file in files]
 
   def _check_same_classes(self, directory: pathlib.Path) -> None:
-    """Training and evaluation must number the classes alike."""
+    """Training and evaluation must number the classes alike, if both have labels."""
     others = EVAL_SPLITS if self.split == "train" else ("train",)
     other = next((o for o in others if o != self.split and (directory / o).is_dir()), None)
     if other is None:
       return
-    differing = sorted(set(self.class_names) ^ set(class_folders(directory / other)))
-    if differing:
+    others_classes = class_folders(directory / other)
+    differing = sorted(set(self.class_names) ^ set(others_classes))
+    if self.class_names and others_classes and differing:
       raise UserError(
         f"{directory}: expected the same classes in {self.split} and {other}, got "
         f"{len(differing)} in only one of them ({', '.join(differing[:5])}); add or remove them."
@@ -135,24 +142,41 @@ class FolderSource:
 
   def __getitem__(self, index: int) -> Example:
     file, label = self._files[index]
-    return Example(decode(file.read_bytes(), str(file)), label)
+    try:
+      content = file.read_bytes()
+    except OSError as error:
+      raise CorruptImage(f"{file}: {error.strerror}") from error
+    return Example(decode(content, str(file)), label)
 
 
 def class_folders(folder: pathlib.Path) -> tuple[str, ...]:
-  """The sorted names of a split's class folders, hidden ones left out."""
-  names = sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
-  if not names:
-    raise UserError(f"{folder}: expected one folder per class, got none; see `DIR/train/CLASS/`.")
+  """The sorted names of a split's class folders, hidden ones left out; none if it has no labels.
+
+  A folder that is named like an image is no class.
+  """
+  names = sorted(
+    path.name
+    for path in folder.iterdir()
+    if path.is_dir() and not path.name.startswith(".") and not _named_like_image(path.name)
+  )
+  if not names and not image_files(folder):
+    raise UserError(
+      f"{folder}: expected one folder per class, got none; see `DIR/train/CLASS/`, or put images "
+      "without labels there."
+    )
   return tuple(names)
 
 
 def image_files(folder: pathlib.Path) -> list[pathlib.Path]:
   """The image files of a folder, sorted, hidden ones left out."""
-  return sorted(
-    path
-    for path in folder.iterdir()
-    if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")
-  )
+  # Unlike `iterdir`, this tells files from folders and dangling links without a look at each.
+  with os.scandir(folder) as entries:
+    names = [e.name for e in entries if _named_like_image(e.name) and e.is_file()]
+  return [folder / name for name in sorted(names) if not name.startswith(".")]
+
+
+def _named_like_image(name: str) -> bool:
+  return os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES
 
 
 def decode(content: bytes, what: str) -> PIL.Image.Image:
@@ -171,6 +195,8 @@ def decode(content: bytes, what: str) -> PIL.Image.Image:
   try:
     image = PIL.Image.open(io.BytesIO(content))
     image.load()
+  except PIL.UnidentifiedImageError as error:
+    raise CorruptImage(f"{what}: not an image") from error
   except (OSError, ValueError, SyntaxError, PIL.Image.DecompressionBombError) as error:
     raise CorruptImage(f"{what}: {error}") from error
   return image
@@ -184,7 +210,8 @@ class TfdsSource:
 
     self.name, self.split = builder.name, split
     features = builder.info.features
-    self.class_names = tuple(features["label"].names)
+    has_labels = "label" in features and hasattr(features["label"], "names")
+    self.class_names = tuple(features["label"].names) if has_labels else ()
     height, width = features["image"].shape[:2]
     self.image_shape = (height, width) if height and width else None
     # Decoding here, not in TFDS, tells a corrupt image and spares a copy.
@@ -207,7 +234,7 @@ class TfdsSource:
 
   def _example(self, record: dict[str, Any], index: int) -> Example:
     image = decode(record["image"], f"{self.name}, split {self.split}, image {index}")
-    return Example(image, int(record["label"]))
+    return Example(image, int(record["label"]) if self.class_names else -1)
 
 
 def read(source: Source, indices: Sequence[int]) -> list[Example | CorruptImage]:
@@ -299,10 +326,9 @@ def _tfds(name: str, directory: str | None, split: str | None) -> Source:
   directory = directory and str(pathlib.Path(directory).expanduser())
   builder = _tfds_builder(name, directory)
   features = builder.info.features
-  if not {"image", "label"} <= set(features) or not hasattr(features["label"], "names"):
+  if "image" not in features:
     raise UserError(
-      f"{name}: expected the features `image` and `label`, got {', '.join(features)}; use a "
-      "classification data set."
+      f"{name}: expected the feature `image`, got {', '.join(features)}; use a data set of images."
     )
   known = tuple(builder.info.splits)
   base = split and re.split(r"\W", split)[0]  # `train[:90%]` is a slice of `train`.

@@ -73,7 +73,7 @@ class Attention(nn.Module):
     qkv = self.qkv(x).reshape(b, n, 3, s.num_heads, s.head_dim).transpose(2, 0, 3, 1, 4)
     q, k, v = qkv[0], qkv[1], qkv[2]
     log_size = jnp.log(size) if s.size_bias and size is not None else None
-    y = attend(q, k, v, s.qk_scale, log_size, keep)
+    y = attend(q, k, v, s.qk_scale, log_size, keep, s.mask_eps)
     y = y.transpose(0, 2, 1, 3).reshape(b, n, s.num_heads * s.head_dim)
     return self.proj(y), AttentionStats(cls_attention(q[:, :, 0], k, s.qk_scale, log_size, keep))
 

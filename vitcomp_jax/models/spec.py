@@ -20,6 +20,7 @@ class LayerSpec:
     select: Removes tokens before attention.
     reduce: Removes tokens between attention and MLP.
     size_bias: Proportional attention: merged tokens weigh as much as their patches.
+    mask_eps: Smoothing of the softmax where tokens are masked; the authors': 1e-6.
     layer_scale: Learnt per-channel factors on both residual branches.
     drop_path: Probability of dropping a residual branch of an image (stochastic depth).
   """
@@ -31,6 +32,7 @@ class LayerSpec:
   select: TokenReducer = keep_all
   reduce: TokenReducer = keep_all
   size_bias: bool = True
+  mask_eps: float = 0.0
   layer_scale: bool = False
   drop_path: float = 0.0
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+from typing import Any
 
 from vitcomp_jax.errors import UserError
 from vitcomp_jax.models.spec import ViTSpec
@@ -38,7 +39,8 @@ def _build() -> dict[str, ViTSpec]:
     name = f"vit_{size}_patch{patch}_224.mae"
     specs.append(_vit(name, size, 224, patch, pool="size_mean"))
   for size in ("small", "base", "large"):
-    dino = dict(num_classes=0, layer_scale=True, crop_pct=1.0)
+    # Their authors resample positions as PyTorch's plain bicubic does.
+    dino = dict(num_classes=0, layer_scale=True, crop_pct=1.0, antialias=False)
     specs.append(_vit(f"vit_{size}_patch14_dinov2", size, 518, 14, **dino))
     registers = dict(num_registers=4, pos_on_prefix=False)
     specs.append(_vit(f"vit_{size}_patch14_reg4_dinov2", size, 518, 14, **dino, **registers))
@@ -72,7 +74,7 @@ def list_variants() -> list[str]:
 def get_spec(
   variant: str,
   num_classes: int | None = None,
-  image_size: int | None = None,
+  image_size: int | tuple[int, int] | None = None,
   dtype: str | None = None,
 ) -> ViTSpec:
   """The spec of a variant, by timm's name with or without a pre-training tag.
@@ -80,7 +82,7 @@ def get_spec(
   Args:
     variant: Such as `deit_small_patch16_224` or `deit_small_patch16_224.fb_in1k`.
     num_classes: Outputs of the classifier, 0 for features; none: the variant's.
-    image_size: Pixels; none: the variant's.
+    image_size: Side of a square, or height and width, in pixels; none: the variant's.
     dtype: Of the computation; none: that of inputs and weights.
 
   Raises:
@@ -90,11 +92,12 @@ def get_spec(
   if spec is None:
     near = difflib.get_close_matches(variant, VARIANTS, n=3, cutoff=0.0)
     raise UserError(f"variant {variant!r} is not known; near it are {', '.join(near)}.")
-  changes: dict = {"dtype": dtype}
+  changes: dict[str, Any] = {"dtype": dtype}
   if num_classes is not None:
     if num_classes < 0:
       raise UserError(f"num_classes: expected 0 or more, got {num_classes}.")
     changes["num_classes"] = num_classes
   if image_size is not None:
-    changes["image_size"] = (image_size, image_size)
+    side = image_size
+    changes["image_size"] = (side, side) if isinstance(side, int) else tuple(side)
   return dataclasses.replace(spec, **changes)

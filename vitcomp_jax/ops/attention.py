@@ -1,11 +1,13 @@
 """Attention over tokens that stand for several patches, whole or masked."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-# The authors' smoothing of a masked softmax: it keeps a row without keys finite.
-MASKED_EPS = 1e-6
+# Largest factor by which a dropped key may outweigh the kept ones in the gradient of its mask.
+_LARGEST_WEIGHT = 1e6
 
 
 def attend(
@@ -15,6 +17,7 @@ def attend(
   scale: float,
   log_size: Float[Array, "b n"] | None = None,
   keep: Float[Array, "b n"] | None = None,
+  eps: float = 0.0,
 ) -> Float[Array, "b h n k"]:
   """Proportional attention: each key weighs as much as the patches it stands for.
 
@@ -28,6 +31,8 @@ def attend(
     scale: Factor of the products, 1/sqrt(k) in a plain ViT.
     log_size: Logarithm of the patches each key stands for; none: all 1.
     keep: 1 for kept keys, 0 for dropped ones; none: nothing is masked.
+    eps: The authors' smoothing of a masked softmax (1e-6). A row sees CLS and itself, so it is
+      never empty; without smoothing, masking is exactly as good as removing.
 
   Returns:
     The attended values.
@@ -37,19 +42,22 @@ def attend(
     Rao et al., `DynamicViT <https://arxiv.org/abs/2106.02034>`_, 2021, Eq. 11 (masking).
   """
   logits = _logits(q, k, scale, log_size)
-  # Softmax is invariant under the shift, so the maximum needs no gradient.
-  peak = jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
-  weights = jnp.exp(logits - peak)
-  if keep is None:
+  if keep is None and not eps:
+    weights = jnp.exp(logits - _peak(logits))
     # Dividing after the product touches n·k numbers instead of n·n.
     total = jnp.sum(weights, axis=-1, keepdims=True)
     return (_weigh(weights, v) / total).astype(v.dtype)
-  own = jnp.exp(_own_logits(q, k, scale, log_size)[..., None] - peak)
-  own = own * (1 - keep)[:, None, :, None]
+  keep = jnp.ones((k.shape[0], k.shape[2]), logits.dtype) if keep is None else keep
+  own = _own_logits(q, k, scale, log_size)[..., None]
+  # Relative to what the row sees, or its sum may vanish; the authors' eps is relative to all.
+  seen = logits if eps else jnp.where(keep[:, None, None] > 0.5, logits, -jnp.inf)
+  peak = jnp.maximum(_peak(seen), jax.lax.stop_gradient(own))
+  own = jnp.exp(own - peak) * (1 - keep)[:, None, :, None]
+  weights = jnp.exp(jnp.minimum(logits - peak, math.log(_LARGEST_WEIGHT)))
   weights = weights * keep[:, None, None, :]
-  total = jnp.sum(weights, axis=-1, keepdims=True) + own + MASKED_EPS
+  total = jnp.sum(weights, axis=-1, keepdims=True) + own + eps
   values = v.astype(weights.dtype)
-  smooth = MASKED_EPS / v.shape[2] * jnp.sum(values, axis=2, keepdims=True)
+  smooth = eps / v.shape[2] * jnp.sum(values, axis=2, keepdims=True)
   return ((_weigh(weights, v) + own * values + smooth) / total).astype(v.dtype)
 
 
@@ -83,6 +91,11 @@ def cls_attention(
   kept = keep > 0.5
   row = jax.nn.softmax(logits, axis=-1, where=kept[:, None, :])
   return jnp.where(kept, jnp.mean(row, axis=1), -1.0)
+
+
+def _peak(logits: Array) -> Array:
+  """The largest logit of each row; no gradient, as softmax is invariant under a shift."""
+  return jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
 
 
 def _logits(q: Array, k: Array, scale: float, log_size: Array | None) -> Array:

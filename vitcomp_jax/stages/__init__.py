@@ -1,40 +1,70 @@
-"""What a run does, one module per stage; each is a function of a `Run` that returns a summary."""
+"""What a run does, one module per stage."""
 
+import dataclasses
 import logging
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from vitcomp_jax.config import Config, from_config_dict
-from vitcomp_jax.stages.evaluate import evaluate
-from vitcomp_jax.stages.pretrain import pretrain
+from vitcomp_jax.stages import evaluate, pretrain, search
 from vitcomp_jax.stages.run import Run, open_run
-from vitcomp_jax.stages.search import search
 
-STAGES = {"pretrain": pretrain, "search": search, "evaluate": evaluate}
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+  """One stage.
+
+  Attributes:
+    check: Raises a `UserError` for what the stage could not do; called before any stage begins.
+    run: Does it; returns a summary.
+    made: What the finished stage wrote, as Python callers get it.
+  """
+
+  check: Callable[[Run], None]
+  run: Callable[[Run], dict[str, Any]]
+  made: Callable[[Run], Any]
+
+
+STAGES = {
+  "pretrain": Stage(pretrain.check, pretrain.pretrain, pretrain.made),
+  "search": Stage(search.check, search.search, search.made),
+  "evaluate": Stage(evaluate.check, evaluate.evaluate, evaluate.made),
+}
+
+
+def run_stages(config: Config, workdir: pathlib.Path, names: Sequence[str]) -> Run:
+  """Runs the stages that are not finished yet; nothing begins before all of them are checked."""
+  run = open_run(config, workdir)
+  left = [name for name in names if run.finished(name) is None]
+  for name in left:
+    STAGES[name].check(run)
+  if left:
+    run.params  # noqa: B018, weights that do not fit are refused here
+  run.begin()
+  for name in names:
+    if name in left:
+      run.finish(name, STAGES[name].run(run))
+    else:
+      logging.info("%s: finished before", name)
+  return run
 
 
 def run_stage(
-  stage: str, config: Config | Mapping[str, Any], workdir: str | pathlib.Path | None = None
-) -> dict[str, Any]:
+  stage: str,
+  config: Config | Mapping[str, Any],
+  workdir: str | pathlib.Path = "runs/python",
+) -> Any:
   """Runs one stage from Python.
 
   Args:
     stage: `pretrain`, `search` or `evaluate`.
     config: A `Config`, or a mapping of its keys such as `default_config()`.
-    workdir: Where the run is kept; none: `runs/STAGE`.
+    workdir: Where the run is kept. Stages that build on each other share it.
 
   Returns:
-    What the stage reports; from a finished stage, what it reported then.
+    What the stage writes: `pretrain` the path of the weights, `search` the `Plan`, `evaluate` the
+    content of `result.json`. A finished stage is not run again.
   """
   config = config if isinstance(config, Config) else from_config_dict(config)
-  return finish_stage(open_run(config, pathlib.Path(workdir or f"runs/{stage}")), stage)
-
-
-def finish_stage(run: Run, stage: str) -> dict[str, Any]:
-  """Runs a stage of a run, unless it is finished."""
-  finished = run.finished(stage)
-  if finished is not None:
-    logging.info("%s: finished before", stage)
-    return finished
-  return run.finish(stage, STAGES[stage](run))
+  return STAGES[stage].made(run_stages(config, pathlib.Path(workdir), (stage,)))

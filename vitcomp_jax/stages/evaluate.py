@@ -1,9 +1,11 @@
 """Stage `evaluate`: accuracy and cost of the dense model, the plan and hand-made schedules."""
 
+import collections
 import functools
-import json
+import logging
+import math
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -11,15 +13,30 @@ import jax.numpy as jnp
 
 from vitcomp_jax.api import Params, count_cost
 from vitcomp_jax.atomic import write_json
-from vitcomp_jax.data.loader import Dataset
 from vitcomp_jax.data.transforms import Preprocess, normalize
-from vitcomp_jax.metrics import read_metrics
+from vitcomp_jax.errors import UserError
+from vitcomp_jax.metrics import progress, read_metrics
 from vitcomp_jax.models.spec import LayerSpec
 from vitcomp_jax.models.vit import ViT
+from vitcomp_jax.ops import losses
 from vitcomp_jax.plans import Plan, load_plan, make_plan
 from vitcomp_jax.schedules import hand_made
 from vitcomp_jax.stages import figures, report
-from vitcomp_jax.stages.run import Run, environment
+from vitcomp_jax.stages.run import Run, environment, read_json
+
+
+def check(run: Run) -> None:
+  """Refuses a plan or weights that do not fit, labels without a class, and an empty table."""
+  config, plan = run.config, _plan(run)
+  run.check_classes(run.eval_data)
+  if plan:
+    plan.layers_for(run.spec)
+  elif config.evaluate.baselines and "search" not in config.stages:
+    run.target_gmacs  # noqa: B018, raises
+  if not (config.evaluate.dense or config.evaluate.baselines or plan or "search" in config.stages):
+    raise UserError(
+      "config.evaluate: expected something to evaluate (dense, baselines, or model.plan), got none."
+    )
 
 
 def evaluate(run: Run) -> dict[str, Any]:
@@ -29,30 +46,41 @@ def evaluate(run: Run) -> dict[str, Any]:
     The content of `result.json`.
   """
   plan, data = _plan(run), run.eval_data
-  path = run.workdir / "result.json"
+  models = _models(run, plan)
   result = {
     "dataset": data.name,
     "split": data.split,
     "examples": data.num_examples,
     **environment(),
-    "rows": json.loads(path.read_text())["rows"] if path.exists() else [],
-  }
+    "rows": [],
+  } | _measured_before(run)
   done = {row["name"] for row in result["rows"]}
-  models = _models(run, plan)
   for name, layers in models.items():
     if name not in done:
-      row = evaluate_model(ViT(run.spec, layers), run.params, data, run)
+      row, examples = evaluate_model(ViT(run.spec, layers), run, name)
       result["rows"].append({"name": name, **row})
-      result["examples"] = data.num_examples - data.skipped
-      write_json(path, result)
+      result["examples"] = examples
+      write_json(run.workdir / "result.json", result)
   _draw(run, plan, models, result)
   return result
+
+
+def made(run: Run) -> dict[str, Any]:
+  """The content of `result.json`."""
+  return read_json(run.workdir / "result.json")
+
+
+def _measured_before(run: Run) -> dict[str, Any]:
+  """The rows of an evaluation that was cut off, and the examples they are over."""
+  if not (run.workdir / "result.json").exists():
+    return {}
+  return {key: value for key, value in made(run).items() if key in ("rows", "examples")}
 
 
 def _plan(run: Run) -> Plan | None:
   """The plan that this run searched, or the config's."""
   searched = run.workdir / "plan.json"
-  if searched.exists():
+  if searched.exists() or run.finished("search"):
     return load_plan(str(searched))
   return load_plan(run.config.model.plan) if run.config.model.plan else None
 
@@ -62,35 +90,45 @@ def _models(run: Run, plan: Plan | None) -> dict[str, tuple[LayerSpec, ...]]:
   config, spec = run.config.evaluate, run.spec
   models = {"dense": spec.dense_layers} if config.dense else {}
   if plan:
-    models[str(plan.made_by.get("method", "diffrate"))] = plan.layers_for(spec)
+    method = plan.made_by.get("method")
+    known = isinstance(method, str) and method not in ("dense", *config.baselines)
+    models[str(method) if known else "diffrate"] = plan.layers_for(spec)
   for name in config.baselines:
     models[name] = hand_made(name, spec, plan.gmacs if plan else run.target_gmacs)
   return models
 
 
-def evaluate_model(model: ViT, params: Params, data: Dataset, run: Run) -> dict[str, float]:
-  """Accuracy in percent, cross-entropy in nats, and cost of one model, over every example once."""
-  sums = {"top1": 0.0, "top5": 0.0, "loss": 0.0, "count": 0.0}
-  for batch in data.eval_batches(run.config.evaluate.batch_size):
+def evaluate_model(model: ViT, run: Run, name: str) -> tuple[dict[str, float], int]:
+  """Measures one model over every example once.
+
+  Returns:
+    Accuracy in percent, cross-entropy in nats, and cost; without labels, or without a classifier,
+    how far the outputs are from the dense model's instead. And the number of examples.
+  """
+  config, data = run.config.evaluate, run.eval_data
+  measure = _score if data.has_labels and run.spec.num_classes else _compare
+  batches = math.ceil(data.num_examples / config.batch_size)
+  sums: collections.Counter[str] = collections.Counter()
+  for batch in progress(data.eval_batches(config.batch_size), f"evaluate {name}", batches):
     arrays = {key: batch[key] for key in ("image", "label", "mask")}
-    found = _evaluate_batch(model, run.preprocess, params, arrays)
-    for key, value in jax.device_get(found).items():
-      sums[key] += float(value)
-  cost, count = count_cost(model), sums["count"]
-  return {
-    "top1": round(100 * sums["top1"] / count, 4),
-    "top5": round(100 * sums["top5"] / count, 4),
-    "loss": round(sums["loss"] / count, 6),
-    "gmacs": round(cost.gmacs, 6),
-    "params_m": round(cost.params / 1e6, 4),
-  }
+    found = jax.device_get(measure(model, run.preprocess, run.params, arrays))
+    sums.update({key: float(value) for key, value in found.items()})
+  count = sums.pop("count")
+  cost = count_cost(model)
+  row = {key: round(value / count, 6) for key, value in sums.items()}
+  row |= {"gmacs": round(cost.gmacs, 6), "params_m": round(cost.params / 1e6, 4)}
+  logging.info("evaluate %s: %s", name, " ".join(f"{k} {v:.4g}" for k, v in row.items()))
+  return row, int(count)
+
+
+Sums = dict[str, jax.Array]  # over a batch's real examples
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _evaluate_batch(
-  model: ViT, preprocess: Preprocess, params: Params, batch: dict[str, jax.Array]
-) -> dict[str, jax.Array]:
-  """Sums over the batch's real examples."""
+def _score(
+  model: ViT, preprocess: Preprocess, params: Params, batch: Mapping[str, jax.Array]
+) -> Sums:
+  """How well the labels are met."""
   logits = model.apply({"params": params}, normalize(batch["image"], preprocess))
   logits, labels, mask = logits.astype(jnp.float32), batch["label"], batch["mask"]
   own = jnp.take_along_axis(logits, labels[:, None], axis=1)
@@ -99,11 +137,31 @@ def _evaluate_batch(
   rank = jnp.sum((logits > own) | ((logits == own) & before), axis=1)
   loss = jax.nn.logsumexp(logits, axis=1) - own[:, 0]
   return {
-    "top1": jnp.sum(mask * (rank < 1)),
-    "top5": jnp.sum(mask * (rank < 5)),
+    "top1": 100 * jnp.sum(mask * (rank < 1)),
+    "top5": 100 * jnp.sum(mask * (rank < 5)),
     "loss": jnp.sum(mask * loss),
     "count": jnp.sum(mask),
   }
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _compare(
+  model: ViT, preprocess: Preprocess, params: Params, batch: Mapping[str, jax.Array]
+) -> Sums:
+  """How far the outputs are from the dense model's."""
+  images = normalize(batch["image"], preprocess)
+  dense = ViT(model.spec, model.spec.dense_layers)
+  out, teacher = (m.apply({"params": params}, images, method="forward") for m in (model, dense))
+
+  def total(divergence: Callable[..., jax.Array], mine: jax.Array, theirs: jax.Array) -> jax.Array:
+    each = jax.vmap(lambda a, b: divergence(a[None], b[None]))(mine, theirs)
+    return jnp.sum(batch["mask"] * each)
+
+  sums = {"count": jnp.sum(batch["mask"])}
+  sums["feature_divergence"] = total(losses.feature_divergence, out.features, teacher.features)
+  if model.spec.num_classes:
+    sums["logit_divergence"] = total(losses.logit_divergence, out.logits, teacher.logits)
+  return sums
 
 
 def _draw(
@@ -122,11 +180,13 @@ def _draw(
       if name != "dense"
     }
     figures.schedule(folder / "schedule.png", schedules, plan.num_tokens)
-    _draw_token_maps(run, plan, folder / "token_maps.png")
+    if run.config.evaluate.token_maps:
+      _draw_token_maps(run, plan, folder / "token_maps.png")
   if summary:
     records = read_metrics(run.workdir, "search")
     figures.search_curves(folder / "search.png", records, summary["budget_gmacs"])
-  figures.accuracy_against_gmacs(folder / "accuracy.png", result["rows"])
+  if any("top1" in row for row in result["rows"]):
+    figures.accuracy_against_gmacs(folder / "accuracy.png", result["rows"])
   budget = f"{plan.gmacs:.4g} GMACs" if plan and not summary else ""
   report.write_report(run.workdir, result, plan_json, summary, budget)
 
@@ -152,5 +212,5 @@ def _draw_token_maps(run: Run, plan: Plan, path: pathlib.Path) -> None:
     spec.num_prefix,
     spec.grid,
     [f"layer {i + 1}" for i in chosen],
-    [data.class_names[label] for label in batch["label"]],
+    [data.class_names[label] if data.has_labels else "" for label in batch["label"]],
   )

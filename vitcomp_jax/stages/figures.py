@@ -138,7 +138,8 @@ def search_curves(
   _name_axes(compute, "step", "GMACs per image")
   compute.xaxis.set_major_locator(MaxNLocator(integer=True))
   for axes in (losses, compute):
-    axes.legend(fontsize=_SMALL, loc="upper right", framealpha=0.9)
+    if axes.get_legend_handles_labels()[0]:
+      axes.legend(fontsize=_SMALL, loc="upper right", framealpha=0.9)
   _save(figure, path)
 
 

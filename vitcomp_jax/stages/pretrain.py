@@ -6,11 +6,23 @@ import jax.numpy as jnp
 
 from vitcomp_jax.convert import files
 from vitcomp_jax.data.transforms import normalize
+from vitcomp_jax.errors import UserError
 from vitcomp_jax.models.spec import with_drop_path
 from vitcomp_jax.models.vit import ViT
+from vitcomp_jax.ops import losses
 from vitcomp_jax.stages.run import Run
-from vitcomp_jax.training import loop, losses, optimizer
+from vitcomp_jax.training import loop, optimizer
 from vitcomp_jax.training.step import init_state, make_step
+
+
+def check(run: Run) -> None:
+  """Refuses what cannot be trained."""
+  run.check_classes(run.train_data)
+  if not run.train_data.has_labels or not run.spec.num_classes:
+    raise UserError(
+      f"stage pretrain: expected labels and a classifier, got {run.spec.name} with "
+      f"{run.spec.num_classes} classes on {run.train_data.name}."
+    )
 
 
 def pretrain(run: Run) -> dict[str, Any]:
@@ -44,6 +56,11 @@ def pretrain(run: Run) -> dict[str, Any]:
     checkpoint_every=config.checkpoint_every,
   )
   params = state.ema if keeps_ema else state.params
-  files.write(params, str(run.workdir / "weights.safetensors"), {"variant": spec.name})
+  files.write(params, made(run), {"variant": spec.name})
   vars(run).pop("params", None)  # later stages read what was written
   return {"steps": steps, "images": steps * config.batch_size, "minutes": round(seconds / 60, 2)}
+
+
+def made(run: Run) -> str:
+  """The path of the weights."""
+  return str(run.workdir / "weights.safetensors")

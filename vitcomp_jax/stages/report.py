@@ -19,6 +19,13 @@ CAPTIONS = {
 """What the files in `figures/` show, in the order of the report."""
 
 _MISSING = "–"
+_FIGURES = {
+  "top1": "top-1 (%)",
+  "top5": "top-5 (%)",
+  "loss": "cross-entropy",
+  "logit_divergence": "divergence of logits",
+  "feature_divergence": "divergence of features",
+}
 
 
 def write_report(
@@ -61,7 +68,7 @@ def _title(result: Mapping[str, Any]) -> str:
 def _rows_table(rows: Sequence[Mapping[str, Any]]) -> str:
   """One line per row; a column that no row has is left out."""
   dense = next((row.get("gmacs") for row in rows if row["name"] == "dense"), None)
-  heads = ["model", "top-1 (%)", "top-5 (%)", "cross-entropy", "GMACs", "of dense", "params (M)"]
+  heads = ["model", *_FIGURES.values(), "GMACs", "of dense", "params (M)"]
   batches = sorted({b for row in rows for b in row.get("images_per_second") or {}}, key=int)
   heads += [f"images/s, batch {batch}" for batch in batches]
   cells = [_row_cells(row, dense, batches) for row in rows]
@@ -73,9 +80,7 @@ def _row_cells(row: Mapping[str, Any], dense: float | None, batches: Sequence[st
   gmacs = row.get("gmacs")
   cells = [
     row["name"],
-    _format(row.get("top1"), ".2f"),
-    _format(row.get("top5"), ".2f"),
-    _format(row.get("loss"), ".4f"),
+    *(_format(row.get(key), ".2f" if key.startswith("top") else ".4f") for key in _FIGURES),
     _MISSING if gmacs is None else number(gmacs),
     _MISSING if gmacs is None or not dense else f"{100 * gmacs / dense:.1f} %",
     _format(row.get("params_m"), ".2f"),

@@ -5,6 +5,7 @@ import functools
 import importlib.metadata
 import json
 import pathlib
+import reprlib
 import subprocess
 from typing import Any
 
@@ -29,10 +30,26 @@ class Run:
   config: Config
   workdir: pathlib.Path
 
+  def begin(self) -> None:
+    """Records the config in the workdir, which is made if need be.
+
+    Raises:
+      UserError: If the folder cannot be written.
+    """
+    path = self.workdir / "config.json"
+    if path.exists():
+      return
+    values = {"config": config_lib.to_dict(self.config), "git_commit": _git_commit()}
+    try:
+      self.workdir.mkdir(parents=True, exist_ok=True)
+      write_json(path, values | environment())
+    except OSError as error:
+      raise UserError(f"--workdir {self.workdir}: cannot be written ({error.strerror}).") from error
+
   def finished(self, stage: str) -> dict[str, Any] | None:
     """What a finished stage reported; none if it is not finished."""
     path = self._marker(stage)
-    return dict(json.loads(path.read_text())) if path.exists() else None
+    return read_json(path) if path.exists() else None
 
   def finish(self, stage: str, summary: dict[str, Any]) -> dict[str, Any]:
     """Marks a stage as finished."""
@@ -49,8 +66,11 @@ class Run:
     model = self.config.model
     dtype = None if model.dtype == "float32" else model.dtype
     spec = get_spec(model.variant, model.num_classes, model.image_size, dtype)
+    if model.antialias is not None:
+      spec = dataclasses.replace(spec, antialias=model.antialias)
     if model.num_classes is None and spec.num_classes and self.config.data.name != "fake":
-      spec = dataclasses.replace(spec, num_classes=self._open("eval", spec).num_classes)
+      classes = self._open("eval", spec).num_classes
+      spec = dataclasses.replace(spec, num_classes=classes or spec.num_classes)
     return spec
 
   @functools.cached_property
@@ -71,7 +91,8 @@ class Run:
     """
     budget, dense = self.config.budget, macs.static_macs(self.spec, self.spec.dense_layers) / 1e9
     if (budget.fraction is None) == (budget.gmacs is None):
-      raise UserError("config.budget: expected one of fraction and gmacs, got both or none.")
+      got = "none" if budget.fraction is None else f"{budget.fraction} and {budget.gmacs}"
+      raise UserError(f"config.budget: expected one of fraction and gmacs, got {got}.")
     target = dense * budget.fraction if budget.fraction is not None else budget.gmacs
     if target is None or not 0 < target <= dense:
       raise UserError(
@@ -79,6 +100,14 @@ class Run:
         f"(fraction 1), got {target:.4g}."
       )
     return target
+
+  def check_classes(self, data: loader.Dataset) -> None:
+    """Refuses labels that the classifier does not know."""
+    if 0 < self.spec.num_classes < data.num_classes:
+      raise UserError(
+        f"config.model.num_classes: expected at least the {data.num_classes} of {data.name}, got "
+        f"{self.spec.num_classes}."
+      )
 
   @functools.cached_property
   def train_data(self) -> loader.Dataset:
@@ -104,27 +133,45 @@ def _preprocess(spec: ViTSpec) -> transforms.Preprocess:
 
 
 def open_run(config: Config, workdir: pathlib.Path) -> Run:
-  """Opens a workdir, new or to be resumed.
+  """Opens a workdir to be resumed, or a new one, in which nothing is written yet.
 
   Raises:
     UserError: If another config made what is there.
   """
   path = workdir / "config.json"
   values = config_lib.to_dict(config)
-  if path.exists():
-    differing = config_lib.differing_keys(json.loads(path.read_text())["config"], values)
+  try:
+    names = {entry.name for entry in workdir.iterdir()} if workdir.exists() else set()
+  except OSError as error:
+    raise UserError(f"--workdir {workdir}: cannot be read ({error.strerror}).") from error
+  if path.name not in names and names & {"finished", "checkpoints"}:
+    raise UserError(
+      f"{workdir} holds a run whose config.json is gone; give another --workdir, or empty it."
+    )
+  if path.name in names:
+    made_with = read_json(path).get("config", {})
+    differing = config_lib.differing_keys(made_with, values)
     if differing:
       raise UserError(
         f"{workdir} was made with another config ({'; '.join(differing)}); give another --workdir, "
         "or the config it was made with."
       )
-    return Run(config, workdir)
-  try:
-    workdir.mkdir(parents=True, exist_ok=True)
-  except OSError as error:
-    raise UserError(f"--workdir {workdir}: cannot make this folder ({error.strerror}).") from error
-  write_json(path, {"config": values, "git_commit": _git_commit(), **environment()})
   return Run(config, workdir)
+
+
+def read_json(path: pathlib.Path) -> dict[str, Any]:
+  """A JSON object that a run has written.
+
+  Raises:
+    UserError: If it is something else by now.
+  """
+  try:
+    values = json.loads(path.read_text())
+  except (OSError, ValueError) as error:
+    raise UserError(f"{path} cannot be read ({error}); remove it.") from error
+  if not isinstance(values, dict):
+    raise UserError(f"{path}: expected a JSON object, got {reprlib.repr(values)}; remove it.")
+  return values
 
 
 def environment() -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Stage `search`: learns a plan by gradient; only the rates are trained."""
 
+import logging
 from typing import Any
 
 import jax
@@ -13,18 +14,28 @@ from vitcomp_jax.methods.diffrate import REFERENCE_GMACS, DiffRate
 from vitcomp_jax.models.reducers import PruneMerge
 from vitcomp_jax.models.spec import LayerSpec, ViTSpec, with_drop_path
 from vitcomp_jax.models.vit import ViT
-from vitcomp_jax.plans import make_plan, save_plan
+from vitcomp_jax.ops import losses
+from vitcomp_jax.plans import Plan, load_plan, make_plan, save_plan
 from vitcomp_jax.stages.run import Run
-from vitcomp_jax.training import loop, losses, optimizer
+from vitcomp_jax.training import loop, optimizer
 from vitcomp_jax.training.step import LossFn, init_state, make_step
 
-_CHOICES = {
-  "method": ("diffrate",),
-  "loss": ("labels", "logits", "features"),
-  "init": ("merge_first", "zeros"),
-  "schedule": ("cosine", "authors"),
-  "budget_scale": ("relative", "gmacs"),
-}
+
+def check(run: Run) -> None:
+  """Refuses a budget that cannot be reached, and a loss that cannot be computed."""
+  run.check_classes(run.train_data)
+  make_method(run.config.search, run.spec, run.target_gmacs)
+  loss, classes = run.config.search.loss, run.spec.num_classes
+  if loss != "features" and not classes:
+    raise UserError(
+      f"config.search.loss: expected features for {run.spec.name}, which has no classifier, got "
+      f"{loss}."
+    )
+  if loss == "labels" and not run.train_data.has_labels:
+    raise UserError(
+      f"config.search.loss: expected logits or features for {run.train_data.name}, which has no "
+      "labels, got labels."
+    )
 
 
 def search(run: Run) -> dict[str, Any]:
@@ -33,9 +44,6 @@ def search(run: Run) -> dict[str, Any]:
   Returns:
     What the search took and found, before and after the adjustment to the budget. The plan is in
     `plan.json`.
-
-  Raises:
-    UserError: If the budget cannot be reached, before any step.
   """
   config, spec = run.config.search, run.spec
   method = make_method(config, spec, run.target_gmacs)
@@ -56,6 +64,9 @@ def search(run: Run) -> dict[str, Any]:
   learnt = jax.device_get(state.arch)
   raw = method.deploy(spec, learnt)
   layers, offset = method.deploy_within(spec, learnt)
+  gmacs = macs.static_macs(spec, layers) / 1e9
+  if abs(gmacs - run.target_gmacs) > 0.01 * run.target_gmacs:
+    logging.warning("the nearest plan has %.4g GMACs, the budget is %.4g", gmacs, run.target_gmacs)
   images = config.steps * config.batch_size
   made_by = {"method": config.method, "steps": config.steps, "images": images}
   made_by |= {"weights": run.config.model.weights, "data": data.name, "seed": run.config.seed}
@@ -66,29 +77,28 @@ def search(run: Run) -> dict[str, Any]:
     "minutes": round(seconds / 60, 2),
     "budget_gmacs": run.target_gmacs,
     "raw_gmacs": macs.static_macs(spec, raw) / 1e9,
-    "gmacs": macs.static_macs(spec, layers) / 1e9,
+    "gmacs": gmacs,
     "offset": round(offset, 3),
     "raw_counts": _counts(raw),
     "counts": _counts(layers),
   }
 
 
+def made(run: Run) -> Plan:
+  """The plan that was found."""
+  return load_plan(str(run.workdir / "plan.json"))
+
+
 def make_method(config: SearchConfig, spec: ViTSpec, target_gmacs: float) -> DiffRate:
   """The method of a search.
 
   Raises:
-    UserError: For a value that is not among a key's choices, or a budget below the smallest plan.
+    UserError: For a granularity above the model's patches, or a budget below the smallest plan.
   """
-  for key, choices in _CHOICES.items():
-    if getattr(config, key) not in choices:
-      got = getattr(config, key)
-      raise UserError(f"config.search.{key}: expected one of {choices}, got {got!r}.")
-  if not 1 <= config.granularity <= spec.num_patches:
+  if config.granularity > spec.num_patches:
     raise UserError(
       f"config.search.granularity: expected 1 to {spec.num_patches}, got {config.granularity}."
     )
-  if config.steps < 1 or config.batch_size < 1:
-    raise UserError("config.search: expected steps and batch_size of at least 1.")
   dense = macs.static_macs(spec, spec.dense_layers)
   method = DiffRate(
     target_gmacs=target_gmacs,
@@ -101,6 +111,7 @@ def make_method(config: SearchConfig, spec: ViTSpec, target_gmacs: float) -> Dif
     compress_last=config.compress_last,
     clamp_size=config.clamp_size,
     signed_similarity=config.signed_similarity,
+    mask_eps=config.mask_eps,
   )
   smallest = method.smallest_gmacs(spec)
   if target_gmacs < smallest:

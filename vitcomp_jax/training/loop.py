@@ -1,5 +1,6 @@
 """The loop around the step: batches in, figures and checkpoints out, resumable anywhere."""
 
+import math
 import pathlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import jax
 
 from vitcomp_jax.checkpoint import Checkpointer
+from vitcomp_jax.errors import UserError
 from vitcomp_jax.metrics import MetricsWriter
 from vitcomp_jax.training.step import Metrics, TrainState
 
@@ -47,7 +49,13 @@ def train(
         state, figures = step_fn(state, {"image": batch["image"], "label": batch["label"]})
         metrics.advance()
         if step % log_every == 0 or step in (1, steps):
-          metrics.write(step, jax.device_get(figures))
+          figures = jax.device_get(figures)
+          metrics.write(step, figures)
+          if not math.isfinite(figures["loss"]):
+            raise UserError(
+              f"stage {stage}: the loss is {figures['loss']} at step {step}; lower the learning "
+              "rate, or start from other weights."
+            )
         if step % checkpoint_every == 0 or step == steps:
           checkpoints.save(step, state)
       return state, metrics.seconds
