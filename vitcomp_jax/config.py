@@ -121,6 +121,8 @@ class SearchConfig:
   signed_similarity: bool = False  # the authors' merge weight, which may be negative
   mask_eps: PositiveOrZero = 0.0  # smoothing of the masked softmax (authors: 1e-6)
   drop_path: Rate = 0.0  # stochastic depth while searching (authors: 0.1)
+  # The plan with the least loss on so many images, of those passed through, is kept; 0: the last.
+  choose_images: CountOrZero = 1024
   log_every: Count = 10  # steps
   checkpoint_every: Count = 50  # steps
 

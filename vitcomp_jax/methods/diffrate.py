@@ -24,6 +24,11 @@ from vitcomp_jax.schedules import compressed_layers
 # The paper's coefficient is for DeiT-S, whose 4.6 GMACs the relative budget term refers to.
 REFERENCE_GMACS = 4.6
 
+# How steeply the logits of pruning and of merging rise at the start, from no token kept to all.
+# Adam moves a logit by the learning rate in a step, however small its gradient: the steeper the
+# start, the later a count leaves it.
+_SLOPES = {"zeros": (0.0, 0.0), "merge_first": (300.0, 5.0)}
+
 # Float noise of an expected count, relative to the patches: a few units in the last place.
 _NOISE = 2.0**-22
 
@@ -144,6 +149,19 @@ class PruneMergeSearch(nn.Module):
     )
 
 
+class PruneMergeMasked(PruneMergeSearch):
+  """`PruneMerge` by masking: its counts are variables, so that plans are tried without compiling.
+
+  The collection `arch` holds `prune_logits` and `merge_logits`, here the counts themselves, prefix
+  included.
+  """
+
+  def _choice(self, name: str) -> tuple[Array, Array]:
+    count = self.variable("arch", name, jnp.zeros, ()).value
+    rank = jnp.arange(self.num_patches + self.num_prefix, dtype=count.dtype)
+    return (rank < count).astype(count.dtype), count
+
+
 def _rank_mask(probability: Array, count: Array, stop: Array) -> Array:
   """0 for ranks in [count, stop), 1 elsewhere; the probability's gradient, unless none is 0.
 
@@ -202,6 +220,24 @@ class DiffRate:
       for layer, compressed in zip(spec.dense_layers, self.is_compressed(spec), strict=True)
     )
 
+  def masked_layers(self, spec: ViTSpec) -> tuple[LayerSpec, ...]:
+    """Layers that run any plan, given as `counts_arch`, by masking."""
+    reducer = dict(clamp_size=self.clamp_size, signed_similarity=self.signed_similarity)
+    return tuple(
+      dataclasses.replace(
+        layer, reduce=PruneMergeMasked(spec.num_patches, spec.num_prefix, **reducer)
+      )
+      for layer in spec.dense_layers
+    )
+
+  def counts_arch(self, layers: tuple[LayerSpec, ...]) -> dict[str, Any]:
+    """A plan's counts, for `masked_layers`."""
+    counts = [dataclasses.astuple(layer.reduce)[:2] for layer in layers]  # type: ignore[call-overload]
+    return {
+      f"blocks_{i}": {"reduce": {"prune_logits": jnp.float32(p), "merge_logits": jnp.float32(m)}}
+      for i, (p, m) in enumerate(counts)
+    }
+
   def _reducer(self, spec: ViTSpec, compressed: bool) -> PruneMergeSearch:
     return PruneMergeSearch(
       spec.num_patches,
@@ -225,19 +261,31 @@ class DiffRate:
     return weight * distance**2, figures
 
   def initial_arch(self, spec: ViTSpec) -> dict[str, Any]:
-    """The rates before the first step."""
-    return {
-      f"blocks_{i}": {"reduce": self._initial_logits(spec, compressed)}
-      for i, compressed in enumerate(self.is_compressed(spec))
-    }
+    """The rates before the first step.
 
-  def _initial_logits(self, spec: ViTSpec, compressed: bool) -> dict[str, Array]:
-    options = candidates(spec.num_patches, self._granularity(spec, compressed))
-    zeros = jnp.zeros(options.shape)
-    if self.init == "zeros":
-      return {"prune_logits": zeros, "merge_logits": zeros}
-    falling = jnp.asarray(options / spec.num_patches, zeros.dtype)
-    return {"prune_logits": 40 * falling, "merge_logits": 5 * falling}
+    `zeros`, the authors' start, keeps half of the tokens in every layer, by pruning and merging
+    alike. `merge_first` is all but sure to prune none, and merges about a fifth in every layer.
+    """
+    return self._sloped_arch(spec, *_SLOPES[self.init])
+
+  def _sloped_arch(self, spec: ViTSpec, prune: float, merge: float) -> dict[str, Any]:
+    """Logits that rise by a slope from no token kept to all."""
+    arch = {}
+    for i, compressed in enumerate(self.is_compressed(spec)):
+      options = candidates(spec.num_patches, self._granularity(spec, compressed))
+      share = jnp.asarray(options / spec.num_patches, jnp.float32)
+      logits = {"prune_logits": prune * share, "merge_logits": merge * share}
+      arch[f"blocks_{i}"] = {"reduce": logits}
+    return arch
+
+  def traced_counts(self, spec: ViTSpec, arch: Mapping[str, Any]) -> Array:
+    """`expected_counts` inside of a step, f32[layers 2]."""
+    rows = []
+    for i, compressed in enumerate(self.is_compressed(spec)):
+      options = candidates(spec.num_patches, self._granularity(spec, compressed))
+      variables = arch[f"blocks_{i}"]["reduce"]
+      rows += [expected_count(variables[k], options) for k in ("prune_logits", "merge_logits")]
+    return jnp.stack(rows).reshape(-1, 2)
 
   def expected_counts(self, spec: ViTSpec, arch: Mapping[str, Any]) -> np.ndarray:
     """Expected kept patch tokens, float64[layers 2]: after pruning and after merging."""
@@ -250,27 +298,26 @@ class DiffRate:
 
   def deploy(self, spec: ViTSpec, arch: Mapping[str, Any]) -> tuple[LayerSpec, ...]:
     """Static layers that keep what was learnt, unadjusted."""
-    return self._static(spec, self.expected_counts(spec, arch))
+    return self.static_layers(spec, self.expected_counts(spec, arch))
 
   def deploy_within(
-    self, spec: ViTSpec, arch: Mapping[str, Any]
+    self, spec: ViTSpec, expected: np.ndarray
   ) -> tuple[tuple[LayerSpec, ...], float]:
     """Static layers whose MACs meet the budget: one offset is added to all expected counts.
 
     Args:
       spec: The model.
-      arch: The learnt rates.
+      expected: From `expected_counts`.
 
     Returns:
       The layers that come nearest to the budget, and the offset in tokens.
     """
     # Counts that are equal would all step at once, past the budget; a hair between them.
     hair = np.linspace(0, 1e-3, 2 * spec.depth).reshape(spec.depth, 2)
-    expected = self.expected_counts(spec, arch)
     compressed = np.array(self.is_compressed(spec))[:, None]
 
     def shifted(offset: float) -> tuple[LayerSpec, ...]:
-      return self._static(spec, np.where(compressed, expected + hair + offset, expected))
+      return self.static_layers(spec, np.where(compressed, expected + hair + offset, expected))
 
     def distance(layers: tuple[LayerSpec, ...]) -> float:
       return macs.static_macs(spec, layers) - target
@@ -283,7 +330,8 @@ class DiffRate:
     offset = min(low, high, key=lambda offset: abs(distance(shifted(offset))))
     return shifted(offset), offset
 
-  def _static(self, spec: ViTSpec, expected: np.ndarray) -> tuple[LayerSpec, ...]:
+  def static_layers(self, spec: ViTSpec, expected: np.ndarray) -> tuple[LayerSpec, ...]:
+    """Static layers that keep the expected counts, rounded up."""
     whole = np.ceil(expected - spec.num_patches * _NOISE)
     counts = np.clip(whole, 1, spec.num_patches).astype(int) + spec.num_prefix
     return tuple(
@@ -294,7 +342,7 @@ class DiffRate:
   def smallest_gmacs(self, spec: ViTSpec) -> float:
     """What the cheapest plan costs: one patch token after each layer that may lose tokens."""
     least = np.where(np.array(self.is_compressed(spec))[:, None], 1, spec.num_patches)
-    return macs.static_macs(spec, self._static(spec, np.repeat(least, 2, axis=1))) / 1e9
+    return macs.static_macs(spec, self.static_layers(spec, np.repeat(least, 2, axis=1))) / 1e9
 
 
 def search_macs(spec: ViTSpec, layers: tuple[LayerSpec, ...], out: Output) -> Array:

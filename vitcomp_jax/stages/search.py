@@ -1,6 +1,9 @@
 """Stage `search`: learns a plan by gradient; only the rates are trained."""
 
+import itertools
 import logging
+import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -11,14 +14,18 @@ from vitcomp_jax.config import SearchConfig
 from vitcomp_jax.data.transforms import Preprocess, normalize
 from vitcomp_jax.errors import UserError
 from vitcomp_jax.methods.diffrate import REFERENCE_GMACS, DiffRate
+from vitcomp_jax.metrics import read_metrics
 from vitcomp_jax.models.reducers import PruneMerge
 from vitcomp_jax.models.spec import LayerSpec, ViTSpec, with_drop_path
+from vitcomp_jax.models.tokens import Output
 from vitcomp_jax.models.vit import ViT
 from vitcomp_jax.ops import losses
 from vitcomp_jax.plans import Plan, load_plan, make_plan, save_plan
 from vitcomp_jax.stages.run import Run
 from vitcomp_jax.training import loop, optimizer
 from vitcomp_jax.training.step import LossFn, init_state, make_step
+
+_TRIED = 7  # plans that a search passed through, beside its last, that are tried at the end
 
 
 def check(run: Run) -> None:
@@ -61,9 +68,10 @@ def search(run: Run) -> dict[str, Any]:
     log_every=config.log_every,
     checkpoint_every=config.checkpoint_every,
   )
-  learnt = jax.device_get(state.arch)
-  raw = method.deploy(spec, learnt)
-  layers, offset = method.deploy_within(spec, learnt)
+  learnt = method.expected_counts(spec, jax.device_get(state.arch))
+  step, expected, measured = _best(run, method, learnt)
+  raw = method.static_layers(spec, expected)
+  layers, offset = method.deploy_within(spec, expected)
   gmacs = macs.static_macs(spec, layers) / 1e9
   if abs(gmacs - run.target_gmacs) > 0.01 * run.target_gmacs:
     logging.warning("the nearest plan has %.4g GMACs, the budget is %.4g", gmacs, run.target_gmacs)
@@ -79,9 +87,56 @@ def search(run: Run) -> dict[str, Any]:
     "raw_gmacs": macs.static_macs(spec, raw) / 1e9,
     "gmacs": gmacs,
     "offset": round(offset, 3),
+    "chosen_step": step,
+    "measured": measured,
     "raw_counts": _counts(raw),
     "counts": _counts(layers),
   }
+
+
+def _best(
+  run: Run, method: DiffRate, learnt: np.ndarray
+) -> tuple[int, np.ndarray, list[tuple[int, float]]]:
+  """The rates that the search passed through whose adjusted plan has the least task loss.
+
+  A gradient tells what one token more or less costs a layer, not what many in several layers do: a
+  search may leave a good plan behind. So a few of them, the start and the end included, are tried
+  on images that come next in the order of training.
+
+  Args:
+    run: With the metrics of the search.
+    method: Of the search.
+    learnt: The expected counts at the end.
+
+  Returns:
+    The step, its expected counts, and step and loss of all that were tried.
+  """
+  config, spec = run.config.search, run.spec
+  if not config.choose_images:
+    return config.steps, learnt, []
+  passed = {r["step"] - 1: np.array(r["expected"]) for r in read_metrics(run.workdir, "search")}
+  passed[config.steps] = learnt
+  steps = sorted(passed)
+  picked = [steps[i * (len(steps) - 1) // _TRIED] for i in range(_TRIED + 1)]
+  task_of = task_loss(config, ViT(spec, method.masked_layers(spec)), run.preprocess)
+  loss = jax.jit(lambda variables, batch: task_of(variables, batch)[0])
+  batches = list(
+    itertools.islice(
+      run.train_data.train_batches(config.batch_size, config.steps),
+      math.ceil(config.choose_images / config.batch_size),
+    )
+  )
+  measured = []
+  for step in dict.fromkeys(picked):
+    arch = method.counts_arch(method.deploy_within(spec, passed[step])[0])
+    variables = {"params": run.params, "arch": arch}
+    found = [
+      loss(variables, {"image": batch["image"], "label": batch["label"]}) for batch in batches
+    ]
+    measured.append((step, float(np.mean(jax.device_get(found)))))
+    logging.info("search: the plan of step %d has a loss of %.4f", *measured[-1])
+  best = min(measured, key=lambda pair: pair[1])[0]
+  return best, passed[best], measured
 
 
 def made(run: Run) -> Plan:
@@ -127,22 +182,33 @@ def search_loss(
 ) -> LossFn:
   """The task loss of the masked model plus the method's penalty, as a function of the rates."""
   model = ViT(spec, with_drop_path(method.layers(spec), config.drop_path))
-  dense = ViT(spec, spec.dense_layers)
+  task_of = task_loss(config, model, preprocess)
 
   def loss_fn(arch, params, batch, key, step):
-    images = normalize(batch["image"], preprocess)
-    variables = {"params": params, "arch": arch}
-    out = model.apply(variables, images, method="forward", rngs={"drop_path": key})
-    if config.loss == "labels":
-      task = losses.cross_entropy(out.logits, batch["label"], config.label_smoothing)
-    else:
-      teacher = dense.apply({"params": params}, images, method="forward")
-      divergence = {"logits": losses.logit_divergence, "features": losses.feature_divergence}
-      task = divergence[config.loss](getattr(out, config.loss), getattr(teacher, config.loss))
+    task, out = task_of({"params": params, "arch": arch}, batch, {"drop_path": key})
     penalty, figures = method.penalty(spec, out, step)
-    return task + penalty, {"task_loss": task, **figures}
+    figures |= {"task_loss": task, "expected": method.traced_counts(spec, arch)}
+    return task + penalty, figures
 
   return loss_fn
+
+
+def task_loss(
+  config: SearchConfig, model: ViT, preprocess: Preprocess
+) -> Callable[..., tuple[jax.Array, Output]]:
+  """The config's loss of a model as a function of variables, batch and random keys."""
+  dense = ViT(model.spec, model.spec.dense_layers)
+
+  def task_of(variables, batch, rngs=None):
+    images = normalize(batch["image"], preprocess)
+    out = model.apply(variables, images, method="forward", rngs=rngs)
+    if config.loss == "labels":
+      return losses.cross_entropy(out.logits, batch["label"], config.label_smoothing), out
+    teacher = dense.apply({"params": variables["params"]}, images, method="forward")
+    divergence = {"logits": losses.logit_divergence, "features": losses.feature_divergence}
+    return divergence[config.loss](getattr(out, config.loss), getattr(teacher, config.loss)), out
+
+  return task_of
 
 
 def _counts(layers: tuple[LayerSpec, ...]) -> list[list[int]]:
