@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vitcomp_jax.training import losses
+from vitcomp_jax.ops import losses
 
 
 def normal(seed, shape):

@@ -96,10 +96,23 @@ def _search_text(summary: Mapping[str, Any], budget_text: str) -> str:
   lines = [
     f"{summary['steps']:,} steps on {summary['images']:,} images, {summary['minutes']:.1f} minutes",
     f"Budget: {budget_text} ({asked})" if budget_text else f"Budget: {asked}",
+    *_chosen_text(summary),
     f"Plan as learnt: {number(summary['raw_gmacs'])} GMACs",
     f"Plan adjusted to the budget: {number(summary['gmacs'])} GMACs{by}",
   ]
   return "\n".join(f"- {line}" for line in lines)
+
+
+def _chosen_text(summary: Mapping[str, Any]) -> list[str]:
+  """Which of the plans that the search passed through was kept."""
+  tried = dict(summary.get("tried") or [])
+  if not tried:
+    return []
+  step = summary["chosen_step"]
+  return [
+    f"Kept: the plan of step {step:,} with a loss of {tried[step]:.4f}, the least of the "
+    f"{len(tried)} that were tried (steps {', '.join(f'{s:,}' for s in tried)})"
+  ]
 
 
 def _plan_text(plan_json: Mapping[str, Any] | None) -> str:

@@ -3,6 +3,7 @@
 import itertools
 import logging
 import math
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -69,13 +70,15 @@ def search(run: Run) -> dict[str, Any]:
     checkpoint_every=config.checkpoint_every,
   )
   learnt = method.expected_counts(spec, jax.device_get(state.arch))
-  step, expected, measured = _best(run, method, learnt)
+  begin = time.monotonic()
+  step, expected, tried = _best(run, method, learnt)
+  seconds += time.monotonic() - begin
   raw = method.static_layers(spec, expected)
   layers, offset = method.deploy_within(spec, expected)
   gmacs = macs.static_macs(spec, layers) / 1e9
   if abs(gmacs - run.target_gmacs) > 0.01 * run.target_gmacs:
     logging.warning("the nearest plan has %.4g GMACs, the budget is %.4g", gmacs, run.target_gmacs)
-  images = config.steps * config.batch_size
+  images = config.steps * config.batch_size + config.choose_images
   made_by = {"method": config.method, "steps": config.steps, "images": images}
   made_by |= {"weights": run.config.model.weights, "data": data.name, "seed": run.config.seed}
   save_plan(make_plan(spec, layers, made_by), run.workdir / "plan.json")
@@ -88,7 +91,7 @@ def search(run: Run) -> dict[str, Any]:
     "gmacs": gmacs,
     "offset": round(offset, 3),
     "chosen_step": step,
-    "measured": measured,
+    "tried": tried,
     "raw_counts": _counts(raw),
     "counts": _counts(layers),
   }
