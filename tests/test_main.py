@@ -14,19 +14,29 @@ import PIL.Image
 import pytest
 import safetensors.numpy
 
+from vitcomp_jax import main
+
 ROOT = pathlib.Path(__file__).parents[1]
+BUNDLED = ROOT / "vitcomp_jax" / "bundled" / "vit_mini_patch3_30.safetensors"
+OTHER = ROOT / "tests" / "golden" / "errors" / "deit_ok.safetensors"
 QUICK = ("--config.search.steps=12", "--config.search.batch_size=8")
 QUICK += ("--config.search.checkpoint_every=3", "--config.search.log_every=1")
 QUICK += ("--config.data.eval_examples=40", "--config.evaluate.batch_size=20")
 
 
-def _command(workdir: pathlib.Path, *options: str, config: str = "configs/quickstart.py"):
-  program = [sys.executable, "-m", "vitcomp_jax.main", "--config", config]
+def _command(workdir: pathlib.Path, *options: str) -> list[str]:
+  program = [
+    sys.executable,
+    "-m",
+    "vitcomp_jax.main",
+    "--config",
+    str(ROOT / "configs/quickstart.py"),
+  ]
   return [*program, "--workdir", str(workdir), *options]
 
 
-def _run(workdir: pathlib.Path, *options: str, **settings) -> subprocess.CompletedProcess:
-  command = _command(workdir, *options, **settings)
+def _run(workdir: pathlib.Path, *options: str) -> subprocess.CompletedProcess:
+  command = _command(workdir, *options)
   return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
 
 
@@ -39,7 +49,9 @@ def _plan_file(path: pathlib.Path, layers: int, variant: str, num_tokens: int) -
 
 def _mistakes(tmp: pathlib.Path) -> dict[str, tuple[list[str], str]]:
   """Options, and what the line must say."""
-  truncated, empty = tmp / "cut.safetensors", tmp / "empty"
+  truncated, empty, broken = tmp / "cut.safetensors", tmp / "empty", tmp / "nan.safetensors"
+  weights = safetensors.numpy.load_file(BUNDLED)
+  safetensors.numpy.save_file(weights | {"head.bias": weights["head.bias"] * np.nan}, broken)
   safetensors.numpy.save_file({"head.weight": np.zeros((10, 64), np.float32)}, truncated)
   truncated.write_bytes(truncated.read_bytes()[:-100])
   empty.mkdir()
@@ -51,11 +63,13 @@ def _mistakes(tmp: pathlib.Path) -> dict[str, tuple[list[str], str]]:
     "unknown key": (["--config.serch.steps=3"], "did you mean config.search.steps"),
     "wrong type": (["--config.search.steps=many"], "steps"),
     "unknown stage": (["--config.stages=('train',)"], "config.stages"),
-    "no such config": ([], "nowhere.py"),
+    "no such config": (["--config=configs/nowhere.py"], "nowhere.py"),
     "unknown variant": (["--config.model.variant=vit_enormous"], "not known"),
     "wrong plan length": ([evaluate, f"--config.model.plan={short}"], "expected 8 layers"),
     "plan of another depth": ([evaluate, f"--config.model.plan={deep}"], "expected 8 layers"),
-    "other weights": (["--config.model.variant=deit_tiny_patch16_224"], "weights"),
+    "other weights": ([f"--config.model.weights={OTHER}"], "do not fit"),
+    "none bundled": (["--config.model.variant=deit_tiny_patch16_224"], "ship with the package"),
+    "weights that are not finite": ([f"--config.model.weights={broken}"], "head.bias"),
     "truncated weights": ([f"--config.model.weights={truncated}"], "damaged"),
     "missing weights": (["--config.model.weights=/nowhere/w.safetensors"], "not there"),
     "missing data set": (["--config.data.name=no_such_set"], "TFDS"),
@@ -65,22 +79,78 @@ def _mistakes(tmp: pathlib.Path) -> dict[str, tuple[list[str], str]]:
     "budget above dense": (["--config.budget.fraction=1.2"], "config.budget"),
     "budget below the smallest": (["--config.budget.fraction=0.01"], "smallest plan"),
     "image size": (["--config.model.image_size=31"], "multiple of the patch size"),
-    "negative steps": (["--config.search.steps=-1"], "config.search"),
+    "negative steps": (["--config.search.steps=-1"], "int of at least 1"),
+    "not a number": (["--config.search.learning_rate=nan"], "config.search.learning_rate"),
+    "a group": (["--config.search=3"], "group"),
+    "no value": (["--config.search.steps"], "got no value"),
+    "unknown flag": (["--speed=3"], "--speed"),
+    "no stages": (["--config.stages=()"], "at least one stage"),
+    "unknown baseline": (["--config.evaluate.baselines=('best',)"], "uniform_merge"),
+    "nothing to evaluate": (
+      [evaluate, "--config.evaluate.dense=False", "--config.evaluate.baselines=()"],
+      "something to evaluate",
+    ),
+    "two budgets": (["--config.budget.gmacs=0.03"], "0.65 and 0.03"),
+    "too few classes": (["--config.model.num_classes=5"], "at least the 10"),
+    "labels without a classifier": (["--config.model.num_classes=0"], "expected features"),
+    "padding": (["--config.data.pad=15"], "config.data.pad"),
   }
 
 
-MISTAKES = sorted(_mistakes(pathlib.Path(tempfile.mkdtemp())))
+with tempfile.TemporaryDirectory() as folder:
+  MISTAKES = sorted(_mistakes(pathlib.Path(folder)))
 
 
 @pytest.mark.parametrize("name", MISTAKES)
-def test_a_mistake_is_one_line_and_status_2(name, tmp_path):
+def test_a_mistake_is_one_line_and_status_2(name, tmp_path, capsys):
   options, said = _mistakes(tmp_path)[name]
-  config = "configs/nowhere.py" if name == "no such config" else "configs/quickstart.py"
-  result = _run(tmp_path / "run", *options, config=config)
-  lines = [line for line in result.stderr.splitlines() if line.startswith("vitcomp_jax: ")]
-  assert result.returncode == 2, result.stderr
-  assert len(lines) == 1 and said in lines[0], result.stderr
-  assert "Traceback" not in result.stderr
+  workdir = tmp_path / "run"
+  assert main.main(_command(workdir, *options)[2:]) == 2
+  error = capsys.readouterr().err
+  lines = [line for line in error.splitlines() if line.startswith("vitcomp_jax: ")]
+  assert len(lines) == 1 and said in lines[0] and "Traceback" not in error, error
+  # Nothing was begun, so that the corrected command may use the same workdir.
+  assert not workdir.exists()
+
+
+def test_a_mistake_ends_the_process_with_status_2(tmp_path):
+  result = _run(tmp_path / "run", "--config.search.steps=many")
+  assert result.returncode == 2 and result.stderr.count("\n") == 1, result.stderr
+
+
+def test_help_names_the_command(capsys):
+  with pytest.raises(SystemExit) as ended:
+    main.main(["main", "--help"])
+  assert ended.value.code == 0
+  assert "--config.KEY=VALUE" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+  ("text", "said"),
+  [
+    ("def get_config(:", "SyntaxError"),
+    ("import no_such_module", "no_such_module"),
+    ("def get_config(): return {}", "expected get_config to return a ConfigDict"),
+    ("x = 1", "expected a function get_config"),
+    ("import sys; sys.exit(0)", "SystemExit"),
+  ],
+)
+def test_a_broken_config_file_is_named(text, said, tmp_path, capsys):
+  path = tmp_path / "broken.py"
+  path.write_text(text)
+  assert main.main(["main", "--config", str(path)]) == 2
+  error = capsys.readouterr().err
+  assert error.count("\n") == 1 and str(path) in error and said in error, error
+
+
+def test_values_on_the_command_line():
+  options = ["--config.budget.fraction=none", "--config.budget.gmacs", "0.03"]
+  options += ["--config.stages=('evaluate',)", "--config.evaluate.dense=False"]
+  command = _command(pathlib.Path("somewhere"), *options)[3:]
+  config, workdir = main._parse(command)
+  assert (config.budget.fraction, config.budget.gmacs) == (None, 0.03)
+  assert config.stages == ("evaluate",) and not config.evaluate.dense
+  assert workdir == pathlib.Path("somewhere")
 
 
 def test_a_corrupt_image_is_named(tmp_path):
@@ -123,15 +193,19 @@ def test_a_full_disk_is_status_1_and_loses_nothing(tmp_path):
   assert resumed.returncode == 0, resumed.stderr
 
 
-def test_another_config_in_the_same_workdir_is_refused(tmp_path):
-  workdir = tmp_path / "run"
-  _run(workdir, *QUICK, "--config.stages=()")
-  result = _run(workdir, *QUICK, "--config.stages=()", "--config.seed=1")
-  assert result.returncode == 2 and "config.seed" in result.stderr, result.stderr
+def test_another_config_in_the_same_workdir_is_refused(tmp_path, capsys):
+  options = ("--config.stages=('evaluate',)", "--config.evaluate.baselines=()")
+  options += ("--config.data.eval_examples=20", "--config.evaluate.batch_size=20")
+  assert main.main(_command(tmp_path, *options)[2:]) == 0
+  assert main.main(_command(tmp_path, *options, "--config.seed=1")[2:]) == 2
+  assert "config.seed: 0 there, 1 here" in capsys.readouterr().err
+  (tmp_path / "config.json").unlink()
+  assert main.main(_command(tmp_path, *options)[2:]) == 2
+  assert "config.json is gone" in capsys.readouterr().err
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", ["search", "pretrain"])
+@pytest.mark.parametrize("stage", ["search", "pretrain", "evaluate"])
 def test_a_killed_run_ends_as_one_left_alone(stage, tmp_path):
   options = list(QUICK)
   if stage == "pretrain":
@@ -140,7 +214,7 @@ def test_a_killed_run_ends_as_one_left_alone(stage, tmp_path):
     options += ["--config.pretrain.checkpoint_every=3", "--config.pretrain.log_every=1"]
   alone, killed = tmp_path / "alone", tmp_path / "killed"
   assert _run(alone, *options).returncode == 0
-  _kill_at(killed, stage, 7, *options)
+  _kill_in(killed, stage, *options)
   result = _run(killed, *options)
   assert result.returncode == 0, result.stderr
   for name in ("plan.json", "result.json"):
@@ -149,14 +223,22 @@ def test_a_killed_run_ends_as_one_left_alone(stage, tmp_path):
   assert figures[0] == figures[1]
 
 
-def _kill_at(workdir: pathlib.Path, stage: str, step: int, *options: str) -> None:
+def _kill_in(workdir: pathlib.Path, stage: str, *options: str) -> None:
+  """Kills a run in the middle of a stage."""
   process = subprocess.Popen(_command(workdir, *options), cwd=ROOT, stderr=subprocess.DEVNULL)
   deadline = time.monotonic() + 300
-  while max(_figures(workdir, stage), default=0) < step:
+  while not _is_in_the_middle(workdir, stage):
     assert process.poll() is None and time.monotonic() < deadline
     time.sleep(0.05)
   os.kill(process.pid, signal.SIGKILL)
   process.wait()
+
+
+def _is_in_the_middle(workdir: pathlib.Path, stage: str) -> bool:
+  """Past the first row of an evaluation, or the seventh step of another stage."""
+  if stage == "evaluate":
+    return (workdir / "result.json").exists()
+  return max(_figures(workdir, stage), default=0) >= 7
 
 
 def _figures(workdir: pathlib.Path, stage: str) -> dict[int, float]:

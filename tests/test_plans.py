@@ -145,24 +145,9 @@ def test_the_files_own_gmacs_count_if_its_layers_cost_that():
   assert again.gmacs - parse_plan(plan_json()).gmacs == pytest.approx(64 * 90 / 1e9, abs=1e-6)
 
 
-@pytest.mark.parametrize(
-  ("gmacs", "shown"),
-  [
-    (0.0, "0.0"),
-    (-1, "-1"),
-    (0.05, "0.05"),
-    (float("nan"), "nan"),
-    (float("inf"), "inf"),
-    (10**400, "1000.*000"),
-    (True, "True"),
-    (None, "None"),
-    ("0.03", "'0.03'"),
-  ],
-)
-def test_gmacs_that_the_layers_do_not_cost(gmacs, shown):
-  cost = f"{parse_plan(plan_json()).gmacs:.6g}"
-  with pytest.raises(UserError, match=f"p.json: .* within 1 % of {cost}, .* got {shown}; correct"):
-    parse_plan(plan_json(gmacs=gmacs), "p.json")
+@pytest.mark.parametrize("gmacs", [0.0, 0.05, float("nan"), 10**400, True, None, "0.03"])
+def test_gmacs_that_the_layers_do_not_cost_are_counted_again(gmacs):
+  assert parse_plan(plan_json(gmacs=gmacs)).gmacs == parse_plan(plan_json()).gmacs
 
 
 def test_gmacs_are_those_of_the_plans_own_image_size():

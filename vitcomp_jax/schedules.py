@@ -28,8 +28,8 @@ def hand_made(name: str, spec: ViTSpec, target_gmacs: float) -> tuple[LayerSpec,
   def layers(count: int) -> tuple[LayerSpec, ...]:
     reduce = PruneMerge(spec.num_tokens if name == "uniform_merge" else count, count)
     return tuple(
-      dataclasses.replace(layer, reduce=reduce) if _is_compressed(spec, index) else layer
-      for index, layer in enumerate(spec.dense_layers)
+      dataclasses.replace(layer, reduce=reduce) if compressed else layer
+      for layer, compressed in zip(spec.dense_layers, compressed_layers(spec), strict=True)
     )
 
   def distance(count: int) -> float:
@@ -38,7 +38,16 @@ def hand_made(name: str, spec: ViTSpec, target_gmacs: float) -> tuple[LayerSpec,
   return layers(min(range(spec.num_prefix + 1, spec.num_tokens + 1), key=distance))
 
 
-def _is_compressed(spec: ViTSpec, index: int) -> bool:
-  """Not the first layer, nor one whose patch tokens the head pools over: as in a search."""
-  pooled = spec.pool == "size_mean" and index == spec.depth - 1
-  return index > 0 and not pooled
+def compressed_layers(
+  spec: ViTSpec, first: bool = False, last: bool | None = None
+) -> tuple[bool, ...]:
+  """Which layers may lose tokens.
+
+  Args:
+    spec: The model.
+    first: Whether the first may.
+    last: Whether the last may; none: unless the head pools over the patches it leaves.
+  """
+  last = spec.pool != "size_mean" if last is None else last
+  ends = {spec.depth - 1: last, 0: first}
+  return tuple(ends.get(i, True) for i in range(spec.depth))

@@ -19,6 +19,7 @@ from vitcomp_jax.models.spec import LayerSpec, ViTSpec
 from vitcomp_jax.models.tokens import AttentionStats, Aux, Output, Tokens
 from vitcomp_jax.ops import merge, select
 from vitcomp_jax.ops.straight_through import ste_ceil, ste_mask, ste_min
+from vitcomp_jax.schedules import compressed_layers
 
 # The paper's coefficient is for DeiT-S, whose 4.6 GMACs the relative budget term refers to.
 REFERENCE_GMACS = 4.6
@@ -192,8 +193,7 @@ class DiffRate:
 
   def is_compressed(self, spec: ViTSpec) -> tuple[bool, ...]:
     """Which layers may lose tokens."""
-    last = spec.pool != "size_mean" if self.compress_last is None else self.compress_last
-    return (self.compress_first, *(True,) * (spec.depth - 2), last)
+    return compressed_layers(spec, self.compress_first, self.compress_last)
 
   def layers(self, spec: ViTSpec) -> tuple[LayerSpec, ...]:
     """Layers whose reducers learn their counts; one reducer per layer, as each has its own."""
