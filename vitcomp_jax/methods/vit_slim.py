@@ -13,11 +13,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+from vitcomp_jax.convert.slicing import LayerIndex, layer_index
 from vitcomp_jax.errors import UserError
 from vitcomp_jax.models.gates import SoftMask
+from vitcomp_jax.models.reducers import KeepPositions, keep_all
 from vitcomp_jax.models.spec import LayerSpec, ViTSpec
-from vitcomp_jax.models.tokens import Output
+from vitcomp_jax.models.tokens import Output, TokenReducer
 from vitcomp_jax.models.vit import ViT
+from vitcomp_jax.plans import PlanLayer
 
 KINDS = ("attn", "mlp", "patch")
 _GATES = {"attn": "head_gate", "mlp": "hidden_gate", "patch": "token_gate"}
@@ -84,21 +87,23 @@ class ViTSlim:
 
   def initial_arch(self, spec: ViTSpec) -> dict[str, Any]:
     """The masks before the first step: all open."""
+    heads, dims = self.attn_shape(spec)
     return {
       f"blocks_{i}": {
-        "head_gate": {"zeta": jnp.ones(layer.head_gate.shape)},
-        "hidden_gate": {"zeta": jnp.ones(layer.hidden_gate.shape)},
-        "token_gate": {"zeta": jnp.full(layer.token_gate.shape, _INITIAL_PATCH)},
+        "head_gate": {"zeta": jnp.ones((1, 1, heads, 1, dims))},
+        "hidden_gate": {"zeta": jnp.ones((1, 1, spec.mlp_dim))},
+        "token_gate": {"zeta": jnp.full((1, spec.num_tokens, 1), _INITIAL_PATCH)},
       }
-      for i, layer in enumerate(self.layers(spec))
+      for i in range(spec.depth)
     }
 
   def sparsity(self, arch: Mapping[str, Any]) -> dict[str, Array]:
     """The L1 norm of each kind of mask, over all layers."""
-    return {
-      kind: sum(jnp.sum(jnp.abs(values)) for values in _factors(arch, kind, jnp.tanh))
-      for kind in KINDS
-    }
+
+    def norm(kind: str) -> Array:
+      return sum((jnp.sum(jnp.abs(v)) for v in _factors(arch, kind, jnp.tanh)), jnp.zeros(()))
+
+    return {kind: norm(kind) for kind in KINDS}
 
   def penalty(
     self, spec: ViTSpec, arch: Mapping[str, Any], out: Output, step: Array
@@ -106,8 +111,8 @@ class ViTSlim:
     """The weighted L1 norms, and each of them."""
     del spec, out, step
     norms = self.sparsity(arch)
-    weights = {"attn": self.w_attn, "mlp": self.w_mlp, "patch": self.w_patch}
-    total = sum(weights[kind] * norm for kind, norm in norms.items())
+    weighted = self.w_attn * norms["attn"] + self.w_mlp * norms["mlp"]
+    total = weighted + self.w_patch * norms["patch"]
     return total, {f"l1_{kind}": norm for kind, norm in norms.items()}
 
   def cut(
@@ -156,6 +161,35 @@ class ViTSlim:
       }
       for i in range(len(masks.mlp))
     }
+
+
+def deploy(
+  spec: ViTSpec, masks: Masks, tile: int = 1
+) -> tuple[tuple[LayerSpec, ...], tuple[LayerIndex, ...]]:
+  """The layers of the slimmed network, and which units of the dense one they keep.
+
+  Without patch masks it computes what the masked network does. A masked patch, though, still is a
+  key and a value made of the biases of `qkv`, and takes its share of the softmax; here it is
+  removed, and only then does it cost nothing. CLS and the rest of the prefix always stay.
+
+  Args:
+    spec: The dense model.
+    masks: What to keep.
+    tile: Head dimensions and hidden units are filled up with zeros to a multiple of it.
+  """
+  heads, dims = spec.num_heads, spec.width // spec.num_heads
+  attn = np.broadcast_to(masks.attn, (spec.depth, heads, dims))
+  patch = masks.patch | (np.arange(spec.num_tokens) < spec.num_prefix)
+  indices = tuple(layer_index(a, m, tile) for a, m in zip(attn, masks.mlp, strict=True))
+  layers = tuple(
+    PlanLayer(index, _selecting(kept)).apply_to(layer)
+    for layer, index, kept in zip(spec.dense_layers, indices, patch, strict=True)
+  )
+  return layers, indices
+
+
+def _selecting(kept: np.ndarray) -> TokenReducer:
+  return keep_all if kept.all() else KeepPositions(tuple(np.flatnonzero(kept).tolist()))
 
 
 def thresholds(arch: Mapping[str, Any], budgets: tuple[float, float, float]) -> list[float]:

@@ -11,8 +11,6 @@ from typing import Any
 
 import numpy as np
 
-from vitcomp_jax.models.spec import LayerSpec
-
 
 @dataclasses.dataclass(frozen=True)
 class LayerIndex:
@@ -25,6 +23,12 @@ class LayerIndex:
 
   attn: tuple[tuple[int, ...], ...]
   mlp: tuple[int, ...]
+
+  @property
+  def widths(self) -> dict[str, int]:
+    """The slimmed layer's widths, as a `LayerSpec` names them."""
+    heads, dims = len(self.attn), len(self.attn[0])
+    return {"num_heads": heads, "head_dim": dims, "mlp_dim": len(self.mlp)}
 
 
 def layer_index(attn: np.ndarray, mlp: np.ndarray, tile: int = 1) -> LayerIndex:
@@ -50,13 +54,6 @@ def _filled(index: np.ndarray, width: int) -> tuple[int, ...]:
 
 def _round_up(count: int, tile: int) -> int:
   return -(-count // tile) * tile
-
-
-def slim_layer(layer: LayerSpec, index: LayerIndex) -> LayerSpec:
-  """The spec of a slimmed layer; the scale of its products stays the dense one's."""
-  return dataclasses.replace(
-    layer, num_heads=len(index.attn), head_dim=len(index.attn[0]), mlp_dim=len(index.mlp)
-  )
 
 
 def slice_params(params: Mapping[str, Any], indices: Sequence[LayerIndex]) -> dict[str, Any]:
