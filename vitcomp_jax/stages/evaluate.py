@@ -137,8 +137,8 @@ def _score(
   rank = jnp.sum((logits > own) | ((logits == own) & before), axis=1)
   loss = jax.nn.logsumexp(logits, axis=1) - own[:, 0]
   return {
-    "top1": 100 * jnp.sum(mask * (rank < 1)),
-    "top5": 100 * jnp.sum(mask * (rank < 5)),
+    "top1": 100 * jnp.sum(mask, where=rank < 1),
+    "top5": 100 * jnp.sum(mask, where=rank < 5),
     "loss": jnp.sum(mask * loss),
     "count": jnp.sum(mask),
   }
