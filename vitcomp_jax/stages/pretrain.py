@@ -48,8 +48,8 @@ def pretrain(run: Run) -> dict[str, Any]:
   state, seconds = loop.train(
     stage="pretrain",
     workdir=run.workdir,
-    state=init_state(run.params, {}, run.params, tx, run.config.seed, keeps_ema),
-    step_fn=make_step(loss_fn, tx, "params", config.ema),
+    state=init_state(run.params, {}, tx, ("params",), run.config.seed, keeps_ema),
+    step_fn=make_step(loss_fn, tx, ("params",), config.ema),
     batches=lambda done: data.train_batches(config.batch_size, done),
     steps=steps,
     log_every=config.log_every,

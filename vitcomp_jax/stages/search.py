@@ -54,8 +54,8 @@ def search(run: Run) -> dict[str, Any]:
   state, seconds = loop.train(
     stage="search",
     workdir=run.workdir,
-    state=init_state(run.params, arch, arch, tx, run.config.seed, ema=False),
-    step_fn=make_step(search_loss(config, method, spec, run.preprocess), tx, "arch"),
+    state=init_state(run.params, arch, tx, ("arch",), run.config.seed),
+    step_fn=make_step(search_loss(config, method, spec, run.preprocess), tx, ("arch",)),
     batches=lambda done: data.train_batches(config.batch_size, done),
     steps=config.steps,
     log_every=config.log_every,
@@ -129,7 +129,7 @@ def search_loss(
   model = ViT(spec, with_drop_path(method.layers(spec), config.drop_path))
   dense = ViT(spec, spec.dense_layers)
 
-  def loss_fn(arch, params, batch, key, step):
+  def loss_fn(params, arch, batch, key, step):
     images = normalize(batch["image"], preprocess)
     variables = {"params": params, "arch": arch}
     out = model.apply(variables, images, method="forward", rngs={"drop_path": key})
