@@ -29,7 +29,7 @@ from vitcomp_jax.methods.diffrate import (
   keep_probability,
   search_macs,
 )
-from vitcomp_jax.methods.vit_slim import ViTSlim, authors_cost, thresholds
+from vitcomp_jax.methods.vit_slim import ViTSlim, authors_cost, masked_layers, thresholds
 from vitcomp_jax.models.reducers import PruneMerge
 from vitcomp_jax.models.spec import LayerSpec, ViTSpec
 from vitcomp_jax.models.variants import get_spec
@@ -538,8 +538,7 @@ def _check_cut(
   for i in range(spec.depth):
     for kept, key in ((masks.attn, "attn"), (masks.mlp, "mlp"), (masks.patch, "patch")):
       np.testing.assert_array_equal(kept[i].ravel(), case[f"mask_{key}/{i}"].ravel() > 0)
-  model = ViT(spec, method.cut_layers(spec))
-  logits = jax.jit(model.apply)({"params": params, "arch": method.cut_arch(masks)}, images)
+  logits = jax.jit(ViT(spec, masked_layers(spec, masks)).apply)({"params": params}, images)
   _close(logits, case["logits_f64"], tolerance, "cut")
   assert list(authors_cost(spec, masks)) == [case["params"][1], case["flops"][1]]
 

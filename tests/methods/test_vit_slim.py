@@ -12,7 +12,7 @@ from vitcomp_jax import macs
 from vitcomp_jax.convert import files
 from vitcomp_jax.convert.slicing import slice_params
 from vitcomp_jax.errors import UserError
-from vitcomp_jax.methods.vit_slim import Masks, ViTSlim, authors_cost, deploy
+from vitcomp_jax.methods.vit_slim import Masks, ViTSlim, authors_cost, deploy, masked_layers
 from vitcomp_jax.plans import load_plan, make_plan, parse_plan, save_plan
 
 KINDS = ("dims", "heads", "uniform")
@@ -38,8 +38,7 @@ def test_extracted_equals_masked(kind, seed, tile):
   budgets = tuple(np.random.default_rng(seed).uniform(0.3, 0.9, 2)) + (1.0,)
   masks = method.cut(spec, random_arch(method, spec, seed, patches=False), budgets, min_units=2)
   params, images = random_params(spec, seed), random_images(spec, 3, seed)
-  variables = {"params": params, "arch": method.cut_arch(masks)}
-  masked = forward(spec, method.cut_layers(spec), variables, images)
+  masked = forward(spec, masked_layers(spec, masks), {"params": params}, images)
   layers, indices = deploy(spec, masks, tile)
   slimmed = forward(spec, layers, {"params": slice_params(params, indices)}, images)
   np.testing.assert_allclose(slimmed.logits, masked.logits, rtol=0, atol=1e-5)

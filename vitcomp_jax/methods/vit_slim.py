@@ -15,7 +15,7 @@ from jaxtyping import Array
 
 from vitcomp_jax.convert.slicing import LayerIndex, layer_index
 from vitcomp_jax.errors import UserError
-from vitcomp_jax.models.gates import SoftMask
+from vitcomp_jax.models.gates import HardMask, SoftMask
 from vitcomp_jax.models.reducers import KeepPositions, keep_all
 from vitcomp_jax.models.spec import LayerSpec, ViTSpec
 from vitcomp_jax.models.tokens import Output, TokenReducer
@@ -65,22 +65,14 @@ class ViTSlim:
     return {"dims": (heads, dims), "heads": (heads, 1), "uniform": (1, dims)}[self.attn]
 
   def layers(self, spec: ViTSpec) -> tuple[LayerSpec, ...]:
-    """Layers whose gates learn."""
-    return self._gated(spec, squash=True)
-
-  def cut_layers(self, spec: ViTSpec) -> tuple[LayerSpec, ...]:
-    """Layers whose gates are hard masks, given as `arch` by `cut_arch`: the authors' evaluation."""
-    return self._gated(spec, squash=False)
-
-  def _gated(self, spec: ViTSpec, squash: bool) -> tuple[LayerSpec, ...]:
+    """Layers whose gates learn; one module per layer and gate, as each has masks of its own."""
     heads, dims = self.attn_shape(spec)
     return tuple(
       dataclasses.replace(
         layer,
-        # One module per layer, as each has masks of its own.
         head_gate=SoftMask((1, 1, heads, 1, dims)),
         hidden_gate=SoftMask((1, 1, spec.mlp_dim)),
-        token_gate=SoftMask((1, spec.num_tokens, 1), _INITIAL_PATCH, squash),
+        token_gate=SoftMask((1, spec.num_tokens, 1), _INITIAL_PATCH, squash=True),
       )
       for layer in spec.dense_layers
     )
@@ -147,20 +139,24 @@ class ViTSlim:
       _check_not_empty(masks, spec)
     return masks
 
-  def cut_arch(self, masks: Masks) -> dict[str, Any]:
-    """The masks as `arch` of `cut_layers`."""
 
-    def zeta(mask: np.ndarray, *axes: int) -> dict[str, Array]:
-      return {"zeta": jnp.asarray(np.expand_dims(mask, axes), jnp.float32)}
+def masked_layers(spec: ViTSpec, masks: Masks) -> tuple[LayerSpec, ...]:
+  """Layers of the dense network in which what was cut is masked: the authors' evaluation."""
+  return tuple(
+    dataclasses.replace(
+      layer,
+      head_gate=_hard(attn[None, None, :, None]),
+      hidden_gate=_hard(mlp[None, None]),
+      token_gate=_hard(patch[None, :, None]),
+    )
+    for layer, attn, mlp, patch in zip(
+      spec.dense_layers, masks.attn, masks.mlp, masks.patch, strict=True
+    )
+  )
 
-    return {
-      f"blocks_{i}": {
-        "head_gate": zeta(masks.attn[i], 0, 1, 3),
-        "hidden_gate": zeta(masks.mlp[i], 0, 1),
-        "token_gate": zeta(masks.patch[i], 0, 2),
-      }
-      for i in range(len(masks.mlp))
-    }
+
+def _hard(mask: np.ndarray) -> HardMask:
+  return HardMask(mask.shape, tuple(np.flatnonzero(mask).tolist()))
 
 
 def deploy(

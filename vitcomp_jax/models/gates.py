@@ -1,10 +1,12 @@
 """Gates: factors on what flows inside a layer, learnt while ViT-Slim searches."""
 
 import dataclasses
+import math
 from collections.abc import Callable
 
 import flax.linen as nn
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array
 
 Gate = Callable[[Array], Array]
@@ -38,6 +40,24 @@ class SoftMask(nn.Module):
   def __call__(self, x: Array) -> Array:
     zeta = self.variable("arch", "zeta", jnp.full, self.shape, self.initial).value
     return x * (jnp.tanh(zeta) if self.squash else zeta).astype(x.dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class HardMask:
+  """Lets some units through and makes the others 0: what a cut leaves, before anything is removed.
+
+  Attributes:
+    shape: As of a `SoftMask`.
+    kept: Places in the flattened shape that are let through.
+  """
+
+  shape: tuple[int, ...]
+  kept: tuple[int, ...]
+
+  def __call__(self, x: Array) -> Array:
+    factors = np.zeros(math.prod(self.shape))
+    factors[list(self.kept)] = 1
+    return x * jnp.asarray(factors.reshape(self.shape), x.dtype)
 
 
 open_gate: Gate = Open()
