@@ -27,8 +27,8 @@ class LayerIndex:
   @property
   def widths(self) -> dict[str, int]:
     """The slimmed layer's widths, as a `LayerSpec` names them."""
-    heads, dims = len(self.attn), len(self.attn[0])
-    return {"num_heads": heads, "head_dim": dims, "mlp_dim": len(self.mlp)}
+    dims = len(self.attn[0]) if self.attn else 0
+    return {"num_heads": len(self.attn), "head_dim": dims, "mlp_dim": len(self.mlp)}
 
 
 def layer_index(attn: np.ndarray, mlp: np.ndarray, tile: int = 1) -> LayerIndex:
@@ -41,7 +41,7 @@ def layer_index(attn: np.ndarray, mlp: np.ndarray, tile: int = 1) -> LayerIndex:
   """
   num_dims = attn.shape[1]
   heads = [np.flatnonzero(row) + i * num_dims for i, row in enumerate(attn) if row.any()]
-  width = _round_up(max(map(len, heads)), tile)
+  width = _round_up(max(map(len, heads), default=0), tile)
   hidden = np.flatnonzero(mlp)
   return LayerIndex(
     tuple(_filled(head, width) for head in heads), _filled(hidden, _round_up(hidden.size, tile))

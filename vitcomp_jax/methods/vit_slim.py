@@ -5,7 +5,7 @@ together with the weights under an L1 penalty; one global threshold per kind the
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -77,6 +77,11 @@ class ViTSlim:
       for layer in spec.dense_layers
     )
 
+  def searches(self, gate: str) -> bool:
+    """Whether a gate's masks are trained: their weight is not 0."""
+    weights = {"head_gate": self.w_attn, "hidden_gate": self.w_mlp, "token_gate": self.w_patch}
+    return weights[gate] > 0
+
   def initial_arch(self, spec: ViTSpec) -> dict[str, Any]:
     """The masks before the first step: all open."""
     heads, dims = self.attn_shape(spec)
@@ -111,7 +116,7 @@ class ViTSlim:
     self,
     spec: ViTSpec,
     arch: Mapping[str, Any],
-    budgets: tuple[float, float, float],
+    budgets: Sequence[float],
     min_units: int = 0,
     refuse_empty: bool = True,
   ) -> Masks:
@@ -188,7 +193,7 @@ def _selecting(kept: np.ndarray) -> TokenReducer:
   return keep_all if kept.all() else KeepPositions(tuple(np.flatnonzero(kept).tolist()))
 
 
-def thresholds(arch: Mapping[str, Any], budgets: tuple[float, float, float]) -> list[float]:
+def thresholds(arch: Mapping[str, Any], budgets: Sequence[float]) -> list[float]:
   """The authors' thresholds of the three kinds: the value at index int((1 - budget) n)."""
   found = []
   for kind, budget in zip(KINDS, budgets, strict=True):

@@ -11,7 +11,7 @@ from vitcomp_jax.config import SearchConfig
 from vitcomp_jax.data.transforms import Preprocess, normalize
 from vitcomp_jax.errors import UserError
 from vitcomp_jax.methods.diffrate import REFERENCE_GMACS, DiffRate
-from vitcomp_jax.models.reducers import PruneMerge
+from vitcomp_jax.models.reducers import PruneMerge, keep_all
 from vitcomp_jax.models.spec import LayerSpec, ViTSpec, with_drop_path
 from vitcomp_jax.models.vit import ViT
 from vitcomp_jax.ops import losses
@@ -24,7 +24,7 @@ from vitcomp_jax.training.step import LossFn, init_state, make_step
 def check(run: Run) -> None:
   """Refuses a budget that cannot be reached, and a loss that cannot be computed."""
   run.check_classes(run.train_data)
-  make_method(run.config.search, run.spec, run.target_gmacs)
+  make_method(run.config.search, run.spec, run.target_gmacs, _base(run))
   loss, classes = run.config.search.loss, run.spec.num_classes
   if loss != "features" and not classes:
     raise UserError(
@@ -46,7 +46,8 @@ def search(run: Run) -> dict[str, Any]:
     `plan.json`.
   """
   config, spec = run.config.search, run.spec
-  method = make_method(config, spec, run.target_gmacs)
+  base = _base(run)
+  method = make_method(config, spec, run.target_gmacs, base)
   data = run.train_data
   epoch_steps = config.epoch_steps or max(1, data.num_examples // config.batch_size)
   tx = optimizer.search_optimizer(config, epoch_steps)
@@ -68,9 +69,12 @@ def search(run: Run) -> dict[str, Any]:
   if abs(gmacs - run.target_gmacs) > 0.01 * run.target_gmacs:
     logging.warning("the nearest plan has %.4g GMACs, the budget is %.4g", gmacs, run.target_gmacs)
   images = config.steps * config.batch_size
-  made_by = {"method": config.method, "steps": config.steps, "images": images}
+  indices = run.base_plan.indices if run.base_plan else None
+  name = f"vit_slim+{config.method}" if indices else config.method
+  made_by = {"method": name, "steps": config.steps, "images": images}
   made_by |= {"weights": run.config.model.weights, "data": data.name, "seed": run.config.seed}
-  save_plan(make_plan(spec, layers, made_by), run.workdir / "plan.json")
+  save_plan(make_plan(spec, layers, made_by, indices), run.workdir / "plan.json")
+  run.forget()
   return {
     "steps": config.steps,
     "images": images,
@@ -89,8 +93,32 @@ def made(run: Run) -> Plan:
   return load_plan(str(run.workdir / "plan.json"))
 
 
-def make_method(config: SearchConfig, spec: ViTSpec, target_gmacs: float) -> DiffRate:
+def _base(run: Run) -> tuple[LayerSpec, ...]:
+  """The layers to search on: dense ones, or slimmed ones whose tokens are all there."""
+  if run.base_plan is None:
+    return run.spec.dense_layers
+  layers = run.base_plan.layers_for(run.spec)
+  if any(layer.select != keep_all or layer.reduce != keep_all for layer in layers):
+    raise UserError(
+      "stage search: expected a plan that keeps all tokens, got one that removes some; sorting "
+      "loses the positions that a slimmed plan names: slim with config.slim.w_patch=0."
+    )
+  return layers
+
+
+def make_method(
+  config: SearchConfig,
+  spec: ViTSpec,
+  target_gmacs: float,
+  base: tuple[LayerSpec, ...] | None = None,
+) -> DiffRate:
   """The method of a search.
+
+  Args:
+    config: Of the search.
+    spec: The model.
+    target_gmacs: The budget.
+    base: The layers to search on; none: dense ones.
 
   Raises:
     UserError: For a granularity above the model's patches, or a budget below the smallest plan.
@@ -112,6 +140,7 @@ def make_method(config: SearchConfig, spec: ViTSpec, target_gmacs: float) -> Dif
     clamp_size=config.clamp_size,
     signed_similarity=config.signed_similarity,
     mask_eps=config.mask_eps,
+    base=base,
   )
   smallest = method.smallest_gmacs(spec)
   if target_gmacs < smallest:
@@ -127,7 +156,7 @@ def search_loss(
 ) -> LossFn:
   """The task loss of the masked model plus the method's penalty, as a function of the rates."""
   model = ViT(spec, with_drop_path(method.layers(spec), config.drop_path))
-  dense = ViT(spec, spec.dense_layers)
+  dense = ViT(spec, method.base or spec.dense_layers)
 
   def loss_fn(params, arch, batch, key, step):
     images = normalize(batch["image"], preprocess)
