@@ -151,6 +151,7 @@ class EvaluateConfig:
   batch_size: Count = 100  # images per step
   dense: bool = True  # a row for the dense model
   baselines: tuple[Literal["uniform", "uniform_merge"], ...] = ()  # hand-made rows, same MACs
+  masked: bool = False  # a row with what `slim` cut masked in the dense model, the authors' way
   token_maps: CountOrZero = 4  # images in the token-map figure
 
 

@@ -15,6 +15,7 @@ from vitcomp_jax.atomic import write_json
 from vitcomp_jax.convert.slicing import LayerIndex
 from vitcomp_jax.errors import UserError
 from vitcomp_jax.models import reducers
+from vitcomp_jax.models.gates import HardMask
 from vitcomp_jax.models.spec import LayerSpec, ViTSpec
 from vitcomp_jax.models.tokens import TokenReducer
 from vitcomp_jax.models.variants import VARIANTS, get_spec
@@ -73,6 +74,13 @@ class Plan:
     pairs = zip(spec.dense_layers, self.layers, strict=True)
     return tuple(layer.apply_to(base) for base, layer in pairs)
 
+  def masked_layers_for(self, spec: ViTSpec) -> tuple[LayerSpec, ...]:
+    """Layers of the dense model in which what the plan cuts is masked instead.
+
+    A masked patch still is a key and a value made of the biases, as in ViT-Slim's own code.
+    """
+    return tuple(layer.mask(spec, base) for base, layer in zip(spec.dense_layers, self.layers))
+
   @property
   def indices(self) -> tuple[LayerIndex, ...] | None:
     """Which units of the dense layers are kept; none: all."""
@@ -110,6 +118,19 @@ class PlanLayer:
   def apply_to(self, base: LayerSpec) -> LayerSpec:
     widths: dict[str, Any] = self.index.widths if self.index else {}
     return dataclasses.replace(base, select=self.select, reduce=self.reduce, **widths)
+
+  def mask(self, spec: ViTSpec, base: LayerSpec) -> LayerSpec:
+    """The dense layer with hard masks on what is not kept."""
+    gates: dict[str, Any] = {}
+    if self.index:
+      heads = (1, 1, base.num_heads, 1, base.head_dim)
+      kept = tuple(unit for head in self.index.attn for unit in head if unit >= 0)
+      gates["head_gate"] = HardMask(heads, kept)
+      kept = tuple(unit for unit in self.index.mlp if unit >= 0)
+      gates["hidden_gate"] = HardMask((1, 1, base.mlp_dim), kept)
+    if isinstance(self.select, reducers.KeepPositions):
+      gates["token_gate"] = HardMask((1, spec.num_tokens, 1), self.select.positions)
+    return dataclasses.replace(base, **gates)
 
   def to_json(self, base: LayerSpec | None) -> dict[str, Any]:
     """As it stands in plan.json, with the widths where the dense layer is known."""

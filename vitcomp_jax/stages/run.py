@@ -107,6 +107,11 @@ class Run:
     """The dense model's weights: what `pretrain` made in this workdir, or the config's."""
     return self._load(self.spec.dense_layers, self._dense_weights)
 
+  @functools.cached_property
+  def searched_params(self) -> api.Params:
+    """The dense model's weights after `slim` trained them together with the masks."""
+    return self._load(self.spec.dense_layers, str(self.workdir / "searched.safetensors"))
+
   @property
   def _dense_weights(self) -> str | None:
     made_here = self.workdir / "weights.safetensors"
