@@ -79,7 +79,8 @@ class Plan:
 
     A masked patch still is a key and a value made of the biases, as in ViT-Slim's own code.
     """
-    return tuple(layer.mask(spec, base) for base, layer in zip(spec.dense_layers, self.layers))
+    pairs = zip(spec.dense_layers, self.layers, strict=True)
+    return tuple(layer.mask(spec, base) for base, layer in pairs)
 
   @property
   def indices(self) -> tuple[LayerIndex, ...] | None:
