@@ -7,9 +7,8 @@ The images are padded from 28 to 30 pixels, which gives 100 patches of 3 pixels:
 it takes for pruning and merging to matter. The weights come out as `weights.safetensors` in the
 workdir.
 
-The weights that ship came from a shorter run: 3 epochs without augmentation, 38 minutes on two CPU
-cores, its first 2,000 steps under a longer cosine. Measured: 84.09 % of the 10,000 test images,
-cross-entropy 0.4256, 0.0503 GMACs.
+The weights that ship were made by this command, in 92 minutes on two CPU cores that other work
+shared. Measured: 87.47 % of the 10,000 test images, cross-entropy 0.3484, 0.0503 GMACs.
 """
 
 import ml_collections
