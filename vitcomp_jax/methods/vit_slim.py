@@ -105,12 +105,16 @@ class ViTSlim:
   def penalty(
     self, spec: ViTSpec, arch: Mapping[str, Any], out: Output, step: Array
   ) -> tuple[Array, dict[str, Array]]:
-    """The weighted L1 norms, and each of them."""
+    """The weighted L1 norms; each of them, and the deciles of the masks' factors, for figures."""
     del spec, out, step
     norms = self.sparsity(arch)
     weighted = self.w_attn * norms["attn"] + self.w_mlp * norms["mlp"]
     total = weighted + self.w_patch * norms["patch"]
-    return total, {f"l1_{kind}": norm for kind, norm in norms.items()}
+    figures = {f"l1_{kind}": norm for kind, norm in norms.items()}
+    for kind in KINDS:
+      values = jnp.concatenate([jnp.ravel(v) for v in _factors(arch, kind, jnp.tanh)])
+      figures[f"{kind}_deciles"] = jnp.quantile(values, jnp.linspace(0, 1, 11))
+    return total, figures
 
   def cut(
     self,

@@ -11,12 +11,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from vitcomp_jax.api import Params, count_cost
 from vitcomp_jax.atomic import write_json
 from vitcomp_jax.data.transforms import Preprocess, normalize
 from vitcomp_jax.errors import UserError
 from vitcomp_jax.metrics import progress, read_metrics
+from vitcomp_jax.models.reducers import keep_all
 from vitcomp_jax.models.spec import LayerSpec
 from vitcomp_jax.models.vit import ViT
 from vitcomp_jax.ops import losses
@@ -194,11 +196,12 @@ def _draw(run: Run, models: Mapping[str, tuple[LayerSpec, ...]], result: dict[st
   folder, plan = run.workdir / "figures", run.plan
   plan_json = plan.to_json() if plan else None
   summary = run.finished("search")
-  if plan and plan_json:
+  removes = plan and any(layer.reduce != keep_all for layer in run.layers)
+  if plan and removes:
     schedules = {
       name: report.plan_counts(make_plan(run.spec, layers, {}).to_json())
       for name, layers in models.items()
-      if name != "dense"
+      if any(layer.reduce != keep_all for layer in layers)
     }
     figures.schedule(folder / "schedule.png", schedules, plan.num_tokens)
     if run.config.evaluate.token_maps:
@@ -206,10 +209,33 @@ def _draw(run: Run, models: Mapping[str, tuple[LayerSpec, ...]], result: dict[st
   if summary:
     records = read_metrics(run.workdir, "search")
     figures.search_curves(folder / "search.png", records, summary["budget_gmacs"])
+  if plan and plan.indices:
+    _draw_slimming(run, plan, folder)
   if any("top1" in row for row in result["rows"]):
     figures.accuracy_against_gmacs(folder / "accuracy.png", result["rows"])
   budget = f"{plan.gmacs:.4g} GMACs" if plan and not summary else ""
   report.write_report(run.workdir, result, plan_json, summary, budget)
+
+
+def _draw_slimming(run: Run, plan: Plan, folder: pathlib.Path) -> None:
+  """What of each layer a slimmed plan keeps, and how the masks came to it."""
+  spec, layers = run.spec, plan.layers
+  indices = plan.indices or ()
+  tokens = [getattr(layer.select, "positions", range(spec.num_tokens)) for layer in layers]
+  patches = [np.isin(np.arange(spec.num_tokens), t)[spec.num_prefix :] for t in tokens]
+  figures.kept_widths(
+    folder / "widths.png",
+    {
+      "head dimensions": [np.sum(np.ravel(i.attn) >= 0) / spec.width for i in indices],
+      "hidden units": [np.sum(np.array(i.mlp) >= 0) / spec.mlp_dim for i in indices],
+      "patches": [kept.mean() for kept in patches],
+    },
+  )
+  if not all(kept.all() for kept in patches):
+    figures.kept_patches(folder / "patches.png", patches, spec.grid)
+  records = read_metrics(run.workdir, "slim")
+  if records:
+    figures.mask_curves(folder / "masks.png", records)
 
 
 def _draw_token_maps(run: Run, plan: Plan, path: pathlib.Path) -> None:

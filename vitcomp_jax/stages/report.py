@@ -10,6 +10,11 @@ from vitcomp_jax.stages.figures import number, tokens_left
 CAPTIONS = {
   "schedule.png": "Tokens that each layer leaves, after pruning and after merging.",
   "accuracy.png": "Top-1 accuracy against compute, one point per row of the table.",
+  "widths.png": "What each slimmed layer keeps, in percent of the dense one's.",
+  "patches.png": "The patches that each layer keeps.",
+  "masks.png": (
+    "The soft masks over the steps of the slimming search: median, and bands between deciles."
+  ),
   "search.png": "Loss and compute over the steps of the search; the dashed line is the budget.",
   "token_maps.png": (
     "What became of the patches of a few images: patches that share a token are painted in their "
