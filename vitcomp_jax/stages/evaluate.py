@@ -214,7 +214,8 @@ def _draw(run: Run, models: Mapping[str, tuple[LayerSpec, ...]], result: dict[st
   if any("top1" in row for row in result["rows"]):
     figures.accuracy_against_gmacs(folder / "accuracy.png", result["rows"])
   budget = f"{plan.gmacs:.4g} GMACs" if plan and not summary else ""
-  report.write_report(run.workdir, result, plan_json, summary, budget)
+  slimming = run.finished("slim")
+  report.write_report(run.workdir, result, plan_json, summary, budget, slimming)
 
 
 def _draw_slimming(run: Run, plan: Plan, folder: pathlib.Path) -> None:

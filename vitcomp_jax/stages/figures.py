@@ -197,13 +197,11 @@ def kept_patches(path: pathlib.Path, kept: Sequence[np.ndarray], grid: tuple[int
   rows = math.ceil(len(kept) / columns)
   figure = Figure(figsize=(1.5 * columns, 1.7 * rows), dpi=DPI, layout="constrained")
   FigureCanvasAgg(figure)
-  for index, (axes, mask) in enumerate(
-    zip(figure.subplots(rows, columns, squeeze=False).flat, kept, strict=False)
-  ):
-    axes.imshow(mask.reshape(grid), cmap="gray", vmin=0, vmax=1)
-    axes.set_title(f"layer {index + 1}: {int(mask.sum())}", fontsize=_SMALL)
-  for axes in figure.axes:
+  for index, axes in enumerate(figure.subplots(rows, columns, squeeze=False).flat):
     axes.set_axis_off()
+    if index < len(kept):
+      axes.imshow(kept[index].reshape(grid), cmap="gray", vmin=0, vmax=1)
+      axes.set_title(f"layer {index + 1}: {int(kept[index].sum())}", fontsize=_SMALL)
   _save(figure, path)
 
 

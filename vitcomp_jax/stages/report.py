@@ -39,6 +39,7 @@ def write_report(
   plan_json: Mapping[str, Any] | None,
   search_summary: Mapping[str, Any] | None,
   budget_text: str,
+  slim_summary: Mapping[str, Any] | None = None,
 ) -> None:
   """Writes `report.md`.
 
@@ -48,14 +49,19 @@ def write_report(
     plan_json: The content of plan.json, if there is a plan.
     search_summary: What the search reported, if there was one in this run.
     budget_text: The budget that was asked for; empty: none.
+    slim_summary: What the slimming reported, if there was one in this run.
   """
   parts = [_title(result), _rows_table(result["rows"])]
   if search_summary is None and budget_text:
     parts.append(f"Budget: {budget_text}.")
+  if slim_summary is not None:
+    parts += ["## Slimming", _slim_text(slim_summary)]
   if search_summary is not None:
     parts += ["## Search", _search_text(search_summary, budget_text)]
   if plan_json is not None or search_summary is not None:
     parts += ["## Plan", _plan_text(plan_json), _plan_table(plan_json, search_summary)]
+  if plan_json is not None and "mlp_index" in plan_json["layers"][0]:
+    parts += ["## Widths", _widths_table(plan_json)]
   figures = _figures(workdir)
   if figures:
     parts += ["## Figures", *figures]
@@ -105,6 +111,31 @@ def _search_text(summary: Mapping[str, Any], budget_text: str) -> str:
     f"Plan adjusted to the budget: {number(summary['gmacs'])} GMACs{by}",
   ]
   return "\n".join(f"- {line}" for line in lines)
+
+
+def _slim_text(summary: Mapping[str, Any]) -> str:
+  def shares(values: Mapping[str, float]) -> str:
+    return ", ".join(f"{kind} {100 * share:.1f} %" for kind, share in values.items())
+
+  lines = [
+    f"{summary['steps']:,} steps on {summary['images']:,} images, {summary['minutes']:.1f} minutes",
+    f"Asked for: {shares(summary['asked'])}; kept: {shares(summary['kept'])}",
+    f"{number(summary['gmacs'])} GMACs, {100 * summary['of_dense']:.1f} % of the dense model's; "
+    f"{summary['params_m']:.3f} M parameters",
+    f"By the authors' own formulas: {number(summary['authors_gmacs'])} GMACs, "
+    f"{summary['authors_params_m']:.3f} M parameters",
+  ]
+  return "\n".join(f"- {line}" for line in lines)
+
+
+def _widths_table(plan_json: Mapping[str, Any]) -> str:
+  heads = ["layer", "heads", "dimensions of each, zeros aside", "hidden units"]
+  lines = []
+  for index, layer in enumerate(plan_json["layers"], 1):
+    dims = [str(sum(unit >= 0 for unit in head)) for head in layer["attn_index"]]
+    hidden = sum(unit >= 0 for unit in layer["mlp_index"])
+    lines.append([str(index), str(len(dims)), " ".join(dims), str(hidden)])
+  return _table(heads, lines)
 
 
 def _plan_text(plan_json: Mapping[str, Any] | None) -> str:
