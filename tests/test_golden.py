@@ -29,6 +29,7 @@ from vitcomp_jax.methods.diffrate import (
   keep_probability,
   search_macs,
 )
+from vitcomp_jax.methods.vit_slim import ViTSlim, authors_cost, masked_layers, thresholds
 from vitcomp_jax.models.reducers import PruneMerge
 from vitcomp_jax.models.spec import LayerSpec, ViTSpec
 from vitcomp_jax.models.variants import get_spec
@@ -459,6 +460,89 @@ def replay_timm_posembed(fixture: Fixture) -> None:
       _close(features, expected, tolerance, rule)
 
 
+# The authors' names: of the variants, and of the masks.
+_ATTN_MASKS = {"default": "dims", "head": "heads", "uniform": "uniform"}
+_GATES = {"attn.zeta": "head_gate", "mlp.zeta": "hidden_gate", "attn.patch_zeta": "token_gate"}
+
+
+def replay_vit_slim(fixture: Fixture) -> None:
+  spec, info = _spec(fixture.info["model"], "cls"), fixture.info
+  cases = [name for name in info["cases"] if "/compress" in name]
+  for kind in sorted({name.split("/")[0] for name in info["cases"]}):
+    method = ViTSlim(_ATTN_MASKS[kind], info["w1"], info["w2"], info["w3"])
+    for dtype, tolerance in _precisions():
+      arch = _zetas(fixture.case(f"{kind}/zeta"), spec.depth, dtype)
+      params = _params(fixture, ViT(spec, spec.dense_layers), dtype)
+      images = jnp.asarray(_images(fixture.arrays["x"], dtype))
+      _check_slim_search(spec, method, fixture, kind, (params, arch, images), tolerance)
+      for name in (name for name in cases if name.startswith(f"{kind}/")):
+        _check_cut(spec, method, fixture.case(name), (params, arch, images), tolerance)
+
+
+def _zetas(arrays: dict[str, np.ndarray], depth: int, dtype: str) -> dict[str, Any]:
+  return {
+    f"blocks_{i}": {
+      gate: {"zeta": jnp.asarray(arrays[f"blocks.{i}.{key}"], dtype)}
+      for key, gate in _GATES.items()
+    }
+    for i in range(depth)
+  }
+
+
+def _check_slim_search(
+  spec: ViTSpec,
+  method: ViTSlim,
+  fixture: Fixture,
+  kind: str,
+  inputs: tuple[Any, Any, jax.Array],
+  tolerance: float,
+) -> None:
+  params, arch, images = inputs
+  case = fixture.case(f"{kind}/search")
+  labels = jnp.asarray(fixture.arrays["y"], jnp.int32)
+  model = ViT(spec, method.layers(spec))
+
+  def loss_fn(arch):
+    out = model.apply({"params": params, "arch": arch}, images, method="forward")
+    task = cross_entropy(out.logits, labels)
+    penalty, norms = method.penalty(spec, arch, out, jnp.asarray(0))
+    return task + penalty, (out.logits, task, norms)
+
+  (loss, (logits, task, norms)), grads = jax.jit(jax.value_and_grad(loss_fn, has_aux=True))(arch)
+  _close(logits, case["logits_f64"], tolerance, kind)
+  _close(task, case["ce_f64"], tolerance, kind)
+  _close(loss, case["loss_f64"], tolerance, kind)
+  found = [norms[f"l1_{what}"] for what in ("attn", "mlp", "patch")]
+  np.testing.assert_allclose(found, case["sparsity_loss_f64"], rtol=tolerance)
+  stored = _zetas(
+    {k[9:]: v for k, v in case.items() if k.startswith("grad_f64/")},
+    spec.depth,
+    "float64" if tolerance == F64 else "float32",
+  )
+  largest = max(float(np.abs(leaf).max()) for leaf in jax.tree.leaves(stored))
+  relative = 1e-4 if tolerance == F32 else 1e-8
+  jax.tree.map(lambda a, b: _close(a, np.asarray(b), relative * largest, kind), grads, stored)
+
+
+def _check_cut(
+  spec: ViTSpec,
+  method: ViTSlim,
+  case: dict[str, np.ndarray],
+  inputs: tuple[Any, Any, jax.Array],
+  tolerance: float,
+) -> None:
+  params, arch, images = inputs
+  budgets = tuple(case["budgets"].tolist())
+  np.testing.assert_allclose(thresholds(arch, budgets), case["thresholds"], rtol=1e-6)
+  masks = method.cut(spec, arch, budgets, refuse_empty=False)
+  for i in range(spec.depth):
+    for kept, key in ((masks.attn, "attn"), (masks.mlp, "mlp"), (masks.patch, "patch")):
+      np.testing.assert_array_equal(kept[i].ravel(), case[f"mask_{key}/{i}"].ravel() > 0)
+  logits = jax.jit(ViT(spec, masked_layers(spec, masks)).apply)({"params": params}, images)
+  _close(logits, case["logits_f64"], tolerance, "cut")
+  assert list(authors_cost(spec, masks)) == [case["params"][1], case["flops"][1]]
+
+
 REPLAYS: dict[str, Callable[[Fixture], None]] = {
   "diffrate_eval": replay_diffrate_eval,
   "diffrate_search": replay_diffrate_search,
@@ -471,4 +555,5 @@ REPLAYS: dict[str, Callable[[Fixture], None]] = {
   "timm_dinov2_reg4": replay_timm,
   "timm_mae_ft": replay_timm,
   "timm_posembed": replay_timm_posembed,
+  "vit_slim": replay_vit_slim,
 }

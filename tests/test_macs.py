@@ -79,7 +79,10 @@ def traced(spec, layers):
   images = jax.ShapeDtypeStruct((1, *spec.image_size, 3), jnp.float32)
   variables = jax.eval_shape(model.init, jax.random.key(0), images)
   jaxpr = jax.make_jaxpr(model.apply)(variables, images)
-  cls_rows = sum(n * spec.width for n, _ in macs.static_counts(spec, layers))
+  counts = macs.static_counts(spec, layers)
+  cls_rows = sum(
+    n * layer.num_heads * layer.head_dim for layer, (n, _) in zip(layers, counts, strict=True)
+  )
   return products(jaxpr.jaxpr) - cls_rows
 
 

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import importlib.resources
 import os
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -13,6 +14,7 @@ from jaxtyping import Array, Float
 
 from vitcomp_jax import macs
 from vitcomp_jax.convert import files
+from vitcomp_jax.convert.slicing import LayerIndex, slice_params
 from vitcomp_jax.convert.timm import port
 from vitcomp_jax.errors import UserError
 from vitcomp_jax.models.spec import LayerSpec, ViTSpec
@@ -51,7 +53,9 @@ def load(
   plan = load_plan(os.fspath(plan)) if isinstance(plan, str | os.PathLike) else plan
   layers = plan.layers_for(spec) if plan else spec.dense_layers
   weights = None if weights is None else os.fspath(weights)
-  return ViT(spec, layers), load_params(spec, layers, weights)
+  return ViT(spec, layers), load_params(
+    spec, layers, weights, indices=plan.indices if plan else None
+  )
 
 
 def load_params(
@@ -60,6 +64,7 @@ def load_params(
   weights: str | None,
   seed: int = 0,
   fresh_head: bool = True,
+  indices: Sequence[LayerIndex] | None = None,
 ) -> Params:
   """Parameters of a model, from weights fitted to it, or random.
 
@@ -69,18 +74,20 @@ def load_params(
     weights: As for `load`.
     seed: Of what is random.
     fresh_head: Whether weights for another number of classes are taken, with a random head.
+    indices: Which units slimmed layers keep; the weights may be the slimmed network's, or the dense
+      one's, which are then cut.
   """
-  model = ViT(spec, layers)
-  images = jax.ShapeDtypeStruct((1, *spec.image_size, 3), jnp.float32)
   if weights is None:
-    return dict(jax.jit(model.init)(jax.random.key(seed), jnp.zeros(images.shape))["params"])
-  expected = jax.eval_shape(model.init, jax.random.key(seed), images)["params"]
+    model, images = ViT(spec, layers), jnp.zeros((1, *spec.image_size, 3))
+    return dict(jax.jit(model.init)(jax.random.key(seed), images)["params"])
   initial = None
   if fresh_head and spec.num_classes:
     initial = {k: v for k, v in load_params(spec, layers, None, seed).items() if k in _FRESH}
-  state = port(
-    files.read(bundled_weights(spec) if weights == "bundled" else weights),
-    expected,
+  state = files.read(bundled_weights(spec) if weights == "bundled" else weights)
+  is_cut = indices is None or _has_widths(state, layers)
+  params = port(
+    state,
+    abstract_params(ViT(spec, layers if is_cut else spec.dense_layers)),
     grid=spec.grid,
     prefix_positions=spec.pos_prefix,
     antialias=spec.antialias,
@@ -88,12 +95,29 @@ def load_params(
   )
   broken = [
     ".".join(key.key for key in path)
-    for path, value in jax.tree.leaves_with_path(state)
+    for path, value in jax.tree.leaves_with_path(params)
     if not (np.issubdtype(value.dtype, np.floating) and np.isfinite(value).all())
   ]
   if broken:
     raise UserError(f"weights {weights}: expected finite floats, got others in {broken[0]}.")
-  return jax.tree.map(jnp.asarray, state)
+  if indices and not is_cut:
+    params = slice_params(params, indices)
+  return jax.tree.map(jnp.asarray, params)
+
+
+def _has_widths(state: Mapping[str, np.ndarray], layers: tuple[LayerSpec, ...]) -> bool:
+  """Whether weights under timm's names are those of slimmed layers."""
+  expected = {}
+  for i, layer in enumerate(layers):
+    expected[f"blocks.{i}.attn.qkv.weight"] = 3 * layer.num_heads * layer.head_dim
+    expected[f"blocks.{i}.mlp.fc1.weight"] = layer.mlp_dim
+  return all(name in state and len(state[name]) == rows for name, rows in expected.items())
+
+
+def abstract_params(model: ViT) -> Params:
+  """The shapes of a model's parameters."""
+  images = jax.ShapeDtypeStruct((1, *model.spec.image_size, 3), jnp.float32)
+  return dict(jax.eval_shape(model.init, jax.random.key(0), images)["params"])
 
 
 _FRESH = ("head", "head_dist", "fc_norm")
@@ -144,7 +168,6 @@ class Cost:
 
 def count_cost(model: ViT) -> Cost:
   """Counts a model's multiply-accumulates and parameters."""
-  images = jax.ShapeDtypeStruct((1, *model.spec.image_size, 3), jnp.float32)
-  params = jax.eval_shape(model.init, jax.random.key(0), images)["params"]
+  params = abstract_params(model)
   gmacs = macs.static_macs(model.spec, model.layers) / 1e9
   return Cost(gmacs, sum(p.size for p in jax.tree.leaves(params)))

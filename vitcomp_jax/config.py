@@ -45,7 +45,7 @@ PositiveOrZero = Annotated[float, Range(0)]
 Share = Annotated[float, Range(0, most=1)]
 Rate = Annotated[float, Range(0, below=1)]
 
-Stage = Literal["pretrain", "search", "evaluate"]
+Stage = Literal["pretrain", "slim", "search", "finetune", "evaluate"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,6 +98,27 @@ class TrainConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class SlimConfig(TrainConfig):
+  attn: Literal["dims", "heads", "uniform"] = "dims"  # what a mask of the attention stands for
+  w_attn: PositiveOrZero = 2e-4  # of the L1 norm of the attention's masks; 0: not searched
+  w_mlp: PositiveOrZero = 5e-5  # of the hidden units' masks
+  w_patch: PositiveOrZero = 1e-4  # of the patches' masks
+  # Shares of attention masks, hidden units and patches to keep; none: one share for all that are
+  # searched, such that `config.budget` is met.
+  budgets: tuple[Annotated[float, Range(above=0, most=1)], ...] | None = None
+  min_units: CountOrZero = 0  # head dimensions, hidden units and patches each layer keeps at least
+  tile: Count = 1  # head dimensions and hidden units are filled up to a multiple of it
+  freeze_weights: bool = False  # train masks and norms only
+
+
+@dataclasses.dataclass(frozen=True)
+class DistillConfig:
+  kind: Literal["none", "soft", "hard"] = "none"  # from the dense model's prediction, or its class
+  weight: Share = 0.5  # of the distillation loss; the rest is the labels'
+  temperature: Positive = 1.0  # of `soft`
+
+
+@dataclasses.dataclass(frozen=True)
 class SearchConfig:
   method: Literal["diffrate"] = "diffrate"  # what is searched
   steps: Count = 300  # optimizer steps
@@ -132,6 +153,7 @@ class EvaluateConfig:
   batch_size: Count = 100  # images per step
   dense: bool = True  # a row for the dense model
   baselines: tuple[Literal["uniform", "uniform_merge"], ...] = ()  # hand-made rows, same MACs
+  masked: bool = False  # a row with what `slim` cut masked in the dense model, the authors' way
   token_maps: CountOrZero = 4  # images in the token-map figure
 
 
@@ -143,7 +165,10 @@ class Config:
   data: DataConfig = DataConfig()
   budget: BudgetConfig = BudgetConfig()
   pretrain: TrainConfig = TrainConfig()
+  slim: SlimConfig = SlimConfig()
   search: SearchConfig = SearchConfig()
+  finetune: TrainConfig = TrainConfig()
+  distill: DistillConfig = DistillConfig()
   evaluate: EvaluateConfig = EvaluateConfig()
 
 

@@ -12,15 +12,22 @@ from typing import Any
 
 from vitcomp_jax import macs
 from vitcomp_jax.atomic import write_json
+from vitcomp_jax.convert.slicing import LayerIndex
 from vitcomp_jax.errors import UserError
 from vitcomp_jax.models import reducers
+from vitcomp_jax.models.gates import HardMask
 from vitcomp_jax.models.spec import LayerSpec, ViTSpec
 from vitcomp_jax.models.tokens import TokenReducer
-from vitcomp_jax.models.variants import get_spec
+from vitcomp_jax.models.variants import VARIANTS, get_spec
 
 FORMAT, VERSION = "vitcomp-plan", 1
-REDUCERS: dict[str, type] = {"keep_all": reducers.KeepAll, "prune_merge": reducers.PruneMerge}
+REDUCERS: dict[str, type] = {
+  "keep_all": reducers.KeepAll,
+  "keep_positions": reducers.KeepPositions,
+  "prune_merge": reducers.PruneMerge,
+}
 _WIDTHS = ("num_heads", "head_dim", "mlp_dim")
+_INDICES = ("attn_index", "mlp_index")
 _LARGEST = 2**31 - 1  # more is a slip of the pen, and would not fit the arithmetic
 # How far a file's GMACs may be from what its layers cost: a head for other classes is less.
 _GMACS_TOLERANCE = 0.01
@@ -48,7 +55,7 @@ class Plan:
     """The layer specs of a model under this plan.
 
     Raises:
-      UserError: If the plan is for another depth, width or token count, or for slimmed layers.
+      UserError: If the plan is for another depth, width or token count.
     """
     mine = get_spec(self.variant)
     for what, expected, got in (
@@ -62,14 +69,28 @@ class Plan:
           f"plan: expected {expected} {what} for {spec.name} at {spec.image_size[0]} pixels, got "
           f"{got}; the plan is for {self.variant}."
         )
-    pairs = list(zip(spec.dense_layers, self.layers, strict=True))
-    for index, (base, layer) in enumerate(pairs):
-      where = f"plan: layer {index}"
-      _check_widths(layer, base, spec, where)
-      _check_counts(layer, spec.num_prefix, spec.num_tokens, where)
+    for index, layer in enumerate(self.layers):
+      _check_counts(layer, spec.num_prefix, spec.num_tokens, f"plan: layer {index}")
+    pairs = zip(spec.dense_layers, self.layers, strict=True)
     return tuple(layer.apply_to(base) for base, layer in pairs)
 
+  def masked_layers_for(self, spec: ViTSpec) -> tuple[LayerSpec, ...]:
+    """Layers of the dense model in which what the plan cuts is masked instead.
+
+    A masked patch still is a key and a value made of the biases, as in ViT-Slim's own code.
+    """
+    pairs = zip(spec.dense_layers, self.layers, strict=True)
+    return tuple(layer.mask(spec, base) for base, layer in pairs)
+
+  @property
+  def indices(self) -> tuple[LayerIndex, ...] | None:
+    """Which units of the dense layers are kept; none: all."""
+    kept = [layer.index for layer in self.layers if layer.index]
+    return tuple(kept) or None
+
   def to_json(self) -> dict[str, Any]:
+    known = VARIANTS.get(self.variant)
+    bases = known.dense_layers if known else (None,) * len(self.layers)
     return {
       "format": FORMAT,
       "version": VERSION,
@@ -77,33 +98,66 @@ class Plan:
       "num_tokens": self.num_tokens,
       "gmacs": round(self.gmacs, 6),
       "made_by": dict(self.made_by),
-      "layers": [layer.to_json() for layer in self.layers],
+      "layers": [layer.to_json(base) for layer, base in zip(self.layers, bases, strict=True)],
     }
 
 
 @dataclasses.dataclass(frozen=True)
 class PlanLayer:
-  """One layer of a plan: widths (none: the variant's) and reducers."""
+  """One layer of a plan.
 
-  num_heads: int | None = None
-  head_dim: int | None = None
-  mlp_dim: int | None = None
+  Attributes:
+    index: Which units of the dense layer are kept; none: all.
+    select: Removes tokens before attention.
+    reduce: Removes tokens between attention and MLP.
+  """
+
+  index: LayerIndex | None = None
   select: TokenReducer = reducers.keep_all
   reduce: TokenReducer = reducers.keep_all
 
   def apply_to(self, base: LayerSpec) -> LayerSpec:
-    widths = {name: getattr(self, name) for name in _WIDTHS if getattr(self, name) is not None}
+    widths: dict[str, Any] = self.index.widths if self.index else {}
     return dataclasses.replace(base, select=self.select, reduce=self.reduce, **widths)
 
-  def to_json(self) -> dict[str, Any]:
-    widths = {name: getattr(self, name) for name in _WIDTHS if getattr(self, name) is not None}
-    return {**widths, "select": _reducer_json(self.select), "reduce": _reducer_json(self.reduce)}
+  def mask(self, spec: ViTSpec, base: LayerSpec) -> LayerSpec:
+    """The dense layer with hard masks on what is not kept."""
+    gates: dict[str, Any] = {}
+    if self.index:
+      heads = (1, 1, base.num_heads, 1, base.head_dim)
+      kept = tuple(unit for head in self.index.attn for unit in head if unit >= 0)
+      gates["head_gate"] = HardMask(heads, kept)
+      kept = tuple(unit for unit in self.index.mlp if unit >= 0)
+      gates["hidden_gate"] = HardMask((1, 1, base.mlp_dim), kept)
+    if isinstance(self.select, reducers.KeepPositions):
+      gates["token_gate"] = HardMask((1, spec.num_tokens, 1), self.select.positions)
+    return dataclasses.replace(base, **gates)
+
+  def to_json(self, base: LayerSpec | None) -> dict[str, Any]:
+    """As it stands in plan.json, with the widths where the dense layer is known."""
+    widths = {name: getattr(self.apply_to(base), name) for name in _WIDTHS} if base else {}
+    indices = {"attn_index": self.index.attn, "mlp_index": self.index.mlp} if self.index else {}
+    reductions = {"select": _reducer_json(self.select), "reduce": _reducer_json(self.reduce)}
+    return {**widths, **indices, **reductions}
 
 
-def make_plan(spec: ViTSpec, layers: tuple[LayerSpec, ...], made_by: Mapping[str, Any]) -> Plan:
-  """The plan of a model whose layers are static."""
+def make_plan(
+  spec: ViTSpec,
+  layers: tuple[LayerSpec, ...],
+  made_by: Mapping[str, Any],
+  indices: Sequence[LayerIndex] | None = None,
+) -> Plan:
+  """The plan of a model whose layers are static.
+
+  Args:
+    spec: The model.
+    layers: Its layers.
+    made_by: How they came about.
+    indices: Which units of the dense layers slimmed ones keep; none: all.
+  """
+  kept = indices or (None,) * len(layers)
   plan_layers = tuple(
-    PlanLayer(s.num_heads, s.head_dim, s.mlp_dim, s.select, s.reduce) for s in layers
+    PlanLayer(index, s.select, s.reduce) for index, s in zip(kept, layers, strict=True)
   )
   gmacs = macs.static_macs(spec, layers) / 1e9
   return Plan(spec.name, spec.num_tokens, plan_layers, gmacs, made_by)
@@ -182,8 +236,10 @@ def parse_plan(values: Any, where: str = "plan") -> Plan:
     )
   layers = []
   for i, layer in enumerate(values["layers"]):
-    layers.append(_parse_layer(layer, f"{where}: layer {i}"))
+    layers.append(_parse_layer(layer, spec.dense_layers[i], f"{where}: layer {i}"))
     _check_counts(layers[i], spec.num_prefix, num_tokens, f"{where}: layer {i}")
+  if 0 < sum(layer.index is not None for layer in layers) < len(layers):
+    raise UserError(f"{where}: expected {' and '.join(_INDICES)} in every layer or in none.")
   gmacs = _gmacs(spec, num_tokens, layers)
   if _is_near(values.get("gmacs"), gmacs):
     gmacs = float(values["gmacs"])
@@ -206,27 +262,62 @@ def _is_near(value: Any, counted: float) -> bool:
   return is_number and low <= value <= high
 
 
-def _parse_layer(values: Any, where: str) -> PlanLayer:
+def _parse_layer(values: Any, base: LayerSpec, where: str) -> PlanLayer:
   if not isinstance(values, Mapping):
     raise UserError(f"{where}: expected an object, got {reprlib.repr(values)}.")
   counts = {k: values[k] for k in ("prune_keep", "merge_keep") if k in values}
-  unknown = set(values) - {*_WIDTHS, "select", "reduce", *counts}
+  unknown = set(values) - {*_WIDTHS, *_INDICES, "select", "reduce", *counts}
   if unknown:
-    known = ", ".join((*_WIDTHS, "select", "reduce", "prune_keep", "merge_keep"))
+    known = ", ".join((*_WIDTHS, *_INDICES, "select", "reduce", "prune_keep", "merge_keep"))
     raise UserError(f"{where}: expected keys among {known}, got {sorted(unknown)[0]!r}.")
   if counts and "reduce" in values:
     raise UserError(f"{where}: expected `reduce` or kept counts, got both.")
   nothing = {"type": "keep_all"}
   select = _parse_reducer(values.get("select", nothing), f"{where}: select")
-  if not isinstance(select, reducers.KeepAll):
+  if not isinstance(select, reducers.KeepAll | reducers.KeepPositions):
     # Before attention there is nothing yet to tell the important tokens by.
-    raise UserError(f"{where}: select: expected type keep_all, got {values['select']['type']!r}.")
+    raise UserError(
+      f"{where}: select: expected type keep_all or keep_positions, got "
+      f"{values['select']['type']!r}."
+    )
   reduce = {"type": "prune_merge", **counts} if counts else values.get("reduce", nothing)
-  return PlanLayer(
-    **{name: _count(values, name, where) for name in _WIDTHS if name in values},
-    select=select,
-    reduce=_parse_reducer(reduce, where if counts else f"{where}: reduce"),
-  )
+  reduce = _parse_reducer(reduce, where if counts else f"{where}: reduce")
+  layer = PlanLayer(_parse_index(values, base, where), select, reduce)
+  for name in _WIDTHS:
+    expected = getattr(layer.apply_to(base), name)
+    if name in values and _count(values, name, where) != expected:
+      raise UserError(
+        f"{where}: expected {name} {expected}, got {values[name]}; slimmed layers need "
+        f"{' and '.join(_INDICES)}."
+      )
+  return layer
+
+
+def _parse_index(values: Mapping[str, Any], base: LayerSpec, where: str) -> LayerIndex | None:
+  """The units that a slimmed layer keeps; none for a dense one."""
+  if not set(_INDICES) & set(values):
+    return None
+  heads, hidden = (values.get(name) for name in _INDICES)
+  if not (isinstance(heads, list) and heads and len({len(h) for h in map(_listed, heads)}) == 1):
+    raise UserError(
+      f"{where}: expected attn_index to be a list of equally long lists, got "
+      f"{_shown(values, 'attn_index')}."
+    )
+  units = {"attn_index": [i for head in heads for i in head], "mlp_index": _listed(hidden)}
+  limits = {"attn_index": base.num_heads * base.head_dim, "mlp_index": base.mlp_dim}
+  for name, index in units.items():
+    is_right = all(isinstance(i, int) and -1 <= i < limits[name] for i in index)
+    kept = [i for i in index if i != -1]
+    if not (is_right and kept and len(set(kept)) == len(kept)):
+      raise UserError(
+        f"{where}: expected {name} to hold places below {limits[name]}, each once, or -1, got "
+        f"{_shown(values, name)}."
+      )
+  return LayerIndex(tuple(tuple(head) for head in heads), tuple(units["mlp_index"]))
+
+
+def _listed(value: Any) -> list[Any]:
+  return value if isinstance(value, list) else []
 
 
 def _parse_reducer(values: Any, where: str) -> TokenReducer:
@@ -247,6 +338,8 @@ def _parse_reducer(values: Any, where: str) -> TokenReducer:
       raise UserError(f"{where}: expected options of {kind} ({known}), got {key!r}.")
     if fields[key].type is int:
       _count(options, key, where)
+    elif key == "positions":
+      options[key] = _positions(value, where)
     elif fields[key].type is bool and not isinstance(value, bool):
       raise UserError(f"{where}: expected true or false for {key}, got {reprlib.repr(value)}.")
   required = [k for k, f in fields.items() if f.default is dataclasses.MISSING]
@@ -254,6 +347,14 @@ def _parse_reducer(values: Any, where: str) -> TokenReducer:
     got = ", ".join(options) or "none"
     raise UserError(f"{where}: {kind} needs {', '.join(required)}, got {got}.")
   return REDUCERS[kind](**options)
+
+
+def _positions(value: Any, where: str) -> tuple[int, ...]:
+  """Token positions, ascending."""
+  whole = isinstance(value, list) and all(type(i) is int and 0 <= i <= _LARGEST for i in value)
+  if not (whole and value and sorted(set(value)) == value):
+    raise UserError(f"{where}: expected ascending positions, got {reprlib.repr(value)}.")
+  return tuple(value)
 
 
 def _count(values: Mapping[str, Any], key: str, where: str) -> int:
@@ -279,19 +380,16 @@ def _reducer_json(reducer: TokenReducer) -> dict[str, Any]:
   return {"type": kind, **shown}
 
 
-def _check_widths(layer: PlanLayer, base: LayerSpec, spec: ViTSpec, where: str) -> None:
-  """No slimmed weights exist yet, and other heads cut the dense ones apart without an error."""
-  for name in _WIDTHS:
-    expected, got = getattr(base, name), getattr(layer, name)
-    if got not in (None, expected):
-      raise UserError(
-        f"{where}: expected {name} {expected}, as {spec.name} has, got {got}; slimmed layers are "
-        "not supported."
-      )
-
-
 def _check_counts(layer: PlanLayer, num_prefix: int, num_tokens: int, where: str) -> None:
   """Kept counts must leave the prefix and a patch token; rising counts are the authors' right."""
+  if isinstance(layer.select, reducers.KeepPositions):
+    positions = layer.select.positions
+    whole = positions[:num_prefix] == tuple(range(num_prefix))
+    if not whole or not num_prefix < len(positions) or positions[-1] >= num_tokens:
+      raise UserError(
+        f"{where}: expected positions below {num_tokens} that begin with all {num_prefix} prefix "
+        f"tokens and have a patch, got {reprlib.repr(positions)}."
+      )
   if not isinstance(layer.reduce, reducers.PruneMerge):
     return
   for name in ("prune_keep", "merge_keep"):

@@ -118,13 +118,13 @@ def _step(spec, config):
   pre = Preprocess(spec.image_size, spec.mean, spec.std, spec.crop_pct, spec.interpolation)
   tx = optax.adam(0.1)
   arch = method.initial_arch(spec)
-  state = init_state(random_params(spec), arch, arch, tx, 0, ema=False)
+  state = init_state(random_params(spec), arch, tx, ("arch",), 0)
   loss_fn = search_loss(config, method, spec, pre)
   shape = (8, *spec.image_size, 3)
   images = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
   labels = jnp.arange(8, dtype=jnp.int32) % spec.num_classes
   batch = {"image": jnp.asarray(images), "label": labels}
-  return state, batch, loss_fn, make_step(loss_fn, tx, "arch")
+  return state, batch, loss_fn, make_step(loss_fn, tx, ("arch",))
 
 
 @pytest.mark.parametrize("loss", ["labels", "logits", "features"])
@@ -149,10 +149,10 @@ def test_search_step_has_no_weight_gradients(optax_promotion):
   def flops(fn, *args):
     return jax.jit(fn).lower(*args).compile().cost_analysis()["flops"]
 
-  forward_only = flops(lambda a, p: loss_fn(a, p, *rest), state.arch, state.params)
+  forward_only = flops(lambda p, a: loss_fn(p, a, *rest), state.params, state.arch)
   whole = step.lower(state, batch).compile().cost_analysis()["flops"]
   weights_too = flops(
-    jax.grad(lambda a, p: loss_fn(a, p, *rest)[0], argnums=(0, 1)), state.arch, state.params
+    jax.grad(lambda p, a: loss_fn(p, a, *rest)[0], argnums=(0, 1)), state.params, state.arch
   )
   assert whole < 2.2 * forward_only
   assert weights_too > 2.6 * forward_only

@@ -195,6 +195,7 @@ class DiffRate:
     clamp_size: See `PruneMergeSearch`.
     signed_similarity: See `PruneMerge`.
     mask_eps: See `LayerSpec`.
+    base: The layers to search on, such as slimmed ones; none: the dense model's.
   """
 
   target_gmacs: float
@@ -208,6 +209,10 @@ class DiffRate:
   clamp_size: bool = False
   signed_similarity: bool = False
   mask_eps: float = 0.0
+  base: tuple[LayerSpec, ...] | None = None
+
+  def _base(self, spec: ViTSpec) -> tuple[LayerSpec, ...]:
+    return self.base or spec.dense_layers
 
   def is_compressed(self, spec: ViTSpec) -> tuple[bool, ...]:
     """Which layers may lose tokens."""
@@ -217,7 +222,7 @@ class DiffRate:
     """Layers whose reducers learn their counts; one reducer per layer, as each has its own."""
     return tuple(
       dataclasses.replace(layer, reduce=self._reducer(spec, compressed), mask_eps=self.mask_eps)
-      for layer, compressed in zip(spec.dense_layers, self.is_compressed(spec), strict=True)
+      for layer, compressed in zip(self._base(spec), self.is_compressed(spec), strict=True)
     )
 
   def masked_layers(self, spec: ViTSpec) -> tuple[LayerSpec, ...]:
@@ -227,7 +232,7 @@ class DiffRate:
       dataclasses.replace(
         layer, reduce=PruneMergeMasked(spec.num_patches, spec.num_prefix, **reducer)
       )
-      for layer in spec.dense_layers
+      for layer in self._base(spec)
     )
 
   def counts_arch(self, layers: tuple[LayerSpec, ...]) -> dict[str, Any]:
@@ -253,7 +258,7 @@ class DiffRate:
 
   def penalty(self, spec: ViTSpec, out: Output, step: Array) -> tuple[Array, dict[str, Array]]:
     """The budget term (Eq. 9): lambda times the squared distance from the target, in units."""
-    spent = search_macs(spec, spec.dense_layers, out)
+    spent = search_macs(spec, self._base(spec), out)
     distance = (spent - self.target_gmacs * 1e9) / self.budget_unit
     weight = jnp.where(step < self.warmup_steps, 0.0, self.budget_weight)
     counts = jnp.stack([jnp.asarray(reduced.count) for _, reduced in out.aux])
@@ -336,7 +341,7 @@ class DiffRate:
     counts = np.clip(whole, 1, spec.num_patches).astype(int) + spec.num_prefix
     return tuple(
       dataclasses.replace(layer, reduce=PruneMerge(int(p), int(m), self.signed_similarity))
-      for layer, (p, m) in zip(spec.dense_layers, counts, strict=True)
+      for layer, (p, m) in zip(self._base(spec), counts, strict=True)
     )
 
   def smallest_gmacs(self, spec: ViTSpec) -> float:

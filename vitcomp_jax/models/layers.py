@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from vitcomp_jax.models.gates import Gate, open_gate
 from vitcomp_jax.models.spec import LayerSpec
 from vitcomp_jax.models.tokens import AttentionStats, Aux, TokenReducer, Tokens
 from vitcomp_jax.ops.attention import attend, cls_attention
@@ -65,12 +66,13 @@ class Attention(nn.Module):
     self.proj = dense(self.width, self.dtype)
 
   def __call__(
-    self, x: Float[Array, "b n d"], size: Array | None, keep: Array | None
+    self, x: Float[Array, "b n d"], size: Array | None, keep: Array | None, gate: Gate = open_gate
   ) -> tuple[Float[Array, "b n d"], AttentionStats]:
     b, n, _ = x.shape
     s = self.spec
     # [3 b h n k]: heads next to the batch, so that each product is one batched matrix product.
     qkv = self.qkv(x).reshape(b, n, 3, s.num_heads, s.head_dim).transpose(2, 0, 3, 1, 4)
+    qkv = gate(qkv)
     q, k, v = qkv[0], qkv[1], qkv[2]
     log_size = jnp.log(size) if s.size_bias and size is not None else None
     y = attend(q, k, v, s.qk_scale, log_size, keep, s.mask_eps)
@@ -89,8 +91,8 @@ class Mlp(nn.Module):
     self.fc1 = dense(self.mlp_dim, self.dtype)
     self.fc2 = dense(self.width, self.dtype)
 
-  def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
-    return self.fc2(nn.gelu(self.fc1(x), approximate=False))
+  def __call__(self, x: Float[Array, "b n d"], gate: Gate = open_gate) -> Float[Array, "b n d"]:
+    return self.fc2(gate(nn.gelu(self.fc1(x), approximate=False)))
 
 
 class LayerScale(nn.Module):
@@ -113,6 +115,9 @@ class EncoderBlock(nn.Module):
   # Held as fields of their own so that Flax adopts the ones that are modules.
   select: TokenReducer
   reduce: TokenReducer
+  token_gate: Gate
+  head_gate: Gate
+  hidden_gate: Gate
   dtype: str | None = None
 
   def setup(self) -> None:
@@ -125,11 +130,12 @@ class EncoderBlock(nn.Module):
 
   def __call__(self, tokens: Tokens) -> tuple[Tokens, tuple[Aux, Aux]]:
     tokens, selected = self.select(tokens, None)
-    y, stats = self.attn(self.norm1(tokens.x), tokens.size, tokens.keep)
+    x = self.token_gate(self.norm1(tokens.x))
+    y, stats = self.attn(x, tokens.size, tokens.keep, self.head_gate)
     y = self.ls1(y) if self.spec.layer_scale else y
     tokens = tokens.replace(x=tokens.x + self._drop_path(y))
     tokens, reduced = self.reduce(tokens, stats)
-    y = self.mlp(self.norm2(tokens.x))
+    y = self.mlp(self.token_gate(self.norm2(tokens.x)), self.hidden_gate)
     y = self.ls2(y) if self.spec.layer_scale else y
     return tokens.replace(x=tokens.x + self._drop_path(y)), (selected, reduced)
 

@@ -20,6 +20,39 @@ class KeepAll:
 
 
 @dataclasses.dataclass(frozen=True)
+class KeepPositions:
+  """Keeps the tokens at fixed positions, the same for every image.
+
+  Attributes:
+    positions: Of the model's input tokens, ascending; all of the prefix is among them.
+  """
+
+  positions: tuple[int, ...]
+
+  def __call__(self, tokens: Tokens, stats: AttentionStats | None) -> tuple[Tokens, Aux]:
+    n, prefix = tokens.x.shape[1], tokens.num_prefix
+    patches = jnp.array(self.positions[prefix:], jnp.int32) - prefix
+    # Where those patches are by now: earlier layers may have dropped others.
+    order = jnp.concatenate(
+      [
+        jnp.broadcast_to(jnp.arange(prefix), (tokens.x.shape[0], prefix)),
+        tokens.source[:, patches],
+      ],
+      axis=1,
+    )
+    tokens = tokens.replace(
+      x=select.take(tokens.x, order),
+      size=None if tokens.size is None else select.take(tokens.size, order),
+      keep=None if tokens.keep is None else select.take(tokens.keep, order),
+      source=select.follow(tokens.source, order, n),
+    )
+    return tokens, Aux(len(self.positions))
+
+  def count(self, n: int) -> int:
+    return min(n, len(self.positions))
+
+
+@dataclasses.dataclass(frozen=True)
 class PruneMerge:
   """DiffRate's reduction: keeps the most important tokens, then merges the least important.
 

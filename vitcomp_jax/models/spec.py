@@ -4,6 +4,7 @@ import dataclasses
 import functools
 
 from vitcomp_jax.errors import UserError
+from vitcomp_jax.models.gates import Gate, open_gate
 from vitcomp_jax.models.reducers import keep_all
 from vitcomp_jax.models.tokens import TokenReducer
 
@@ -19,6 +20,9 @@ class LayerSpec:
     qk_scale: Factor of the attention's products; stays the original head's when a head shrinks.
     select: Removes tokens before attention.
     reduce: Removes tokens between attention and MLP.
+    token_gate: Factor on the normed tokens, before attention and before the MLP.
+    head_gate: Factor on queries, keys and values.
+    hidden_gate: Factor on the MLP's hidden units.
     size_bias: Proportional attention: merged tokens weigh as much as their patches.
     mask_eps: Smoothing of the softmax where tokens are masked; the authors': 1e-6.
     layer_scale: Learnt per-channel factors on both residual branches.
@@ -31,6 +35,9 @@ class LayerSpec:
   qk_scale: float
   select: TokenReducer = keep_all
   reduce: TokenReducer = keep_all
+  token_gate: Gate = open_gate
+  head_gate: Gate = open_gate
+  hidden_gate: Gate = open_gate
   size_bias: bool = True
   mask_eps: float = 0.0
   layer_scale: bool = False

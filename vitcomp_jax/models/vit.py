@@ -35,7 +35,17 @@ class ViT(nn.Module):
     positions = (1, spec.pos_prefix + spec.num_patches, spec.width)
     self.pos_embed = self.param("pos_embed", _position_init, positions)
     self.blocks = [
-      EncoderBlock(s, spec.width, spec.norm_eps, s.select, s.reduce, spec.dtype)
+      EncoderBlock(
+        s,
+        spec.width,
+        spec.norm_eps,
+        s.select,
+        s.reduce,
+        s.token_gate,
+        s.head_gate,
+        s.hidden_gate,
+        spec.dtype,
+      )
       for s in self.layers
     ]
     if spec.pool == "size_mean":

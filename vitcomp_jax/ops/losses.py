@@ -32,6 +32,27 @@ def logit_divergence(logits: Float[Array, "b c"], teacher: Float[Array, "b c"]) 
   return jnp.mean(jnp.sum(jnp.exp(target) * difference, axis=1))
 
 
+def distillation(
+  logits: Float[Array, "b c"], teacher: Float[Array, "b c"], kind: str, temperature: float = 1.0
+) -> Float[Array, ""]:
+  """How far a student is from its teacher, in nats.
+
+  Args:
+    logits: The student's.
+    teacher: The teacher's.
+    kind: `soft`, the divergence of the predictions at a temperature, times its square; or `hard`,
+      the cross-entropy with the teacher's class.
+    temperature: Of `soft`.
+
+  References:
+    Hinton et al., 2015, `Distilling the Knowledge <https://arxiv.org/abs/1503.02531>`_;
+    Touvron et al., `DeiT <https://arxiv.org/abs/2012.12877>`_, 2021, Eq. 2 and 3.
+  """
+  if kind == "hard":
+    return cross_entropy(logits, jnp.argmax(teacher, axis=1))
+  return temperature**2 * logit_divergence(logits / temperature, teacher / temperature)
+
+
 def feature_divergence(
   features: Float[Array, "b ..."], teacher: Float[Array, "b ..."]
 ) -> Float[Array, ""]:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from vitcomp_jax.config import Config, from_config_dict
-from vitcomp_jax.stages import evaluate, pretrain, search
+from vitcomp_jax.stages import evaluate, finetune, pretrain, search, slim
 from vitcomp_jax.stages.run import Run, open_run
 
 
@@ -28,7 +28,9 @@ class Stage:
 
 STAGES = {
   "pretrain": Stage(pretrain.check, pretrain.pretrain, pretrain.made),
+  "slim": Stage(slim.check, slim.slim, slim.made),
   "search": Stage(search.check, search.search, search.made),
+  "finetune": Stage(finetune.check, finetune.finetune, finetune.made),
   "evaluate": Stage(evaluate.check, evaluate.evaluate, evaluate.made),
 }
 
@@ -58,13 +60,13 @@ def run_stage(
   """Runs one stage from Python.
 
   Args:
-    stage: `pretrain`, `search` or `evaluate`.
+    stage: `pretrain`, `slim`, `search`, `finetune` or `evaluate`.
     config: A `Config`, or a mapping of its keys such as `default_config()`.
     workdir: Where the run is kept. Stages that build on each other share it.
 
   Returns:
-    What the stage writes: `pretrain` the path of the weights, `search` the `Plan`, `evaluate` the
-    content of `result.json`. A finished stage is not run again.
+    What the stage writes: `pretrain` and `finetune` the path of the weights, `slim` and `search`
+    the `Plan`, `evaluate` the content of `result.json`. A finished stage is not run again.
   """
   config = config if isinstance(config, Config) else from_config_dict(config)
   return STAGES[stage].made(run_stages(config, pathlib.Path(workdir), (stage,)))

@@ -1,6 +1,7 @@
 """Stage `evaluate`: accuracy and cost of the dense model, the plan and hand-made schedules."""
 
 import collections
+import dataclasses
 import functools
 import logging
 import math
@@ -10,16 +11,18 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from vitcomp_jax.api import Params, count_cost
 from vitcomp_jax.atomic import write_json
 from vitcomp_jax.data.transforms import Preprocess, normalize
 from vitcomp_jax.errors import UserError
 from vitcomp_jax.metrics import progress, read_metrics
+from vitcomp_jax.models.reducers import keep_all
 from vitcomp_jax.models.spec import LayerSpec
 from vitcomp_jax.models.vit import ViT
 from vitcomp_jax.ops import losses
-from vitcomp_jax.plans import Plan, load_plan, make_plan
+from vitcomp_jax.plans import Plan, make_plan
 from vitcomp_jax.schedules import hand_made
 from vitcomp_jax.stages import figures, report
 from vitcomp_jax.stages.run import Run, environment, read_json
@@ -27,13 +30,14 @@ from vitcomp_jax.stages.run import Run, environment, read_json
 
 def check(run: Run) -> None:
   """Refuses a plan or weights that do not fit, labels without a class, and an empty table."""
-  config, plan = run.config, _plan(run)
+  config, plan = run.config, run.plan
+  searches = bool({"search", "slim"} & set(config.stages))
   run.check_classes(run.eval_data)
   if plan:
     plan.layers_for(run.spec)
-  elif config.evaluate.baselines and "search" not in config.stages:
+  elif config.evaluate.baselines and not searches:
     run.target_gmacs  # noqa: B018, raises
-  if not (config.evaluate.dense or config.evaluate.baselines or plan or "search" in config.stages):
+  if not (config.evaluate.dense or config.evaluate.baselines or plan or searches):
     raise UserError(
       "config.evaluate: expected something to evaluate (dense, baselines, or model.plan), got none."
     )
@@ -45,8 +49,7 @@ def evaluate(run: Run) -> dict[str, Any]:
   Returns:
     The content of `result.json`.
   """
-  plan, data = _plan(run), run.eval_data
-  models = _models(run, plan)
+  data, rows = run.eval_data, _rows(run)
   result = {
     "dataset": data.name,
     "split": data.split,
@@ -55,13 +58,13 @@ def evaluate(run: Run) -> dict[str, Any]:
     "rows": [],
   } | _measured_before(run)
   done = {row["name"] for row in result["rows"]}
-  for name, layers in models.items():
+  for name, row in rows.items():
     if name not in done:
-      row, examples = evaluate_model(ViT(run.spec, layers), run, name)
-      result["rows"].append({"name": name, **row})
+      measured, examples = evaluate_model(ViT(run.spec, row.layers), row.params, run, name)
+      result["rows"].append({"name": name, **measured})
       result["examples"] = examples
       write_json(run.workdir / "result.json", result)
-  _draw(run, plan, models, result)
+  _draw(run, {name: row.layers for name, row in rows.items()}, result)
   return result
 
 
@@ -77,28 +80,44 @@ def _measured_before(run: Run) -> dict[str, Any]:
   return {key: value for key, value in made(run).items() if key in ("rows", "examples")}
 
 
-def _plan(run: Run) -> Plan | None:
-  """The plan that this run searched, or the config's."""
-  searched = run.workdir / "plan.json"
-  if searched.exists() or run.finished("search"):
-    return load_plan(str(searched))
-  return load_plan(run.config.model.plan) if run.config.model.plan else None
+@dataclasses.dataclass(frozen=True)
+class _Row:
+  """A row of the table before it is measured."""
+
+  layers: tuple[LayerSpec, ...]
+  params: Params
 
 
-def _models(run: Run, plan: Plan | None) -> dict[str, tuple[LayerSpec, ...]]:
-  """The layers of every row, by name."""
-  config, spec = run.config.evaluate, run.spec
-  models = {"dense": spec.dense_layers} if config.dense else {}
+def _rows(run: Run) -> dict[str, _Row]:
+  """The model of every row, by name."""
+  config, spec, plan = run.config.evaluate, run.spec, run.plan
+  rows = {"dense": _Row(spec.dense_layers, run.dense_params)} if config.dense else {}
   if plan:
-    method = plan.made_by.get("method")
-    known = isinstance(method, str) and method not in ("dense", *config.baselines)
-    models[str(method) if known else "diffrate"] = plan.layers_for(spec)
+    rows |= _plan_rows(run, plan)
   for name in config.baselines:
-    models[name] = hand_made(name, spec, plan.gmacs if plan else run.target_gmacs)
-  return models
+    layers = hand_made(name, spec, plan.gmacs if plan else run.target_gmacs)
+    rows[name] = _Row(layers, run.dense_params)
+  return rows
 
 
-def evaluate_model(model: ViT, run: Run, name: str) -> tuple[dict[str, float], int]:
+def _plan_rows(run: Run, plan: Plan) -> dict[str, _Row]:
+  """The plan, and each half of one that both slims and removes tokens."""
+  method = plan.made_by.get("method")
+  known = isinstance(method, str) and method not in ("dense", *run.config.evaluate.baselines)
+  name = str(method) if known else "diffrate"
+  rows = {}
+  if run.base_plan and run.base_plan.indices and "+" in name:
+    reduced = zip(run.spec.dense_layers, run.layers, strict=True)
+    rates = tuple(dataclasses.replace(dense, reduce=layer.reduce) for dense, layer in reduced)
+    slimmed, _, searched = name.partition("+")
+    rows[slimmed] = _Row(run.base_plan.layers_for(run.spec), run.params)
+    rows[searched] = _Row(rates, run.dense_params)
+  if run.config.evaluate.masked:
+    rows[f"{name}@masked"] = _Row(plan.masked_layers_for(run.spec), run.searched_params)
+  return rows | {name: _Row(run.layers, run.params)}
+
+
+def evaluate_model(model: ViT, params: Params, run: Run, name: str) -> tuple[dict[str, float], int]:
   """Measures one model over every example once.
 
   Returns:
@@ -106,13 +125,16 @@ def evaluate_model(model: ViT, run: Run, name: str) -> tuple[dict[str, float], i
     how far the outputs are from the dense model's instead. And the number of examples.
   """
   config, data = run.config.evaluate, run.eval_data
-  measure = _score if data.has_labels and run.spec.num_classes else _compare
+  can_score = data.has_labels and run.spec.num_classes > 0
   batches = math.ceil(data.num_examples / config.batch_size)
   sums: collections.Counter[str] = collections.Counter()
   for batch in progress(data.eval_batches(config.batch_size), f"evaluate {name}", batches):
     arrays = {key: batch[key] for key in ("image", "label", "mask")}
-    found = jax.device_get(measure(model, run.preprocess, run.params, arrays))
-    sums.update({key: float(value) for key, value in found.items()})
+    if can_score:
+      found = _score(model, run.preprocess, params, arrays)
+    else:
+      found = _compare(model, run.preprocess, params, run.dense_params, arrays)
+    sums.update({key: float(value) for key, value in jax.device_get(found).items()})
   count = sums.pop("count")
   cost = count_cost(model)
   row = {key: round(value / count, 6) for key, value in sums.items()}
@@ -146,12 +168,17 @@ def _score(
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _compare(
-  model: ViT, preprocess: Preprocess, params: Params, batch: Mapping[str, jax.Array]
+  model: ViT,
+  preprocess: Preprocess,
+  params: Params,
+  dense_params: Params,
+  batch: Mapping[str, jax.Array],
 ) -> Sums:
   """How far the outputs are from the dense model's."""
   images = normalize(batch["image"], preprocess)
   dense = ViT(model.spec, model.spec.dense_layers)
-  out, teacher = (m.apply({"params": params}, images, method="forward") for m in (model, dense))
+  out = model.apply({"params": params}, images, method="forward")
+  teacher = dense.apply({"params": dense_params}, images, method="forward")
 
   def total(divergence: Callable[..., jax.Array], mine: jax.Array, theirs: jax.Array) -> jax.Array:
     each = jax.vmap(lambda a, b: divergence(a[None], b[None]))(mine, theirs)
@@ -164,20 +191,17 @@ def _compare(
   return sums
 
 
-def _draw(
-  run: Run,
-  plan: Plan | None,
-  models: Mapping[str, tuple[LayerSpec, ...]],
-  result: dict[str, Any],
-) -> None:
+def _draw(run: Run, models: Mapping[str, tuple[LayerSpec, ...]], result: dict[str, Any]) -> None:
   """Writes the figures, then the report that shows them."""
-  folder, plan_json = run.workdir / "figures", plan.to_json() if plan else None
+  folder, plan = run.workdir / "figures", run.plan
+  plan_json = plan.to_json() if plan else None
   summary = run.finished("search")
-  if plan and plan_json:
+  removes = plan and any(layer.reduce != keep_all for layer in run.layers)
+  if plan and removes:
     schedules = {
       name: report.plan_counts(make_plan(run.spec, layers, {}).to_json())
       for name, layers in models.items()
-      if name != "dense"
+      if any(layer.reduce != keep_all for layer in layers)
     }
     figures.schedule(folder / "schedule.png", schedules, plan.num_tokens)
     if run.config.evaluate.token_maps:
@@ -185,10 +209,34 @@ def _draw(
   if summary:
     records = read_metrics(run.workdir, "search")
     figures.search_curves(folder / "search.png", records, summary["budget_gmacs"])
+  if plan and plan.indices:
+    _draw_slimming(run, plan, folder)
   if any("top1" in row for row in result["rows"]):
     figures.accuracy_against_gmacs(folder / "accuracy.png", result["rows"])
   budget = f"{plan.gmacs:.4g} GMACs" if plan and not summary else ""
-  report.write_report(run.workdir, result, plan_json, summary, budget)
+  slimming = run.finished("slim")
+  report.write_report(run.workdir, result, plan_json, summary, budget, slimming)
+
+
+def _draw_slimming(run: Run, plan: Plan, folder: pathlib.Path) -> None:
+  """What of each layer a slimmed plan keeps, and how the masks came to it."""
+  spec, layers = run.spec, plan.layers
+  indices = plan.indices or ()
+  tokens = [getattr(layer.select, "positions", range(spec.num_tokens)) for layer in layers]
+  patches = [np.isin(np.arange(spec.num_tokens), t)[spec.num_prefix :] for t in tokens]
+  figures.kept_widths(
+    folder / "widths.png",
+    {
+      "head dimensions": [np.sum(np.ravel(i.attn) >= 0) / spec.width for i in indices],
+      "hidden units": [np.sum(np.array(i.mlp) >= 0) / spec.mlp_dim for i in indices],
+      "patches": [kept.mean() for kept in patches],
+    },
+  )
+  if not all(kept.all() for kept in patches):
+    figures.kept_patches(folder / "patches.png", patches, spec.grid)
+  records = read_metrics(run.workdir, "slim")
+  if records:
+    figures.mask_curves(folder / "masks.png", records)
 
 
 def _draw_token_maps(run: Run, plan: Plan, path: pathlib.Path) -> None:

@@ -143,6 +143,68 @@ def search_curves(
   _save(figure, path)
 
 
+def mask_curves(path: pathlib.Path, records: Sequence[Mapping[str, Any]]) -> None:
+  """Draws how the soft masks spread while ViT-Slim searches: bands between their deciles.
+
+  Args:
+    path: Of the PNG.
+    records: Logged figures, with `step` and the deciles of each kind of mask.
+  """
+  figure, _ = _subplots(width=7.0, height=7.0, rows=3)
+  titles = (("attn", "attention"), ("mlp", "hidden units"), ("patch", "patches"))
+  for axes, (kind, title), color in zip(figure.axes, titles, (BLUE, GREEN, VERMILION), strict=True):
+    found = [r for r in records if r.get(f"{kind}_deciles")]
+    steps = [r["step"] for r in found]
+    deciles = np.array([r[f"{kind}_deciles"] for r in found]).reshape(-1, 11).T
+    for low in range(5):
+      axes.fill_between(steps, deciles[low], deciles[10 - low], color=color, alpha=0.18, lw=0)
+    axes.plot(steps, deciles[5], color=color, lw=1.8, label="median")
+    _name_axes(axes, "step" if kind == "patch" else "", f"masks: {title}")
+    axes.legend(fontsize=_SMALL, loc="lower left", framealpha=0.9)
+  _save(figure, path)
+
+
+def kept_widths(path: pathlib.Path, kept: Mapping[str, Sequence[float]]) -> None:
+  """Draws the shares that each slimmed layer keeps.
+
+  Args:
+    path: Of the PNG.
+    kept: By what is kept (such as hidden units), the share in every layer.
+  """
+  depth = max(map(len, kept.values()))
+  figure, axes = _subplots(width=max(7.0, 0.5 * depth + 1.5), height=4.0)
+  for index, (name, shares) in enumerate(kept.items()):
+    x = [layer + 0.25 * (index - (len(kept) - 1) / 2) for layer in range(1, depth + 1)]
+    color, hatch = _COLORS[index], ("", "//", "..")[index % 3]
+    percent = [100 * share for share in shares]
+    axes.bar(x, percent, 0.22, color=color, hatch=hatch, edgecolor="white", label=name)
+  axes.set_ylim(0, 105)
+  axes.set_xticks(range(1, depth + 1))
+  _name_axes(axes, "layer", "kept (%)")
+  axes.legend(fontsize=_SMALL, loc="lower left", framealpha=0.9)
+  _save(figure, path)
+
+
+def kept_patches(path: pathlib.Path, kept: Sequence[np.ndarray], grid: tuple[int, int]) -> None:
+  """Draws which patches each layer keeps.
+
+  Args:
+    path: Of the PNG.
+    kept: Of every layer, bool[p], row by row.
+    grid: Rows and columns of patches.
+  """
+  columns = min(len(kept), 6)
+  rows = math.ceil(len(kept) / columns)
+  figure = Figure(figsize=(1.5 * columns, 1.7 * rows), dpi=DPI, layout="constrained")
+  FigureCanvasAgg(figure)
+  for index, axes in enumerate(figure.subplots(rows, columns, squeeze=False).flat):
+    axes.set_axis_off()
+    if index < len(kept):
+      axes.imshow(kept[index].reshape(grid), cmap="gray", vmin=0, vmax=1)
+      axes.set_title(f"layer {index + 1}: {int(kept[index].sum())}", fontsize=_SMALL)
+  _save(figure, path)
+
+
 def accuracy_against_gmacs(path: pathlib.Path, rows: Sequence[Mapping[str, Any]]) -> None:
   """Draws top-1 accuracy against compute; rows of the same method are joined.
 

@@ -10,6 +10,11 @@ from vitcomp_jax.stages.figures import number, tokens_left
 CAPTIONS = {
   "schedule.png": "Tokens that each layer leaves, after pruning and after merging.",
   "accuracy.png": "Top-1 accuracy against compute, one point per row of the table.",
+  "widths.png": "What each slimmed layer keeps, in percent of the dense one's.",
+  "patches.png": "The patches that each layer keeps.",
+  "masks.png": (
+    "The soft masks over the steps of the slimming search: median, and bands between deciles."
+  ),
   "search.png": "Loss and compute over the steps of the search; the dashed line is the budget.",
   "token_maps.png": (
     "What became of the patches of a few images: patches that share a token are painted in their "
@@ -34,6 +39,7 @@ def write_report(
   plan_json: Mapping[str, Any] | None,
   search_summary: Mapping[str, Any] | None,
   budget_text: str,
+  slim_summary: Mapping[str, Any] | None = None,
 ) -> None:
   """Writes `report.md`.
 
@@ -43,14 +49,19 @@ def write_report(
     plan_json: The content of plan.json, if there is a plan.
     search_summary: What the search reported, if there was one in this run.
     budget_text: The budget that was asked for; empty: none.
+    slim_summary: What the slimming reported, if there was one in this run.
   """
   parts = [_title(result), _rows_table(result["rows"])]
   if search_summary is None and budget_text:
     parts.append(f"Budget: {budget_text}.")
+  if slim_summary is not None:
+    parts += ["## Slimming", _slim_text(slim_summary)]
   if search_summary is not None:
     parts += ["## Search", _search_text(search_summary, budget_text)]
   if plan_json is not None or search_summary is not None:
     parts += ["## Plan", _plan_text(plan_json), _plan_table(plan_json, search_summary)]
+  if plan_json is not None and "mlp_index" in plan_json["layers"][0]:
+    parts += ["## Widths", _widths_table(plan_json)]
   figures = _figures(workdir)
   if figures:
     parts += ["## Figures", *figures]
@@ -113,6 +124,31 @@ def _chosen_text(summary: Mapping[str, Any]) -> list[str]:
     f"Kept: the plan of step {step:,} with a loss of {tried[step]:.4f}, the least of the "
     f"{len(tried)} that were tried (steps {', '.join(f'{s:,}' for s in tried)})"
   ]
+
+
+def _slim_text(summary: Mapping[str, Any]) -> str:
+  def shares(values: Mapping[str, float]) -> str:
+    return ", ".join(f"{kind} {100 * share:.1f} %" for kind, share in values.items())
+
+  lines = [
+    f"{summary['steps']:,} steps on {summary['images']:,} images, {summary['minutes']:.1f} minutes",
+    f"Asked for: {shares(summary['asked'])}; kept: {shares(summary['kept'])}",
+    f"{number(summary['gmacs'])} GMACs, {100 * summary['of_dense']:.1f} % of the dense model's; "
+    f"{summary['params_m']:.3f} M parameters",
+    f"By the authors' own formulas: {number(summary['authors_gmacs'])} GMACs, "
+    f"{summary['authors_params_m']:.3f} M parameters",
+  ]
+  return "\n".join(f"- {line}" for line in lines)
+
+
+def _widths_table(plan_json: Mapping[str, Any]) -> str:
+  heads = ["layer", "heads", "dimensions of each, zeros aside", "hidden units"]
+  lines = []
+  for index, layer in enumerate(plan_json["layers"], 1):
+    dims = [str(sum(unit >= 0 for unit in head)) for head in layer["attn_index"]]
+    hidden = sum(unit >= 0 for unit in layer["mlp_index"])
+    lines.append([str(index), str(len(dims)), " ".join(dims), str(hidden)])
+  return _table(heads, lines)
 
 
 def _plan_text(plan_json: Mapping[str, Any] | None) -> str:

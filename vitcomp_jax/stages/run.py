@@ -17,8 +17,9 @@ from vitcomp_jax.atomic import write_json
 from vitcomp_jax.config import Config
 from vitcomp_jax.data import loader, transforms
 from vitcomp_jax.errors import UserError
-from vitcomp_jax.models.spec import ViTSpec
+from vitcomp_jax.models.spec import LayerSpec, ViTSpec
 from vitcomp_jax.models.variants import get_spec
+from vitcomp_jax.plans import Plan, load_plan
 
 _PACKAGES = ("vitcomp_jax", "jax", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
@@ -74,13 +75,58 @@ class Run:
     return spec
 
   @functools.cached_property
+  def plan(self) -> Plan | None:
+    """The plan in force: what this workdir's last search made, or the config's."""
+    made_here = self.workdir / "plan.json"
+    if made_here.exists() or self.finished("search") or self.finished("slim"):
+      return load_plan(str(made_here))
+    return load_plan(self.config.model.plan) if self.config.model.plan else None
+
+  @functools.cached_property
+  def base_plan(self) -> Plan | None:
+    """What a search of token counts starts from: this workdir's slimmed plan, or the config's."""
+    made_here = self.workdir / "slimmed.json"
+    if made_here.exists():
+      return load_plan(str(made_here))
+    return load_plan(self.config.model.plan) if self.config.model.plan else None
+
+  @functools.cached_property
+  def layers(self) -> tuple[LayerSpec, ...]:
+    """The layers under the plan in force."""
+    return self.plan.layers_for(self.spec) if self.plan else self.spec.dense_layers
+
+  @functools.cached_property
   def params(self) -> api.Params:
-    """Dense parameters: what `pretrain` made in this workdir, or the config's weights."""
+    """The weights for `layers`: the last that this workdir's stages made, or the config's."""
+    made_here = [self.workdir / name for name in ("finetuned.safetensors", "slimmed.safetensors")]
+    path = next((str(path) for path in made_here if path.exists()), None)
+    return self._load(self.layers, path or self._dense_weights)
+
+  @functools.cached_property
+  def dense_params(self) -> api.Params:
+    """The dense model's weights: what `pretrain` made in this workdir, or the config's."""
+    return self._load(self.spec.dense_layers, self._dense_weights)
+
+  @functools.cached_property
+  def searched_params(self) -> api.Params:
+    """The dense model's weights after `slim` trained them together with the masks."""
+    return self._load(self.spec.dense_layers, str(self.workdir / "searched.safetensors"))
+
+  @property
+  def _dense_weights(self) -> str | None:
     made_here = self.workdir / "weights.safetensors"
-    weights = str(made_here) if made_here.exists() else self.config.model.weights
-    spec = self.spec
+    return str(made_here) if made_here.exists() else self.config.model.weights
+
+  def _load(self, layers: tuple[LayerSpec, ...], weights: str | None) -> api.Params:
     fresh_head = "pretrain" in self.config.stages
-    return api.load_params(spec, spec.dense_layers, weights, self.config.seed, fresh_head)
+    dense = layers == self.spec.dense_layers
+    indices = self.plan.indices if self.plan and not dense else None
+    return api.load_params(self.spec, layers, weights, self.config.seed, fresh_head, indices)
+
+  def forget(self) -> None:
+    """Forgets what a stage has just made anew, so that the next one reads it."""
+    for name in ("plan", "base_plan", "layers", "params", "dense_params"):
+      vars(self).pop(name, None)
 
   @functools.cached_property
   def target_gmacs(self) -> float:
@@ -100,6 +146,15 @@ class Run:
         f"(fraction 1), got {target:.4g}."
       )
     return target
+
+  def check_trainable(self, stage: str) -> None:
+    """Refuses data without labels, or a model without a classifier."""
+    self.check_classes(self.train_data)
+    if not self.train_data.has_labels or not self.spec.num_classes:
+      raise UserError(
+        f"stage {stage}: expected labels and a classifier, got {self.spec.name} with "
+        f"{self.spec.num_classes} classes on {self.train_data.name}."
+      )
 
   def check_classes(self, data: loader.Dataset) -> None:
     """Refuses labels that the classifier does not know."""

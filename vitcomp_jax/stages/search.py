@@ -16,7 +16,7 @@ from vitcomp_jax.data.transforms import Preprocess, normalize
 from vitcomp_jax.errors import UserError
 from vitcomp_jax.methods.diffrate import REFERENCE_GMACS, DiffRate
 from vitcomp_jax.metrics import read_metrics
-from vitcomp_jax.models.reducers import PruneMerge
+from vitcomp_jax.models.reducers import PruneMerge, keep_all
 from vitcomp_jax.models.spec import LayerSpec, ViTSpec, with_drop_path
 from vitcomp_jax.models.tokens import Output
 from vitcomp_jax.models.vit import ViT
@@ -32,7 +32,7 @@ _TRIED = 7  # plans that a search passed through, beside its last, that are trie
 def check(run: Run) -> None:
   """Refuses a budget that cannot be reached, and a loss that cannot be computed."""
   run.check_classes(run.train_data)
-  make_method(run.config.search, run.spec, run.target_gmacs)
+  make_method(run.config.search, run.spec, run.target_gmacs, _base(run))
   loss, classes = run.config.search.loss, run.spec.num_classes
   if loss != "features" and not classes:
     raise UserError(
@@ -54,7 +54,8 @@ def search(run: Run) -> dict[str, Any]:
     `plan.json`.
   """
   config, spec = run.config.search, run.spec
-  method = make_method(config, spec, run.target_gmacs)
+  base = _base(run)
+  method = make_method(config, spec, run.target_gmacs, base)
   data = run.train_data
   epoch_steps = config.epoch_steps or max(1, data.num_examples // config.batch_size)
   tx = optimizer.search_optimizer(config, epoch_steps)
@@ -62,8 +63,8 @@ def search(run: Run) -> dict[str, Any]:
   state, seconds = loop.train(
     stage="search",
     workdir=run.workdir,
-    state=init_state(run.params, arch, arch, tx, run.config.seed, ema=False),
-    step_fn=make_step(search_loss(config, method, spec, run.preprocess), tx, "arch"),
+    state=init_state(run.params, arch, tx, ("arch",), run.config.seed),
+    step_fn=make_step(search_loss(config, method, spec, run.preprocess), tx, ("arch",)),
     batches=lambda done: data.train_batches(config.batch_size, done),
     steps=config.steps,
     log_every=config.log_every,
@@ -79,9 +80,12 @@ def search(run: Run) -> dict[str, Any]:
   if abs(gmacs - run.target_gmacs) > 0.01 * run.target_gmacs:
     logging.warning("the nearest plan has %.4g GMACs, the budget is %.4g", gmacs, run.target_gmacs)
   images = config.steps * config.batch_size + config.choose_images
-  made_by = {"method": config.method, "steps": config.steps, "images": images}
+  indices = run.base_plan.indices if run.base_plan else None
+  name = f"vit_slim+{config.method}" if indices else config.method
+  made_by = {"method": name, "steps": config.steps, "images": images}
   made_by |= {"weights": run.config.model.weights, "data": data.name, "seed": run.config.seed}
-  save_plan(make_plan(spec, layers, made_by), run.workdir / "plan.json")
+  save_plan(make_plan(spec, layers, made_by, indices), run.workdir / "plan.json")
+  run.forget()
   return {
     "steps": config.steps,
     "images": images,
@@ -121,7 +125,8 @@ def _best(
   passed[config.steps] = learnt
   steps = sorted(passed)
   picked = [steps[i * (len(steps) - 1) // _TRIED] for i in range(_TRIED + 1)]
-  task_of = task_loss(config, ViT(spec, method.masked_layers(spec)), run.preprocess)
+  model = ViT(spec, method.masked_layers(spec))
+  task_of = task_loss(config, model, run.preprocess, method.base)
   loss = jax.jit(lambda variables, batch: task_of(variables, batch)[0])
   batches = list(
     itertools.islice(
@@ -147,8 +152,32 @@ def made(run: Run) -> Plan:
   return load_plan(str(run.workdir / "plan.json"))
 
 
-def make_method(config: SearchConfig, spec: ViTSpec, target_gmacs: float) -> DiffRate:
+def _base(run: Run) -> tuple[LayerSpec, ...]:
+  """The layers to search on: dense ones, or slimmed ones whose tokens are all there."""
+  if run.base_plan is None:
+    return run.spec.dense_layers
+  layers = run.base_plan.layers_for(run.spec)
+  if any(layer.select != keep_all or layer.reduce != keep_all for layer in layers):
+    raise UserError(
+      "stage search: expected a plan that keeps all tokens, got one that removes some; sorting "
+      "loses the positions that a slimmed plan names: slim with config.slim.w_patch=0."
+    )
+  return layers
+
+
+def make_method(
+  config: SearchConfig,
+  spec: ViTSpec,
+  target_gmacs: float,
+  base: tuple[LayerSpec, ...] | None = None,
+) -> DiffRate:
   """The method of a search.
+
+  Args:
+    config: Of the search.
+    spec: The model.
+    target_gmacs: The budget.
+    base: The layers to search on; none: dense ones.
 
   Raises:
     UserError: For a granularity above the model's patches, or a budget below the smallest plan.
@@ -170,6 +199,7 @@ def make_method(config: SearchConfig, spec: ViTSpec, target_gmacs: float) -> Dif
     clamp_size=config.clamp_size,
     signed_similarity=config.signed_similarity,
     mask_eps=config.mask_eps,
+    base=base,
   )
   smallest = method.smallest_gmacs(spec)
   if target_gmacs < smallest:
@@ -185,9 +215,9 @@ def search_loss(
 ) -> LossFn:
   """The task loss of the masked model plus the method's penalty, as a function of the rates."""
   model = ViT(spec, with_drop_path(method.layers(spec), config.drop_path))
-  task_of = task_loss(config, model, preprocess)
+  task_of = task_loss(config, model, preprocess, method.base)
 
-  def loss_fn(arch, params, batch, key, step):
+  def loss_fn(params, arch, batch, key, step):
     task, out = task_of({"params": params, "arch": arch}, batch, {"drop_path": key})
     penalty, figures = method.penalty(spec, out, step)
     figures |= {"task_loss": task, "expected": method.traced_counts(spec, arch)}
@@ -197,17 +227,27 @@ def search_loss(
 
 
 def task_loss(
-  config: SearchConfig, model: ViT, preprocess: Preprocess
+  config: SearchConfig,
+  model: ViT,
+  preprocess: Preprocess,
+  base: tuple[LayerSpec, ...] | None = None,
 ) -> Callable[..., tuple[jax.Array, Output]]:
-  """The config's loss of a model as a function of variables, batch and random keys."""
-  dense = ViT(model.spec, model.spec.dense_layers)
+  """The config's loss of a model as a function of variables, batch and random keys.
+
+  Args:
+    config: Of the search.
+    model: That removes tokens.
+    preprocess: Of the images.
+    base: Layers of the model that keeps all tokens; none: dense ones.
+  """
+  whole = ViT(model.spec, base or model.spec.dense_layers)
 
   def task_of(variables, batch, rngs=None):
     images = normalize(batch["image"], preprocess)
     out = model.apply(variables, images, method="forward", rngs=rngs)
     if config.loss == "labels":
       return losses.cross_entropy(out.logits, batch["label"], config.label_smoothing), out
-    teacher = dense.apply({"params": variables["params"]}, images, method="forward")
+    teacher = whole.apply({"params": variables["params"]}, images, method="forward")
     divergence = {"logits": losses.logit_divergence, "features": losses.feature_divergence}
     return divergence[config.loss](getattr(out, config.loss), getattr(teacher, config.loss)), out
 

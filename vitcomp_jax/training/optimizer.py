@@ -1,6 +1,7 @@
 """Optimizers and schedules of training and search."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -23,8 +24,22 @@ def train_schedule(config: TrainConfig, num_examples: int) -> optax.Schedule:
   )
 
 
+def partly(
+  tx: optax.GradientTransformation, is_trained: Callable[[tuple[str, ...]], bool]
+) -> optax.GradientTransformation:
+  """`tx` for the variables whose path is trained; the others stay as they are."""
+
+  def labels(variables: Any) -> Any:
+    def label(path: Any, _: Any) -> str:
+      return "trained" if is_trained(tuple(str(key.key) for key in path)) else "frozen"
+
+    return jax.tree_util.tree_map_with_path(label, variables)
+
+  return optax.partition({"trained": tx, "frozen": optax.set_to_zero()}, labels)
+
+
 def train_optimizer(config: TrainConfig, num_examples: int) -> optax.GradientTransformation:
-  """AdamW; kernels decay, biases, norms, tokens and positions do not."""
+  """AdamW; kernels decay, biases, norms, tokens, positions and masks do not."""
   adamw = optax.adamw(
     train_schedule(config, num_examples), weight_decay=config.weight_decay, mask=_decays
   )

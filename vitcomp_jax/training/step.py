@@ -1,6 +1,6 @@
 """One optimizer step: a pure function of the state and a batch."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.struct
@@ -27,28 +27,34 @@ class TrainState(flax.struct.PyTreeNode):
   rng: Any  # key data of the run
 
 
-# (trained variables, the other variables, batch, random key, step) -> loss and figures
-LossFn = Callable[[Any, Any, Batch, Array, Array], tuple[Array, Metrics]]
+# (params, arch, batch, random key, step) -> loss and figures
+LossFn = Callable[..., tuple[Array, Metrics]]
 
 
 def init_state(
-  params: Any, arch: Any, trained: Any, tx: optax.GradientTransformation, seed: int, ema: bool
+  params: Any,
+  arch: Any,
+  tx: optax.GradientTransformation,
+  trains: Sequence[str],
+  seed: int,
+  ema: bool = False,
 ) -> TrainState:
   """The state before the first step.
 
   Args:
     params: The weights.
     arch: Search variables.
-    trained: Which of the two is trained.
-    tx: Its optimizer.
+    tx: Optimizer of what is trained.
+    trains: Of `params` and `arch`, those that are trained.
     seed: Of all randomness.
     ema: Whether averaged weights are kept.
   """
+  variables = {"params": params, "arch": arch}
   state = TrainState(
     step=jnp.zeros((), jnp.int32),
     params=params,
     arch=arch,
-    opt_state=tx.init(trained),
+    opt_state=tx.init({name: variables[name] for name in trains}),
     ema=params if ema else None,
     rng=jax.random.key_data(jax.random.key(seed)),
   )
@@ -57,35 +63,41 @@ def init_state(
 
 
 def make_step(
-  loss_fn: LossFn, tx: optax.GradientTransformation, trains: str, ema_decay: float | None = None
+  loss_fn: LossFn,
+  tx: optax.GradientTransformation,
+  trains: Sequence[str],
+  ema_decay: float | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
   """The jitted step.
 
   Args:
-    loss_fn: Differentiated with respect to its first argument only, so that no gradient of
-      anything else exists in the compiled step.
+    loss_fn: Differentiated with respect to what is trained only, so that no gradient of anything
+      else exists in the compiled step.
     tx: Optimizer of what is trained.
-    trains: `params` or `arch`.
+    trains: Of `params` and `arch`, those that are trained.
     ema_decay: Of the averaged weights.
 
   Returns:
     A function that maps state and batch to the next state and figures. The state is donated.
   """
-  other = {"params": "arch", "arch": "params"}[trains]
 
   def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
     key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
-    trained, fixed = getattr(state, trains), getattr(state, other)
-    differentiate = jax.value_and_grad(loss_fn, has_aux=True)
-    (loss, figures), grads = differentiate(trained, fixed, batch, key, state.step)
+    variables = {"params": state.params, "arch": state.arch}
+
+    def loss_of(trained: dict[str, Any]) -> tuple[Array, Metrics]:
+      return loss_fn(**(variables | trained), batch=batch, key=key, step=state.step)
+
+    trained = {name: variables[name] for name in trains}
+    (loss, figures), grads = jax.value_and_grad(loss_of, has_aux=True)(trained)
     updates, opt_state = tx.update(grads, state.opt_state, trained)
     trained = optax.apply_updates(trained, updates)
     ema = state.ema
     if ema is not None and ema_decay is not None:
       # The warm-up lets a short run's average forget its random start.
       decay = jnp.minimum(ema_decay, (1 + state.step) / (10 + state.step))
-      ema = optax.incremental_update(trained, ema, 1 - decay)
-    state = state.replace(step=state.step + 1, opt_state=opt_state, ema=ema, **{trains: trained})
+      ema = optax.incremental_update(trained["params"], ema, 1 - decay)
+    state = state.replace(step=state.step + 1, opt_state=opt_state, ema=ema, **trained)
     return state, {"loss": loss, **figures}
 
   return jax.jit(step, donate_argnums=0)

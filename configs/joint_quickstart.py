@@ -1,0 +1,22 @@
+"""Both at once: a slimmed network whose token counts are searched, at 65 % times 65 % of the MACs.
+
+    python -m vitcomp_jax.main --config configs/joint_quickstart.py
+
+The network is slimmed as in `configs/vitslim_quickstart.py`; DiffRate then searches how many tokens
+its layers keep, and what came of both is trained again. The report has the dense model, each of the
+two alone, and both.
+"""
+
+import ml_collections
+
+from vitcomp_jax.configs import vitslim_quickstart
+
+
+def get_config() -> ml_collections.ConfigDict:
+  config = vitslim_quickstart.get_config()
+  config.stages = ("slim", "search", "finetune", "evaluate")
+  config.slim.budgets = (0.6, 0.6, 1.0)
+  config.budget.fraction = 0.4
+  config.search.steps = 100
+  config.search.batch_size = 64
+  return config

@@ -1,0 +1,123 @@
+"""What a cut leaves out can be left out: the extracted network equals the masked one."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import vitcomp_jax as vc
+from tests.models import forward, random_images, random_params, small_spec
+from tests.test_macs import embed, traced
+from vitcomp_jax import macs
+from vitcomp_jax.convert import files
+from vitcomp_jax.convert.slicing import slice_params
+from vitcomp_jax.errors import UserError
+from vitcomp_jax.methods.vit_slim import Masks, ViTSlim, authors_cost, deploy, masked_layers
+from vitcomp_jax.plans import load_plan, make_plan, parse_plan, save_plan
+
+KINDS = ("dims", "heads", "uniform")
+
+
+def random_arch(method, spec, seed, patches=True):
+  """Masks as a search may leave them; patches all open if asked."""
+  rng = np.random.default_rng(seed)
+  arch = jax.tree.map(
+    lambda z: jnp.asarray(rng.normal(0.5, 0.5, z.shape), z.dtype), method.initial_arch(spec)
+  )
+  if not patches:
+    for block in arch.values():
+      block["token_gate"]["zeta"] = jnp.full_like(block["token_gate"]["zeta"], 3.0)
+  return arch
+
+
+@pytest.mark.parametrize("tile", [1, 8])
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("kind", KINDS)
+def test_extracted_equals_masked(kind, seed, tile):
+  spec, method = small_spec(num_heads=4), ViTSlim(kind)
+  budgets = tuple(np.random.default_rng(seed).uniform(0.3, 0.9, 2)) + (1.0,)
+  masks = method.cut(spec, random_arch(method, spec, seed, patches=False), budgets, min_units=2)
+  params, images = random_params(spec, seed), random_images(spec, 3, seed)
+  masked = forward(spec, masked_layers(spec, masks), {"params": params}, images)
+  layers, indices = deploy(spec, masks, tile)
+  slimmed = forward(spec, layers, {"params": slice_params(params, indices)}, images)
+  np.testing.assert_allclose(slimmed.logits, masked.logits, rtol=0, atol=1e-5)
+  assert traced(spec, layers) + embed(spec) == macs.static_macs(spec, layers)
+
+
+def test_removed_patches_are_gone():
+  spec, method = small_spec(pool="size_mean"), ViTSlim()
+  masks = method.cut(spec, random_arch(method, spec, 0), (1.0, 1.0, 0.5))
+  assert not masks.patch[-1].all()
+  layers, indices = deploy(spec, masks)
+  params = slice_params(random_params(spec), indices)
+  out = forward(spec, layers, {"params": params}, random_images(spec, 2))
+  kept = masks.patch[:, 1:].sum(axis=1) + 1
+  assert [t.x.shape[1] for t in out.layers] == kept.tolist()
+  assert macs.static_counts(spec, layers) == [(n, n) for n in kept.tolist()]
+  held = np.asarray(out.tokens.source[0]) >= 0
+  np.testing.assert_array_equal(held, masks.patch[-1, 1:])
+
+
+def test_a_patch_dropped_once_stays_dropped():
+  spec, method = small_spec(), ViTSlim()
+  masks = method.cut(spec, random_arch(method, spec, 1), (1.0, 1.0, 0.4))
+  assert (masks.patch[:-1] >= masks.patch[1:]).all()
+
+
+def test_equal_masks_are_all_kept():
+  """What was never searched is not cut, whatever its budget."""
+  spec, method = small_spec(), ViTSlim()
+  masks = method.cut(spec, method.initial_arch(spec), (0.3, 0.3, 0.3))
+  assert all(getattr(masks, kind).all() for kind in ("attn", "mlp", "patch"))
+
+
+def test_an_empty_layer_is_refused_by_name():
+  spec, method = small_spec(), ViTSlim()
+  arch = random_arch(method, spec, 0)
+  gate = arch["blocks_2"]["hidden_gate"]
+  gate["zeta"] = jnp.full_like(gate["zeta"], -9.0)
+  with pytest.raises(UserError, match="hidden unit in every layer, got none in layer 2"):
+    method.cut(spec, arch, (1.0, 0.5, 1.0))
+  masks = method.cut(spec, arch, (1.0, 0.5, 1.0), min_units=3)
+  assert masks.mlp[2].sum() == 3
+
+
+def test_a_slimmed_plan_loads_from_either_weights(tmp_path):
+  variant = "vit_mini_patch3_30"
+  dense, params = vc.load(variant, "bundled")
+  method = ViTSlim()
+  arch = random_arch(method, dense.spec, 0, patches=True)
+  masks = method.cut(dense.spec, arch, (0.5, 0.5, 0.7), min_units=2)
+  layers, indices = deploy(dense.spec, masks)
+  save_plan(make_plan(dense.spec, layers, {"method": "vit_slim"}, indices), tmp_path / "plan.json")
+  files.write(slice_params(params, indices), str(tmp_path / "slim.safetensors"))
+  plan = load_plan(str(tmp_path / "plan.json"))
+  assert plan.layers_for(dense.spec) == layers and plan.indices == indices
+  cut, cut_params = vc.load(variant, "bundled", plan)
+  slim, slim_params = vc.load(variant, tmp_path / "slim.safetensors", plan)
+  assert cut == slim
+  jax.tree.map(np.testing.assert_array_equal, cut_params, slim_params)
+  cost = vc.count_cost(slim)
+  assert cost.params < vc.count_cost(dense).params and cost.gmacs == pytest.approx(
+    plan.gmacs, abs=1e-6
+  )
+
+
+def test_positions_must_hold_the_prefix():
+  values = make_plan(small_spec(), small_spec().dense_layers, {}).to_json()
+  values["variant"], values["num_tokens"] = "vit_mini_patch3_30", 101
+  values["layers"] = [{"select": {"type": "keep_positions", "positions": [1, 2]}}] * 8
+  with pytest.raises(UserError, match="begin with all 1 prefix"):
+    parse_plan(values)
+
+
+def test_authors_cost_of_everything_is_the_dense_models():
+  spec = small_spec()
+  everything = Masks(
+    np.ones((spec.depth, spec.num_heads, 16), bool),
+    np.ones((spec.depth, spec.mlp_dim), bool),
+    np.ones((spec.depth, spec.num_tokens), bool),
+  )
+  params = authors_cost(spec, everything)[0]
+  assert params == sum(leaf.size for leaf in jax.tree.leaves(random_params(spec)))

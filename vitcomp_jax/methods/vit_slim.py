@@ -1,0 +1,265 @@
+"""ViT-Slim: which head dimensions, hidden units and patches a ViT can do without.
+
+Chavan et al., `ViT-Slim <https://arxiv.org/abs/2201.00814>`_, CVPR 2022. Soft masks are trained
+together with the weights under an L1 penalty; one global threshold per kind then cuts them.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from vitcomp_jax.convert.slicing import LayerIndex, layer_index
+from vitcomp_jax.errors import UserError
+from vitcomp_jax.models.gates import HardMask, SoftMask
+from vitcomp_jax.models.reducers import KeepPositions, keep_all
+from vitcomp_jax.models.spec import LayerSpec, ViTSpec
+from vitcomp_jax.models.tokens import Output, TokenReducer
+from vitcomp_jax.models.vit import ViT
+from vitcomp_jax.plans import PlanLayer
+
+KINDS = ("attn", "mlp", "patch")
+_GATES = {"attn": "head_gate", "mlp": "hidden_gate", "patch": "token_gate"}
+_INITIAL_PATCH = 3.0  # tanh(3) = 0.995
+
+
+@dataclasses.dataclass(frozen=True)
+class Masks:
+  """What a cut keeps. Shapes: l layers, h heads, k head dimensions, m hidden units, n tokens.
+
+  Attributes:
+    attn: bool[l h k], or [l h 1] for whole heads, [l 1 k] for the same dimensions in every head.
+    mlp: bool[l m].
+    patch: bool[l n], prefix included; a later layer never has a token that an earlier one dropped.
+  """
+
+  attn: np.ndarray
+  mlp: np.ndarray
+  patch: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class ViTSlim:
+  """The method.
+
+  Attributes:
+    attn: What a mask of the attention stands for: `dims` (a dimension of a head), `heads` (a whole
+      head) or `uniform` (a dimension in every head).
+    w_attn: Weight of the attention masks' L1 norm; 0: they are not searched.
+    w_mlp: Of the hidden units'.
+    w_patch: Of the patches'.
+  """
+
+  attn: str = "dims"
+  w_attn: float = 2e-4
+  w_mlp: float = 5e-5
+  w_patch: float = 1e-4
+
+  def attn_shape(self, spec: ViTSpec) -> tuple[int, int]:
+    """Heads and dimensions that have masks of their own."""
+    heads, dims = spec.num_heads, spec.width // spec.num_heads
+    return {"dims": (heads, dims), "heads": (heads, 1), "uniform": (1, dims)}[self.attn]
+
+  def layers(self, spec: ViTSpec) -> tuple[LayerSpec, ...]:
+    """Layers whose gates learn; one module per layer and gate, as each has masks of its own."""
+    heads, dims = self.attn_shape(spec)
+    return tuple(
+      dataclasses.replace(
+        layer,
+        head_gate=SoftMask((1, 1, heads, 1, dims)),
+        hidden_gate=SoftMask((1, 1, spec.mlp_dim)),
+        token_gate=SoftMask((1, spec.num_tokens, 1), _INITIAL_PATCH, squash=True),
+      )
+      for layer in spec.dense_layers
+    )
+
+  def searches(self, gate: str) -> bool:
+    """Whether a gate's masks are trained: their weight is not 0."""
+    weights = {"head_gate": self.w_attn, "hidden_gate": self.w_mlp, "token_gate": self.w_patch}
+    return weights[gate] > 0
+
+  def initial_arch(self, spec: ViTSpec) -> dict[str, Any]:
+    """The masks before the first step: all open."""
+    heads, dims = self.attn_shape(spec)
+    return {
+      f"blocks_{i}": {
+        "head_gate": {"zeta": jnp.ones((1, 1, heads, 1, dims))},
+        "hidden_gate": {"zeta": jnp.ones((1, 1, spec.mlp_dim))},
+        "token_gate": {"zeta": jnp.full((1, spec.num_tokens, 1), _INITIAL_PATCH)},
+      }
+      for i in range(spec.depth)
+    }
+
+  def sparsity(self, arch: Mapping[str, Any]) -> dict[str, Array]:
+    """The L1 norm of each kind of mask, over all layers."""
+
+    def norm(kind: str) -> Array:
+      return sum((jnp.sum(jnp.abs(v)) for v in _factors(arch, kind, jnp.tanh)), jnp.zeros(()))
+
+    return {kind: norm(kind) for kind in KINDS}
+
+  def penalty(
+    self, spec: ViTSpec, arch: Mapping[str, Any], out: Output, step: Array
+  ) -> tuple[Array, dict[str, Array]]:
+    """The weighted L1 norms; each of them, and the deciles of the masks' factors, for figures."""
+    del spec, out, step
+    norms = self.sparsity(arch)
+    weighted = self.w_attn * norms["attn"] + self.w_mlp * norms["mlp"]
+    total = weighted + self.w_patch * norms["patch"]
+    figures = {f"l1_{kind}": norm for kind, norm in norms.items()}
+    for kind in KINDS:
+      values = jnp.concatenate([jnp.ravel(v) for v in _factors(arch, kind, jnp.tanh)])
+      figures[f"{kind}_deciles"] = jnp.quantile(values, jnp.linspace(0, 1, 11))
+    return total, figures
+
+  def cut(
+    self,
+    spec: ViTSpec,
+    arch: Mapping[str, Any],
+    budgets: Sequence[float],
+    min_units: int = 0,
+    refuse_empty: bool = True,
+  ) -> Masks:
+    """What one global threshold per kind keeps.
+
+    Args:
+      spec: The model.
+      arch: The learnt masks.
+      budgets: Shares of attention masks, hidden units and patches to keep, each in (0, 1].
+      min_units: Head dimensions, hidden units and patches that each layer keeps at least.
+      refuse_empty: Whether a layer without any is an error; the authors go on.
+
+    Raises:
+      UserError: If a layer were left without any, naming the layer.
+    """
+    kept = {}
+    for kind, budget in zip(KINDS, budgets, strict=True):
+      values = np.stack([np.asarray(v) for v in _factors(arch, kind, np.tanh)])
+      kept[kind] = _above(values.reshape(len(values), -1), budget, min_units)
+    # From deep to shallow: what a later layer uses, the earlier ones pass on.
+    kept["patch"] = np.logical_or.accumulate(kept["patch"][::-1])[::-1]
+    kept["attn"] = kept["attn"].reshape(-1, *self.attn_shape(spec))
+    masks = Masks(**kept)
+    if refuse_empty:
+      _check_not_empty(masks, spec)
+    return masks
+
+
+def masked_layers(spec: ViTSpec, masks: Masks) -> tuple[LayerSpec, ...]:
+  """Layers of the dense network in which what was cut is masked: the authors' evaluation."""
+  return tuple(
+    dataclasses.replace(
+      layer,
+      head_gate=_hard(attn[None, None, :, None]),
+      hidden_gate=_hard(mlp[None, None]),
+      token_gate=_hard(patch[None, :, None]),
+    )
+    for layer, attn, mlp, patch in zip(
+      spec.dense_layers, masks.attn, masks.mlp, masks.patch, strict=True
+    )
+  )
+
+
+def _hard(mask: np.ndarray) -> HardMask:
+  return HardMask(mask.shape, tuple(np.flatnonzero(mask).tolist()))
+
+
+def deploy(
+  spec: ViTSpec, masks: Masks, tile: int = 1
+) -> tuple[tuple[LayerSpec, ...], tuple[LayerIndex, ...]]:
+  """The layers of the slimmed network, and which units of the dense one they keep.
+
+  Without patch masks it computes what the masked network does. A masked patch, though, still is a
+  key and a value made of the biases of `qkv`, and takes its share of the softmax; here it is
+  removed, and only then does it cost nothing. CLS and the rest of the prefix always stay.
+
+  Args:
+    spec: The dense model.
+    masks: What to keep.
+    tile: Head dimensions and hidden units are filled up with zeros to a multiple of it.
+  """
+  heads, dims = spec.num_heads, spec.width // spec.num_heads
+  attn = np.broadcast_to(masks.attn, (spec.depth, heads, dims))
+  patch = masks.patch | (np.arange(spec.num_tokens) < spec.num_prefix)
+  indices = tuple(layer_index(a, m, tile) for a, m in zip(attn, masks.mlp, strict=True))
+  layers = tuple(
+    PlanLayer(index, _selecting(kept)).apply_to(layer)
+    for layer, index, kept in zip(spec.dense_layers, indices, patch, strict=True)
+  )
+  return layers, indices
+
+
+def _selecting(kept: np.ndarray) -> TokenReducer:
+  return keep_all if kept.all() else KeepPositions(tuple(np.flatnonzero(kept).tolist()))
+
+
+def thresholds(arch: Mapping[str, Any], budgets: Sequence[float]) -> list[float]:
+  """The authors' thresholds of the three kinds: the value at index int((1 - budget) n)."""
+  found = []
+  for kind, budget in zip(KINDS, budgets, strict=True):
+    values = np.concatenate([np.ravel(v) for v in _factors(arch, kind, np.tanh)])
+    found.append(float(_threshold(values, budget)))
+  return found
+
+
+def _factors(arch: Mapping[str, Any], kind: str, tanh: Any) -> list[Any]:
+  """Each layer's factors: signed, not absolute; a patch's through tanh."""
+  names = sorted(arch, key=lambda name: int(name.removeprefix("blocks_")))
+  values = [arch[name][_GATES[kind]]["zeta"] for name in names]
+  return [tanh(v) for v in values] if kind == "patch" else values
+
+
+def _threshold(values: np.ndarray, budget: float) -> Any:
+  return np.sort(values, axis=None)[int((1.0 - budget) * values.size)]
+
+
+def _above(values: np.ndarray, budget: float, min_units: int) -> np.ndarray:
+  """bool[l u]: at or above the threshold over all layers, or among a layer's best."""
+  rank = np.argsort(np.argsort(-values, axis=1, kind="stable"), axis=1)
+  return (values >= _threshold(values, budget)) | (rank < min_units)
+
+
+def _check_not_empty(masks: Masks, spec: ViTSpec) -> None:
+  patches = masks.patch[:, spec.num_prefix :]
+  for kind, kept in (("head", masks.attn), ("hidden unit", masks.mlp), ("patch", patches)):
+    empty = np.flatnonzero(~kept.reshape(len(kept), -1).any(axis=1))
+    if empty.size:
+      raise UserError(
+        f"config.slim.budgets: expected a {kind} in every layer, got none in layer {empty[0]}; "
+        "raise that budget, or set config.slim.min_units to keep some."
+      )
+
+
+def authors_cost(spec: ViTSpec, masks: Masks) -> tuple[int, int]:
+  """Parameters and MACs of a cut by the authors' own formulas, to compare with the paper's table.
+
+  Their MACs count biases and the softmax, use the patches (without CLS) that the layer before
+  keeps, and count vanished heads in the softmax; `macs.static_macs` counts what is computed.
+  """
+  c, heads, dims = spec.width, spec.num_heads, spec.width // spec.num_heads
+  shape = (spec.depth, heads, dims)
+  attn = np.broadcast_to(masks.attn, shape).reshape(spec.depth, -1).sum(axis=1).tolist()
+  mlp = masks.mlp.sum(axis=1).tolist()
+  tokens = [spec.num_patches, *masks.patch.sum(axis=1).tolist()[:-1]]
+  params = _dense_params(spec)
+  total = spec.num_patches * c * 3 * spec.patch_size**2 + c * spec.num_classes
+  for a, m, n in zip(attn, mlp, tokens, strict=True):
+    params += _authors_layer_params(c, a, m) - _authors_layer_params(c, c, spec.mlp_dim)
+    total += 2 * c * n + n * (2 * c * m + c + m)
+    total += 3 * c * n * a + 3 * n * a + 2 * n * n * a + 6 * heads * n * n + n * a * c + n * c
+  return params, total
+
+
+def _authors_layer_params(width: int, attn: int, mlp: int) -> int:
+  return (4 * width + 3) * attn + width + 2 * width * mlp + width + mlp
+
+
+def _dense_params(spec: ViTSpec) -> int:
+  model = ViT(spec, spec.dense_layers)
+  images = jax.ShapeDtypeStruct((1, *spec.image_size, 3), jnp.float32)
+  shapes = jax.eval_shape(model.init, jax.random.key(0), images)["params"]
+  return sum(leaf.size for leaf in jax.tree.leaves(shapes))

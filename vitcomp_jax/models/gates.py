@@ -1,0 +1,63 @@
+"""Gates: factors on what flows inside a layer, learnt while ViT-Slim searches."""
+
+import dataclasses
+import math
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+Gate = Callable[[Array], Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Open:
+  """Lets everything through."""
+
+  def __call__(self, x: Array) -> Array:
+    return x
+
+
+class SoftMask(nn.Module):
+  """A learnt factor per unit, `zeta` in the collection `arch`.
+
+  Attributes:
+    shape: Of `zeta`; it has the rank of what it multiplies.
+    initial: Where every factor starts.
+    squash: Whether the factor is tanh(zeta), as for patches.
+
+  References:
+    Chavan et al., `ViT-Slim <https://arxiv.org/abs/2201.00814>`_, 2022, Sec. 3.2.
+  """
+
+  shape: tuple[int, ...]
+  initial: float = 1.0
+  squash: bool = False
+
+  @nn.compact
+  def __call__(self, x: Array) -> Array:
+    zeta = self.variable("arch", "zeta", jnp.full, self.shape, self.initial).value
+    return x * (jnp.tanh(zeta) if self.squash else zeta).astype(x.dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class HardMask:
+  """Lets some units through and makes the others 0: what a cut leaves, before anything is removed.
+
+  Attributes:
+    shape: As of a `SoftMask`.
+    kept: Places in the flattened shape that are let through.
+  """
+
+  shape: tuple[int, ...]
+  kept: tuple[int, ...]
+
+  def __call__(self, x: Array) -> Array:
+    factors = np.zeros(math.prod(self.shape))
+    factors[list(self.kept)] = 1
+    return x * jnp.asarray(factors.reshape(self.shape), x.dtype)
+
+
+open_gate: Gate = Open()

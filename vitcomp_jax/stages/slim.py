@@ -1,0 +1,134 @@
+"""Stage `slim`: trains soft masks with the weights, cuts, and extracts the smaller network."""
+
+import logging
+from typing import Any
+
+import jax
+import numpy as np
+
+from vitcomp_jax import api, macs
+from vitcomp_jax.convert import files
+from vitcomp_jax.convert.slicing import slice_params
+from vitcomp_jax.data.transforms import normalize
+from vitcomp_jax.errors import UserError
+from vitcomp_jax.methods import vit_slim
+from vitcomp_jax.methods.vit_slim import KINDS, Masks, ViTSlim
+from vitcomp_jax.models.spec import ViTSpec, with_drop_path
+from vitcomp_jax.models.vit import ViT
+from vitcomp_jax.ops import losses
+from vitcomp_jax.plans import Plan, load_plan, make_plan, save_plan
+from vitcomp_jax.stages.run import Run
+from vitcomp_jax.training import loop, optimizer
+from vitcomp_jax.training.step import init_state, make_step
+
+_BISECTIONS = 40
+
+
+def check(run: Run) -> None:
+  """Refuses budgets that make no sense, and data without labels."""
+  run.check_trainable("slim")
+  budgets = run.config.slim.budgets
+  if budgets is None:
+    run.target_gmacs  # noqa: B018, raises
+  elif len(budgets) != len(KINDS):
+    raise UserError(
+      f"config.slim.budgets: expected shares of {', '.join(KINDS)}, got {len(budgets)} numbers."
+    )
+
+
+def slim(run: Run) -> dict[str, Any]:
+  """Searches, cuts and extracts.
+
+  Returns:
+    What was asked for and reached. The slimmed network is in `plan.json` and
+    `slimmed.safetensors`; `searched.safetensors` holds the dense one it was cut from.
+  """
+  config, spec, data = run.config.slim, run.spec, run.train_data
+  method = ViTSlim(config.attn, config.w_attn, config.w_mlp, config.w_patch)
+  model = ViT(spec, with_drop_path(method.layers(spec), config.drop_path))
+
+  def loss_fn(params, arch, batch, key, step):
+    images = normalize(batch["image"], run.preprocess)
+    variables = {"params": params, "arch": arch}
+    out = model.apply(variables, images, method="forward", rngs={"drop_path": key})
+    task = losses.cross_entropy(out.logits, batch["label"], config.label_smoothing)
+    penalty, figures = method.penalty(spec, arch, out, step)
+    return task + penalty, {"task_loss": task, **figures}
+
+  def is_trained(path: tuple[str, ...]) -> bool:
+    if path[0] == "arch":
+      return method.searches(path[-2])
+    return not config.freeze_weights or any("norm" in name for name in path)
+
+  tx = optimizer.partly(optimizer.train_optimizer(config, data.num_examples), is_trained)
+  steps = optimizer.train_steps(config, data.num_examples)
+  trains, keeps_ema = ("params", "arch"), config.ema is not None
+  arch = method.initial_arch(spec)
+  state, seconds = loop.train(
+    stage="slim",
+    workdir=run.workdir,
+    state=init_state(run.dense_params, arch, tx, trains, run.config.seed, keeps_ema),
+    step_fn=make_step(loss_fn, tx, trains, config.ema),
+    batches=lambda done: data.train_batches(config.batch_size, done),
+    steps=steps,
+    log_every=config.log_every,
+    checkpoint_every=config.checkpoint_every,
+  )
+  params = jax.device_get(state.ema if keeps_ema else state.params)
+  arch = jax.device_get(state.arch)
+  masks, budgets = _cut(run, method, arch)
+  layers, indices = vit_slim.deploy(spec, masks, config.tile)
+  images = steps * config.batch_size
+  made_by = {"method": "vit_slim", "steps": steps, "images": images, "budgets": budgets}
+  made_by |= {"weights": run.config.model.weights, "data": data.name, "seed": run.config.seed}
+  files.write(params, str(run.workdir / "searched.safetensors"), {"variant": spec.name})
+  slimmed = slice_params(params, indices)
+  files.write(slimmed, str(run.workdir / "slimmed.safetensors"), {"variant": spec.name})
+  save_plan(make_plan(spec, layers, made_by, indices), run.workdir / "slimmed.json")
+  save_plan(made(run, "slimmed.json"), run.workdir / "plan.json")
+  run.forget()
+  cost = api.count_cost(ViT(spec, layers))
+  authors_params, authors_macs = vit_slim.authors_cost(spec, masks)
+  return {
+    "steps": steps,
+    "images": images,
+    "minutes": round(seconds / 60, 2),
+    "asked": dict(zip(KINDS, budgets, strict=True)),
+    "kept": {kind: float(np.mean(getattr(masks, kind))) for kind in KINDS},
+    "gmacs": cost.gmacs,
+    "of_dense": cost.gmacs * 1e9 / macs.static_macs(spec, spec.dense_layers),
+    "params_m": cost.params / 1e6,
+    "authors_params_m": authors_params / 1e6,
+    "authors_gmacs": authors_macs / 1e9,
+  }
+
+
+def made(run: Run, name: str = "plan.json") -> Plan:
+  """The slimmed network's plan."""
+  return load_plan(str(run.workdir / name))
+
+
+def _cut(run: Run, method: ViTSlim, arch: Any) -> tuple[Masks, tuple[float, ...]]:
+  """The masks at the config's budgets, or at the one share that meets its compute budget."""
+  config, spec = run.config.slim, run.spec
+  if config.budgets is not None:
+    return method.cut(spec, arch, config.budgets, config.min_units), config.budgets
+
+  def spent(share: float) -> float:
+    masks = method.cut(spec, arch, (share,) * 3, config.min_units, refuse_empty=False)
+    return _gmacs(spec, masks, config.tile)
+
+  low, high = 0.0, 1.0
+  for _ in range(_BISECTIONS):
+    middle = (low + high) / 2
+    low, high = (low, middle) if spent(middle) > run.target_gmacs else (middle, high)
+  share = min((s for s in (low, high) if s), key=lambda s: abs(spent(s) - run.target_gmacs))
+  reached = spent(share)
+  if abs(reached - run.target_gmacs) > 0.01 * run.target_gmacs:
+    logging.warning("the nearest cut has %.4g GMACs, the budget is %.4g", reached, run.target_gmacs)
+  budgets = (share,) * 3
+  return method.cut(spec, arch, budgets, config.min_units), budgets
+
+
+def _gmacs(spec: ViTSpec, masks: Masks, tile: int) -> float:
+  return macs.static_macs(spec, vit_slim.deploy(spec, masks, tile)[0]) / 1e9
