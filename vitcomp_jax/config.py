@@ -103,12 +103,16 @@ class SlimConfig(TrainConfig):
   w_attn: PositiveOrZero = 2e-4  # of the L1 norm of the attention's masks; 0: not searched
   w_mlp: PositiveOrZero = 5e-5  # of the hidden units' masks
   w_patch: PositiveOrZero = 1e-4  # of the patches' masks
+  mask_learning_rate: Positive | None = None  # of the masks; none: `learning_rate`, as the authors
   # Shares of attention masks, hidden units and patches to keep; none: one share for all that are
   # searched, such that `config.budget` is met.
   budgets: tuple[Annotated[float, Range(above=0, most=1)], ...] | None = None
   min_units: CountOrZero = 0  # head dimensions, hidden units and patches each layer keeps at least
   tile: Count = 1  # head dimensions and hidden units are filled up to a multiple of it
   freeze_weights: bool = False  # train masks and norms only
+  # masks.safetensors of another run, whose searched.safetensors is `model.weights`; then nothing is
+  # searched, only cut: one search serves any number of budgets.
+  masks: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,6 +158,7 @@ class EvaluateConfig:
   dense: bool = True  # a row for the dense model
   baselines: tuple[Literal["uniform", "uniform_merge"], ...] = ()  # hand-made rows, same MACs
   masked: bool = False  # a row with what `slim` cut masked in the dense model, the authors' way
+  before_finetune: bool = False  # a row for the plan before `finetune`
   token_maps: CountOrZero = 4  # images in the token-map figure
 
 

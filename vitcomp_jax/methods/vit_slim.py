@@ -197,6 +197,33 @@ def _selecting(kept: np.ndarray) -> TokenReducer:
   return keep_all if kept.all() else KeepPositions(tuple(np.flatnonzero(kept).tolist()))
 
 
+_AUTHORS_NAMES = {
+  "head_gate": ("attn", "zeta"),
+  "hidden_gate": ("mlp", "zeta"),
+  "token_gate": ("attn", "patch_zeta"),
+}
+
+
+def to_authors(arch: Mapping[str, Any]) -> dict[str, Any]:
+  """The masks as a parameter tree under the authors' names, such as `blocks.0.attn.patch_zeta`."""
+  tree: dict[str, Any] = {}
+  for block, gates in arch.items():
+    for gate, (module, name) in _AUTHORS_NAMES.items():
+      tree.setdefault(block, {}).setdefault(module, {})[name] = gates[gate]["zeta"]
+  return tree
+
+
+def from_authors(state: Mapping[str, np.ndarray]) -> dict[str, Any]:
+  """The masks among tensors under the authors' names; those that are missing are left out."""
+  arch: dict[str, Any] = {}
+  for name, values in state.items():
+    for gate, (module, leaf) in _AUTHORS_NAMES.items():
+      if name.endswith(f".{module}.{leaf}"):
+        block = name.removesuffix(f".{module}.{leaf}").replace(".", "_")
+        arch.setdefault(block, {})[gate] = {"zeta": values}
+  return arch
+
+
 def thresholds(arch: Mapping[str, Any], budgets: Sequence[float]) -> list[float]:
   """The authors' thresholds of the three kinds: the value at index int((1 - budget) n)."""
   found = []

@@ -112,6 +112,8 @@ def _plan_rows(run: Run, plan: Plan) -> dict[str, _Row]:
     slimmed, _, searched = name.partition("+")
     rows[slimmed] = _Row(run.base_plan.layers_for(run.spec), run.params)
     rows[searched] = _Row(rates, run.dense_params)
+  if run.config.evaluate.before_finetune:
+    rows[f"{name}@before_finetune"] = _Row(run.layers, run.params_before_finetune)
   if run.config.evaluate.masked:
     rows[f"{name}@masked"] = _Row(plan.masked_layers_for(run.spec), run.searched_params)
   return rows | {name: _Row(run.layers, run.params)}

@@ -98,9 +98,16 @@ class Run:
   @functools.cached_property
   def params(self) -> api.Params:
     """The weights for `layers`: the last that this workdir's stages made, or the config's."""
-    made_here = [self.workdir / name for name in ("finetuned.safetensors", "slimmed.safetensors")]
-    path = next((str(path) for path in made_here if path.exists()), None)
-    return self._load(self.layers, path or self._dense_weights)
+    finetuned = self.workdir / "finetuned.safetensors"
+    if not finetuned.exists():
+      return self.params_before_finetune
+    return self._load(self.layers, str(finetuned))
+
+  @functools.cached_property
+  def params_before_finetune(self) -> api.Params:
+    """The weights for `layers` that `finetune` starts from: those of `slim`, or the dense ones."""
+    slimmed = self.workdir / "slimmed.safetensors"
+    return self._load(self.layers, str(slimmed) if slimmed.exists() else self._dense_weights)
 
   @functools.cached_property
   def dense_params(self) -> api.Params:
@@ -125,7 +132,7 @@ class Run:
 
   def forget(self) -> None:
     """Forgets what a stage has just made anew, so that the next one reads it."""
-    for name in ("plan", "base_plan", "layers", "params", "dense_params"):
+    for name in ("plan", "base_plan", "layers", "params", "params_before_finetune", "dense_params"):
       vars(self).pop(name, None)
 
   @functools.cached_property

@@ -1,5 +1,6 @@
 """Stage `slim`: trains soft masks with the weights, cuts, and extracts the smaller network."""
 
+import dataclasses
 import logging
 from typing import Any
 
@@ -28,6 +29,8 @@ def check(run: Run) -> None:
   """Refuses budgets that make no sense, and data without labels."""
   run.check_trainable("slim")
   budgets = run.config.slim.budgets
+  if run.config.slim.masks:
+    _read_masks(run, run.config.slim.masks)
   if budgets is None:
     run.target_gmacs  # noqa: B018, raises
   elif len(budgets) != len(KINDS):
@@ -43,45 +46,20 @@ def slim(run: Run) -> dict[str, Any]:
     What was asked for and reached. The slimmed network is in `plan.json` and
     `slimmed.safetensors`; `searched.safetensors` holds the dense one it was cut from.
   """
-  config, spec, data = run.config.slim, run.spec, run.train_data
-  method = ViTSlim(config.attn, config.w_attn, config.w_mlp, config.w_patch)
-  model = ViT(spec, with_drop_path(method.layers(spec), config.drop_path))
-
-  def loss_fn(params, arch, batch, key, step):
-    images = normalize(batch["image"], run.preprocess)
-    variables = {"params": params, "arch": arch}
-    out = model.apply(variables, images, method="forward", rngs={"drop_path": key})
-    task = losses.cross_entropy(out.logits, batch["label"], config.label_smoothing)
-    penalty, figures = method.penalty(spec, arch, out, step)
-    return task + penalty, {"task_loss": task, **figures}
-
-  def is_trained(path: tuple[str, ...]) -> bool:
-    if path[0] == "arch":
-      return method.searches(path[-2])
-    return not config.freeze_weights or any("norm" in name for name in path)
-
-  tx = optimizer.partly(optimizer.train_optimizer(config, data.num_examples), is_trained)
-  steps = optimizer.train_steps(config, data.num_examples)
-  trains, keeps_ema = ("params", "arch"), config.ema is not None
-  arch = method.initial_arch(spec)
-  state, seconds = loop.train(
-    stage="slim",
-    workdir=run.workdir,
-    state=init_state(run.dense_params, arch, tx, trains, run.config.seed, keeps_ema),
-    step_fn=make_step(loss_fn, tx, trains, config.ema),
-    batches=lambda done: data.train_batches(config.batch_size, done),
-    steps=steps,
-    log_every=config.log_every,
-    checkpoint_every=config.checkpoint_every,
-  )
-  params = jax.device_get(state.ema if keeps_ema else state.params)
-  arch = jax.device_get(state.arch)
+  config, spec = run.config.slim, run.spec
+  method = _method(run)
+  if config.masks:
+    steps, seconds, params, arch = 0, 0.0, run.dense_params, _read_masks(run, config.masks)
+  else:
+    steps, seconds, params, arch = _search(run, method)
+  files.write(params, str(run.workdir / "searched.safetensors"), {"variant": spec.name})
+  files.write(vit_slim.to_authors(arch), str(run.workdir / "masks.safetensors"))
   masks, budgets = _cut(run, method, arch)
   layers, indices = vit_slim.deploy(spec, masks, config.tile)
   images = steps * config.batch_size
   made_by = {"method": "vit_slim", "steps": steps, "images": images, "budgets": budgets}
-  made_by |= {"weights": run.config.model.weights, "data": data.name, "seed": run.config.seed}
-  files.write(params, str(run.workdir / "searched.safetensors"), {"variant": spec.name})
+  made_by |= {"weights": run.config.model.weights, "data": run.train_data.name}
+  made_by |= {"seed": run.config.seed}
   slimmed = slice_params(params, indices)
   files.write(slimmed, str(run.workdir / "slimmed.safetensors"), {"variant": spec.name})
   save_plan(make_plan(spec, layers, made_by, indices), run.workdir / "slimmed.json")
@@ -106,6 +84,76 @@ def slim(run: Run) -> dict[str, Any]:
 def made(run: Run, name: str = "plan.json") -> Plan:
   """The slimmed network's plan."""
   return load_plan(str(run.workdir / name))
+
+
+def _method(run: Run) -> ViTSlim:
+  config = run.config.slim
+  return ViTSlim(config.attn, config.w_attn, config.w_mlp, config.w_patch)
+
+
+def _search(run: Run, method: ViTSlim) -> tuple[int, float, api.Params, Any]:
+  """Trains masks and weights.
+
+  Returns:
+    The steps and seconds it took, the weights and the masks.
+  """
+  config, spec, data = run.config.slim, run.spec, run.train_data
+  model = ViT(spec, with_drop_path(method.layers(spec), config.drop_path))
+
+  def loss_fn(params, arch, batch, key, step):
+    images = normalize(batch["image"], run.preprocess)
+    variables = {"params": params, "arch": arch}
+    out = model.apply(variables, images, method="forward", rngs={"drop_path": key})
+    task = losses.cross_entropy(out.logits, batch["label"], config.label_smoothing)
+    penalty, figures = method.penalty(spec, arch, out, step)
+    return task + penalty, {"task_loss": task, **figures}
+
+  def group_of(path: tuple[str, ...]) -> str:
+    if path[0] == "arch":
+      return "masks" if method.searches(path[-2]) else optimizer.FROZEN
+    is_trained = not config.freeze_weights or any("norm" in name for name in path)
+    return "weights" if is_trained else optimizer.FROZEN
+
+  mask_rate = config.mask_learning_rate or config.learning_rate
+  rates = {"weights": config.learning_rate, "masks": mask_rate}
+  groups = {
+    group: optimizer.train_optimizer(
+      dataclasses.replace(config, learning_rate=rate), data.num_examples
+    )
+    for group, rate in rates.items()
+  }
+  tx = optimizer.per_group(group_of, groups)
+  steps = optimizer.train_steps(config, data.num_examples)
+  trains, keeps_ema = ("params", "arch"), config.ema is not None
+  arch = method.initial_arch(spec)
+  state, seconds = loop.train(
+    stage="slim",
+    workdir=run.workdir,
+    state=init_state(run.dense_params, arch, tx, trains, run.config.seed, keeps_ema),
+    step_fn=make_step(loss_fn, tx, trains, config.ema),
+    batches=lambda done: data.train_batches(config.batch_size, done),
+    steps=steps,
+    log_every=config.log_every,
+    checkpoint_every=config.checkpoint_every,
+  )
+  params = state.ema if keeps_ema else state.params
+  return steps, seconds, jax.device_get(params), jax.device_get(state.arch)
+
+
+def _read_masks(run: Run, path: str) -> Any:
+  """The masks that another run has learnt.
+
+  Raises:
+    UserError: If they are not there, or are for another model or another kind of attention mask.
+  """
+  arch = vit_slim.from_authors(files.read(path))
+  expected = jax.eval_shape(lambda: _method(run).initial_arch(run.spec))
+  if jax.tree.map(np.shape, arch) != jax.tree.map(np.shape, expected):
+    raise UserError(
+      f"config.slim.masks: expected the masks of {run.spec.name} with config.slim.attn="
+      f"{run.config.slim.attn}, got others in {path}."
+    )
+  return arch
 
 
 def _cut(run: Run, method: ViTSlim, arch: Any) -> tuple[Masks, tuple[float, ...]]:

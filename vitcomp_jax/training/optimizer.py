@@ -1,7 +1,7 @@
 """Optimizers and schedules of training and search."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -24,18 +24,25 @@ def train_schedule(config: TrainConfig, num_examples: int) -> optax.Schedule:
   )
 
 
-def partly(
-  tx: optax.GradientTransformation, is_trained: Callable[[tuple[str, ...]], bool]
+FROZEN = "frozen"
+
+
+def per_group(
+  group_of: Callable[[tuple[str, ...]], str], groups: Mapping[str, optax.GradientTransformation]
 ) -> optax.GradientTransformation:
-  """`tx` for the variables whose path is trained; the others stay as they are."""
+  """An optimizer for each group of variables; those of the group `FROZEN` stay as they are.
+
+  Args:
+    group_of: The group of a variable, by its path.
+    groups: The optimizers by group.
+  """
 
   def labels(variables: Any) -> Any:
-    def label(path: Any, _: Any) -> str:
-      return "trained" if is_trained(tuple(str(key.key) for key in path)) else "frozen"
+    return jax.tree_util.tree_map_with_path(
+      lambda path, _: group_of(tuple(str(key.key) for key in path)), variables
+    )
 
-    return jax.tree_util.tree_map_with_path(label, variables)
-
-  return optax.partition({"trained": tx, "frozen": optax.set_to_zero()}, labels)
+  return optax.partition({**groups, FROZEN: optax.set_to_zero()}, labels)
 
 
 def train_optimizer(config: TrainConfig, num_examples: int) -> optax.GradientTransformation:

@@ -1,0 +1,63 @@
+"""ViT-Slim on a small ViT that was trained on Fashion-MNIST, with all of the data set.
+
+Paper: Chavan et al., ViT-Slim, CVPR 2022 (https://arxiv.org/abs/2201.00814), whose authors did not
+use this data set. The weights ship with the package.
+
+  python tools/prepare_fashion_mnist.py
+  python -m vitcomp_jax.main --config configs/vitslim_fashion_mnist.py
+  python -m vitcomp_jax.main --config configs/vitslim_fashion_mnist.py:both@0.7
+
+What stands behind the colon is what is searched, `attn`, `mlp`, `both` or `all` (with the patches),
+and the share of it that is kept. Without a share, attention and MLP are cut to half of the model's
+MACs. Search and re-training see the 60,000 training images, the evaluation the 10,000 test images.
+There is no published figure to compare with; what was measured is in `docs/results.md`.
+"""
+
+import ml_collections
+
+from vitcomp_jax.config import default_config
+from vitcomp_jax.errors import UserError
+
+_SEARCHED = {"attn": (1, 0, 0), "mlp": (0, 1, 0), "both": (1, 1, 0), "all": (1, 1, 1)}
+
+
+def get_config(arg: str = "both") -> ml_collections.ConfigDict:
+  kind, _, share = arg.partition("@")
+  if kind not in _SEARCHED:
+    raise UserError(f"config: expected one of {', '.join(_SEARCHED)} behind the colon, got {arg}.")
+  searched = _SEARCHED[kind]
+
+  config = default_config()
+  config.stages = ("slim", "finetune", "evaluate")
+  config.model.variant = "vit_mini_patch3_30"
+  config.model.weights = "bundled"
+  config.data.name = "fashion_mnist"
+  config.data.pad = 1  # 28 pixels to 30, which patches of 3 divide
+  if share:
+    config.slim.budgets = tuple(float(share) if on else 1.0 for on in searched)
+  else:
+    config.budget.fraction = 0.5
+
+  slim = config.slim
+  slim.epochs = 1.0
+  slim.batch_size = 64
+  slim.warmup_epochs = 0.1
+  slim.learning_rate = 3e-4
+  slim.mask_learning_rate = 0.01  # one epoch is short for masks: they start at 1 and have to move
+  slim.label_smoothing = 0.0
+  slim.w_attn, slim.w_mlp, slim.w_patch = (
+    w * on for w, on in zip((2e-4, 5e-5, 1e-4), searched, strict=True)
+  )
+  slim.min_units = 1
+  slim.checkpoint_every = 100
+
+  finetune = config.finetune
+  finetune.epochs = 3.0
+  finetune.batch_size = 64
+  finetune.warmup_epochs = 0.1
+  finetune.learning_rate = 5e-4
+  finetune.label_smoothing = 0.0
+  finetune.checkpoint_every = 100
+  config.distill.kind = "soft"
+  config.evaluate.before_finetune = True
+  return config
