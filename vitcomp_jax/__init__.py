@@ -1,7 +1,7 @@
 """vitcomp_jax: makes a Vision Transformer smaller and faster at a budget you choose.
 
 `import vitcomp_jax as vc`, then `vc.load`, `vc.apply`, `vc.load_plan`, `vc.count_cost`; the stages
-of a run are `vc.pretrain`, `vc.search` and `vc.evaluate`.
+of a run are `vc.pretrain`, `vc.slim`, `vc.search`, `vc.finetune` and `vc.evaluate`.
 """
 
 import functools
@@ -14,7 +14,9 @@ from vitcomp_jax.plans import Plan, list_plans, load_plan
 from vitcomp_jax.stages import run_stage
 
 pretrain = functools.partial(run_stage, "pretrain")
+slim = functools.partial(run_stage, "slim")
 search = functools.partial(run_stage, "search")
+finetune = functools.partial(run_stage, "finetune")
 evaluate = functools.partial(run_stage, "evaluate")
 
 __all__ = [
@@ -25,10 +27,12 @@ __all__ = [
   "count_cost",
   "default_config",
   "evaluate",
+  "finetune",
   "list_plans",
   "list_variants",
   "load",
   "load_plan",
   "pretrain",
   "search",
+  "slim",
 ]

@@ -104,6 +104,7 @@ class SlimConfig(TrainConfig):
   w_mlp: PositiveOrZero = 5e-5  # of the hidden units' masks
   w_patch: PositiveOrZero = 1e-4  # of the patches' masks
   mask_learning_rate: Positive | None = None  # of the masks; none: `learning_rate`, as the authors
+  mask_weight_decay: PositiveOrZero = 0.0  # of the masks
   # Shares of attention masks, hidden units and patches to keep; none: one share for all that are
   # searched, such that `config.budget` is met.
   budgets: tuple[Annotated[float, Range(above=0, most=1)], ...] | None = None

@@ -1,5 +1,7 @@
 """What a cut leaves out can be left out: the extracted network equals the masked one."""
 
+import hypothesis
+import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,7 +14,16 @@ from vitcomp_jax import macs
 from vitcomp_jax.convert import files
 from vitcomp_jax.convert.slicing import slice_params
 from vitcomp_jax.errors import UserError
-from vitcomp_jax.methods.vit_slim import Masks, ViTSlim, authors_cost, deploy, masked_layers
+from vitcomp_jax.methods.vit_slim import (
+  Masks,
+  ViTSlim,
+  authors_cost,
+  deploy,
+  from_authors,
+  masked_layers,
+  to_authors,
+)
+from vitcomp_jax.models.vit import ViT
 from vitcomp_jax.plans import load_plan, make_plan, parse_plan, save_plan
 
 KINDS = ("dims", "heads", "uniform")
@@ -30,19 +41,49 @@ def random_arch(method, spec, seed, patches=True):
   return arch
 
 
-@pytest.mark.parametrize("tile", [1, 8])
-@pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("kind", KINDS)
-def test_extracted_equals_masked(kind, seed, tile):
-  spec, method = small_spec(num_heads=4), ViTSlim(kind)
-  budgets = tuple(np.random.default_rng(seed).uniform(0.3, 0.9, 2)) + (1.0,)
-  masks = method.cut(spec, random_arch(method, spec, seed, patches=False), budgets, min_units=2)
+@hypothesis.settings(max_examples=20, deadline=None, derandomize=True)
+@hypothesis.given(
+  kind=st.sampled_from(KINDS),
+  heads=st.sampled_from((1, 2, 4)),
+  budgets=st.tuples(st.floats(0.05, 1), st.floats(0.05, 1)),
+  tile=st.sampled_from((1, 8)),
+  seed=st.integers(0, 2**16),
+)
+def test_extracted_equals_masked(kind, heads, budgets, tile, seed):
+  spec, method = small_spec(num_heads=heads, depth=2), ViTSlim(kind)
+  arch = random_arch(method, spec, seed, patches=False)
+  masks = method.cut(spec, arch, (*budgets, 1.0), min_units=2)
   params, images = random_params(spec, seed), random_images(spec, 3, seed)
   masked = forward(spec, masked_layers(spec, masks), {"params": params}, images)
   layers, indices = deploy(spec, masks, tile)
-  slimmed = forward(spec, layers, {"params": slice_params(params, indices)}, images)
+  slimmed_params = slice_params(params, indices)
+  slimmed = forward(spec, layers, {"params": slimmed_params}, images)
   np.testing.assert_allclose(slimmed.logits, masked.logits, rtol=0, atol=1e-5)
+  cost = vc.count_cost(ViT(spec, layers))
+  assert traced(spec, layers) + embed(spec) == macs.static_macs(spec, layers) == cost.gmacs * 1e9
+  assert sum(leaf.size for leaf in jax.tree.leaves(slimmed_params)) == cost.params
+
+
+@hypothesis.settings(max_examples=10, deadline=None, derandomize=True)
+@hypothesis.given(budget=st.floats(0.1, 1), prefix=st.integers(0, 2), seed=st.integers(0, 2**16))
+def test_removed_patches_cost_nothing(budget, prefix, seed):
+  spec, method = small_spec(num_registers=prefix, depth=3), ViTSlim()
+  masks = method.cut(
+    spec, random_arch(method, spec, seed), (1.0, 1.0, budget), min_units=prefix + 2
+  )
+  layers, indices = deploy(spec, masks)
   assert traced(spec, layers) + embed(spec) == macs.static_macs(spec, layers)
+  kept = masks.patch[:, spec.num_prefix :].sum(axis=1) + spec.num_prefix
+  assert macs.static_counts(spec, layers) == [(n, n) for n in kept.tolist()]
+
+
+def test_the_masks_of_the_authors_names_come_back(tmp_path):
+  spec, method = small_spec(), ViTSlim()
+  arch = random_arch(method, spec, 0)
+  files.write(to_authors(arch), str(tmp_path / "masks.safetensors"))
+  state = files.read(str(tmp_path / "masks.safetensors"))
+  assert state["blocks.3.attn.zeta"].shape == (1, 1, 2, 1, 16)
+  jax.tree.map(np.testing.assert_array_equal, from_authors(state), arch)
 
 
 def test_removed_patches_are_gone():

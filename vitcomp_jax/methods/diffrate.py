@@ -38,7 +38,7 @@ def candidates(num_patches: int, granularity: int) -> np.ndarray:
   return np.arange(num_patches, 0, -granularity)
 
 
-def expected_count(logits: Float[Array, "c"], options: np.ndarray) -> Float[Array, ""]:
+def expected_count(logits: Float[Array, " c"], options: np.ndarray) -> Float[Array, ""]:
   """The expectation of the kept patch tokens under the softmax of the logits (Eq. 4)."""
   return jnp.sum(jax.nn.softmax(logits) * options.astype(logits.dtype))
 
@@ -53,8 +53,8 @@ def kept_count(expected: Float[Array, ""], num_patches: int) -> Float[Array, ""]
 
 
 def keep_probability(
-  logits: Float[Array, "c"], options: np.ndarray, num_prefix: int, num_tokens: int
-) -> Float[Array, "n"]:
+  logits: Float[Array, " c"], options: np.ndarray, num_prefix: int, num_tokens: int
+) -> Float[Array, " n"]:
   """Probability that the token at each rank is kept: that of choosing a count above its rank."""
   covered = np.arange(num_tokens)[:, None] < options + num_prefix  # [n c]
   return jnp.asarray(covered, logits.dtype) @ jax.nn.softmax(logits)

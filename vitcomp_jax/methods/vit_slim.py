@@ -25,6 +25,11 @@ from vitcomp_jax.plans import PlanLayer
 KINDS = ("attn", "mlp", "patch")
 _GATES = {"attn": "head_gate", "mlp": "hidden_gate", "patch": "token_gate"}
 _INITIAL_PATCH = 3.0  # tanh(3) = 0.995
+HISTOGRAM_LIMITS = (
+  -1.0,
+  1.5,
+)  # between these lie the factors that figures show; others count at the ends
+_BINS = 50
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,15 +110,15 @@ class ViTSlim:
   def penalty(
     self, spec: ViTSpec, arch: Mapping[str, Any], out: Output, step: Array
   ) -> tuple[Array, dict[str, Array]]:
-    """The weighted L1 norms; each of them, and the deciles of the masks' factors, for figures."""
+    """The weighted L1 norms; each of them, and histograms of the masks that learn, for figures."""
     del spec, out, step
     norms = self.sparsity(arch)
     weighted = self.w_attn * norms["attn"] + self.w_mlp * norms["mlp"]
     total = weighted + self.w_patch * norms["patch"]
     figures = {f"l1_{kind}": norm for kind, norm in norms.items()}
     for kind in KINDS:
-      values = jnp.concatenate([jnp.ravel(v) for v in _factors(arch, kind, jnp.tanh)])
-      figures[f"{kind}_deciles"] = jnp.quantile(values, jnp.linspace(0, 1, 11))
+      if self.searches(_GATES[kind]):
+        figures[f"{kind}_histogram"] = _histogram(_factors(arch, kind, jnp.tanh))
     return total, figures
 
   def cut(
@@ -238,6 +243,14 @@ def _factors(arch: Mapping[str, Any], kind: str, tanh: Any) -> list[Any]:
   names = sorted(arch, key=lambda name: int(name.removeprefix("blocks_")))
   values = [arch[name][_GATES[kind]]["zeta"] for name in names]
   return [tanh(v) for v in values] if kind == "patch" else values
+
+
+def _histogram(factors: Sequence[Array]) -> Array:
+  """Counts of the factors of all layers in equal bins, i[bins]."""
+  low, high = HISTOGRAM_LIMITS
+  values = jnp.concatenate([jnp.ravel(v) for v in factors])
+  place = jnp.floor((values - low) * (_BINS / (high - low))).astype(jnp.int32)
+  return jnp.bincount(jnp.clip(place, 0, _BINS - 1), length=_BINS)
 
 
 def _threshold(values: np.ndarray, budget: float) -> Any:

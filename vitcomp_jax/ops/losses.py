@@ -6,7 +6,7 @@ from jaxtyping import Array, Float, Int
 
 
 def cross_entropy(
-  logits: Float[Array, "b c"], labels: Int[Array, "b"], smoothing: float = 0.0
+  logits: Float[Array, "b c"], labels: Int[Array, " b"], smoothing: float = 0.0
 ) -> Float[Array, ""]:
   """Cross-entropy with labels, in nats.
 

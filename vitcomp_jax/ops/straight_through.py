@@ -16,7 +16,7 @@ def ste_ceil(x: Float[Array, ""], tolerance: float = 0.0) -> Float[Array, ""]:
   return x + jax.lax.stop_gradient(jnp.ceil(x - tolerance) - x)
 
 
-def ste_mask(probability: Float[Array, "n"], dropped: Bool[Array, "n"]) -> Float[Array, "n"]:
+def ste_mask(probability: Float[Array, " n"], dropped: Bool[Array, " n"]) -> Float[Array, " n"]:
   """A hard 0/1 mask, 0 where `dropped`, with the gradient of `probability`.
 
   References:

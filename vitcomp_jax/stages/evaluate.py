@@ -215,30 +215,29 @@ def _draw(run: Run, models: Mapping[str, tuple[LayerSpec, ...]], result: dict[st
     _draw_slimming(run, plan, folder)
   if any("top1" in row for row in result["rows"]):
     figures.accuracy_against_gmacs(folder / "accuracy.png", result["rows"])
-  budget = f"{plan.gmacs:.4g} GMACs" if plan and not summary else ""
-  slimming = run.finished("slim")
-  report.write_report(run.workdir, result, plan_json, summary, budget, slimming)
+  given = plan and not (summary or run.finished("slim"))
+  budget = f"{plan.gmacs:.4g} GMACs" if plan and given else ""
+  report.write_report(run.workdir, result, plan_json, summary, budget, run.finished("slim"))
 
 
 def _draw_slimming(run: Run, plan: Plan, folder: pathlib.Path) -> None:
   """What of each layer a slimmed plan keeps, and how the masks came to it."""
-  spec, layers = run.spec, plan.layers
-  indices = plan.indices or ()
-  tokens = [getattr(layer.select, "positions", range(spec.num_tokens)) for layer in layers]
-  patches = [np.isin(np.arange(spec.num_tokens), t)[spec.num_prefix :] for t in tokens]
-  figures.kept_widths(
-    folder / "widths.png",
-    {
-      "head dimensions": [np.sum(np.ravel(i.attn) >= 0) / spec.width for i in indices],
-      "hidden units": [np.sum(np.array(i.mlp) >= 0) / spec.mlp_dim for i in indices],
-      "patches": [kept.mean() for kept in patches],
-    },
-  )
-  if not all(kept.all() for kept in patches):
+  spec, indices = run.spec, plan.indices or ()
+  kept = {
+    "head dimensions": [np.sum(np.ravel(i.attn) >= 0) / spec.width for i in indices],
+    "hidden units": [np.sum(np.array(i.mlp) >= 0) / spec.mlp_dim for i in indices],
+  }
+  everything = range(spec.num_tokens)
+  tokens = [getattr(layer.select, "positions", everything) for layer in plan.layers]
+  patches = [np.isin(everything, t)[spec.num_prefix :] for t in tokens]
+  if not all(layer.all() for layer in patches):
+    kept["patches"] = [layer.mean() for layer in patches]
     figures.kept_patches(folder / "patches.png", patches, spec.grid)
-  records = read_metrics(run.workdir, "slim")
-  if records:
-    figures.mask_curves(folder / "masks.png", records)
+  figures.kept_widths(folder / "widths.png", kept)
+  slimming = run.finished("slim")
+  if slimming and slimming["steps"]:
+    records = read_metrics(run.workdir, "slim")
+    figures.mask_histograms(folder / "masks.png", records, slimming["histogram_limits"])
 
 
 def _draw_token_maps(run: Run, plan: Plan, path: pathlib.Path) -> None:

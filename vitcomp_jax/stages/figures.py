@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.colors import to_rgb
+from matplotlib.colors import ListedColormap, LogNorm, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FormatStrFormatter, LogLocator, MaxNLocator, NullFormatter
@@ -143,24 +143,28 @@ def search_curves(
   _save(figure, path)
 
 
-def mask_curves(path: pathlib.Path, records: Sequence[Mapping[str, Any]]) -> None:
-  """Draws how the soft masks spread while ViT-Slim searches: bands between their deciles.
+def mask_histograms(
+  path: pathlib.Path, records: Sequence[Mapping[str, Any]], limits: Sequence[float]
+) -> None:
+  """Draws how the values of the soft masks spread while ViT-Slim searches.
 
   Args:
     path: Of the PNG.
-    records: Logged figures, with `step` and the deciles of each kind of mask.
+    records: Logged figures, with `step` and the histogram of each kind of mask that learns.
+    limits: Lower end of the first bin and upper end of the last.
   """
-  figure, _ = _subplots(width=7.0, height=7.0, rows=3)
-  titles = (("attn", "attention"), ("mlp", "hidden units"), ("patch", "patches"))
-  for axes, (kind, title), color in zip(figure.axes, titles, (BLUE, GREEN, VERMILION), strict=True):
-    found = [r for r in records if r.get(f"{kind}_deciles")]
-    steps = [r["step"] for r in found]
-    deciles = np.array([r[f"{kind}_deciles"] for r in found]).reshape(-1, 11).T
-    for low in range(5):
-      axes.fill_between(steps, deciles[low], deciles[10 - low], color=color, alpha=0.18, lw=0)
-    axes.plot(steps, deciles[5], color=color, lw=1.8, label="median")
-    _name_axes(axes, "step" if kind == "patch" else "", f"masks: {title}")
-    axes.legend(fontsize=_SMALL, loc="lower left", framealpha=0.9)
+  names = {"attn": "attention", "mlp": "hidden units", "patch": "patches"}
+  kinds = [kind for kind in names if any(f"{kind}_histogram" in r for r in records)]
+  figure, _ = _subplots(width=7.0, height=2.4 * len(kinds), rows=len(kinds))
+  for axes, kind in zip(figure.axes, kinds, strict=True):
+    found = [r for r in records if f"{kind}_histogram" in r]
+    shares = np.array([r[f"{kind}_histogram"] for r in found], float)
+    shares /= shares.sum(axis=1, keepdims=True)
+    steps = [0, *(r["step"] for r in found)]
+    edges = np.linspace(limits[0], limits[1], shares.shape[1] + 1)
+    mesh = axes.pcolormesh(steps, edges, 100 * shares.T, cmap="Blues", norm=LogNorm(0.1, 100))
+    figure.colorbar(mesh, ax=axes, label="share (%)", format="%g", pad=0.02)
+    _name_axes(axes, "step" if kind == kinds[-1] else "", f"masks: {names[kind]}")
   _save(figure, path)
 
 
@@ -181,7 +185,7 @@ def kept_widths(path: pathlib.Path, kept: Mapping[str, Sequence[float]]) -> None
   axes.set_ylim(0, 105)
   axes.set_xticks(range(1, depth + 1))
   _name_axes(axes, "layer", "kept (%)")
-  axes.legend(fontsize=_SMALL, loc="lower left", framealpha=0.9)
+  axes.legend(fontsize=_SMALL, loc="lower left", bbox_to_anchor=(0, 1), ncols=3, frameon=False)
   _save(figure, path)
 
 
@@ -195,18 +199,24 @@ def kept_patches(path: pathlib.Path, kept: Sequence[np.ndarray], grid: tuple[int
   """
   columns = min(len(kept), 6)
   rows = math.ceil(len(kept) / columns)
-  figure = Figure(figsize=(1.5 * columns, 1.7 * rows), dpi=DPI, layout="constrained")
+  figure = Figure(figsize=(1.5 * columns, 1.75 * rows), dpi=DPI, layout="constrained")
   FigureCanvasAgg(figure)
+  colors = ListedColormap(["#D0D0D0", BLUE])
   for index, axes in enumerate(figure.subplots(rows, columns, squeeze=False).flat):
-    axes.set_axis_off()
-    if index < len(kept):
-      axes.imshow(kept[index].reshape(grid), cmap="gray", vmin=0, vmax=1)
-      axes.set_title(f"layer {index + 1}: {int(kept[index].sum())}", fontsize=_SMALL)
+    if index >= len(kept):
+      axes.set_axis_off()
+      continue
+    axes.pcolormesh(
+      kept[index].reshape(grid), cmap=colors, vmin=0, vmax=1, edgecolors="white", linewidth=0.6
+    )
+    axes.invert_yaxis()
+    axes.set(aspect="equal", xticks=[], yticks=[])
+    axes.set_title(f"layer {index + 1}: {int(kept[index].sum())}", fontsize=_SMALL)
   _save(figure, path)
 
 
 def accuracy_against_gmacs(path: pathlib.Path, rows: Sequence[Mapping[str, Any]]) -> None:
-  """Draws top-1 accuracy against compute; rows of the same method are joined.
+  """Draws top-1 accuracy against compute; rows of one method at several budgets are joined.
 
   Args:
     path: Of the PNG.
@@ -217,7 +227,7 @@ def accuracy_against_gmacs(path: pathlib.Path, rows: Sequence[Mapping[str, Any]]
   labels: list[tuple[float, float, str, str]] = []
   for row in rows:
     if row.get("top1") is not None and row.get("gmacs") is not None:
-      method, point = row["name"].split("@")[0], (row["gmacs"], row["top1"])
+      method, point = _method(row["name"]), (row["gmacs"], row["top1"])
       methods.setdefault(method, []).append(point)
       labels.append((*point, row["name"], _method_style(method, list(methods))[0]))
   for method, points in methods.items():
@@ -228,6 +238,12 @@ def accuracy_against_gmacs(path: pathlib.Path, rows: Sequence[Mapping[str, Any]]
   axes.ticklabel_format(useOffset=False)
   _label_points(figure, axes, labels)
   _save(figure, path)
+
+
+def _method(name: str) -> str:
+  """`tome@0.5` is tome at a budget; `vit_slim@masked` is something of its own."""
+  method, _, budget = name.partition("@")
+  return method if budget.replace(".", "", 1).isdigit() else name
 
 
 def _method_style(method: str, methods: list[str]) -> tuple[str, str, float]:

@@ -12,7 +12,7 @@ from vitcomp_jax.data.transforms import normalize
 from vitcomp_jax.models.spec import LayerSpec, with_drop_path
 from vitcomp_jax.models.vit import ViT
 from vitcomp_jax.ops import losses
-from vitcomp_jax.stages.run import Run
+from vitcomp_jax.stages.run import Run, write_for_timm
 from vitcomp_jax.training import loop, optimizer
 from vitcomp_jax.training.step import LossFn, init_state, make_step
 
@@ -29,7 +29,11 @@ def finetune(run: Run) -> dict[str, Any]:
     The steps, images and minutes it took. The weights are in `finetuned.safetensors`.
   """
   teacher = run.dense_params if run.config.distill.kind != "none" else None
-  return fit(run, "finetune", run.config.finetune, run.layers, run.params, made(run), teacher)
+  params = run.params_before_finetune
+  summary = fit(run, "finetune", run.config.finetune, run.layers, params, made(run), teacher)
+  if run.plan and run.plan.indices:
+    summary["timm"] = write_for_timm(run, run.layers, run.params)
+  return summary
 
 
 def made(run: Run) -> str:

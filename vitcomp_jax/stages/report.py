@@ -11,9 +11,10 @@ CAPTIONS = {
   "schedule.png": "Tokens that each layer leaves, after pruning and after merging.",
   "accuracy.png": "Top-1 accuracy against compute, one point per row of the table.",
   "widths.png": "What each slimmed layer keeps, in percent of the dense one's.",
-  "patches.png": "The patches that each layer keeps.",
+  "patches.png": "The patches that each layer keeps (dark), and how many.",
   "masks.png": (
-    "The soft masks over the steps of the slimming search: median, and bands between deciles."
+    "The values of the soft masks over the steps of the slimming search: how many percent of them "
+    "lie where."
   ),
   "search.png": "Loss and compute over the steps of the search; the dashed line is the budget.",
   "token_maps.png": (
@@ -59,9 +60,7 @@ def write_report(
   if search_summary is not None:
     parts += ["## Search", _search_text(search_summary, budget_text)]
   if plan_json is not None or search_summary is not None:
-    parts += ["## Plan", _plan_text(plan_json), _plan_table(plan_json, search_summary)]
-  if plan_json is not None and "mlp_index" in plan_json["layers"][0]:
-    parts += ["## Widths", _widths_table(plan_json)]
+    parts += ["## Plan", *_plan_text(plan_json, search_summary)]
   figures = _figures(workdir)
   if figures:
     parts += ["## Figures", *figures]
@@ -94,7 +93,7 @@ def _row_cells(row: Mapping[str, Any], dense: float | None, batches: Sequence[st
     *(_format(row.get(key), ".2f" if key.startswith("top") else ".4f") for key in _FIGURES),
     _MISSING if gmacs is None else number(gmacs),
     _MISSING if gmacs is None or not dense else f"{100 * gmacs / dense:.1f} %",
-    _format(row.get("params_m"), ".2f"),
+    _format(row.get("params_m"), ".4g"),
   ]
   speeds = row.get("images_per_second") or {}
   return cells + [_format(speeds.get(batch), ".1f") for batch in batches]
@@ -127,54 +126,87 @@ def _chosen_text(summary: Mapping[str, Any]) -> list[str]:
 
 
 def _slim_text(summary: Mapping[str, Any]) -> str:
-  def shares(values: Mapping[str, float]) -> str:
+  def percent(values: Mapping[str, float]) -> str:
     return ", ".join(f"{kind} {100 * share:.1f} %" for kind, share in values.items())
 
+  asked = f"Shares asked for: {percent(summary['shares'])}"
+  if summary["budget_gmacs"]:
+    share = 100 * next(iter(summary["shares"].values()))
+    asked = (
+      f"Budget: {number(summary['budget_gmacs'])} GMACs, met by a share of {share:.1f} % of the "
+      "masks of each kind that was searched"
+    )
+  trained = (
+    f"{summary['steps']:,} steps on {summary['images']:,} images, {summary['minutes']:.1f} minutes"
+  )
   lines = [
-    f"{summary['steps']:,} steps on {summary['images']:,} images, {summary['minutes']:.1f} minutes",
-    f"Asked for: {shares(summary['asked'])}; kept: {shares(summary['kept'])}",
+    trained if summary["steps"] else "An earlier search's masks and weights, cut anew",
+    asked,
+    f"Shares reached: {percent(summary['kept'])}",
     f"{number(summary['gmacs'])} GMACs, {100 * summary['of_dense']:.1f} % of the dense model's; "
-    f"{summary['params_m']:.3f} M parameters",
+    f"{summary['params_m']:.4g} M parameters",
     f"By the authors' own formulas: {number(summary['authors_gmacs'])} GMACs, "
-    f"{summary['authors_params_m']:.3f} M parameters",
+    f"{summary['authors_params_m']:.4g} M parameters",
+    summary["timm"],
   ]
   return "\n".join(f"- {line}" for line in lines)
 
 
-def _widths_table(plan_json: Mapping[str, Any]) -> str:
-  heads = ["layer", "heads", "dimensions of each, zeros aside", "hidden units"]
-  lines = []
-  for index, layer in enumerate(plan_json["layers"], 1):
-    dims = [str(sum(unit >= 0 for unit in head)) for head in layer["attn_index"]]
-    hidden = sum(unit >= 0 for unit in layer["mlp_index"])
-    lines.append([str(index), str(len(dims)), " ".join(dims), str(hidden)])
-  return _table(heads, lines)
-
-
-def _plan_text(plan_json: Mapping[str, Any] | None) -> str:
-  counts = "Tokens after pruning and after merging in each layer, prefix included."
-  if plan_json is None:
-    return counts
-  gmacs = number(plan_json["gmacs"])
-  return (
-    f"For `{plan_json['variant']}` with {plan_json['num_tokens']} tokens: {gmacs} GMACs. {counts}"
+def _plan_text(
+  plan_json: Mapping[str, Any] | None, summary: Mapping[str, Any] | None
+) -> tuple[str, str]:
+  """A line, and a table of the layers: widths if they are slimmed, tokens if some are removed."""
+  columns: dict[str, list[str]] = {}
+  text = ""
+  if plan_json is not None:
+    gmacs = number(plan_json["gmacs"])
+    text = f"For `{plan_json['variant']}` with {plan_json['num_tokens']} tokens: {gmacs} GMACs."
+    columns |= _width_columns(plan_json["layers"])
+  if summary is not None or not columns or _removes(plan_json):
+    text += " Tokens after pruning and after merging in each layer, prefix included."
+    columns |= _token_columns(plan_json, summary)
+  layers = map(str, range(1, 1 + len(next(iter(columns.values())))))
+  return text.strip(), _table(
+    ["layer", *columns], list(zip(layers, *columns.values(), strict=True))
   )
 
 
-def _plan_table(plan_json: Mapping[str, Any] | None, summary: Mapping[str, Any] | None) -> str:
-  """Layer by layer: the plan as learnt beside the adjusted one, or the plan that was given."""
+def _removes(plan_json: Mapping[str, Any] | None) -> bool:
+  """Whether a layer prunes or merges."""
+  layers = (plan_json or {}).get("layers", [])
+  return any(layer.get("reduce", {}).get("type") != "keep_all" for layer in layers)
+
+
+def _width_columns(layers: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
+  """What slimmed layers keep, zeros that fill up aside."""
+  columns: dict[str, list[str]] = {}
+  if "attn_index" in layers[0]:
+    heads = [[sum(unit >= 0 for unit in head) for head in layer["attn_index"]] for layer in layers]
+    columns["heads"] = [str(len(dims)) for dims in heads]
+    columns["dimensions of each"] = [" ".join(map(str, dims)) for dims in heads]
+    hidden = [sum(unit >= 0 for unit in layer["mlp_index"]) for layer in layers]
+    columns["hidden units"] = [str(count) for count in hidden]
+  kept = [layer.get("select", {}).get("positions") for layer in layers]
+  if any(kept):
+    columns["tokens kept"] = ["all" if k is None else str(len(k)) for k in kept]
+  return columns
+
+
+def _token_columns(
+  plan_json: Mapping[str, Any] | None, summary: Mapping[str, Any] | None
+) -> dict[str, list[str]]:
+  """The plan as learnt beside the adjusted one, or the plan that was given."""
   num_tokens = None if plan_json is None else plan_json["num_tokens"]
   if summary is not None:
     plans = {"learnt: ": summary["raw_counts"], "adjusted: ": summary["counts"]}
   else:
     plans = {"": plan_counts(plan_json or {})}
-  left = [tokens_left(counts, num_tokens) for counts in plans.values()]
-  heads = ["layer"] + [f"{p}{what}" for p in plans for what in ("after pruning", "after merging")]
-  lines = [
-    [str(layer), *(str(count) for pair in pairs for count in pair)]
-    for layer, pairs in enumerate(zip(*left, strict=True), 1)
-  ]
-  return _table(heads, lines)
+  columns = {}
+  for prefix, counts in plans.items():
+    pruned, merged = zip(*tokens_left(counts, num_tokens), strict=True)
+    columns[f"{prefix}after pruning"] = [str(count) for count in pruned]
+    columns[f"{prefix}after merging"] = [str(count) for count in merged]
+  return columns
 
 
 def plan_counts(plan_json: Mapping[str, Any]) -> list[tuple[int, int]]:

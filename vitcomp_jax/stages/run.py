@@ -7,6 +7,7 @@ import json
 import pathlib
 import reprlib
 import subprocess
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -15,8 +16,10 @@ from vitcomp_jax import api, macs
 from vitcomp_jax import config as config_lib
 from vitcomp_jax.atomic import write_json
 from vitcomp_jax.config import Config
+from vitcomp_jax.convert import files, timm_slimmed
 from vitcomp_jax.data import loader, transforms
 from vitcomp_jax.errors import UserError
+from vitcomp_jax.models.reducers import keep_all
 from vitcomp_jax.models.spec import LayerSpec, ViTSpec
 from vitcomp_jax.models.variants import get_spec
 from vitcomp_jax.plans import Plan, load_plan
@@ -106,8 +109,8 @@ class Run:
   @functools.cached_property
   def params_before_finetune(self) -> api.Params:
     """The weights for `layers` that `finetune` starts from: those of `slim`, or the dense ones."""
-    slimmed = self.workdir / "slimmed.safetensors"
-    return self._load(self.layers, str(slimmed) if slimmed.exists() else self._dense_weights)
+    slimmed = str(self.workdir / "slimmed.safetensors")
+    return self._load(self.layers, slimmed if self.finished("slim") else self._dense_weights)
 
   @functools.cached_property
   def dense_params(self) -> api.Params:
@@ -186,6 +189,28 @@ class Run:
   def _open(self, split: str, spec: ViTSpec) -> loader.Dataset:
     seed, classes = self.config.seed, spec.num_classes or 1000
     return loader.load(self.config.data, split, _preprocess(spec), seed, classes)
+
+
+def write_for_timm(run: Run, layers: Sequence[LayerSpec], params: api.Params) -> str:
+  """Writes `timm.safetensors` if timm's own model can hold a slimmed network.
+
+  Returns:
+    How to load it, or why it was not written.
+  """
+  indices, spec = (run.plan.indices if run.plan else None), run.spec
+  if not indices or any(layer.select != keep_all or layer.reduce != keep_all for layer in layers):
+    return "Not written for timm, whose VisionTransformer does not remove tokens"
+  found = timm_slimmed.arguments(indices, spec.width)
+  if found is None:
+    return "Not written for timm, whose VisionTransformer has the same widths in all layers"
+  head_dim = found["attn_head_dim"]
+  params = timm_slimmed.rescale(params, spec.width // spec.num_heads, head_dim)
+  files.write(params, str(run.workdir / "timm.safetensors"), {"variant": spec.name})
+  return (
+    f"timm.safetensors is for timm's model with num_heads={found['num_heads']}, mlp_ratio="
+    f"{found['mlp_ratio']}, attn_layer=functools.partial(timm.layers.Attention, attn_head_dim="
+    f"{head_dim})"
+  )
 
 
 def _preprocess(spec: ViTSpec) -> transforms.Preprocess:

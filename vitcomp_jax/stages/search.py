@@ -32,6 +32,10 @@ _TRIED = 7  # plans that a search passed through, beside its last, that are trie
 def check(run: Run) -> None:
   """Refuses a budget that cannot be reached, and a loss that cannot be computed."""
   run.check_classes(run.train_data)
+  slim = run.config.slim
+  cuts_patches = slim.w_patch > 0 and (slim.budgets is None or slim.budgets[-1] < 1)
+  if "slim" in run.config.stages and cuts_patches:
+    raise _no_positions()
   make_method(run.config.search, run.spec, run.target_gmacs, _base(run))
   loss, classes = run.config.search.loss, run.spec.num_classes
   if loss != "features" and not classes:
@@ -158,11 +162,15 @@ def _base(run: Run) -> tuple[LayerSpec, ...]:
     return run.spec.dense_layers
   layers = run.base_plan.layers_for(run.spec)
   if any(layer.select != keep_all or layer.reduce != keep_all for layer in layers):
-    raise UserError(
-      "stage search: expected a plan that keeps all tokens, got one that removes some; sorting "
-      "loses the positions that a slimmed plan names: slim with config.slim.w_patch=0."
-    )
+    raise _no_positions()
   return layers
+
+
+def _no_positions() -> UserError:
+  return UserError(
+    "stage search: expected a plan that keeps all tokens, got one that removes some; sorting loses "
+    "the positions that a slimmed plan names: slim with config.slim.w_patch=0."
+  )
 
 
 def make_method(

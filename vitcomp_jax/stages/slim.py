@@ -1,6 +1,5 @@
 """Stage `slim`: trains soft masks with the weights, cuts, and extracts the smaller network."""
 
-import dataclasses
 import logging
 from typing import Any
 
@@ -18,7 +17,7 @@ from vitcomp_jax.models.spec import ViTSpec, with_drop_path
 from vitcomp_jax.models.vit import ViT
 from vitcomp_jax.ops import losses
 from vitcomp_jax.plans import Plan, load_plan, make_plan, save_plan
-from vitcomp_jax.stages.run import Run
+from vitcomp_jax.stages.run import Run, write_for_timm
 from vitcomp_jax.training import loop, optimizer
 from vitcomp_jax.training.step import init_state, make_step
 
@@ -54,7 +53,13 @@ def slim(run: Run) -> dict[str, Any]:
     steps, seconds, params, arch = _search(run, method)
   files.write(params, str(run.workdir / "searched.safetensors"), {"variant": spec.name})
   files.write(vit_slim.to_authors(arch), str(run.workdir / "masks.safetensors"))
-  masks, budgets = _cut(run, method, arch)
+  try:
+    masks, budgets = _cut(run, method, arch)
+  except UserError as error:
+    raise UserError(
+      f"{error} Nothing need be searched anew: give another --workdir, config.model.weights="
+      f"{run.workdir}/searched.safetensors and config.slim.masks={run.workdir}/masks.safetensors."
+    ) from error
   layers, indices = vit_slim.deploy(spec, masks, config.tile)
   images = steps * config.batch_size
   made_by = {"method": "vit_slim", "steps": steps, "images": images, "budgets": budgets}
@@ -71,13 +76,16 @@ def slim(run: Run) -> dict[str, Any]:
     "steps": steps,
     "images": images,
     "minutes": round(seconds / 60, 2),
-    "asked": dict(zip(KINDS, budgets, strict=True)),
+    "histogram_limits": vit_slim.HISTOGRAM_LIMITS,
+    "budget_gmacs": None if config.budgets else run.target_gmacs,
+    "shares": dict(zip(KINDS, budgets, strict=True)),
     "kept": {kind: float(np.mean(getattr(masks, kind))) for kind in KINDS},
     "gmacs": cost.gmacs,
     "of_dense": cost.gmacs * 1e9 / macs.static_macs(spec, spec.dense_layers),
     "params_m": cost.params / 1e6,
     "authors_params_m": authors_params / 1e6,
     "authors_gmacs": authors_macs / 1e9,
+    "timm": write_for_timm(run, layers, slimmed),
   }
 
 
@@ -114,13 +122,9 @@ def _search(run: Run, method: ViTSlim) -> tuple[int, float, api.Params, Any]:
     is_trained = not config.freeze_weights or any("norm" in name for name in path)
     return "weights" if is_trained else optimizer.FROZEN
 
-  mask_rate = config.mask_learning_rate or config.learning_rate
-  rates = {"weights": config.learning_rate, "masks": mask_rate}
   groups = {
-    group: optimizer.train_optimizer(
-      dataclasses.replace(config, learning_rate=rate), data.num_examples
-    )
-    for group, rate in rates.items()
+    "weights": optimizer.train_optimizer(config, data.num_examples),
+    "masks": optimizer.mask_optimizer(config, data.num_examples),
   }
   tx = optimizer.per_group(group_of, groups)
   steps = optimizer.train_steps(config, data.num_examples)

@@ -1,5 +1,6 @@
 """Optimizers and schedules of training and search."""
 
+import dataclasses
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 import jax
 import optax
 
-from vitcomp_jax.config import SearchConfig, TrainConfig
+from vitcomp_jax.config import SearchConfig, SlimConfig, TrainConfig
 
 
 def train_steps(config: TrainConfig, num_examples: int) -> int:
@@ -46,16 +47,29 @@ def per_group(
 
 
 def train_optimizer(config: TrainConfig, num_examples: int) -> optax.GradientTransformation:
-  """AdamW; kernels decay, biases, norms, tokens, positions and masks do not."""
+  """AdamW; kernels decay, biases, norms, tokens and positions do not."""
+  return _clipped(config, num_examples, _is_kernel)
+
+
+def mask_optimizer(config: SlimConfig, num_examples: int) -> optax.GradientTransformation:
+  """The same for ViT-Slim's masks, with their own learning rate and weight decay."""
+  rate = config.mask_learning_rate or config.learning_rate
+  config = dataclasses.replace(config, learning_rate=rate, weight_decay=config.mask_weight_decay)
+  return _clipped(config, num_examples, None)
+
+
+def _clipped(
+  config: TrainConfig, num_examples: int, decays: Callable[[Any], Any] | None
+) -> optax.GradientTransformation:
   adamw = optax.adamw(
-    train_schedule(config, num_examples), weight_decay=config.weight_decay, mask=_decays
+    train_schedule(config, num_examples), weight_decay=config.weight_decay, mask=decays
   )
   if config.clip_norm is None:
     return adamw
   return optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw)
 
 
-def _decays(params: Any) -> Any:
+def _is_kernel(params: Any) -> Any:
   return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key == "kernel", params)
 
 
