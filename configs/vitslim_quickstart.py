@@ -26,8 +26,9 @@ def get_config() -> ml_collections.ConfigDict:
   slim.batch_size = 64
   slim.warmup_epochs = 0.2
   slim.learning_rate = 3e-4
+  slim.mask_learning_rate = 0.02  # two epochs are short for masks: they start at 1 and have to move
   slim.label_smoothing = 0.0
-  slim.w_patch = 0.0  # two epochs move no mask of a patch
+  slim.w_patch = 0.0  # `configs/joint_quickstart.py` needs all patches
   slim.min_units = 1
   slim.checkpoint_every = 50
 
@@ -39,4 +40,5 @@ def get_config() -> ml_collections.ConfigDict:
   finetune.label_smoothing = 0.0
   finetune.checkpoint_every = 50
   config.distill.kind = "soft"
+  config.evaluate.before_finetune = True
   return config

@@ -208,8 +208,8 @@ def write_for_timm(run: Run, layers: Sequence[LayerSpec], params: api.Params) ->
   files.write(params, str(run.workdir / "timm.safetensors"), {"variant": spec.name})
   return (
     f"timm.safetensors is for timm's model with num_heads={found['num_heads']}, mlp_ratio="
-    f"{found['mlp_ratio']}, attn_layer=functools.partial(timm.layers.Attention, attn_head_dim="
-    f"{head_dim})"
+    f"{found['mlp_ratio']}, attn_layer=a subclass of timm.layers.Attention with `__init__ = "
+    f"functools.partialmethod(timm.layers.Attention.__init__, attn_head_dim={head_dim})`"
   )
 
 
