@@ -30,6 +30,7 @@ def get_config() -> ml_collections.ConfigDict:
   slim.label_smoothing = 0.0
   slim.w_patch = 0.0  # `configs/joint_quickstart.py` needs all patches
   slim.min_units = 1
+  slim.log_every = 10
   slim.checkpoint_every = 50
 
   finetune = config.finetune

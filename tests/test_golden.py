@@ -286,7 +286,7 @@ def _check_search(
 
   def budget(arch):
     out = task(arch)[1]
-    penalty = method.penalty(spec, out, jnp.asarray(0))[0] / method.budget_weight
+    penalty = method.penalty(spec, arch, out, jnp.asarray(0))[0] / method.budget_weight
     return penalty, search_macs(spec, spec.dense_layers, out)
 
   (loss, out), task_grads = jax.jit(jax.value_and_grad(task, has_aux=True))(arch)
@@ -381,7 +381,7 @@ def _check_trajectory(
   def step(arch, state, images, labels):
     def loss_fn(arch):
       out = model.apply({"params": params, "arch": arch}, images, method="forward")
-      penalty, figures = method.penalty(spec, out, jnp.asarray(0))
+      penalty, figures = method.penalty(spec, arch, out, jnp.asarray(0))
       return cross_entropy(out.logits, labels) + penalty, figures
 
     (loss, figures), grads = jax.value_and_grad(loss_fn, has_aux=True)(arch)

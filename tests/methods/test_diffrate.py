@@ -87,7 +87,7 @@ def _check_parity(spec, layers, params, seed):
   np.testing.assert_allclose(given.logits, static.logits, rtol=0, atol=1e-5)
   counts = [int(reduced.count) for _, reduced in masked.aux]
   assert counts == [n for _, n in macs.static_counts(spec, layers)]
-  spent = method.penalty(spec, masked, jnp.asarray(0))[1]["gmacs"]
+  spent = method.penalty(spec, variables["arch"], masked, jnp.asarray(0))[1]["gmacs"]
   np.testing.assert_allclose(spent * 1e9, macs.static_macs(spec, layers), rtol=1e-6)
   # Masked tokens are still there, behind the kept ones.
   held = np.where(masked.tokens.source < counts[-1], masked.tokens.source, -1)

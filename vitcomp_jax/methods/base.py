@@ -1,4 +1,4 @@
-"""What a method is."""
+"""What a method that learns is."""
 
 from collections.abc import Mapping
 from typing import Any, Protocol, runtime_checkable
@@ -13,16 +13,18 @@ Metrics = dict[str, Array]
 
 @runtime_checkable
 class Method(Protocol):
-  """Builds the layers of a search, penalises them, and turns what was learnt into static ones."""
+  """Builds the layers of a search and penalises them; its stage makes a plan of what was learnt."""
 
   def layers(self, spec: ViTSpec) -> tuple[LayerSpec, ...]:
     """Layers to search with."""
     ...
 
-  def penalty(self, spec: ViTSpec, out: Output, step: Array) -> tuple[Array, Metrics]:
-    """What is added to the task loss, and figures to log."""
+  def initial_arch(self, spec: ViTSpec) -> dict[str, Any]:
+    """The search variables before the first step: the collection `arch`."""
     ...
 
-  def deploy(self, spec: ViTSpec, arch: Mapping[str, Any]) -> tuple[LayerSpec, ...]:
-    """Static layers from the learnt variables."""
+  def penalty(
+    self, spec: ViTSpec, arch: Mapping[str, Any], out: Output, step: Array
+  ) -> tuple[Array, Metrics]:
+    """What is added to the task loss, and figures to log."""
     ...

@@ -90,8 +90,8 @@ class PruneMergeSearch(nn.Module):
     assert stats is not None, "PruneMergeSearch needs the attention's statistics"
     tokens = self._sorted(tokens, stats)
     assert tokens.keep is not None
-    prune_probability, prune_count = self._choice("prune_logits")
-    merge_probability, merge_count = self._choice("merge_logits")
+    prune_probability, prune_count = self._choice("prune")
+    merge_probability, merge_count = self._choice("merge")
     # Equal for all images, since ranks are masked and not particular tokens.
     before = jax.lax.stop_gradient(jnp.sum(tokens.keep[0] > 0.5)).astype(prune_count.dtype)
     pruned = jnp.minimum(before, prune_count)
@@ -105,10 +105,10 @@ class PruneMergeSearch(nn.Module):
     """All tokens stay, masked or not."""
     return n
 
-  def _choice(self, name: str) -> tuple[Array, Array]:
+  def _choice(self, what: str) -> tuple[Array, Array]:
     """The probability that each rank is kept, and the kept count, prefix included."""
     options = candidates(self.num_patches, self.granularity)
-    logits = self.variable("arch", name, jnp.zeros, options.shape).value
+    logits = self.variable("arch", f"{what}_logits", jnp.zeros, options.shape).value
     count = kept_count(expected_count(logits, options), self.num_patches) + self.num_prefix
     num_tokens = self.num_patches + self.num_prefix
     return keep_probability(logits, options, self.num_prefix, num_tokens), count
@@ -152,14 +152,16 @@ class PruneMergeSearch(nn.Module):
 class PruneMergeMasked(PruneMergeSearch):
   """`PruneMerge` by masking: its counts are variables, so that plans are tried without compiling.
 
-  The collection `arch` holds `prune_logits` and `merge_logits`, here the counts themselves, prefix
-  included.
+  The collection `arch` holds the counts themselves, `prune_keep` and `merge_keep`.
   """
 
-  def _choice(self, name: str) -> tuple[Array, Array]:
-    count = self.variable("arch", name, jnp.zeros, ()).value
+  def _choice(self, what: str) -> tuple[Array, Array]:
+    count = self.variable("arch", f"{what}_keep", jnp.zeros, ()).value
     rank = jnp.arange(self.num_patches + self.num_prefix, dtype=count.dtype)
     return (rank < count).astype(count.dtype), count
+
+
+_KEEPS = ("prune_keep", "merge_keep")
 
 
 def _rank_mask(probability: Array, count: Array, stop: Array) -> Array:
@@ -227,20 +229,21 @@ class DiffRate:
 
   def masked_layers(self, spec: ViTSpec) -> tuple[LayerSpec, ...]:
     """Layers that run any plan, given as `counts_arch`, by masking."""
-    reducer = dict(clamp_size=self.clamp_size, signed_similarity=self.signed_similarity)
+    sizes = spec.num_patches, spec.num_prefix
     return tuple(
       dataclasses.replace(
-        layer, reduce=PruneMergeMasked(spec.num_patches, spec.num_prefix, **reducer)
+        layer, reduce=PruneMergeMasked(*sizes, signed_similarity=self.signed_similarity)
       )
       for layer in self._base(spec)
     )
 
   def counts_arch(self, layers: tuple[LayerSpec, ...]) -> dict[str, Any]:
     """A plan's counts, for `masked_layers`."""
-    counts = [dataclasses.astuple(layer.reduce)[:2] for layer in layers]  # type: ignore[call-overload]
+    reducers = [layer.reduce for layer in layers]
+    assert all(isinstance(reducer, PruneMerge) for reducer in reducers)
     return {
-      f"blocks_{i}": {"reduce": {"prune_logits": jnp.float32(p), "merge_logits": jnp.float32(m)}}
-      for i, (p, m) in enumerate(counts)
+      f"blocks_{i}": {"reduce": {k: jnp.float32(getattr(reducer, k)) for k in _KEEPS}}
+      for i, reducer in enumerate(reducers)
     }
 
   def _reducer(self, spec: ViTSpec, compressed: bool) -> PruneMergeSearch:
@@ -256,13 +259,16 @@ class DiffRate:
     """A layer that may not lose tokens has the single candidate that keeps all."""
     return self.granularity if compressed else spec.num_patches + 1
 
-  def penalty(self, spec: ViTSpec, out: Output, step: Array) -> tuple[Array, dict[str, Array]]:
+  def penalty(
+    self, spec: ViTSpec, arch: Mapping[str, Any], out: Output, step: Array
+  ) -> tuple[Array, dict[str, Array]]:
     """The budget term (Eq. 9): lambda times the squared distance from the target, in units."""
     spent = search_macs(spec, self._base(spec), out)
     distance = (spent - self.target_gmacs * 1e9) / self.budget_unit
     weight = jnp.where(step < self.warmup_steps, 0.0, self.budget_weight)
     counts = jnp.stack([jnp.asarray(reduced.count) for _, reduced in out.aux])
     figures = {"gmacs": spent / 1e9, "tokens": counts, "budget_loss": distance**2}
+    figures["expected"] = self.traced_counts(spec, arch)
     return weight * distance**2, figures
 
   def initial_arch(self, spec: ViTSpec) -> dict[str, Any]:

@@ -200,11 +200,11 @@ def _draw(run: Run, models: Mapping[str, tuple[LayerSpec, ...]], result: dict[st
   summary = run.finished("search")
   removes = plan and any(layer.reduce != keep_all for layer in run.layers)
   if plan and removes:
-    schedules = {
-      name: report.plan_counts(make_plan(run.spec, layers, {}).to_json())
-      for name, layers in models.items()
-      if any(layer.reduce != keep_all for layer in layers)
-    }
+    schedules: dict[str, list[tuple[int, int]]] = {}
+    for name, layers in models.items():
+      counts = report.plan_counts(make_plan(run.spec, layers, {}).to_json())
+      if any(layer.reduce != keep_all for layer in layers) and counts not in schedules.values():
+        schedules[name] = counts
     figures.schedule(folder / "schedule.png", schedules, plan.num_tokens)
     if run.config.evaluate.token_maps:
       _draw_token_maps(run, plan, folder / "token_maps.png")

@@ -227,9 +227,8 @@ def search_loss(
 
   def loss_fn(params, arch, batch, key, step):
     task, out = task_of({"params": params, "arch": arch}, batch, {"drop_path": key})
-    penalty, figures = method.penalty(spec, out, step)
-    figures |= {"task_loss": task, "expected": method.traced_counts(spec, arch)}
-    return task + penalty, figures
+    penalty, figures = method.penalty(spec, arch, out, step)
+    return task + penalty, {"task_loss": task, **figures}
 
   return loss_fn
 
