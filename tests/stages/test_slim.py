@@ -138,6 +138,10 @@ def test_equal_widths_are_written_for_timm(tmp_path):
   [
     ({"budgets": (0.5, 0.5)}, "expected shares of attn, mlp, patch, got 2"),
     ({"budgets": (0.5, 0.01, 1.0), "min_units": 0}, "hidden unit in every layer.* searched anew"),
+    (
+      {"w_attn": 0.0, "w_patch": 0.0},
+      "config.budget: expected at least .* GMACs, what the smallest cut",
+    ),
     ({"masks": "/nowhere/masks.safetensors"}, "not there"),
     ({"budgets": (0.5, 0.5, 0.0)}, "config.slim.budgets: expected float of more than 0"),
   ],

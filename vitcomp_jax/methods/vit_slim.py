@@ -153,6 +153,20 @@ class ViTSlim:
       _check_not_empty(masks, spec)
     return masks
 
+  def smallest(self, spec: ViTSpec, min_units: int) -> Masks:
+    """The least that a cut can leave: of what is searched, `min_units` or one in every layer."""
+
+    def kept(gate: str, units: int, always: int = 0) -> np.ndarray:
+      least = always + max(min_units, 1) if self.searches(gate) else units
+      return np.tile(np.arange(units) < least, (spec.depth, 1))
+
+    shape = self.attn_shape(spec)
+    return Masks(
+      kept("head_gate", shape[0] * shape[1]).reshape(-1, *shape),
+      kept("hidden_gate", spec.mlp_dim),
+      kept("token_gate", spec.num_tokens, spec.num_prefix),
+    )
+
 
 def masked_layers(spec: ViTSpec, masks: Masks) -> tuple[LayerSpec, ...]:
   """Layers of the dense network in which what was cut is masked: the authors' evaluation."""

@@ -37,6 +37,9 @@ def check(run: Run) -> None:
     plan.layers_for(run.spec)
   elif config.evaluate.baselines and not searches:
     run.target_gmacs  # noqa: B018, raises
+  has_searched = "slim" in config.stages or (run.workdir / "searched.safetensors").exists()
+  if config.evaluate.masked and not has_searched:
+    raise UserError("config.evaluate.masked: expected the stage slim in this run, got none.")
   if not (config.evaluate.dense or config.evaluate.baselines or plan or searches):
     raise UserError(
       "config.evaluate: expected something to evaluate (dense, baselines, or model.plan), got none."

@@ -25,13 +25,23 @@ _BISECTIONS = 40
 
 
 def check(run: Run) -> None:
-  """Refuses budgets that make no sense, and data without labels."""
+  """Refuses a plan to start from, budgets that make no sense, and data without labels."""
   run.check_trainable("slim")
+  if run.config.model.plan:
+    raise UserError(
+      f"config.model.plan: expected none, as `slim` starts from the dense model, got "
+      f"{run.config.model.plan}."
+    )
   budgets = run.config.slim.budgets
   if run.config.slim.masks:
     _read_masks(run, run.config.slim.masks)
   if budgets is None:
-    run.target_gmacs  # noqa: B018, raises
+    least = _gmacs(run.spec, _method(run).smallest(run.spec, run.config.slim.min_units), 1)
+    if least > 1.01 * run.target_gmacs:
+      raise UserError(
+        f"config.budget: expected at least {least:.4g} GMACs, what the smallest cut of what is "
+        f"searched (config.slim.w_*) costs, got {run.target_gmacs:.4g}."
+      )
   elif len(budgets) != len(KINDS):
     raise UserError(
       f"config.slim.budgets: expected shares of {', '.join(KINDS)}, got {len(budgets)} numbers."
@@ -170,11 +180,11 @@ def _cut(run: Run, method: ViTSlim, arch: Any) -> tuple[Masks, tuple[float, ...]
     masks = method.cut(spec, arch, (share,) * 3, config.min_units, refuse_empty=False)
     return _gmacs(spec, masks, config.tile)
 
-  low, high = 0.0, 1.0
+  low, high = 1e-9, 1.0
   for _ in range(_BISECTIONS):
     middle = (low + high) / 2
     low, high = (low, middle) if spent(middle) > run.target_gmacs else (middle, high)
-  share = min((s for s in (low, high) if s), key=lambda s: abs(spent(s) - run.target_gmacs))
+  share = min((low, high), key=lambda s: abs(spent(s) - run.target_gmacs))
   reached = spent(share)
   if abs(reached - run.target_gmacs) > 0.01 * run.target_gmacs:
     logging.warning("the nearest cut has %.4g GMACs, the budget is %.4g", reached, run.target_gmacs)
