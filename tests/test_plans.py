@@ -216,7 +216,7 @@ def test_a_plan_that_is_not_one(values, message):
     ),
     ({"reduce": ["keep_all"]}, r"reduce: expected an object such as .* got \['keep_all'\]"),
     ({"reduce": None}, "reduce: expected an object such as .* got None"),
-    ({"reduce": {}}, "reduce: expected a type among keep_all, prune_merge, got nothing"),
+    ({"reduce": {}}, "reduce: expected a type among keep_all, .*, got nothing"),
     ({"reduce": {"type": []}}, r"reduce: expected a type among .*, got \[\]"),
     ({"reduce": {"type": {}}}, "reduce: expected a type among .*, got {}"),
     ({"reduce": {"type": "tome"}}, "reduce: expected a type among .*, got 'tome'"),
@@ -231,7 +231,7 @@ def test_a_plan_that_is_not_one(values, message):
     ),
     ({"reduce": {**REDUCER, "always_sort": 1}}, "expected true or false for always_sort, got 1"),
     ({"select": "keep"}, "select: expected an object such as .* got 'keep'"),
-    ({"select": REDUCER}, "select: expected type keep_all, got 'prune_merge'"),
+    ({"select": REDUCER}, "select: expected type keep_all or keep_positions, got 'prune_merge'"),
   ],
 )
 def test_a_layer_that_is_not_one(layer, message):
@@ -285,16 +285,35 @@ def test_a_count_out_of_range():
 @pytest.mark.parametrize(
   ("layer", "message"),
   [
-    ({"num_heads": 4, "head_dim": 16}, "expected num_heads 2, as .* has, got 4"),
-    ({"num_heads": 1}, "expected num_heads 2, as .* has, got 1"),
-    ({"head_dim": 16}, "expected head_dim 32, as .* has, got 16"),
-    ({"mlp_dim": 128}, "expected mlp_dim 256, as .* has, got 128"),
+    ({"num_heads": 4, "head_dim": 16}, "expected num_heads 2, got 4; slimmed layers need"),
+    ({"num_heads": 1}, "expected num_heads 2, got 1; slimmed layers need attn_index and mlp_index"),
+    ({"head_dim": 16}, "expected head_dim 32, got 16; slimmed layers need"),
+    ({"mlp_dim": 128}, "expected mlp_dim 256, got 128; slimmed layers need"),
+    ({"attn_index": [[0, 1]]}, "expected mlp_index to hold places below 256, .*, got nothing"),
+    ({"mlp_index": [0]}, "expected attn_index to be a list of equally long lists, got nothing"),
+    ({"attn_index": [[0, 1], [2]], "mlp_index": [0]}, "a list of equally long lists, got"),
+    ({"attn_index": [[0, 64]], "mlp_index": [0]}, "attn_index to hold places below 64, each once"),
+    ({"attn_index": [[0, 0]], "mlp_index": [0]}, "attn_index to hold places below 64, each once"),
+    ({"attn_index": [[0, 1]], "mlp_index": [-2]}, "mlp_index to hold places below 256, each once"),
+    ({"attn_index": [[0, 1]], "mlp_index": [-1]}, "mlp_index to hold places below 256, each once"),
+    ({"attn_index": [[0, True]], "mlp_index": [0]}, "attn_index to hold places below 64"),
+    ({"attn_index": [[0, 1]], "mlp_index": [0], "head_dim": 3}, "expected head_dim 2, got 3"),
+    (
+      {"select": {"type": "keep_positions", "positions": [0, 5, 3]}},
+      "expected ascending positions",
+    ),
+    ({"select": {"type": "keep_positions", "positions": [0, 101]}}, "expected positions below 101"),
+    ({"select": {"type": "keep_positions"}}, "keep_positions needs positions, got none"),
   ],
 )
-def test_slimmed_layers_are_not_supported(layer, message):
-  plan = parse_plan(with_layer(4, layer))
-  with pytest.raises(UserError, match=f"layer 4: {message}; slimmed layers are not supported"):
-    plan.layers_for(get_spec(MINI))
+def test_slimmed_layers_that_are_none(layer, message):
+  with pytest.raises(UserError, match=f"layer 4: .*{message}"):
+    parse_plan(with_layer(4, layer))
+
+
+def test_slimmed_layers_are_all_or_none():
+  with pytest.raises(UserError, match="attn_index and mlp_index in every layer or in none"):
+    parse_plan(with_layer(4, {"attn_index": [[0, 1]], "mlp_index": [0, 3, -1]}))
 
 
 def test_load_takes_plans_by_value_and_by_name():

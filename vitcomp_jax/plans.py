@@ -306,7 +306,7 @@ def _parse_index(values: Mapping[str, Any], base: LayerSpec, where: str) -> Laye
   units = {"attn_index": [i for head in heads for i in head], "mlp_index": _listed(hidden)}
   limits = {"attn_index": base.num_heads * base.head_dim, "mlp_index": base.mlp_dim}
   for name, index in units.items():
-    is_right = all(isinstance(i, int) and -1 <= i < limits[name] for i in index)
+    is_right = all(type(i) is int and -1 <= i < limits[name] for i in index)
     kept = [i for i in index if i != -1]
     if not (is_right and kept and len(set(kept)) == len(kept)):
       raise UserError(
