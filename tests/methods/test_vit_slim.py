@@ -41,7 +41,7 @@ def random_arch(method, spec, seed, patches=True):
   return arch
 
 
-@hypothesis.settings(max_examples=20, deadline=None, derandomize=True)
+@hypothesis.settings(max_examples=12, deadline=None, derandomize=True)
 @hypothesis.given(
   kind=st.sampled_from(KINDS),
   heads=st.sampled_from((1, 2, 4)),
@@ -64,7 +64,7 @@ def test_extracted_equals_masked(kind, heads, budgets, tile, seed):
   assert sum(leaf.size for leaf in jax.tree.leaves(slimmed_params)) == cost.params
 
 
-@hypothesis.settings(max_examples=10, deadline=None, derandomize=True)
+@hypothesis.settings(max_examples=6, deadline=None, derandomize=True)
 @hypothesis.given(budget=st.floats(0.1, 1), prefix=st.integers(0, 2), seed=st.integers(0, 2**16))
 def test_removed_patches_cost_nothing(budget, prefix, seed):
   spec, method = small_spec(num_registers=prefix, depth=3), ViTSlim()
