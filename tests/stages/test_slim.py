@@ -111,6 +111,15 @@ def test_widths_and_token_counts_in_one_plan(tmp_path):
   assert rows[3]["gmacs"] < min(rows[1]["gmacs"], rows[2]["gmacs"])
   assert "after merging" in (tmp_path / "report.md").read_text()
 
+  config = tiny_config()
+  config.model.plan = str(tmp_path / "plan.json")
+  config.model.weights = str(tmp_path / "finetuned.safetensors")
+  with pytest.raises(vc.UserError, match="config.evaluate.dense: expected False"):
+    vc.evaluate(config, tmp_path / "again")
+  config.evaluate.dense = False
+  again = vc.evaluate(config, tmp_path / "again")["rows"]
+  assert again == [row for row in rows if row["name"].startswith("vit_slim")]
+
 
 def test_token_counts_need_all_patches(tmp_path):
   config = tiny_config()

@@ -35,6 +35,7 @@ def check(run: Run) -> None:
   run.check_classes(run.eval_data)
   if plan:
     plan.layers_for(run.spec)
+    _check_dense(run, plan)
   elif config.evaluate.baselines and not searches:
     run.target_gmacs  # noqa: B018, raises
   has_searched = "slim" in config.stages or (run.workdir / "searched.safetensors").exists()
@@ -44,6 +45,17 @@ def check(run: Run) -> None:
     raise UserError(
       "config.evaluate: expected something to evaluate (dense, baselines, or model.plan), got none."
     )
+
+
+def _check_dense(run: Run, plan: Plan) -> None:
+  """Refuses a row for the dense model where the weights are a slimmed one's."""
+  if plan.indices and run.config.evaluate.dense:
+    try:
+      run.dense_params  # noqa: B018, raises
+    except UserError as error:
+      raise UserError(
+        f"config.evaluate.dense: expected False, or the dense model's weights ({error})"
+      ) from error
 
 
 def evaluate(run: Run) -> dict[str, Any]:
@@ -109,12 +121,14 @@ def _plan_rows(run: Run, plan: Plan) -> dict[str, _Row]:
   known = isinstance(method, str) and method not in ("dense", *run.config.evaluate.baselines)
   name = str(method) if known else "diffrate"
   rows = {}
-  if run.base_plan and run.base_plan.indices and "+" in name:
-    reduced = zip(run.spec.dense_layers, run.layers, strict=True)
-    rates = tuple(dataclasses.replace(dense, reduce=layer.reduce) for dense, layer in reduced)
+  if plan.indices and "+" in name:
     slimmed, _, searched = name.partition("+")
-    rows[slimmed] = _Row(run.base_plan.layers_for(run.spec), run.params)
-    rows[searched] = _Row(rates, run.dense_params)
+    whole = tuple(dataclasses.replace(layer, reduce=keep_all) for layer in run.layers)
+    rows[slimmed] = _Row(whole, run.params)
+    if run.config.evaluate.dense:
+      reduced = zip(run.spec.dense_layers, run.layers, strict=True)
+      rates = tuple(dataclasses.replace(dense, reduce=layer.reduce) for dense, layer in reduced)
+      rows[searched] = _Row(rates, run.dense_params)
   if run.config.evaluate.before_finetune:
     rows[f"{name}@before_finetune"] = _Row(run.layers, run.params_before_finetune)
   if run.config.evaluate.masked:
