@@ -110,6 +110,8 @@ class SlimConfig(TrainConfig):
   budgets: tuple[Annotated[float, Range(above=0, most=1)], ...] | None = None
   min_units: CountOrZero = 0  # head dimensions, hidden units and patches each layer keeps at least
   tile: Count = 1  # head dimensions and hidden units are filled up to a multiple of it
+  # What is kept keeps its learnt factor, as part of the weights; authors: the factor becomes 1.
+  keep_factors: bool = False
   freeze_weights: bool = False  # train masks and norms only
   # masks.safetensors of another run, whose searched.safetensors is `model.weights`; then nothing is
   # searched, only cut: one search serves any number of budgets.

@@ -19,6 +19,7 @@ from vitcomp_jax.methods.vit_slim import (
   ViTSlim,
   authors_cost,
   deploy,
+  fold,
   from_authors,
   masked_layers,
   to_authors,
@@ -62,6 +63,18 @@ def test_extracted_equals_masked(kind, heads, budgets, tile, seed):
   cost = vc.count_cost(ViT(spec, layers))
   assert traced(spec, layers) + embed(spec) == macs.static_macs(spec, layers) == cost.gmacs * 1e9
   assert sum(leaf.size for leaf in jax.tree.leaves(slimmed_params)) == cost.params
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_folded_weights_do_what_the_soft_masks_did(kind):
+  spec, method = small_spec(depth=2), ViTSlim(kind)
+  arch = random_arch(method, spec, 0)
+  for block in arch.values():
+    block["token_gate"]["zeta"] = jnp.full_like(block["token_gate"]["zeta"], 20.0)  # tanh: 1
+  params, images = random_params(spec), random_images(spec, 2)
+  soft = forward(spec, method.layers(spec), {"params": params, "arch": arch}, images)
+  folded = forward(spec, spec.dense_layers, {"params": fold(spec, params, arch)}, images)
+  np.testing.assert_allclose(folded.logits, soft.logits, rtol=0, atol=1e-5)
 
 
 @hypothesis.settings(max_examples=6, deadline=None, derandomize=True)

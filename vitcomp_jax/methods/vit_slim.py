@@ -216,6 +216,34 @@ def _selecting(kept: np.ndarray) -> TokenReducer:
   return keep_all if kept.all() else KeepPositions(tuple(np.flatnonzero(kept).tolist()))
 
 
+def fold(spec: ViTSpec, params: Mapping[str, Any], arch: Mapping[str, Any]) -> dict[str, Any]:
+  """The weights with the factors of attention and hidden units multiplied into them.
+
+  A cut makes every factor that is kept 1, though the weights were trained with the factor as it is;
+  this keeps it. The patches' factors have no weights to go into, and become 1 as in the paper.
+
+  Args:
+    spec: The dense model.
+    params: Its weights after the search.
+    arch: The masks after the search.
+  """
+  folded = dict(params)
+  heads = spec.num_heads, spec.width // spec.num_heads
+  for name, gates in arch.items():
+    attn = np.broadcast_to(np.asarray(gates["head_gate"]["zeta"])[0, 0, :, 0], heads).ravel()
+    hidden = np.asarray(gates["hidden_gate"]["zeta"]).ravel()
+    block = params[name]
+    qkv = {k: np.asarray(v) * np.tile(attn, 3) for k, v in block["attn"]["qkv"].items()}
+    fc2 = block["mlp"]["fc2"]
+    fc2 = {**fc2, "kernel": np.asarray(fc2["kernel"]) * hidden[:, None]}
+    folded[name] = {
+      **block,
+      "attn": {**block["attn"], "qkv": qkv},
+      "mlp": {**block["mlp"], "fc2": fc2},
+    }
+  return folded
+
+
 _AUTHORS_NAMES = {
   "head_gate": ("attn", "zeta"),
   "hidden_gate": ("mlp", "zeta"),

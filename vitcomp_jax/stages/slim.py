@@ -75,7 +75,8 @@ def slim(run: Run) -> dict[str, Any]:
   made_by = {"method": "vit_slim", "steps": steps, "images": images, "budgets": budgets}
   made_by |= {"weights": run.config.model.weights, "data": run.train_data.name}
   made_by |= {"seed": run.config.seed}
-  slimmed = slice_params(params, indices)
+  kept = vit_slim.fold(spec, params, arch) if config.keep_factors else params
+  slimmed = slice_params(kept, indices)
   files.write(slimmed, str(run.workdir / "slimmed.safetensors"), {"variant": spec.name})
   save_plan(make_plan(spec, layers, made_by, indices), run.workdir / "slimmed.json")
   save_plan(made(run, "slimmed.json"), run.workdir / "plan.json")
