@@ -228,9 +228,11 @@ def test_a_killed_run_ends_as_one_left_alone(stage, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["vitslim_quickstart", "joint_quickstart"])
-def test_a_quick_start_comes_near_the_dense_model(name, tmp_path, optax_promotion):
-  command = ["--config", str(ROOT / f"configs/{name}.py"), "--workdir", str(tmp_path)]
-  assert main.main(["vitcomp_jax", *command]) == 0
+def test_a_quick_start_comes_near_the_dense_model(name, tmp_path):
+  command = [sys.executable, "-m", "vitcomp_jax.main", "--config", str(ROOT / f"configs/{name}.py")]
+  # As a user runs it; the other tests compile without optimizing.
+  environment = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
+  subprocess.run([*command, "--workdir", str(tmp_path)], cwd=ROOT, env=environment, check=True)
   rows = json.loads((tmp_path / "result.json").read_text())["rows"]
   assert rows[0]["name"] == "dense" and rows[-1]["gmacs"] < 0.66 * rows[0]["gmacs"]
   assert rows[-1]["top1"] > rows[0]["top1"] - 2  # of 1,000 images; what was measured is 0.3 less
