@@ -45,6 +45,17 @@ PositiveOrZero = Annotated[float, Range(0)]
 Share = Annotated[float, Range(0, most=1)]
 Rate = Annotated[float, Range(0, below=1)]
 
+Baseline = Literal[
+  "uniform",
+  "uniform_merge",
+  "linear",
+  "linear_merge",
+  "random",
+  "tome",
+  "tome_late",
+  "evit",
+  "evit_nofuse",
+]
 Stage = Literal["pretrain", "slim", "search", "finetune", "evaluate"]
 
 
@@ -159,7 +170,7 @@ class SearchConfig:
 class EvaluateConfig:
   batch_size: Count = 100  # images per step
   dense: bool = True  # a row for the dense model
-  baselines: tuple[Literal["uniform", "uniform_merge"], ...] = ()  # hand-made rows, same MACs
+  baselines: tuple[Baseline, ...] = ()  # rows for schedules without a search, at the same MACs
   masked: bool = False  # a row with what `slim` cut masked in the dense model, the authors' way
   before_finetune: bool = False  # a row for the plan before `finetune`
   token_maps: CountOrZero = 4  # images in the token-map figure

@@ -170,7 +170,7 @@ def port(
   """
   shapes = timm_shapes(expected)
   fresh = to_timm(initial) if initial is not None else None
-  fitted = _from_upstream(state)
+  fitted = _from_upstream(state, shapes)
   fitted = _fit_heads(fitted, shapes, fresh)
   fitted = _fit_pretraining(fitted, shapes, fresh)
   if "pos_embed" in fitted and "pos_embed" in shapes:
@@ -181,7 +181,7 @@ def port(
   return to_flax(fitted)
 
 
-def _from_upstream(state: State) -> dict[str, np.ndarray]:
+def _from_upstream(state: State, shapes: Mapping[str, Shape]) -> dict[str, np.ndarray]:
   """The authors' own names and layouts as timm's, without what no classifier uses."""
   state = {
     name: array
@@ -193,6 +193,14 @@ def _from_upstream(state: State) -> dict[str, np.ndarray]:
     state["reg_token"] = state.pop("register_tokens")
     state["cls_token"] = state["cls_token"] + positions[:, :1]
     state["pos_embed"] = positions[:, 1:]
+  # DynamicViT counts its prediction modules; here each stands in the layer that it precedes.
+  places = sorted({int(name.split(".")[1]) for name in shapes if ".select." in name})
+  modules = {f"score_predictor.{i}.": f"blocks.{place}.select." for i, place in enumerate(places)}
+  for theirs, ours in modules.items():
+    state = {
+      ours + name.removeprefix(theirs) if name.startswith(theirs) else name: array
+      for name, array in state.items()
+    }
   return state
 
 

@@ -74,6 +74,7 @@ class PruneMergeSearch(nn.Module):
     clamp_size: Clamp sizes to 1 wherever a merge happens, as the authors do while searching (and
       not when deployed).
     signed_similarity: The authors' merge weight, see `PruneMerge`.
+    importance: See `PruneMerge`.
 
   References:
     Chen et al., `DiffRate <https://arxiv.org/abs/2305.17997>`_, 2023, Sec. 3.3 and Eq. 4-7.
@@ -84,6 +85,7 @@ class PruneMergeSearch(nn.Module):
   granularity: int = 1
   clamp_size: bool = False
   signed_similarity: bool = False
+  importance: str = "cls"
 
   @nn.compact
   def __call__(self, tokens: Tokens, stats: AttentionStats | None) -> tuple[Tokens, Aux]:
@@ -115,8 +117,9 @@ class PruneMergeSearch(nn.Module):
 
   def _sorted(self, tokens: Tokens, stats: AttentionStats) -> Tokens:
     n = tokens.x.shape[1]
-    ones = jnp.ones(tokens.x.shape[:2], stats.cls_attn.dtype)
-    order = select.importance_order(stats.cls_attn, tokens.num_prefix, n)
+    importance = stats.importance(self.importance)
+    ones = jnp.ones(tokens.x.shape[:2], importance.dtype)
+    order = select.importance_order(importance, tokens.num_prefix, n)
     return tokens.replace(
       x=select.take(tokens.x, order),
       size=select.take(ones if tokens.size is None else tokens.size, order),
@@ -196,6 +199,7 @@ class DiffRate:
     compress_last: May the last layer lose tokens; none: unless the head pools over patches.
     clamp_size: See `PruneMergeSearch`.
     signed_similarity: See `PruneMerge`.
+    importance: See `PruneMerge`.
     mask_eps: See `LayerSpec`.
     base: The layers to search on, such as slimmed ones; none: the dense model's.
   """
@@ -210,6 +214,7 @@ class DiffRate:
   compress_last: bool | None = None
   clamp_size: bool = False
   signed_similarity: bool = False
+  importance: str = "cls"
   mask_eps: float = 0.0
   base: tuple[LayerSpec, ...] | None = None
 
@@ -232,7 +237,10 @@ class DiffRate:
     sizes = spec.num_patches, spec.num_prefix
     return tuple(
       dataclasses.replace(
-        layer, reduce=PruneMergeMasked(*sizes, signed_similarity=self.signed_similarity)
+        layer,
+        reduce=PruneMergeMasked(
+          *sizes, signed_similarity=self.signed_similarity, importance=self.importance
+        ),
       )
       for layer in self._base(spec)
     )
@@ -253,6 +261,7 @@ class DiffRate:
       self._granularity(spec, compressed),
       self.clamp_size,
       self.signed_similarity,
+      self.importance,
     )
 
   def _granularity(self, spec: ViTSpec, compressed: bool) -> int:
@@ -346,9 +355,12 @@ class DiffRate:
     whole = np.ceil(expected - spec.num_patches * _NOISE)
     counts = np.clip(whole, 1, spec.num_patches).astype(int) + spec.num_prefix
     return tuple(
-      dataclasses.replace(layer, reduce=PruneMerge(int(p), int(m), self.signed_similarity))
+      dataclasses.replace(layer, reduce=self._static(int(p), int(m)))
       for layer, (p, m) in zip(self._base(spec), counts, strict=True)
     )
+
+  def _static(self, prune_keep: int, merge_keep: int) -> PruneMerge:
+    return PruneMerge(prune_keep, merge_keep, self.signed_similarity, importance=self.importance)
 
   def smallest_gmacs(self, spec: ViTSpec) -> float:
     """What the cheapest plan costs: one patch token after each layer that may lose tokens."""

@@ -23,7 +23,7 @@ from vitcomp_jax.models.spec import LayerSpec
 from vitcomp_jax.models.vit import ViT
 from vitcomp_jax.ops import losses
 from vitcomp_jax.plans import Plan, make_plan
-from vitcomp_jax.schedules import hand_made
+from vitcomp_jax.schedules import within
 from vitcomp_jax.stages import figures, report
 from vitcomp_jax.stages.run import Run, environment, read_json
 
@@ -110,7 +110,7 @@ def _rows(run: Run) -> dict[str, _Row]:
   if plan:
     rows |= _plan_rows(run, plan)
   for name in config.baselines:
-    layers = hand_made(name, spec, plan.gmacs if plan else run.target_gmacs)
+    layers = within(name, spec, plan.gmacs if plan else run.target_gmacs)
     rows[name] = _Row(layers, run.dense_params)
   return rows
 
