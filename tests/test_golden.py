@@ -418,7 +418,7 @@ def _check_gradients(found: dict[str, np.ndarray], case: dict, relative: float) 
 def _check_modules(spec: ViTSpec, method: DiffRate, arch: dict, case: dict) -> None:
   """What each layer chooses among, and what the authors' modules make of it."""
   layers = method.layers(spec)
-  options = [candidates(spec.num_patches, layer.reduce.granularity) for layer in layers]
+  options = [candidates(spec.num_patches, layer.reduce.granularity[0]) for layer in layers]
   for key in (k for k in case if k.startswith("candidates/")):
     np.testing.assert_array_equal(options[int(key.split("/")[2])], case[key], err_msg=key)
   for key in (k for k in case if k.startswith("module_block")):

@@ -149,6 +149,9 @@ class SearchConfig:
   loss: Literal["labels", "logits", "features"] = "labels"
   label_smoothing: Share = 0.0  # share of the target spread over all classes
   granularity: Count = 1  # distance between neighbouring candidate counts
+  actions: Literal["both", "prune", "merge"] = "both"  # what a layer may do with its tokens
+  # What tells the important tokens: the attention of CLS, that of all, the values, or chance.
+  importance: Literal["cls", "mean_attention", "value_norm", "random"] = "cls"
   init: Literal["merge_first", "zeros"] = "merge_first"  # where the rates start; authors: `zeros`
   budget_weight: PositiveOrZero = 5.0  # lambda of the budget term
   # The budget term counts MACs in units of dense/4.6, or, as the authors', of 1e9.

@@ -156,13 +156,14 @@ def _uniform(merges: bool, importance: str = "cls") -> Callable[[ViTSpec, float]
 
 
 def _linear(merges: bool) -> Callable[[ViTSpec, float], Layers]:
-  """Counts that fall linearly, from all tokens to the fewest in the last layer."""
+  """Counts that fall linearly with the depth, to no less than one patch token."""
   make = _counted(merges)
 
   def at(spec: ViTSpec, strength: float) -> Layers:
     depth = sum(compressed_layers(spec))
-    removed = strength * (spec.num_patches - 1) * np.arange(1, depth + 1) / depth
-    return make(spec, np.round(spec.num_tokens - removed))
+    removed = strength * (spec.num_patches - 1) * np.arange(1, depth + 1)
+    least = spec.num_prefix + 1
+    return make(spec, np.maximum(np.round(spec.num_tokens - removed), least))
 
   return at
 
@@ -172,7 +173,8 @@ def _tome(power: float) -> Callable[[ViTSpec, float], Layers]:
 
   def at(spec: ViTSpec, strength: float) -> Layers:
     weights = np.arange(1, spec.depth + 1) ** power
-    removed = np.round(strength * (spec.num_patches - 1) * np.cumsum(weights) / np.sum(weights))
+    # At full strength even the first layer merges half of its tokens.
+    removed = np.round(strength * spec.num_patches / 2 * np.cumsum(weights))
     # MAE's authors of ToMe do without proportional attention.
     r = np.diff(removed, prepend=0).astype(int).tolist()
     return tome(spec, r, prop_attn=spec.pool != "size_mean")

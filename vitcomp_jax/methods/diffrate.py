@@ -69,8 +69,8 @@ class PruneMergeSearch(nn.Module):
   Attributes:
     num_patches: Patch tokens of the model.
     num_prefix: Prefix tokens of the model.
-    granularity: Distance between candidate counts; `num_patches + 1` leaves the single candidate
-      that keeps all.
+    granularity: Distance between candidate counts of pruning and of merging; `num_patches + 1`
+      leaves the single candidate that keeps all.
     clamp_size: Clamp sizes to 1 wherever a merge happens, as the authors do while searching (and
       not when deployed).
     signed_similarity: The authors' merge weight, see `PruneMerge`.
@@ -82,7 +82,7 @@ class PruneMergeSearch(nn.Module):
 
   num_patches: int
   num_prefix: int
-  granularity: int = 1
+  granularity: tuple[int, int] = (1, 1)
   clamp_size: bool = False
   signed_similarity: bool = False
   importance: str = "cls"
@@ -109,7 +109,7 @@ class PruneMergeSearch(nn.Module):
 
   def _choice(self, what: str) -> tuple[Array, Array]:
     """The probability that each rank is kept, and the kept count, prefix included."""
-    options = candidates(self.num_patches, self.granularity)
+    options = candidates(self.num_patches, self.granularity[what == "merge"])
     logits = self.variable("arch", f"{what}_logits", jnp.zeros, options.shape).value
     count = kept_count(expected_count(logits, options), self.num_patches) + self.num_prefix
     num_tokens = self.num_patches + self.num_prefix
@@ -200,6 +200,7 @@ class DiffRate:
     clamp_size: See `PruneMergeSearch`.
     signed_similarity: See `PruneMerge`.
     importance: See `PruneMerge`.
+    actions: What is learnt: `both`, or `prune` or `merge` alone.
     mask_eps: See `LayerSpec`.
     base: The layers to search on, such as slimmed ones; none: the dense model's.
   """
@@ -215,6 +216,7 @@ class DiffRate:
   clamp_size: bool = False
   signed_similarity: bool = False
   importance: str = "cls"
+  actions: str = "both"
   mask_eps: float = 0.0
   base: tuple[LayerSpec, ...] | None = None
 
@@ -258,15 +260,26 @@ class DiffRate:
     return PruneMergeSearch(
       spec.num_patches,
       spec.num_prefix,
-      self._granularity(spec, compressed),
+      (self._granularity(spec, compressed, "prune"), self._granularity(spec, compressed, "merge")),
       self.clamp_size,
       self.signed_similarity,
       self.importance,
     )
 
-  def _granularity(self, spec: ViTSpec, compressed: bool) -> int:
-    """A layer that may not lose tokens has the single candidate that keeps all."""
-    return self.granularity if compressed else spec.num_patches + 1
+  def _granularity(self, spec: ViTSpec, compressed: bool, action: str) -> int:
+    """Where no token may be lost, there is the single candidate that keeps all."""
+    learns = compressed and self.actions in ("both", action)
+    return self.granularity if learns else spec.num_patches + 1
+
+  def _candidates(self, spec: ViTSpec) -> list[dict[str, np.ndarray]]:
+    """The candidates of each layer, by the name of their logits."""
+    return [
+      {
+        f"{action}_logits": candidates(spec.num_patches, self._granularity(spec, yes, action))
+        for action in ("prune", "merge")
+      }
+      for yes in self.is_compressed(spec)
+    ]
 
   def penalty(
     self, spec: ViTSpec, arch: Mapping[str, Any], out: Output, step: Array
@@ -290,31 +303,30 @@ class DiffRate:
 
   def _sloped_arch(self, spec: ViTSpec, prune: float, merge: float) -> dict[str, Any]:
     """Logits that rise by a slope from no token kept to all."""
+    slopes = {"prune_logits": prune, "merge_logits": merge}
     arch = {}
-    for i, compressed in enumerate(self.is_compressed(spec)):
-      options = candidates(spec.num_patches, self._granularity(spec, compressed))
-      share = jnp.asarray(options / spec.num_patches, jnp.float32)
-      logits = {"prune_logits": prune * share, "merge_logits": merge * share}
-      arch[f"blocks_{i}"] = {"reduce": logits}
+    for i, layer in enumerate(self._candidates(spec)):
+      logits = {name: slopes[name] * c / spec.num_patches for name, c in layer.items()}
+      arch[f"blocks_{i}"] = {"reduce": {k: jnp.asarray(v, jnp.float32) for k, v in logits.items()}}
     return arch
 
   def traced_counts(self, spec: ViTSpec, arch: Mapping[str, Any]) -> Array:
     """`expected_counts` inside of a step, f32[layers 2]."""
-    rows = []
-    for i, compressed in enumerate(self.is_compressed(spec)):
-      options = candidates(spec.num_patches, self._granularity(spec, compressed))
-      variables = arch[f"blocks_{i}"]["reduce"]
-      rows += [expected_count(variables[k], options) for k in ("prune_logits", "merge_logits")]
+    rows = [
+      expected_count(arch[f"blocks_{i}"]["reduce"][name], options)
+      for i, layer in enumerate(self._candidates(spec))
+      for name, options in layer.items()
+    ]
     return jnp.stack(rows).reshape(-1, 2)
 
   def expected_counts(self, spec: ViTSpec, arch: Mapping[str, Any]) -> np.ndarray:
     """Expected kept patch tokens, float64[layers 2]: after pruning and after merging."""
-    rows = []
-    for i, compressed in enumerate(self.is_compressed(spec)):
-      options = candidates(spec.num_patches, self._granularity(spec, compressed))
-      variables = arch[f"blocks_{i}"]["reduce"]
-      rows.append([_expectation(variables[k], options) for k in ("prune_logits", "merge_logits")])
-    return np.array(rows)
+    return np.array(
+      [
+        [_expectation(arch[f"blocks_{i}"]["reduce"][name], options) for name, options in o.items()]
+        for i, o in enumerate(self._candidates(spec))
+      ]
+    )
 
   def deploy(self, spec: ViTSpec, arch: Mapping[str, Any]) -> tuple[LayerSpec, ...]:
     """Static layers that keep what was learnt, unadjusted."""
@@ -334,10 +346,10 @@ class DiffRate:
     """
     # Counts that are equal would all step at once, past the budget; a hair between them.
     hair = np.linspace(0, 1e-3, 2 * spec.depth).reshape(spec.depth, 2)
-    compressed = np.array(self.is_compressed(spec))[:, None]
+    learnt = [[options.size > 1 for options in o.values()] for o in self._candidates(spec)]
 
     def shifted(offset: float) -> tuple[LayerSpec, ...]:
-      return self.static_layers(spec, np.where(compressed, expected + hair + offset, expected))
+      return self.static_layers(spec, np.where(learnt, expected + hair + offset, expected))
 
     def distance(layers: tuple[LayerSpec, ...]) -> float:
       return macs.static_macs(spec, layers) - target

@@ -13,16 +13,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from vitcomp_jax import macs
 from vitcomp_jax.api import Params, count_cost
 from vitcomp_jax.atomic import write_json
 from vitcomp_jax.data.transforms import Preprocess, normalize
 from vitcomp_jax.errors import UserError
 from vitcomp_jax.metrics import progress, read_metrics
-from vitcomp_jax.models.reducers import keep_all
-from vitcomp_jax.models.spec import LayerSpec
+from vitcomp_jax.models.reducers import PruneMerge, keep_all
+from vitcomp_jax.models.spec import LayerSpec, ViTSpec
 from vitcomp_jax.models.vit import ViT
 from vitcomp_jax.ops import losses
-from vitcomp_jax.plans import Plan, make_plan
+from vitcomp_jax.plans import Plan
 from vitcomp_jax.schedules import within
 from vitcomp_jax.stages import figures, report
 from vitcomp_jax.stages.run import Run, environment, read_json
@@ -219,7 +220,7 @@ def _draw(run: Run, models: Mapping[str, tuple[LayerSpec, ...]], result: dict[st
   if plan and removes:
     schedules: dict[str, list[tuple[int, int]]] = {}
     for name, layers in models.items():
-      counts = report.plan_counts(make_plan(run.spec, layers, {}).to_json())
+      counts = kept_counts(run.spec, layers)
       if any(layer.reduce != keep_all for layer in layers) and counts not in schedules.values():
         schedules[name] = counts
     figures.schedule(folder / "schedule.png", schedules, plan.num_tokens)
@@ -232,9 +233,19 @@ def _draw(run: Run, models: Mapping[str, tuple[LayerSpec, ...]], result: dict[st
     _draw_slimming(run, plan, folder)
   if any("top1" in row for row in result["rows"]):
     figures.accuracy_against_gmacs(folder / "accuracy.png", result["rows"])
+  kept = kept_counts(run.spec, run.layers) if plan else []
   given = plan and not (summary or run.finished("slim"))
   budget = f"{plan.gmacs:.4g} GMACs" if plan and given else ""
-  report.write_report(run.workdir, result, plan_json, summary, budget, run.finished("slim"))
+  report.write_report(run.workdir, result, plan_json, kept, summary, budget, run.finished("slim"))
+
+
+def kept_counts(spec: ViTSpec, layers: tuple[LayerSpec, ...]) -> list[tuple[int, int]]:
+  """Tokens after pruning and after merging in each layer; equal where there is one reduction."""
+  counts = []
+  for layer, (_, after) in zip(layers, macs.static_counts(spec, layers), strict=True):
+    r = layer.reduce
+    counts.append((r.prune_keep, r.merge_keep) if isinstance(r, PruneMerge) else (after, after))
+  return counts
 
 
 def _draw_slimming(run: Run, plan: Plan, folder: pathlib.Path) -> None:

@@ -38,6 +38,7 @@ def write_report(
   workdir: pathlib.Path,
   result: Mapping[str, Any],
   plan_json: Mapping[str, Any] | None,
+  counts: Sequence[tuple[int, int]],
   search_summary: Mapping[str, Any] | None,
   budget_text: str,
   slim_summary: Mapping[str, Any] | None = None,
@@ -48,6 +49,7 @@ def write_report(
     workdir: Where the report goes and `figures/` may be.
     result: The content of result.json.
     plan_json: The content of plan.json, if there is a plan.
+    counts: Tokens after pruning and after merging in each layer of the plan.
     search_summary: What the search reported, if there was one in this run.
     budget_text: The budget that was asked for; empty: none.
     slim_summary: What the slimming reported, if there was one in this run.
@@ -60,7 +62,7 @@ def write_report(
   if search_summary is not None:
     parts += ["## Search", _search_text(search_summary, budget_text)]
   if plan_json is not None or search_summary is not None:
-    parts += ["## Plan", *_plan_text(plan_json, search_summary)]
+    parts += ["## Plan", *_plan_text(plan_json, counts, search_summary)]
   figures = _figures(workdir)
   if figures:
     parts += ["## Figures", *figures]
@@ -153,7 +155,9 @@ def _slim_text(summary: Mapping[str, Any]) -> str:
 
 
 def _plan_text(
-  plan_json: Mapping[str, Any] | None, summary: Mapping[str, Any] | None
+  plan_json: Mapping[str, Any] | None,
+  counts: Sequence[tuple[int, int]],
+  summary: Mapping[str, Any] | None,
 ) -> tuple[str, str]:
   """A line, and a table of the layers: widths if they are slimmed, tokens if some are removed."""
   columns: dict[str, list[str]] = {}
@@ -164,7 +168,8 @@ def _plan_text(
     columns |= _width_columns(plan_json["layers"])
   if summary is not None or not columns or _removes(plan_json):
     text += " Tokens after pruning and after merging in each layer, prefix included."
-    columns |= _token_columns(plan_json, summary)
+    num_tokens = None if plan_json is None else plan_json["num_tokens"]
+    columns |= _token_columns(num_tokens, counts, summary)
   layers = map(str, range(1, 1 + len(next(iter(columns.values())))))
   return text.strip(), _table(
     ["layer", *columns], list(zip(layers, *columns.values(), strict=True))
@@ -193,30 +198,21 @@ def _width_columns(layers: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
 
 
 def _token_columns(
-  plan_json: Mapping[str, Any] | None, summary: Mapping[str, Any] | None
+  num_tokens: int | None,
+  counts: Sequence[tuple[int, int]],
+  summary: Mapping[str, Any] | None,
 ) -> dict[str, list[str]]:
   """The plan as learnt beside the adjusted one, or the plan that was given."""
-  num_tokens = None if plan_json is None else plan_json["num_tokens"]
   if summary is not None:
     plans = {"learnt: ": summary["raw_counts"], "adjusted: ": summary["counts"]}
   else:
-    plans = {"": plan_counts(plan_json or {})}
+    plans = {"": counts}
   columns = {}
   for prefix, counts in plans.items():
     pruned, merged = zip(*tokens_left(counts, num_tokens), strict=True)
     columns[f"{prefix}after pruning"] = [str(count) for count in pruned]
     columns[f"{prefix}after merging"] = [str(count) for count in merged]
   return columns
-
-
-def plan_counts(plan_json: Mapping[str, Any]) -> list[tuple[int, int]]:
-  """The counts of a plan.json; where a layer has none, all tokens."""
-  everything = plan_json.get("num_tokens", 0)
-  counts = []
-  for layer in plan_json.get("layers", []):
-    values = layer if "prune_keep" in layer else layer.get("reduce", {})
-    counts.append((values.get("prune_keep", everything), values.get("merge_keep", everything)))
-  return counts
 
 
 def _figures(workdir: pathlib.Path) -> list[str]:

@@ -206,6 +206,8 @@ def make_method(
     compress_last=config.compress_last,
     clamp_size=config.clamp_size,
     signed_similarity=config.signed_similarity,
+    importance=config.importance,
+    actions=config.actions,
     mask_eps=config.mask_eps,
     base=base,
   )
