@@ -264,7 +264,7 @@ def replay_evit(fixture: Fixture) -> None:
 
 def replay_dynamicvit(fixture: Fixture) -> None:
   spec, info = _spec(fixture.info["model"], "cls"), fixture.info
-  layers = dynamicvit.layers(spec, info["pruning_loc"], info["token_ratio"])
+  layers = schedules.dynamicvit(spec, info["pruning_loc"], info["token_ratio"])
   assert [n for _, n in macs.static_counts(spec, layers)] == info["infer"]["tokens_after_block"]
   for dtype, tolerance in _precisions():
     model = ViT(spec, layers)
@@ -273,26 +273,24 @@ def replay_dynamicvit(fixture: Fixture) -> None:
     out = _forward(model, params, _images(case["x"], dtype))
     _close(out.logits, case["logits_f64"], tolerance, "infer")
     _close(out.layers[-1].x, case["hidden/5"], HIDDEN, "infer")
-    _check_dynamicvit_training(spec, info, params, fixture.case("train"), dtype, tolerance)
+    _check_dynamicvit_training(spec, layers, params, fixture.case("train"), dtype, tolerance)
 
 
 def _check_dynamicvit_training(
-  spec: ViTSpec, info: dict, params: dict, case: dict, dtype: str, tolerance: float
+  spec: ViTSpec, layers: tuple, params: dict, case: dict, dtype: str, tolerance: float
 ) -> None:
-  method = dynamicvit.DynamicViT(
-    tuple(info["pruning_loc"]), tuple(info["token_ratio"]), mask_eps=1e-6
-  )
-  model = ViT(spec, method.layers(spec))
+  places = dynamicvit.places(layers)
+  model = ViT(spec, dynamicvit.training_layers(layers, mask_eps=1e-6))
   labels = jnp.asarray(case["y"], jnp.int32)
   images = jnp.asarray(_images(case["x"], dtype))
-  noise = iter([jnp.asarray(case[f"gumbel/{i}"], dtype) for i in range(len(info["pruning_loc"]))])
+  noise = iter([jnp.asarray(case[f"gumbel/{i}"], dtype) for i in range(len(places))])
 
   def loss_fn(params):
     rngs = {"gumbel": jax.random.key(0)}
     out = model.apply({"params": params}, images, method="forward", rngs=rngs)
-    ratio = method.ratio_loss(spec, out)
+    ratio = dynamicvit.ratio_loss(spec, layers, out)
     task = cross_entropy(out.logits, labels)
-    return task + 2.0 * ratio / 3, (out, task, ratio)
+    return task + dynamicvit.RATIO_WEIGHT / len(places) * ratio, (out, task, ratio)
 
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(jax.random, "gumbel", lambda *_: next(noise))
@@ -301,7 +299,7 @@ def _check_dynamicvit_training(
   _close(task, case["ce_f64"], tolerance, "train")
   _close(ratio, case["ratio_loss_f64"], tolerance, "train")
   _close(out.tokens.x[:, 1:], case["features"], HIDDEN, "train")
-  for i, place in enumerate(info["pruning_loc"]):
+  for i, place in enumerate(places):
     keep = np.asarray(out.layers[place].keep)[:, 1:]
     np.testing.assert_array_equal(keep, case[f"decision/{i}"])
     found = to_timm(grads[f"blocks_{place}"]["select"])

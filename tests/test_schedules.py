@@ -9,7 +9,15 @@ from vitcomp_jax.errors import UserError
 from vitcomp_jax.methods.diffrate import DiffRate
 from vitcomp_jax.models.reducers import AttentiveSelect, BipartiteMerge, PruneMerge
 from vitcomp_jax.plans import make_plan, parse_plan
-from vitcomp_jax.schedules import SCHEDULES, evit, tome, tome_counts, within
+from vitcomp_jax.schedules import (
+  SCHEDULES,
+  evit,
+  evit_warmup,
+  random_counts,
+  tome,
+  tome_counts,
+  within,
+)
 
 
 def reducers(layers):
@@ -110,3 +118,24 @@ def test_permuting_a_batch_permutes_the_logits(name):
   straight = forward(spec, layers, {"params": params}, images)
   permuted = forward(spec, layers, {"params": params}, images[order])
   np.testing.assert_allclose(permuted.logits, straight.logits[order], rtol=0, atol=1e-6)
+
+
+def test_evits_warmup_has_eight_sets_of_rates():
+  spec = small_spec(image_size=(64, 64), depth=6)
+  layers = evit(spec, [1, 0.5, 0.8, 1, 0.5, 0.9])
+  phases = evit_warmup(spec, layers, 100)
+  assert len(phases) == 8 and phases[0] == (0, spec.dense_layers) and phases[-1] == (100, layers)
+  costs = [macs.static_macs(spec, phase) for _, phase in phases]
+  assert costs == sorted(costs, reverse=True) and len(set(costs)) == 8
+
+
+def test_random_schedules_are_near_the_budget_and_differ():
+  spec = small_spec(image_size=(64, 64), depth=6)
+  target = 0.6 * macs.static_macs(spec, spec.dense_layers) / 1e9
+  found = list(random_counts(spec, target, 50, seed=1))
+  assert len(set(found)) == 50
+  for layers in found:
+    assert macs.static_macs(spec, layers) / 1e9 == pytest.approx(target, rel=0.01)
+    kept = [n for r in reducers(layers)[1:] for n in (r.prune_keep, r.merge_keep)]
+    assert kept == sorted(kept, reverse=True)
+  assert list(random_counts(spec, target, 20, seed=1)) == found[:20]

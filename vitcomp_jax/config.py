@@ -56,7 +56,7 @@ Baseline = Literal[
   "evit",
   "evit_nofuse",
 ]
-Stage = Literal["pretrain", "slim", "search", "finetune", "evaluate"]
+Stage = Literal["pretrain", "slim", "search", "finetune", "evaluate", "compare"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,6 +103,7 @@ class TrainConfig:
   label_smoothing: Share = 0.1  # share of the target spread over all classes
   drop_path: Rate = 0.0  # stochastic depth at the last layer, growing linearly from 0
   clip_norm: Positive | None = 1.0  # global norm of the gradient; none: not clipped
+  keep_rate_epochs: PositiveOrZero = 0.0  # in which EViT's keep rates fall from 1 to the plan's
   ema: Rate | None = None  # decay of the averaged weights that are kept; none: the last ones
   log_every: Count = 50  # steps
   checkpoint_every: Count = 500  # steps
@@ -134,6 +135,7 @@ class DistillConfig:
   kind: Literal["none", "soft", "hard"] = "none"  # from the dense model's prediction, or its class
   weight: Share = 0.5  # of the distillation loss; the rest is the labels'
   temperature: Positive = 1.0  # of `soft`
+  tokens: PositiveOrZero = 0.0  # of DynamicViT's kept tokens' distance from the dense model's
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,6 +182,18 @@ class EvaluateConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class CompareConfig:
+  methods: tuple[str, ...] = ()  # `diffrate` (searched) and schedules without a search
+  plans: tuple[str, ...] = ()  # names or paths of plans that have rows of their own
+  budgets: tuple[Share, ...] = (0.8, 0.65, 0.5)  # of the dense model's MACs
+  seeds: Count = 1  # of each search
+  finetuned: tuple[str, ...] = ()  # methods that are trained, `vit_slim` and `dynamicvit` too
+  finetune_budget: Share = 0.65  # of the dense model's MACs
+  random_schedules: CountOrZero = 0  # for each budget
+  random_examples: Count = 2000  # on which these are measured: the first ones
+
+
+@dataclasses.dataclass(frozen=True)
 class Config:
   stages: tuple[Stage, ...] = ("evaluate",)  # run in this order
   seed: Annotated[int, Range(0, below=2**32)] = 0  # of everything random
@@ -192,6 +206,7 @@ class Config:
   finetune: TrainConfig = TrainConfig()
   distill: DistillConfig = DistillConfig()
   evaluate: EvaluateConfig = EvaluateConfig()
+  compare: CompareConfig = CompareConfig()
 
 
 def default_config() -> ml_collections.ConfigDict:

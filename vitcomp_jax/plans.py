@@ -16,6 +16,7 @@ from vitcomp_jax.convert.slicing import LayerIndex
 from vitcomp_jax.errors import UserError
 from vitcomp_jax.models import reducers
 from vitcomp_jax.models.gates import HardMask
+from vitcomp_jax.models.predictor import PredictorSelect
 from vitcomp_jax.models.spec import LayerSpec, ViTSpec
 from vitcomp_jax.models.tokens import IMPORTANCES, TokenReducer
 from vitcomp_jax.models.variants import VARIANTS, get_spec
@@ -27,7 +28,9 @@ REDUCERS: dict[str, type] = {
   "prune_merge": reducers.PruneMerge,
   "bipartite_merge": reducers.BipartiteMerge,
   "attentive_select": reducers.AttentiveSelect,
+  "predictor_select": PredictorSelect,
 }
+_SELECTS = (reducers.KeepAll, reducers.KeepPositions, PredictorSelect)
 _WIDTHS = ("num_heads", "head_dim", "mlp_dim")
 _INDICES = ("attn_index", "mlp_index")
 _KEYS = (*_WIDTHS, *_INDICES, "select", "reduce", "size_bias", "prune_keep", "merge_keep")
@@ -283,11 +286,11 @@ def _parse_layer(values: Any, base: LayerSpec, where: str) -> PlanLayer:
     raise UserError(f"{where}: expected `reduce` or kept counts, got both.")
   nothing = {"type": "keep_all"}
   select = _parse_reducer(values.get("select", nothing), f"{where}: select")
-  if not isinstance(select, reducers.KeepAll | reducers.KeepPositions):
-    # Before attention there is nothing yet to tell the important tokens by.
+  if not isinstance(select, _SELECTS):
+    # Before attention there is no attention yet to tell the important tokens by.
+    known = ", ".join(name for name, kind in REDUCERS.items() if kind in _SELECTS)
     raise UserError(
-      f"{where}: select: expected type keep_all or keep_positions, got "
-      f"{values['select']['type']!r}."
+      f"{where}: select: expected a type among {known}, got {values['select']['type']!r}."
     )
   reduce = {"type": "prune_merge", **counts} if counts else values.get("reduce", nothing)
   reduce = _parse_reducer(reduce, where if counts else f"{where}: reduce")
@@ -339,7 +342,7 @@ def _parse_reducer(values: Any, where: str) -> TokenReducer:
     raise UserError(
       f"{where}: expected a type among {', '.join(REDUCERS)}, got {_shown(values, 'type')}."
     )
-  fields = {f.name: f for f in dataclasses.fields(REDUCERS[kind])}
+  fields = {f.name: f for f in _fields(REDUCERS[kind])}
   options = {k: v for k, v in values.items() if k != "type"}
   for key, value in options.items():
     if key not in fields:
@@ -349,6 +352,8 @@ def _parse_reducer(values: Any, where: str) -> TokenReducer:
       _count(options, key, where)
     elif key == "positions":
       options[key] = _positions(value, where)
+    elif fields[key].type is float and not (isinstance(value, int | float) and 0 < value <= 1):
+      raise UserError(f"{where}: expected {key} in (0, 1], got {reprlib.repr(value)}.")
     elif key == "importance" and value not in IMPORTANCES:
       known = ", ".join(IMPORTANCES)
       raise UserError(f"{where}: expected importance among {known}, got {reprlib.repr(value)}.")
@@ -359,6 +364,11 @@ def _parse_reducer(values: Any, where: str) -> TokenReducer:
     got = ", ".join(options) or "none"
     raise UserError(f"{where}: {kind} needs {', '.join(required)}, got {got}.")
   return REDUCERS[kind](**options)
+
+
+def _fields(reducer: type) -> list[dataclasses.Field[Any]]:
+  """What a reducer's JSON holds; Flax gives a module two fields more."""
+  return [f for f in dataclasses.fields(reducer) if f.name not in ("parent", "name")]
 
 
 def _positions(value: Any, where: str) -> tuple[int, ...]:
@@ -386,7 +396,7 @@ def _shown(values: Mapping[str, Any], key: str) -> str:
 
 def _reducer_json(reducer: TokenReducer) -> dict[str, Any]:
   kind = next(name for name, cls in REDUCERS.items() if type(reducer) is cls)
-  fields = dataclasses.fields(REDUCERS[kind])
+  fields = _fields(REDUCERS[kind])
   values = {f.name: getattr(reducer, f.name) for f in fields}
   shown = {f.name: values[f.name] for f in fields if values[f.name] != f.default}
   return {"type": kind, **shown}
@@ -403,9 +413,10 @@ def _check_counts(
       _check_positions(layer.select.positions, num_prefix, num_tokens, at)
     n = layer.select.count(n)
     counts = {
-      name: getattr(layer.reduce, name)
+      name: getattr(reducer, name)
+      for reducer in (layer.select, layer.reduce)
       for name in ("prune_keep", "merge_keep", "keep")
-      if hasattr(layer.reduce, name)
+      if hasattr(reducer, name)
     }
     for name, count in counts.items():
       if not least <= count <= num_tokens:

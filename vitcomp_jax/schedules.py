@@ -2,18 +2,21 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
 from vitcomp_jax import macs
 from vitcomp_jax.errors import UserError
+from vitcomp_jax.models.predictor import PredictorSelect
 from vitcomp_jax.models.reducers import AttentiveSelect, BipartiteMerge, PruneMerge
 from vitcomp_jax.models.spec import LayerSpec, ViTSpec
 from vitcomp_jax.models.tokens import TokenReducer
 
 Layers = tuple[LayerSpec, ...]
 _BISECTIONS = 40
+_WARMUP_PHASES = 7
+_DRAWS = 10_000  # random schedules at once
 
 
 def within(name: str, spec: ViTSpec, target_gmacs: float) -> Layers:
@@ -109,6 +112,56 @@ def evit(
   return tuple(layers)
 
 
+def evit_warmup(spec: ViTSpec, layers: Layers, steps: int) -> list[tuple[int, Layers]]:
+  """Layers for the steps in which EViT's keep rates fall from 1 to those of a plan, by a cosine.
+
+  The authors change the rates at every step; each set of rates is compiled, so here there are
+  eight, the plan's included.
+
+  Args:
+    spec: The model.
+    layers: The plan's.
+    steps: Of the warm-up.
+
+  Returns:
+    The first step of each phase, and its layers.
+  """
+  rates, n = [], spec.num_tokens
+  for layer in layers:
+    kept = layer.reduce.keep if isinstance(layer.reduce, AttentiveSelect) else n
+    rates.append(min(1.0, (kept - spec.num_prefix) / (n - spec.num_prefix)))
+    n = layer.reduce.count(n)
+  fuse = any(isinstance(layer.reduce, AttentiveSelect) and layer.reduce.fuse for layer in layers)
+  phases = []
+  for phase in range(_WARMUP_PHASES):
+    share = (1 - math.cos(math.pi * phase / _WARMUP_PHASES)) / 2
+    softened = evit(spec, [1 - share * (1 - rate) for rate in rates], fuse)
+    mixed = (
+      dataclasses.replace(layer, reduce=soft.reduce)
+      for layer, soft in zip(layers, softened, strict=True)
+    )
+    phases.append((steps * phase // _WARMUP_PHASES, tuple(mixed)))
+  return [*phases, (steps, layers)]
+
+
+def dynamicvit(spec: ViTSpec, places: Sequence[int], ratios: Sequence[float]) -> Layers:
+  """DynamicViT's layers, whose prediction modules have to be trained.
+
+  Args:
+    spec: The model.
+    places: Layers before which tokens are dropped.
+    ratios: Share of all patches that each of them keeps, rounded down.
+
+  References:
+    Rao et al., `DynamicViT <https://arxiv.org/abs/2106.02034>`_, 2021, Sec. 3.
+  """
+  layers = list(spec.dense_layers)
+  for place, ratio in zip(places, ratios, strict=True):
+    keep = max(int(spec.num_patches * ratio), 1) + spec.num_prefix
+    layers[place] = dataclasses.replace(layers[place], select=PredictorSelect(keep, float(ratio)))
+  return tuple(layers)
+
+
 def compressed_layers(
   spec: ViTSpec, first: bool = False, last: bool | None = None
 ) -> tuple[bool, ...]:
@@ -186,10 +239,19 @@ def _evit(fuse: bool) -> Callable[[ViTSpec, float], Layers]:
   """EViT with one keep rate after each quarter of the layers, as its authors for depth 12."""
 
   def at(spec: ViTSpec, strength: float) -> Layers:
-    places = {spec.depth * quarter // 4 for quarter in (1, 2, 3)}
+    places = _quarters(spec)
     return evit(spec, [1 - strength if i in places else 1 for i in range(spec.depth)], fuse)
 
   return at
+
+
+def _dynamicvit(spec: ViTSpec, strength: float) -> Layers:
+  """A ratio, its square and its cube after each quarter of the layers, as the authors."""
+  return dynamicvit(spec, _quarters(spec), [(1 - strength) ** power for power in (1, 2, 3)])
+
+
+def _quarters(spec: ViTSpec) -> list[int]:
+  return [spec.depth * quarter // 4 for quarter in (1, 2, 3)]
 
 
 SCHEDULES: dict[str, Callable[[ViTSpec, float], Layers]] = {
@@ -202,5 +264,51 @@ SCHEDULES: dict[str, Callable[[ViTSpec, float], Layers]] = {
   "tome_late": _tome(power=2),
   "evit": _evit(fuse=True),
   "evit_nofuse": _evit(fuse=False),
+  "dynamicvit": _dynamicvit,
 }
 """Each makes layers from a model and a strength, 0 (all tokens stay) to 1 (as few as can be)."""
+
+
+def random_counts(
+  spec: ViTSpec, target_gmacs: float, count: int, seed: int, tolerance: float = 0.01
+) -> Iterator[Layers]:
+  """Random schedules near a budget: sorted uniform counts, those that meet it.
+
+  Args:
+    spec: The model.
+    target_gmacs: The budget.
+    count: Schedules to give.
+    seed: Of the counts; the first schedules of a longer series are those of a shorter one.
+    tolerance: Distance from the budget, as a share of it.
+
+  References:
+    Chen et al., `DiffRate <https://arxiv.org/abs/2305.17997>`_, 2023, Fig. 5.
+  """
+  rng = np.random.default_rng(seed)
+  compressed = compressed_layers(spec)
+  everything = spec.num_tokens, spec.num_tokens
+  given = 0
+  while given < count:
+    kept = rng.integers(spec.num_prefix + 1, spec.num_tokens + 1, (_DRAWS, 2 * sum(compressed)))
+    kept = np.sort(kept, axis=1)[:, ::-1].reshape(_DRAWS, -1, 2)
+    for index in np.flatnonzero(_is_near(spec, kept[..., 1], target_gmacs, tolerance)):
+      if given == count:
+        return
+      pairs = iter(kept[index].tolist())
+      yield tuple(
+        dataclasses.replace(layer, reduce=PruneMerge(*(next(pairs) if yes else everything)))
+        for layer, yes in zip(spec.dense_layers, compressed, strict=True)
+      )
+      given += 1
+
+
+def _is_near(spec: ViTSpec, after: np.ndarray, target_gmacs: float, tolerance: float) -> np.ndarray:
+  """Which of many schedules meet a budget, by the tokens that each compressed layer leaves."""
+  left = iter(after.T.astype(float))
+  n: np.ndarray = np.full(len(after), float(spec.num_tokens))
+  counts = []
+  for yes in compressed_layers(spec):
+    before, n = n, next(left) if yes else n
+    counts.append((before, n))
+  spent = macs.macs(spec, spec.dense_layers, counts) / 1e9
+  return np.asarray(np.abs(spent - target_gmacs) <= tolerance * target_gmacs)

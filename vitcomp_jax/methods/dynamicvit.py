@@ -1,80 +1,70 @@
 """DynamicViT: small networks between the layers learn which tokens to keep.
 
-Rao et al., `DynamicViT <https://arxiv.org/abs/2106.02034>`_, NeurIPS 2021.
+Rao et al., `DynamicViT <https://arxiv.org/abs/2106.02034>`_, NeurIPS 2021. What it learns are
+weights, so it has no search: a plan with prediction modules is trained by the stage `finetune`.
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
-from typing import Any
 
 import jax.numpy as jnp
-from jaxtyping import Array
+from jaxtyping import Array, Float
 
 from vitcomp_jax.models.predictor import PredictorMask, PredictorSelect
 from vitcomp_jax.models.spec import LayerSpec, ViTSpec
-from vitcomp_jax.models.tokens import Output
+from vitcomp_jax.models.tokens import Output, Tokens
+
+RATIO_WEIGHT = 2.0  # the authors', of the mean over the places
 
 
-@dataclasses.dataclass(frozen=True)
-class DynamicViT:
-  """The method.
+def training_layers(layers: tuple[LayerSpec, ...], mask_eps: float = 0.0) -> tuple[LayerSpec, ...]:
+  """Layers that mask tokens at random, as their prediction modules say.
 
-  Attributes:
-    places: Layers before which tokens are dropped.
-    ratios: Share of all patches that each of them keeps.
-    ratio_weight: Of the mean over the places of the ratio loss.
+  Args:
+    layers: Static ones, with prediction modules.
     mask_eps: Smoothing of the masked softmax; the authors': 1e-6.
   """
-
-  places: tuple[int, ...]
-  ratios: tuple[float, ...]
-  ratio_weight: float = 2.0
-  mask_eps: float = 0.0
-
-  def layers(self, spec: ViTSpec) -> tuple[LayerSpec, ...]:
-    """Layers that mask tokens at random, as often as their prediction modules say."""
-    return tuple(
-      dataclasses.replace(
-        layer,
-        select=PredictorMask() if i in self.places else layer.select,
-        mask_eps=self.mask_eps,
-      )
-      for i, layer in enumerate(spec.dense_layers)
-    )
-
-  def initial_arch(self, spec: ViTSpec) -> dict[str, Any]:
-    """Nothing: the prediction modules are weights."""
-    return {}
-
-  def penalty(
-    self, spec: ViTSpec, arch: Mapping[str, Any], out: Output, step: Array
-  ) -> tuple[Array, dict[str, Array]]:
-    """The ratio loss (Eq. 12), weighted, and the shares that are kept."""
-    loss = self.ratio_loss(spec, out)
-    weight = self.ratio_weight / len(self.places)
-    return weight * loss, {"ratio_loss": loss, "kept": jnp.mean(self._kept(spec, out), axis=1)}
-
-  def ratio_loss(self, spec: ViTSpec, out: Output) -> Array:
-    """Squared distance of the share kept of each image from the ratio, summed over the places."""
-    ratios = jnp.asarray(self.ratios, out.tokens.x.dtype)[:, None]
-    return jnp.sum(jnp.mean((self._kept(spec, out) - ratios) ** 2, axis=1))
-
-  def _kept(self, spec: ViTSpec, out: Output) -> Array:
-    """Share of patches that each place keeps, f[places b]."""
-    masks = [out.layers[place].keep for place in self.places]
-    return jnp.stack([jnp.mean(m[:, spec.num_prefix :], axis=1) for m in masks if m is not None])
-
-  def deploy(self, spec: ViTSpec) -> tuple[LayerSpec, ...]:
-    """Layers that keep the patches with the highest scores."""
-    return layers(spec, self.places, self.ratios)
-
-
-def layers(spec: ViTSpec, places: Sequence[int], ratios: Sequence[float]) -> tuple[LayerSpec, ...]:
-  """Static layers; each place keeps a share of all patches, rounded down."""
-  kept = {p: int(spec.num_patches * r) for p, r in zip(places, ratios, strict=True)}
   return tuple(
-    dataclasses.replace(layer, select=PredictorSelect(kept[i] + spec.num_prefix))
-    if i in kept
-    else layer
-    for i, layer in enumerate(spec.dense_layers)
+    dataclasses.replace(
+      layer,
+      select=PredictorMask() if isinstance(layer.select, PredictorSelect) else layer.select,
+      mask_eps=mask_eps,
+    )
+    for layer in layers
   )
+
+
+def places(layers: tuple[LayerSpec, ...]) -> list[int]:
+  """The layers that have a prediction module."""
+  return [i for i, layer in enumerate(layers) if isinstance(layer.select, PredictorSelect)]
+
+
+def ratio_loss(spec: ViTSpec, layers: tuple[LayerSpec, ...], out: Output) -> Float[Array, ""]:
+  """How far the share of patches that an image keeps is from the ratio (Eq. 12).
+
+  Args:
+    spec: The model.
+    layers: The static ones, which know the ratios.
+    out: Of the training layers.
+
+  Returns:
+    The squared difference, a mean over the images and a sum over the places.
+  """
+  total = jnp.zeros((), out.tokens.x.dtype)
+  for layer, tokens in zip(layers, out.layers, strict=True):
+    if isinstance(layer.select, PredictorSelect) and tokens.keep is not None:
+      share = jnp.mean(tokens.keep[:, spec.num_prefix :], axis=1)
+      total = total + jnp.mean((share - layer.select.ratio) ** 2)
+  return total
+
+
+def token_distance(tokens: Tokens, teacher: Tokens) -> Float[Array, ""]:
+  """Mean squared distance of the kept patch tokens from a teacher's (Eq. 10).
+
+  Args:
+    tokens: After the last layer, masked ones still in place.
+    teacher: The dense model's.
+  """
+  prefix = tokens.num_prefix
+  square = jnp.mean((tokens.x - teacher.x)[:, prefix:] ** 2, axis=2)
+  keep = jnp.ones_like(square) if tokens.keep is None else tokens.keep[:, prefix:]
+  return jnp.sum(square * keep) / jnp.maximum(jnp.sum(keep), 1)

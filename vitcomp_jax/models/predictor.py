@@ -41,12 +41,14 @@ class PredictorSelect(_Predictor):
 
   Attributes:
     keep: Tokens that are kept, prefix included.
+    ratio: Share of all patches that is to be kept while training; `keep` is rounded down from it.
 
   References:
     Rao et al., `DynamicViT <https://arxiv.org/abs/2106.02034>`_, 2021, Sec. 3.2.
   """
 
   keep: int
+  ratio: float = 1.0
 
   @nn.compact
   def __call__(self, tokens: Tokens, stats: AttentionStats | None) -> tuple[Tokens, Aux]:

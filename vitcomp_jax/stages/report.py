@@ -70,6 +70,55 @@ def write_report(
   write_text(workdir / "report.md", "\n\n".join(part for part in parts if part) + "\n")
 
 
+def write_comparison(workdir: pathlib.Path, result: Mapping[str, Any]) -> None:
+  """Writes the `report.md` of a comparison, from the content of its result.json."""
+  rows = result["rows"]
+  dense = rows[0]["gmacs"]
+  heads = [
+    "model",
+    "top-1 (%)",
+    "cross-entropy",
+    "top-1 over diffrate",
+    "cross-entropy over diffrate",
+  ]
+  heads += ["GMACs", "of dense", "params (M)"]
+  lines = []
+  for row in rows:
+    figures = [_with_error(row, "top1", ".2f"), _with_error(row, "loss", ".4f")]
+    figures += [
+      _with_error(row, "top1_over_diffrate", "+.2f"),
+      _with_error(row, "loss_over_diffrate", "+.4f"),
+    ]
+    share = f"{100 * row['gmacs'] / dense:.1f} %"
+    lines.append([row["name"], *figures, number(row["gmacs"]), share, f"{row['params_m']:.4g}"])
+  parts = [_title(result), _table(heads, lines)]
+  parts.append(
+    "± is the standard error over the examples; differences from DiffRate are paired, example by "
+    "example. DiffRate's figures are means over its seeds."
+  )
+  for budget, found in result["random"].items():
+    line = (
+      f"Random schedules at {budget} of the MACs: {found['schedules']:,} on {found['examples']:,} "
+      f"examples, top-1 of 1, 50 and 99 % of them up to "
+      f"{', '.join(f'{value:.2f}' for value in found['top1'].values())} %"
+    )
+    if "beaten_by_top1" in found:
+      line += (
+        f"; DiffRate, with {found['diffrate']['top1']:.2f} %, is above "
+        f"{100 * found['beaten_by_top1']:.1f} % of them, and by cross-entropy better than "
+        f"{100 * found['beaten_by_loss']:.1f} %"
+      )
+    parts.append(f"{line}.")
+  parts += ["## Figures", *_figures(workdir), "## Versions", _versions(result["versions"])]
+  write_text(workdir / "report.md", "\n\n".join(parts) + "\n")
+
+
+def _with_error(row: Mapping[str, Any], key: str, spec: str) -> str:
+  if key not in row:
+    return _MISSING
+  return f"{row[key]:{spec}} ± {row[f'{key}_se']:{spec.removeprefix('+')}}"
+
+
 def _title(result: Mapping[str, Any]) -> str:
   return (
     f"# Results on {result['dataset']}\n\n"
