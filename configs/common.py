@@ -92,3 +92,44 @@ def vitslim_imagenet(arg: str | None, variant: str, weights: str) -> ml_collecti
     training.checkpoint_every = 1000
   config.evaluate.before_finetune = True
   return config
+
+
+def vitslim_mini(
+  data: str,
+  epochs: float,
+  finetune_epochs: float,
+  warmup_epochs: float,
+  mask_learning_rate: float,
+  checkpoint_every: int,
+) -> ml_collections.ConfigDict:
+  """ViT-Slim on the small ViT whose weights ship with the package: search, re-training, evaluation.
+
+  Args:
+    data: The data set, `bundled` or `fashion_mnist`.
+    epochs: Of the search.
+    finetune_epochs: Of the re-training.
+    warmup_epochs: Of both.
+    mask_learning_rate: A few epochs are short for masks: they start at 1 and have to move.
+    checkpoint_every: Steps between checkpoints of both.
+  """
+  config = default_config()
+  config.stages = ("slim", "finetune", "evaluate")
+  config.model.variant = "vit_mini_patch3_30"
+  config.model.weights = "bundled"
+  config.data.name = data
+  config.data.pad = 1  # 28 pixels to 30, which patches of 3 divide
+  for training, length, rate in (
+    (config.slim, epochs, 3e-4),
+    (config.finetune, finetune_epochs, 5e-4),
+  ):
+    training.epochs = length
+    training.batch_size = 64
+    training.warmup_epochs = warmup_epochs
+    training.learning_rate = rate
+    training.label_smoothing = 0.0
+    training.checkpoint_every = checkpoint_every
+  config.slim.mask_learning_rate = mask_learning_rate
+  config.slim.min_units = 1
+  config.distill.kind = "soft"
+  config.evaluate.before_finetune = True
+  return config

@@ -15,7 +15,7 @@ There is no published figure to compare with; what was measured is in `docs/resu
 
 import ml_collections
 
-from vitcomp_jax.config import default_config
+from vitcomp_jax.configs import common
 from vitcomp_jax.errors import UserError
 
 _SEARCHED = {"attn": (1, 0, 0), "mlp": (0, 1, 0), "both": (1, 1, 0), "all": (1, 1, 1)}
@@ -27,37 +27,21 @@ def get_config(arg: str = "both") -> ml_collections.ConfigDict:
     raise UserError(f"config: expected one of {', '.join(_SEARCHED)} behind the colon, got {arg}.")
   searched = _SEARCHED[kind]
 
-  config = default_config()
-  config.stages = ("slim", "finetune", "evaluate")
-  config.model.variant = "vit_mini_patch3_30"
-  config.model.weights = "bundled"
-  config.data.name = "fashion_mnist"
-  config.data.pad = 1  # 28 pixels to 30, which patches of 3 divide
+  config = common.vitslim_mini(
+    "fashion_mnist",
+    epochs=1.0,
+    finetune_epochs=3.0,
+    warmup_epochs=0.1,
+    mask_learning_rate=0.01,
+    checkpoint_every=100,
+  )
   if share:
     config.slim.budgets = tuple(float(share) if on else 1.0 for on in searched)
   else:
     config.budget.fraction = 0.5
 
   slim = config.slim
-  slim.epochs = 1.0
-  slim.batch_size = 64
-  slim.warmup_epochs = 0.1
-  slim.learning_rate = 3e-4
-  slim.mask_learning_rate = 0.01  # one epoch is short for masks: they start at 1 and have to move
-  slim.label_smoothing = 0.0
   slim.w_attn, slim.w_mlp, slim.w_patch = (
-    w * on for w, on in zip((2e-4, 5e-5, 1e-4), searched, strict=True)
+    w * on for w, on in zip((slim.w_attn, slim.w_mlp, slim.w_patch), searched, strict=True)
   )
-  slim.min_units = 1
-  slim.checkpoint_every = 100
-
-  finetune = config.finetune
-  finetune.epochs = 3.0
-  finetune.batch_size = 64
-  finetune.warmup_epochs = 0.1
-  finetune.learning_rate = 5e-4
-  finetune.label_smoothing = 0.0
-  finetune.checkpoint_every = 100
-  config.distill.kind = "soft"
-  config.evaluate.before_finetune = True
   return config
