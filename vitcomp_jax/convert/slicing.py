@@ -86,6 +86,18 @@ def _slice_block(block: Mapping[str, Any], index: LayerIndex) -> dict[str, Any]:
   }
 
 
+def scale_qkv(block: Mapping[str, Any], factors: np.ndarray) -> dict[str, Any]:
+  """A layer's parameters with its queries, keys and values multiplied.
+
+  Args:
+    block: Of one layer.
+    factors: f[3 h k], in the order of the fused projection: all queries, keys, values.
+  """
+  attn = block["attn"]
+  qkv = {k: np.asarray(v) * factors.astype(v.dtype) for k, v in attn["qkv"].items()}
+  return {**block, "attn": {**attn, "qkv": qkv}}
+
+
 def _gather_qkv(values: Any, index: np.ndarray) -> np.ndarray:
   """Queries, keys and values lie behind each other on the last axis."""
   q, k, v = np.split(np.asarray(values), 3, axis=-1)

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from vitcomp_jax.convert.slicing import LayerIndex
+from vitcomp_jax.convert.slicing import LayerIndex, scale_qkv
 
 
 def arguments(indices: Sequence[LayerIndex], width: int) -> dict[str, Any] | None:
@@ -42,14 +42,9 @@ def rescale(params: Mapping[str, Any], head_dim: int, slimmed_head_dim: int) -> 
   """
   factor = math.sqrt(slimmed_head_dim / head_dim)
 
-  def rescaled(values: Any) -> np.ndarray:
-    q, k, v = np.split(np.asarray(values), 3, axis=-1)
-    return np.concatenate([q * np.asarray(factor, q.dtype), k, v], axis=-1)
+  def rescaled(block: Mapping[str, Any]) -> dict[str, Any]:
+    q, k, v = np.split(np.ones(block["attn"]["qkv"]["kernel"].shape[-1]), 3)
+    return scale_qkv(block, np.concatenate([factor * q, k, v]))
 
-  blocks = {}
-  for name, block in params.items():
-    if name.startswith("blocks_"):
-      attn = block["attn"]
-      qkv = {key: rescaled(values) for key, values in attn["qkv"].items()}
-      blocks[name] = {**block, "attn": {**attn, "qkv": qkv}}
+  blocks = {name: rescaled(block) for name, block in params.items() if name.startswith("blocks_")}
   return {**params, **blocks}

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from vitcomp_jax.convert.slicing import LayerIndex, layer_index
+from vitcomp_jax.convert.slicing import LayerIndex, layer_index, scale_qkv
 from vitcomp_jax.errors import UserError
 from vitcomp_jax.models.gates import HardMask, SoftMask
 from vitcomp_jax.models.reducers import KeepPositions, keep_all
@@ -25,10 +25,8 @@ from vitcomp_jax.plans import PlanLayer
 KINDS = ("attn", "mlp", "patch")
 _GATES = {"attn": "head_gate", "mlp": "hidden_gate", "patch": "token_gate"}
 _INITIAL_PATCH = 3.0  # tanh(3) = 0.995
-HISTOGRAM_LIMITS = (
-  -1.0,
-  1.5,
-)  # between these lie the factors that figures show; others count at the ends
+# Between these lie the factors that figures show; others count at the ends.
+HISTOGRAM_LIMITS = (-1.0, 1.5)
 _BINS = 50
 
 
@@ -232,15 +230,10 @@ def fold(spec: ViTSpec, params: Mapping[str, Any], arch: Mapping[str, Any]) -> d
   for name, gates in arch.items():
     attn = np.broadcast_to(np.asarray(gates["head_gate"]["zeta"])[0, 0, :, 0], heads).ravel()
     hidden = np.asarray(gates["hidden_gate"]["zeta"]).ravel()
-    block = params[name]
-    qkv = {k: np.asarray(v) * np.tile(attn, 3) for k, v in block["attn"]["qkv"].items()}
+    block = scale_qkv(params[name], np.tile(attn, 3))
     fc2 = block["mlp"]["fc2"]
     fc2 = {**fc2, "kernel": np.asarray(fc2["kernel"]) * hidden[:, None]}
-    folded[name] = {
-      **block,
-      "attn": {**block["attn"], "qkv": qkv},
-      "mlp": {**block["mlp"], "fc2": fc2},
-    }
+    folded[name] = {**block, "mlp": {**block["mlp"], "fc2": fc2}}
   return folded
 
 
