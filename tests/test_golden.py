@@ -19,9 +19,10 @@ import optax
 import pytest
 
 from tests.conftest import golden_dir
-from vitcomp_jax import macs
+from vitcomp_jax import macs, schedules
 from vitcomp_jax.convert.positions import resample_positions
-from vitcomp_jax.convert.timm import port
+from vitcomp_jax.convert.timm import port, to_timm
+from vitcomp_jax.methods import dynamicvit
 from vitcomp_jax.methods.diffrate import (
   DiffRate,
   _rank_mask,
@@ -153,11 +154,13 @@ def _images(x: np.ndarray, dtype: str) -> np.ndarray:
 
 def _params(fixture: Fixture, model: ViT, dtype: str, antialias: bool = True) -> dict[str, Any]:
   spec = model.spec
-  dense = ViT(spec, spec.dense_layers)
   with jax.enable_x64(False):
-    expected = jax.eval_shape(dense.init, jax.random.key(0), jnp.zeros((1, *spec.image_size, 3)))
+    expected = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, *spec.image_size, 3)))
+  weights = fixture.weights(dtype)
+  if spec.pool == "size_mean" and "fc_norm.weight" not in weights:
+    weights |= {f"fc_norm.{part}": weights.pop(f"norm.{part}") for part in ("weight", "bias")}
   return port(
-    fixture.weights(dtype),
+    weights,
     expected["params"],
     grid=spec.grid,
     prefix_positions=spec.pos_prefix,
@@ -219,6 +222,96 @@ def _check_eval(
   if "source" in case:
     matrix = _source_matrix(np.asarray(last.source), last.x.shape[1])
     np.testing.assert_array_equal(matrix, case["source"], err_msg=name)
+
+
+def replay_tome(fixture: Fixture) -> None:
+  for name, info in fixture.info["cases"].items():
+    spec = _spec(fixture.info["model"], "size_mean" if info["patch"] == "mae" else "cls")
+    case = fixture.case(name)
+    asked = info["r"]["tuple"] if isinstance(info["r"], dict) else info["r"]
+    r = tuple(asked) if isinstance(info["r"], dict) else asked
+    assert list(schedules.tome_counts(r, spec.depth)) == case["r_list"].tolist(), name
+    layers = schedules.tome(spec, r, info["prop_attn"])
+    assert [n for _, n in macs.static_counts(spec, layers)] == info["tokens_after_block"], name
+    for dtype, tolerance in _precisions():
+      model = ViT(spec, layers)
+      params = _params(fixture, model, dtype)
+      out = _forward(model, params, _images(case["x"], dtype))
+      _close(out.logits, case["logits_f64"], tolerance, name)
+      last = out.layers[-1]
+      _close(_sizes(last.size, last.x.shape[:2]), case["size"][..., 0], F32, name)
+      _close(last.x, case["hidden/5"], HIDDEN, name)
+      matrix = _source_matrix(np.asarray(last.source), last.x.shape[1])
+      np.testing.assert_array_equal(matrix, case["source"], err_msg=name)
+
+
+def replay_evit(fixture: Fixture) -> None:
+  spec = _spec(fixture.info["model"], "cls")
+  for name, info in fixture.info["cases"].items():
+    case = fixture.case(name)
+    rates = info["keep_rate"] * (spec.depth if len(info["keep_rate"]) == 1 else 1)
+    override = info["forward_keep_rate"] or rates
+    # A rate that the forward pass is given counts only where the constructor's is below 1.
+    rates = [given if rate < 1 else 1 for rate, given in zip(rates, override, strict=True)]
+    layers = schedules.evit(spec, rates, info["fuse_token"], info["forward_tokens"])
+    assert [n for _, n in macs.static_counts(spec, layers)] == info["tokens_after_block"], name
+    for dtype, tolerance in _precisions():
+      model = ViT(spec, layers)
+      out = _forward(model, _params(fixture, model, dtype), _images(case["x"], dtype))
+      _close(out.logits, case["logits_f64"], tolerance, name)
+      _close(out.layers[-1].x, case["hidden/5"], HIDDEN, name)
+
+
+def replay_dynamicvit(fixture: Fixture) -> None:
+  spec, info = _spec(fixture.info["model"], "cls"), fixture.info
+  layers = schedules.dynamicvit(spec, info["pruning_loc"], info["token_ratio"])
+  assert [n for _, n in macs.static_counts(spec, layers)] == info["infer"]["tokens_after_block"]
+  for dtype, tolerance in _precisions():
+    model = ViT(spec, layers)
+    params = _params(fixture, model, dtype)
+    case = fixture.case("infer")
+    out = _forward(model, params, _images(case["x"], dtype))
+    _close(out.logits, case["logits_f64"], tolerance, "infer")
+    _close(out.layers[-1].x, case["hidden/5"], HIDDEN, "infer")
+    _check_dynamicvit_training(spec, layers, params, fixture.case("train"), dtype, tolerance)
+
+
+def _check_dynamicvit_training(
+  spec: ViTSpec, layers: tuple, params: dict, case: dict, dtype: str, tolerance: float
+) -> None:
+  places = dynamicvit.places(layers)
+  model = ViT(spec, dynamicvit.training_layers(layers, mask_eps=1e-6))
+  labels = jnp.asarray(case["y"], jnp.int32)
+  images = jnp.asarray(_images(case["x"], dtype))
+  noise = iter([jnp.asarray(case[f"gumbel/{i}"], dtype) for i in range(len(places))])
+
+  def loss_fn(params):
+    rngs = {"gumbel": jax.random.key(0)}
+    out = model.apply({"params": params}, images, method="forward", rngs=rngs)
+    ratio = dynamicvit.ratio_loss(spec, layers, out)
+    task = cross_entropy(out.logits, labels)
+    return task + dynamicvit.RATIO_WEIGHT / len(places) * ratio, (out, task, ratio)
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(jax.random, "gumbel", lambda *_: next(noise))
+    grads, (out, task, ratio) = jax.jit(jax.grad(loss_fn, has_aux=True))(params)
+  _close(out.logits, case["logits_f64"], tolerance, "train")
+  _close(task, case["ce_f64"], tolerance, "train")
+  _close(ratio, case["ratio_loss_f64"], tolerance, "train")
+  _close(out.tokens.x[:, 1:], case["features"], HIDDEN, "train")
+  for i, place in enumerate(places):
+    keep = np.asarray(out.layers[place].keep)[:, 1:]
+    np.testing.assert_array_equal(keep, case[f"decision/{i}"])
+    found = to_timm(grads[f"blocks_{place}"]["select"])
+    prefix = f"grad_f64/score_predictor.{i}."
+    stored = {k.removeprefix(prefix): v for k, v in case.items() if k.startswith(prefix)}
+    assert set(stored) == set(found)
+    for name, expected in stored.items():
+      _close(found[name], expected, 1e-7 if tolerance == F64 else 1e-4 * 0.1, name)
+
+
+def _forward(model: ViT, params: dict[str, Any], images: np.ndarray) -> Any:
+  return jax.jit(lambda p, x: model.apply({"params": p}, x, method="forward"))(params, images)
 
 
 def replay_diffrate_search(fixture: Fixture, pool: str = "cls") -> None:
@@ -323,7 +416,7 @@ def _check_gradients(found: dict[str, np.ndarray], case: dict, relative: float) 
 def _check_modules(spec: ViTSpec, method: DiffRate, arch: dict, case: dict) -> None:
   """What each layer chooses among, and what the authors' modules make of it."""
   layers = method.layers(spec)
-  options = [candidates(spec.num_patches, layer.reduce.granularity) for layer in layers]
+  options = [candidates(spec.num_patches, layer.reduce.granularity[0]) for layer in layers]
   for key in (k for k in case if k.startswith("candidates/")):
     np.testing.assert_array_equal(options[int(key.split("/")[2])], case[key], err_msg=key)
   for key in (k for k in case if k.startswith("module_block")):
@@ -548,6 +641,9 @@ REPLAYS: dict[str, Callable[[Fixture], None]] = {
   "diffrate_search": replay_diffrate_search,
   "diffrate_mae_eval": lambda fixture: replay_diffrate_eval(fixture, "size_mean"),
   "diffrate_mae_search": lambda fixture: replay_diffrate_search(fixture, "size_mean"),
+  "tome": replay_tome,
+  "evit": replay_evit,
+  "dynamicvit": replay_dynamicvit,
   "timm_augreg": replay_timm,
   "timm_deit": replay_timm,
   "timm_deit_distilled": replay_timm,

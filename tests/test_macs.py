@@ -81,7 +81,9 @@ def traced(spec, layers):
   jaxpr = jax.make_jaxpr(model.apply)(variables, images)
   counts = macs.static_counts(spec, layers)
   cls_rows = sum(
-    n * layer.num_heads * layer.head_dim for layer, (n, _) in zip(layers, counts, strict=True)
+    n * layer.num_heads * layer.head_dim
+    for layer, (n, after) in zip(layers, counts, strict=True)
+    if after < n
   )
   return products(jaxpr.jaxpr) - cls_rows
 

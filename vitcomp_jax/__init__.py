@@ -1,7 +1,8 @@
 """vitcomp_jax: makes a Vision Transformer smaller and faster at a budget you choose.
 
 `import vitcomp_jax as vc`, then `vc.load`, `vc.apply`, `vc.load_plan`, `vc.count_cost`; the stages
-of a run are `vc.pretrain`, `vc.slim`, `vc.search`, `vc.finetune` and `vc.evaluate`.
+of a run are `vc.pretrain`, `vc.slim`, `vc.search`, `vc.finetune`, `vc.evaluate` and
+`vc.compare`.
 """
 
 import functools
@@ -17,6 +18,7 @@ pretrain = functools.partial(run_stage, "pretrain")
 slim = functools.partial(run_stage, "slim")
 search = functools.partial(run_stage, "search")
 finetune = functools.partial(run_stage, "finetune")
+compare = functools.partial(run_stage, "compare")
 evaluate = functools.partial(run_stage, "evaluate")
 
 __all__ = [
@@ -24,6 +26,7 @@ __all__ = [
   "Plan",
   "UserError",
   "apply",
+  "compare",
   "count_cost",
   "default_config",
   "evaluate",

@@ -82,7 +82,7 @@ def load_params(
     return dict(jax.jit(model.init)(jax.random.key(seed), images)["params"])
   initial = None
   if fresh_head and spec.num_classes:
-    initial = {k: v for k, v in load_params(spec, layers, None, seed).items() if k in _FRESH}
+    initial = _fresh(load_params(spec, layers, None, seed))
   state = files.read(bundled_weights(spec) if weights == "bundled" else weights)
   is_cut = indices is None or _has_widths(state, layers)
   params = port(
@@ -120,7 +120,15 @@ def abstract_params(model: ViT) -> Params:
   return dict(jax.eval_shape(model.init, jax.random.key(0), images)["params"])
 
 
-_FRESH = ("head", "head_dist", "fc_norm")
+def _fresh(params: Params) -> Params:
+  """What weights need not bring: classifiers, and DynamicViT's prediction modules."""
+  kept = {k: v for k, v in params.items() if k in ("head", "head_dist", "fc_norm")}
+  blocks = {
+    k: {"select": v["select"]}
+    for k, v in params.items()
+    if isinstance(v, Mapping) and "select" in v
+  }
+  return kept | blocks
 
 
 def bundled_weights(spec: ViTSpec) -> str:

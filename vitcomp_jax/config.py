@@ -45,7 +45,18 @@ PositiveOrZero = Annotated[float, Range(0)]
 Share = Annotated[float, Range(0, most=1)]
 Rate = Annotated[float, Range(0, below=1)]
 
-Stage = Literal["pretrain", "slim", "search", "finetune", "evaluate"]
+Baseline = Literal[
+  "uniform",
+  "uniform_merge",
+  "linear",
+  "linear_merge",
+  "random",
+  "tome",
+  "tome_late",
+  "evit",
+  "evit_nofuse",
+]
+Stage = Literal["pretrain", "slim", "search", "finetune", "evaluate", "compare"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,6 +103,7 @@ class TrainConfig:
   label_smoothing: Share = 0.1  # share of the target spread over all classes
   drop_path: Rate = 0.0  # stochastic depth at the last layer, growing linearly from 0
   clip_norm: Positive | None = 1.0  # global norm of the gradient; none: not clipped
+  keep_rate_epochs: PositiveOrZero = 0.0  # in which EViT's keep rates fall from 1 to the plan's
   ema: Rate | None = None  # decay of the averaged weights that are kept; none: the last ones
   log_every: Count = 50  # steps
   checkpoint_every: Count = 500  # steps
@@ -123,6 +135,7 @@ class DistillConfig:
   kind: Literal["none", "soft", "hard"] = "none"  # from the dense model's prediction, or its class
   weight: Share = 0.5  # of the distillation loss; the rest is the labels'
   temperature: Positive = 1.0  # of `soft`
+  tokens: PositiveOrZero = 0.0  # of DynamicViT's kept tokens' distance from the dense model's
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,6 +151,9 @@ class SearchConfig:
   loss: Literal["labels", "logits", "features"] = "labels"
   label_smoothing: Share = 0.0  # share of the target spread over all classes
   granularity: Count = 1  # distance between neighbouring candidate counts
+  actions: Literal["both", "prune", "merge"] = "both"  # what a layer may do with its tokens
+  # What tells the important tokens: the attention of CLS, that of all, the values, or chance.
+  importance: Literal["cls", "mean_attention", "value_norm", "random"] = "cls"
   init: Literal["merge_first", "zeros"] = "merge_first"  # where the rates start; authors: `zeros`
   budget_weight: PositiveOrZero = 5.0  # lambda of the budget term
   # The budget term counts MACs in units of dense/4.6, or, as the authors', of 1e9.
@@ -159,10 +175,22 @@ class SearchConfig:
 class EvaluateConfig:
   batch_size: Count = 100  # images per step
   dense: bool = True  # a row for the dense model
-  baselines: tuple[Literal["uniform", "uniform_merge"], ...] = ()  # hand-made rows, same MACs
+  baselines: tuple[Baseline, ...] = ()  # rows for schedules without a search, at the same MACs
   masked: bool = False  # a row with what `slim` cut masked in the dense model, the authors' way
   before_finetune: bool = False  # a row for the plan before `finetune`
   token_maps: CountOrZero = 4  # images in the token-map figure
+
+
+@dataclasses.dataclass(frozen=True)
+class CompareConfig:
+  methods: tuple[str, ...] = ()  # `diffrate` (searched) and schedules without a search
+  plans: tuple[str, ...] = ()  # names or paths of plans that have rows of their own
+  budgets: tuple[Share, ...] = (0.8, 0.65, 0.5)  # of the dense model's MACs
+  seeds: Count = 1  # of each search
+  finetuned: tuple[str, ...] = ()  # methods that are trained, `vit_slim` and `dynamicvit` too
+  finetune_budget: Share = 0.65  # of the dense model's MACs
+  random_schedules: CountOrZero = 0  # for each budget
+  random_examples: Count = 2000  # on which these are measured: the first ones
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,6 +206,7 @@ class Config:
   finetune: TrainConfig = TrainConfig()
   distill: DistillConfig = DistillConfig()
   evaluate: EvaluateConfig = EvaluateConfig()
+  compare: CompareConfig = CompareConfig()
 
 
 def default_config() -> ml_collections.ConfigDict:

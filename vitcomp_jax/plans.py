@@ -16,8 +16,9 @@ from vitcomp_jax.convert.slicing import LayerIndex
 from vitcomp_jax.errors import UserError
 from vitcomp_jax.models import reducers
 from vitcomp_jax.models.gates import HardMask
+from vitcomp_jax.models.predictor import PredictorSelect
 from vitcomp_jax.models.spec import LayerSpec, ViTSpec
-from vitcomp_jax.models.tokens import TokenReducer
+from vitcomp_jax.models.tokens import IMPORTANCES, TokenReducer
 from vitcomp_jax.models.variants import VARIANTS, get_spec
 
 FORMAT, VERSION = "vitcomp-plan", 1
@@ -25,9 +26,14 @@ REDUCERS: dict[str, type] = {
   "keep_all": reducers.KeepAll,
   "keep_positions": reducers.KeepPositions,
   "prune_merge": reducers.PruneMerge,
+  "bipartite_merge": reducers.BipartiteMerge,
+  "attentive_select": reducers.AttentiveSelect,
+  "predictor_select": PredictorSelect,
 }
+_SELECTS = (reducers.KeepAll, reducers.KeepPositions, PredictorSelect)
 _WIDTHS = ("num_heads", "head_dim", "mlp_dim")
 _INDICES = ("attn_index", "mlp_index")
+_KEYS = (*_WIDTHS, *_INDICES, "select", "reduce", "size_bias", "prune_keep", "merge_keep")
 _LARGEST = 2**31 - 1  # more is a slip of the pen, and would not fit the arithmetic
 # How far a file's GMACs may be from what its layers cost: a head for other classes is less.
 _GMACS_TOLERANCE = 0.01
@@ -69,8 +75,7 @@ class Plan:
           f"plan: expected {expected} {what} for {spec.name} at {spec.image_size[0]} pixels, got "
           f"{got}; the plan is for {self.variant}."
         )
-    for index, layer in enumerate(self.layers):
-      _check_counts(layer, spec.num_prefix, spec.num_tokens, f"plan: layer {index}")
+    _check_counts(self.layers, spec.num_prefix, spec.num_tokens, "plan")
     pairs = zip(spec.dense_layers, self.layers, strict=True)
     return tuple(layer.apply_to(base) for base, layer in pairs)
 
@@ -110,15 +115,18 @@ class PlanLayer:
     index: Which units of the dense layer are kept; none: all.
     select: Removes tokens before attention.
     reduce: Removes tokens between attention and MLP.
+    size_bias: Whether merged tokens weigh as much as their patches in attention.
   """
 
   index: LayerIndex | None = None
   select: TokenReducer = reducers.keep_all
   reduce: TokenReducer = reducers.keep_all
+  size_bias: bool = True
 
   def apply_to(self, base: LayerSpec) -> LayerSpec:
-    widths: dict[str, Any] = self.index.widths if self.index else {}
-    return dataclasses.replace(base, select=self.select, reduce=self.reduce, **widths)
+    changes: dict[str, Any] = self.index.widths if self.index else {}
+    changes |= {name: getattr(self, name) for name in ("select", "reduce", "size_bias")}
+    return dataclasses.replace(base, **changes)
 
   def mask(self, spec: ViTSpec, base: LayerSpec) -> LayerSpec:
     """The dense layer with hard masks on what is not kept."""
@@ -138,7 +146,8 @@ class PlanLayer:
     widths = {name: getattr(self.apply_to(base), name) for name in _WIDTHS} if base else {}
     indices = {"attn_index": self.index.attn, "mlp_index": self.index.mlp} if self.index else {}
     reductions = {"select": _reducer_json(self.select), "reduce": _reducer_json(self.reduce)}
-    return {**widths, **indices, **reductions}
+    plain = {} if self.size_bias else {"size_bias": False}
+    return {**widths, **indices, **reductions, **plain}
 
 
 def make_plan(
@@ -157,7 +166,7 @@ def make_plan(
   """
   kept = indices or (None,) * len(layers)
   plan_layers = tuple(
-    PlanLayer(index, s.select, s.reduce) for index, s in zip(kept, layers, strict=True)
+    PlanLayer(index, s.select, s.reduce, s.size_bias) for index, s in zip(kept, layers, strict=True)
   )
   gmacs = macs.static_macs(spec, layers) / 1e9
   return Plan(spec.name, spec.num_tokens, plan_layers, gmacs, made_by)
@@ -237,7 +246,7 @@ def parse_plan(values: Any, where: str = "plan") -> Plan:
   layers = []
   for i, layer in enumerate(values["layers"]):
     layers.append(_parse_layer(layer, spec.dense_layers[i], f"{where}: layer {i}"))
-    _check_counts(layers[i], spec.num_prefix, num_tokens, f"{where}: layer {i}")
+  _check_counts(layers, spec.num_prefix, num_tokens, where)
   if 0 < sum(layer.index is not None for layer in layers) < len(layers):
     raise UserError(f"{where}: expected {' and '.join(_INDICES)} in every layer or in none.")
   gmacs = _gmacs(spec, num_tokens, layers)
@@ -266,23 +275,26 @@ def _parse_layer(values: Any, base: LayerSpec, where: str) -> PlanLayer:
   if not isinstance(values, Mapping):
     raise UserError(f"{where}: expected an object, got {reprlib.repr(values)}.")
   counts = {k: values[k] for k in ("prune_keep", "merge_keep") if k in values}
-  unknown = set(values) - {*_WIDTHS, *_INDICES, "select", "reduce", *counts}
+  unknown = set(values) - set(_KEYS)
   if unknown:
-    known = ", ".join((*_WIDTHS, *_INDICES, "select", "reduce", "prune_keep", "merge_keep"))
+    known = ", ".join(_KEYS)
     raise UserError(f"{where}: expected keys among {known}, got {sorted(unknown)[0]!r}.")
+  size_bias = values.get("size_bias", True)
+  if not isinstance(size_bias, bool):
+    raise UserError(f"{where}: expected true or false for size_bias, got {size_bias!r}.")
   if counts and "reduce" in values:
     raise UserError(f"{where}: expected `reduce` or kept counts, got both.")
   nothing = {"type": "keep_all"}
   select = _parse_reducer(values.get("select", nothing), f"{where}: select")
-  if not isinstance(select, reducers.KeepAll | reducers.KeepPositions):
-    # Before attention there is nothing yet to tell the important tokens by.
+  if not isinstance(select, _SELECTS):
+    # Before attention there is no attention yet to tell the important tokens by.
+    known = ", ".join(name for name, kind in REDUCERS.items() if kind in _SELECTS)
     raise UserError(
-      f"{where}: select: expected type keep_all or keep_positions, got "
-      f"{values['select']['type']!r}."
+      f"{where}: select: expected a type among {known}, got {values['select']['type']!r}."
     )
   reduce = {"type": "prune_merge", **counts} if counts else values.get("reduce", nothing)
   reduce = _parse_reducer(reduce, where if counts else f"{where}: reduce")
-  layer = PlanLayer(_parse_index(values, base, where), select, reduce)
+  layer = PlanLayer(_parse_index(values, base, where), select, reduce, size_bias)
   for name in _WIDTHS:
     expected = getattr(layer.apply_to(base), name)
     if name in values and _count(values, name, where) != expected:
@@ -330,7 +342,7 @@ def _parse_reducer(values: Any, where: str) -> TokenReducer:
     raise UserError(
       f"{where}: expected a type among {', '.join(REDUCERS)}, got {_shown(values, 'type')}."
     )
-  fields = {f.name: f for f in dataclasses.fields(REDUCERS[kind])}
+  fields = {f.name: f for f in _fields(REDUCERS[kind])}
   options = {k: v for k, v in values.items() if k != "type"}
   for key, value in options.items():
     if key not in fields:
@@ -340,6 +352,11 @@ def _parse_reducer(values: Any, where: str) -> TokenReducer:
       _count(options, key, where)
     elif key == "positions":
       options[key] = _positions(value, where)
+    elif fields[key].type is float and not (isinstance(value, int | float) and 0 < value <= 1):
+      raise UserError(f"{where}: expected {key} in (0, 1], got {reprlib.repr(value)}.")
+    elif key == "importance" and value not in IMPORTANCES:
+      known = ", ".join(IMPORTANCES)
+      raise UserError(f"{where}: expected importance among {known}, got {reprlib.repr(value)}.")
     elif fields[key].type is bool and not isinstance(value, bool):
       raise UserError(f"{where}: expected true or false for {key}, got {reprlib.repr(value)}.")
   required = [k for k, f in fields.items() if f.default is dataclasses.MISSING]
@@ -347,6 +364,11 @@ def _parse_reducer(values: Any, where: str) -> TokenReducer:
     got = ", ".join(options) or "none"
     raise UserError(f"{where}: {kind} needs {', '.join(required)}, got {got}.")
   return REDUCERS[kind](**options)
+
+
+def _fields(reducer: type) -> list[dataclasses.Field[Any]]:
+  """What a reducer's JSON holds; Flax gives a module two fields more."""
+  return [f for f in dataclasses.fields(reducer) if f.name not in ("parent", "name")]
 
 
 def _positions(value: Any, where: str) -> tuple[int, ...]:
@@ -374,28 +396,50 @@ def _shown(values: Mapping[str, Any], key: str) -> str:
 
 def _reducer_json(reducer: TokenReducer) -> dict[str, Any]:
   kind = next(name for name, cls in REDUCERS.items() if type(reducer) is cls)
-  fields = dataclasses.fields(REDUCERS[kind])
+  fields = _fields(REDUCERS[kind])
   values = {f.name: getattr(reducer, f.name) for f in fields}
   shown = {f.name: values[f.name] for f in fields if values[f.name] != f.default}
   return {"type": kind, **shown}
 
 
-def _check_counts(layer: PlanLayer, num_prefix: int, num_tokens: int, where: str) -> None:
+def _check_counts(
+  layers: Sequence[PlanLayer], num_prefix: int, num_tokens: int, where: str
+) -> None:
   """Kept counts must leave the prefix and a patch token; rising counts are the authors' right."""
-  if isinstance(layer.select, reducers.KeepPositions):
-    positions = layer.select.positions
-    whole = positions[:num_prefix] == tuple(range(num_prefix))
-    if not whole or not num_prefix < len(positions) or positions[-1] >= num_tokens:
-      raise UserError(
-        f"{where}: expected positions below {num_tokens} that begin with all {num_prefix} prefix "
-        f"tokens and have a patch, got {reprlib.repr(positions)}."
-      )
-  if not isinstance(layer.reduce, reducers.PruneMerge):
-    return
-  for name in ("prune_keep", "merge_keep"):
-    count, least = getattr(layer.reduce, name), num_prefix + 1
-    if not least <= count <= num_tokens:
-      raise UserError(f"{where}: expected {name} from {least} to {num_tokens}, got {count}.")
+  n, least = num_tokens, num_prefix + 1
+  for index, layer in enumerate(layers):
+    at = f"{where}: layer {index}"
+    if isinstance(layer.select, reducers.KeepPositions):
+      _check_positions(layer.select.positions, num_prefix, num_tokens, at)
+    n = layer.select.count(n)
+    counts = {
+      name: getattr(reducer, name)
+      for reducer in (layer.select, layer.reduce)
+      for name in ("prune_keep", "merge_keep", "keep")
+      if hasattr(reducer, name)
+    }
+    for name, count in counts.items():
+      if not least <= count <= num_tokens:
+        raise UserError(f"{at}: expected {name} from {least} to {num_tokens}, got {count}.")
+    if isinstance(layer.reduce, reducers.BipartiteMerge):
+      most = (n - num_prefix) // 2
+      if layer.reduce.remove > most:
+        raise UserError(
+          f"{at}: expected remove to be at most {most}, half of the tokens behind the prefix, got "
+          f"{layer.reduce.remove}."
+        )
+    n = layer.reduce.count(n)
+
+
+def _check_positions(
+  positions: tuple[int, ...], num_prefix: int, num_tokens: int, where: str
+) -> None:
+  whole = positions[:num_prefix] == tuple(range(num_prefix))
+  if not whole or not num_prefix < len(positions) or positions[-1] >= num_tokens:
+    raise UserError(
+      f"{where}: expected positions below {num_tokens} that begin with all {num_prefix} prefix "
+      f"tokens and have a patch, got {reprlib.repr(positions)}."
+    )
 
 
 @functools.cache

@@ -154,7 +154,7 @@ def test_report_has_each_row_once_and_all_that_was_measured(tmp_path):
   (tmp_path / "figures").mkdir()
   for name in ("schedule.png", "own_drawing.png"):
     (tmp_path / "figures" / name).touch()
-  report.write_report(tmp_path, {**RESULT, "rows": rows}, PLAN_JSON, SUMMARY, "70 % of dense")
+  report.write_report(tmp_path, {**RESULT, "rows": rows}, PLAN_JSON, PLAN, SUMMARY, "70 % of dense")
   text = (tmp_path / "report.md").read_text(encoding="utf-8")
   lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()]
   for row in rows:
@@ -178,7 +178,7 @@ def test_report_has_each_row_once_and_all_that_was_measured(tmp_path):
 
 def test_report_leaves_out_what_is_not_there(tmp_path):
   rows = [{"name": "diffrate", "top1": 90.5, "loss": 0.3, "gmacs": 0.0359}]
-  report.write_report(tmp_path, {**RESULT, "rows": rows}, None, None, "")
+  report.write_report(tmp_path, {**RESULT, "rows": rows}, None, [], None, "")
   text = (tmp_path / "report.md").read_text(encoding="utf-8")
   for absent in ("figures/", "Search", "Plan", "top-5", "of dense", "images/s", "params", "None"):
     assert absent not in text
@@ -186,7 +186,7 @@ def test_report_leaves_out_what_is_not_there(tmp_path):
 
 
 def test_report_of_a_given_plan(tmp_path):
-  report.write_report(tmp_path, RESULT, PLAN_JSON, None, "")
+  report.write_report(tmp_path, RESULT, PLAN_JSON, PLAN, None, "")
   text = (tmp_path / "report.md").read_text(encoding="utf-8")
   lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()]
   assert [lines[i] for i in range(len(lines)) if lines[i][:1] in (["1"], ["2"], ["3"])] == [
@@ -199,6 +199,6 @@ def test_report_of_a_given_plan(tmp_path):
 
 def test_report_of_a_search_without_an_offset(tmp_path):
   summary = {key: value for key, value in SUMMARY.items() if key != "offset"}
-  report.write_report(tmp_path, RESULT, PLAN_JSON, summary, "")
+  report.write_report(tmp_path, RESULT, PLAN_JSON, PLAN, summary, "")
   text = (tmp_path / "report.md").read_text(encoding="utf-8")
   assert "adjusted to the budget: 2.795 GMACs\n" in text and "offset" not in text

@@ -159,8 +159,8 @@ def port(
     prefix_positions: Leading rows of the model's `pos_embed` that belong to no patch.
     antialias: How positions are resampled, see `resample_positions`.
     old_grid: The grid of the weights; None: square.
-    initial: Initial parameters, at least of `head`, `head_dist` and `fc_norm` where the model
-      has them; None: the weights have to bring everything.
+    initial: Initial parameters, at least of `head`, `head_dist`, `fc_norm` and DynamicViT's
+      prediction modules where the model has them; None: the weights have to bring everything.
 
   Returns:
     The Flax parameter tree, in the weights' precision.
@@ -170,9 +170,11 @@ def port(
   """
   shapes = timm_shapes(expected)
   fresh = to_timm(initial) if initial is not None else None
-  fitted = _from_upstream(state)
+  fitted = _from_upstream(state, shapes)
   fitted = _fit_heads(fitted, shapes, fresh)
   fitted = _fit_pretraining(fitted, shapes, fresh)
+  if fresh and not any(".select." in name for name in fitted):
+    fitted |= {name: array for name, array in fresh.items() if ".select." in name}
   if "pos_embed" in fitted and "pos_embed" in shapes:
     fitted["pos_embed"] = _fit_positions(
       fitted["pos_embed"], shapes["pos_embed"], prefix_positions, old_grid, grid, antialias
@@ -181,7 +183,7 @@ def port(
   return to_flax(fitted)
 
 
-def _from_upstream(state: State) -> dict[str, np.ndarray]:
+def _from_upstream(state: State, shapes: Mapping[str, Shape]) -> dict[str, np.ndarray]:
   """The authors' own names and layouts as timm's, without what no classifier uses."""
   state = {
     name: array
@@ -193,6 +195,14 @@ def _from_upstream(state: State) -> dict[str, np.ndarray]:
     state["reg_token"] = state.pop("register_tokens")
     state["cls_token"] = state["cls_token"] + positions[:, :1]
     state["pos_embed"] = positions[:, 1:]
+  # DynamicViT counts its prediction modules; here each stands in the layer that it precedes.
+  places = sorted({int(name.split(".")[1]) for name in shapes if ".select." in name})
+  modules = {f"score_predictor.{i}.": f"blocks.{place}.select." for i, place in enumerate(places)}
+  for theirs, ours in modules.items():
+    state = {
+      ours + name.removeprefix(theirs) if name.startswith(theirs) else name: array
+      for name, array in state.items()
+    }
   return state
 
 

@@ -69,11 +69,12 @@ class PruneMergeSearch(nn.Module):
   Attributes:
     num_patches: Patch tokens of the model.
     num_prefix: Prefix tokens of the model.
-    granularity: Distance between candidate counts; `num_patches + 1` leaves the single candidate
-      that keeps all.
+    granularity: Distance between candidate counts of pruning and of merging; `num_patches + 1`
+      leaves the single candidate that keeps all.
     clamp_size: Clamp sizes to 1 wherever a merge happens, as the authors do while searching (and
       not when deployed).
     signed_similarity: The authors' merge weight, see `PruneMerge`.
+    importance: See `PruneMerge`.
 
   References:
     Chen et al., `DiffRate <https://arxiv.org/abs/2305.17997>`_, 2023, Sec. 3.3 and Eq. 4-7.
@@ -81,9 +82,10 @@ class PruneMergeSearch(nn.Module):
 
   num_patches: int
   num_prefix: int
-  granularity: int = 1
+  granularity: tuple[int, int] = (1, 1)
   clamp_size: bool = False
   signed_similarity: bool = False
+  importance: str = "cls"
 
   @nn.compact
   def __call__(self, tokens: Tokens, stats: AttentionStats | None) -> tuple[Tokens, Aux]:
@@ -107,7 +109,7 @@ class PruneMergeSearch(nn.Module):
 
   def _choice(self, what: str) -> tuple[Array, Array]:
     """The probability that each rank is kept, and the kept count, prefix included."""
-    options = candidates(self.num_patches, self.granularity)
+    options = candidates(self.num_patches, self.granularity[what == "merge"])
     logits = self.variable("arch", f"{what}_logits", jnp.zeros, options.shape).value
     count = kept_count(expected_count(logits, options), self.num_patches) + self.num_prefix
     num_tokens = self.num_patches + self.num_prefix
@@ -115,8 +117,9 @@ class PruneMergeSearch(nn.Module):
 
   def _sorted(self, tokens: Tokens, stats: AttentionStats) -> Tokens:
     n = tokens.x.shape[1]
-    ones = jnp.ones(tokens.x.shape[:2], stats.cls_attn.dtype)
-    order = select.importance_order(stats.cls_attn, tokens.num_prefix, n)
+    importance = stats.importance(self.importance)
+    ones = jnp.ones(tokens.x.shape[:2], importance.dtype)
+    order = select.importance_order(importance, tokens.num_prefix, n)
     return tokens.replace(
       x=select.take(tokens.x, order),
       size=select.take(ones if tokens.size is None else tokens.size, order),
@@ -131,19 +134,19 @@ class PruneMergeSearch(nn.Module):
     joins = (rank >= start) & (rank < stop)
     receives = (rank >= tokens.num_prefix) & (rank < start)
     scores = jnp.where(receives[:, None], merge.similarity(tokens.x, tokens.x), -jnp.inf)
-    receiver, weight = jnp.argmax(scores, axis=-1), jnp.max(scores, axis=-1)
+    receiver, weight = merge.best(scores)
     weight = jnp.where(joins, weight, 0).astype(tokens.size.dtype)
     weight = weight if self.signed_similarity else jnp.maximum(weight, 0)
-    joined = jax.nn.one_hot(receiver, rank.size, dtype=tokens.x.dtype)
-    joined = joined * joins[..., None].astype(joined.dtype)
-    total = tokens.x + jnp.einsum("bst,bsd->btd", joined, tokens.x)
+    joined = merge.joins(receiver, rank.size, tokens.x.dtype)
+    joined = joined * joins[:, None].astype(joined.dtype)
+    total = tokens.x + jnp.einsum("bts,bsd->btd", joined, tokens.x)
     size, share = tokens.size, tokens.size * weight
     if self.clamp_size:
       share = jnp.where(joins, jnp.maximum(share, 1), 0)
       size = jnp.where(joins, share, size)
-    size = size + jnp.einsum("bst,bs->bt", joined.astype(size.dtype), share)
+    size = size + jnp.einsum("bts,bs->bt", joined.astype(size.dtype), share)
     return tokens.replace(
-      x=total / (1 + jnp.sum(joined, axis=1))[..., None],
+      x=total / (1 + jnp.sum(joined, axis=2))[..., None],
       size=jax.lax.stop_gradient(size),
       source=_follow_join(tokens.source, receiver, joins[0]),
     )
@@ -196,6 +199,8 @@ class DiffRate:
     compress_last: May the last layer lose tokens; none: unless the head pools over patches.
     clamp_size: See `PruneMergeSearch`.
     signed_similarity: See `PruneMerge`.
+    importance: See `PruneMerge`.
+    actions: What is learnt: `both`, or `prune` or `merge` alone.
     mask_eps: See `LayerSpec`.
     base: The layers to search on, such as slimmed ones; none: the dense model's.
   """
@@ -210,6 +215,8 @@ class DiffRate:
   compress_last: bool | None = None
   clamp_size: bool = False
   signed_similarity: bool = False
+  importance: str = "cls"
+  actions: str = "both"
   mask_eps: float = 0.0
   base: tuple[LayerSpec, ...] | None = None
 
@@ -232,7 +239,10 @@ class DiffRate:
     sizes = spec.num_patches, spec.num_prefix
     return tuple(
       dataclasses.replace(
-        layer, reduce=PruneMergeMasked(*sizes, signed_similarity=self.signed_similarity)
+        layer,
+        reduce=PruneMergeMasked(
+          *sizes, signed_similarity=self.signed_similarity, importance=self.importance
+        ),
       )
       for layer in self._base(spec)
     )
@@ -250,14 +260,26 @@ class DiffRate:
     return PruneMergeSearch(
       spec.num_patches,
       spec.num_prefix,
-      self._granularity(spec, compressed),
+      (self._granularity(spec, compressed, "prune"), self._granularity(spec, compressed, "merge")),
       self.clamp_size,
       self.signed_similarity,
+      self.importance,
     )
 
-  def _granularity(self, spec: ViTSpec, compressed: bool) -> int:
-    """A layer that may not lose tokens has the single candidate that keeps all."""
-    return self.granularity if compressed else spec.num_patches + 1
+  def _granularity(self, spec: ViTSpec, compressed: bool, action: str) -> int:
+    """Where no token may be lost, there is the single candidate that keeps all."""
+    learns = compressed and self.actions in ("both", action)
+    return self.granularity if learns else spec.num_patches + 1
+
+  def _candidates(self, spec: ViTSpec) -> list[dict[str, np.ndarray]]:
+    """The candidates of each layer, by the name of their logits."""
+    return [
+      {
+        f"{action}_logits": candidates(spec.num_patches, self._granularity(spec, yes, action))
+        for action in ("prune", "merge")
+      }
+      for yes in self.is_compressed(spec)
+    ]
 
   def penalty(
     self, spec: ViTSpec, arch: Mapping[str, Any], out: Output, step: Array
@@ -281,31 +303,30 @@ class DiffRate:
 
   def _sloped_arch(self, spec: ViTSpec, prune: float, merge: float) -> dict[str, Any]:
     """Logits that rise by a slope from no token kept to all."""
+    slopes = {"prune_logits": prune, "merge_logits": merge}
     arch = {}
-    for i, compressed in enumerate(self.is_compressed(spec)):
-      options = candidates(spec.num_patches, self._granularity(spec, compressed))
-      share = jnp.asarray(options / spec.num_patches, jnp.float32)
-      logits = {"prune_logits": prune * share, "merge_logits": merge * share}
-      arch[f"blocks_{i}"] = {"reduce": logits}
+    for i, layer in enumerate(self._candidates(spec)):
+      logits = {name: slopes[name] * c / spec.num_patches for name, c in layer.items()}
+      arch[f"blocks_{i}"] = {"reduce": {k: jnp.asarray(v, jnp.float32) for k, v in logits.items()}}
     return arch
 
   def traced_counts(self, spec: ViTSpec, arch: Mapping[str, Any]) -> Array:
     """`expected_counts` inside of a step, f32[layers 2]."""
-    rows = []
-    for i, compressed in enumerate(self.is_compressed(spec)):
-      options = candidates(spec.num_patches, self._granularity(spec, compressed))
-      variables = arch[f"blocks_{i}"]["reduce"]
-      rows += [expected_count(variables[k], options) for k in ("prune_logits", "merge_logits")]
+    rows = [
+      expected_count(arch[f"blocks_{i}"]["reduce"][name], options)
+      for i, layer in enumerate(self._candidates(spec))
+      for name, options in layer.items()
+    ]
     return jnp.stack(rows).reshape(-1, 2)
 
   def expected_counts(self, spec: ViTSpec, arch: Mapping[str, Any]) -> np.ndarray:
     """Expected kept patch tokens, float64[layers 2]: after pruning and after merging."""
-    rows = []
-    for i, compressed in enumerate(self.is_compressed(spec)):
-      options = candidates(spec.num_patches, self._granularity(spec, compressed))
-      variables = arch[f"blocks_{i}"]["reduce"]
-      rows.append([_expectation(variables[k], options) for k in ("prune_logits", "merge_logits")])
-    return np.array(rows)
+    return np.array(
+      [
+        [_expectation(arch[f"blocks_{i}"]["reduce"][name], options) for name, options in o.items()]
+        for i, o in enumerate(self._candidates(spec))
+      ]
+    )
 
   def deploy(self, spec: ViTSpec, arch: Mapping[str, Any]) -> tuple[LayerSpec, ...]:
     """Static layers that keep what was learnt, unadjusted."""
@@ -325,10 +346,10 @@ class DiffRate:
     """
     # Counts that are equal would all step at once, past the budget; a hair between them.
     hair = np.linspace(0, 1e-3, 2 * spec.depth).reshape(spec.depth, 2)
-    compressed = np.array(self.is_compressed(spec))[:, None]
+    learnt = [[options.size > 1 for options in o.values()] for o in self._candidates(spec)]
 
     def shifted(offset: float) -> tuple[LayerSpec, ...]:
-      return self.static_layers(spec, np.where(compressed, expected + hair + offset, expected))
+      return self.static_layers(spec, np.where(learnt, expected + hair + offset, expected))
 
     def distance(layers: tuple[LayerSpec, ...]) -> float:
       return macs.static_macs(spec, layers) - target
@@ -346,9 +367,12 @@ class DiffRate:
     whole = np.ceil(expected - spec.num_patches * _NOISE)
     counts = np.clip(whole, 1, spec.num_patches).astype(int) + spec.num_prefix
     return tuple(
-      dataclasses.replace(layer, reduce=PruneMerge(int(p), int(m), self.signed_similarity))
+      dataclasses.replace(layer, reduce=self._static(int(p), int(m)))
       for layer, (p, m) in zip(self._base(spec), counts, strict=True)
     )
+
+  def _static(self, prune_keep: int, merge_keep: int) -> PruneMerge:
+    return PruneMerge(prune_keep, merge_keep, self.signed_similarity, importance=self.importance)
 
   def smallest_gmacs(self, spec: ViTSpec) -> float:
     """What the cheapest plan costs: one patch token after each layer that may lose tokens."""

@@ -8,7 +8,7 @@ from jaxtyping import Array, Float
 from vitcomp_jax.models.gates import Gate, open_gate
 from vitcomp_jax.models.spec import LayerSpec
 from vitcomp_jax.models.tokens import AttentionStats, Aux, TokenReducer, Tokens
-from vitcomp_jax.ops.attention import attend, cls_attention
+from vitcomp_jax.ops.attention import attend
 
 _kernel_init = nn.initializers.truncated_normal(0.02)
 
@@ -77,7 +77,7 @@ class Attention(nn.Module):
     log_size = jnp.log(size) if s.size_bias and size is not None else None
     y = attend(q, k, v, s.qk_scale, log_size, keep, s.mask_eps)
     y = y.transpose(0, 2, 1, 3).reshape(b, n, s.num_heads * s.head_dim)
-    return self.proj(y), AttentionStats(cls_attention(q[:, :, 0], k, s.qk_scale, log_size, keep))
+    return self.proj(y), AttentionStats(q, k, v, log_size, keep, s.qk_scale)
 
 
 class Mlp(nn.Module):

@@ -3,6 +3,7 @@
 import dataclasses
 
 import jax.numpy as jnp
+from jaxtyping import Array
 
 from vitcomp_jax.models.tokens import AttentionStats, Aux, TokenReducer, Tokens
 from vitcomp_jax.ops import merge, select
@@ -66,6 +67,7 @@ class PruneMerge:
       authors do; otherwise times max(similarity, 0), so that no size can shrink below its own.
     always_sort: Sort by importance even where nothing is removed, as the authors do. It changes
       the order of the tokens and nothing else.
+    importance: What tells the important tokens, see `AttentionStats.importance`.
 
   References:
     Chen et al., `DiffRate <https://arxiv.org/abs/2305.17997>`_, 2023, Sec. 3.2 and Fig. 3a.
@@ -75,24 +77,101 @@ class PruneMerge:
   merge_keep: int
   signed_similarity: bool = False
   always_sort: bool = False
+  importance: str = "cls"
 
   def __call__(self, tokens: Tokens, stats: AttentionStats | None) -> tuple[Tokens, Aux]:
     assert stats is not None, "PruneMerge needs the attention's statistics"
     n = tokens.x.shape[1]
     pruned, merged = min(n, self.prune_keep), self.count(n)
     if merged < n or self.always_sort:
-      tokens = take_most_important(tokens, stats, pruned)
+      tokens = take_most_important(tokens, stats.importance(self.importance), pruned)
     if merged < pruned:
-      tokens = _merge_last(tokens, merged, stats.cls_attn.dtype, self.signed_similarity)
+      tokens = _merge_last(tokens, merged, self.signed_similarity)
     return tokens, Aux(merged)
 
   def count(self, n: int) -> int:
     return min(n, self.prune_keep, self.merge_keep)
 
 
-def take_most_important(tokens: Tokens, stats: AttentionStats, count: int) -> Tokens:
-  """The `count` tokens that CLS attends to most, the most important first."""
-  order = select.importance_order(stats.cls_attn, tokens.num_prefix, count)
+@dataclasses.dataclass(frozen=True)
+class BipartiteMerge:
+  """ToMe's reduction: merges tokens at even positions into similar ones at odd positions.
+
+  Attributes:
+    remove: Tokens that are merged away, 1 to half of those behind the prefix.
+
+  References:
+    Bolya et al., `ToMe <https://arxiv.org/abs/2210.09461>`_, 2022, Sec. 3.
+  """
+
+  remove: int
+
+  def __call__(self, tokens: Tokens, stats: AttentionStats | None) -> tuple[Tokens, Aux]:
+    assert stats is not None, "BipartiteMerge needs the attention's keys"
+    n = tokens.x.shape[1]
+    match = merge.bipartite_match(stats.mean_key, self.remove, tokens.num_prefix)
+    order, merged, receiver = match
+    size = _one_each(tokens) if tokens.size is None else tokens.size
+    x, size = merge.merge_weighted(
+      select.take(tokens.x, order),
+      select.take(size, order),
+      select.take(tokens.x, merged),
+      select.take(size, merged),
+      receiver,
+    )
+    source = merge.follow_join(tokens.source, order, merged, receiver, n)
+    return tokens.replace(x=x, size=size, source=source), Aux(n - self.remove)
+
+  def count(self, n: int) -> int:
+    return n - self.remove
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentiveSelect:
+  """EViT's reduction: keeps the tokens that CLS attends to most, and fuses the others into one.
+
+  The fused token is the sum of the others, each times the attention that CLS pays it; it stands
+  last and is a token like any other from then on.
+
+  Attributes:
+    keep: Tokens that are kept, prefix included, the fused token not.
+    fuse: Whether the others are fused; otherwise they are gone.
+
+  References:
+    Liang et al., `EViT <https://arxiv.org/abs/2202.07800>`_, 2022, Sec. 3.2 and Eq. 4.
+  """
+
+  keep: int
+  fuse: bool = True
+
+  def __call__(self, tokens: Tokens, stats: AttentionStats | None) -> tuple[Tokens, Aux]:
+    assert stats is not None, "AttentiveSelect needs the attention's statistics"
+    n = tokens.x.shape[1]
+    if self.keep >= n:
+      return tokens, Aux(n)
+    importance = stats.importance("cls")
+    order = select.importance_order(importance, tokens.num_prefix, self.keep)
+    x, size = select.take(tokens.x, order), tokens.size
+    size = None if size is None else select.take(size, order)
+    source = select.follow(tokens.source, order, n)
+    if self.fuse:
+      dropped = jnp.all(order[:, :, None] != jnp.arange(n)[None, None], axis=1)
+      weight = jnp.where(dropped, importance, 0)
+      fused = jnp.einsum("bn,bnd->bd", weight.astype(tokens.x.dtype), tokens.x)
+      x = jnp.concatenate([x, fused[:, None]], axis=1)
+      if tokens.size is not None and size is not None:
+        gone = jnp.sum(jnp.where(dropped, tokens.size, 0), axis=1, keepdims=True)
+        size = jnp.concatenate([size, gone], axis=1)
+      source = jnp.where((source < 0) & (tokens.source >= 0), self.keep, source)
+    return tokens.replace(x=x, size=size, source=source), Aux(self.count(n))
+
+  def count(self, n: int) -> int:
+    return n if self.keep >= n else self.keep + self.fuse
+
+
+def take_most_important(tokens: Tokens, importance: Array, count: int) -> Tokens:
+  """The `count` most important tokens, the most important first."""
+  order = select.importance_order(importance, tokens.num_prefix, count)
   return tokens.replace(
     x=select.take(tokens.x, order),
     size=None if tokens.size is None else select.take(tokens.size, order),
@@ -100,13 +179,18 @@ def take_most_important(tokens: Tokens, stats: AttentionStats, count: int) -> To
   )
 
 
-def _merge_last(tokens: Tokens, keep: int, dtype: jnp.dtype, signed_similarity: bool) -> Tokens:
-  size = jnp.ones(tokens.x.shape[:2], dtype) if tokens.size is None else tokens.size
+def _merge_last(tokens: Tokens, keep: int, signed_similarity: bool) -> Tokens:
+  size = _one_each(tokens) if tokens.size is None else tokens.size
   receiver, weight = merge.receivers(tokens.x, keep, tokens.num_prefix)
   weight = weight if signed_similarity else jnp.maximum(weight, 0)
   x, size = merge.merge_tail(tokens.x, size, receiver, weight.astype(size.dtype))
   source = merge.follow_merge(tokens.source, receiver, keep)
   return tokens.replace(x=x, size=size, source=source)
+
+
+def _one_each(tokens: Tokens) -> Array:
+  """The sizes of tokens that stand for one patch each."""
+  return jnp.ones(tokens.x.shape[:2], jnp.promote_types(tokens.x.dtype, jnp.float32))
 
 
 keep_all: TokenReducer = KeepAll()

@@ -3,7 +3,13 @@
 from typing import Protocol, runtime_checkable
 
 import flax.struct
+import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array
+
+from vitcomp_jax.ops import attention
+
+IMPORTANCES = ("cls", "mean_attention", "value_norm", "random")
 
 
 class Tokens(flax.struct.PyTreeNode):
@@ -17,9 +23,38 @@ class Tokens(flax.struct.PyTreeNode):
 
 
 class AttentionStats(flax.struct.PyTreeNode):
-  """What a reducer may want to know of a layer's attention."""
+  """What a reducer may want to know of a layer's attention; what none asks for is not computed."""
 
-  cls_attn: Array  # f[b n] attention of CLS to each token, mean over heads; -1 where masked
+  q: Array  # f[b h n k] queries
+  k: Array  # f[b h n k] keys
+  v: Array  # f[b h n k] values
+  log_size: Array | None  # f[b n] added to the logits of each key
+  keep: Array | None  # as in Tokens
+  scale: float = flax.struct.field(pytree_node=False)  # factor of the products
+
+  def importance(self, metric: str) -> Array:
+    """How much each token matters, f[b n]; -1 where masked.
+
+    Args:
+      metric: One of `IMPORTANCES`: the attention that CLS pays a token (mean over heads), the
+        attention that it receives from all (mean over heads and queries), the length of its values,
+        or random numbers, the same for every image.
+    """
+    q, k, rest = self.q, self.k, (self.scale, self.log_size, self.keep)
+    if metric == "cls":
+      return attention.cls_attention(q[:, :, 0], k, *rest)
+    if metric == "mean_attention":
+      return attention.mean_attention(q, k, *rest)
+    if metric == "value_norm":
+      return attention.value_norm(self.v, self.keep)
+    # A prefix of the same numbers for any count, so that masking sees what removing does.
+    score = jnp.asarray(np.random.default_rng(0).random(k.shape[2], np.float32))
+    return attention.last_if_dropped(jnp.tile(score, (k.shape[0], 1)), self.keep)
+
+  @property
+  def mean_key(self) -> Array:
+    """Each token's key, mean over heads, f[b n k]: what ToMe compares."""
+    return self.k.mean(axis=1)
 
 
 class Aux(flax.struct.PyTreeNode):

@@ -50,7 +50,8 @@ def attend(
   keep = jnp.ones((k.shape[0], k.shape[2]), logits.dtype) if keep is None else keep
   own = _own_logits(q, k, scale, log_size)[..., None]
   # Relative to what the row sees, or its sum may vanish; the authors' eps is relative to all.
-  seen = logits if eps else jnp.where(keep[:, None, None] > 0.5, logits, -jnp.inf)
+  hidden = jnp.where(keep > 0.5, 0.0, -jnp.inf).astype(logits.dtype)
+  seen = logits if eps else logits + hidden[:, None, None]
   peak = jnp.maximum(_peak(seen), jax.lax.stop_gradient(own))
   own = jnp.exp(own - peak) * (1 - keep)[:, None, :, None]
   weights = jnp.exp(jnp.minimum(logits - peak, math.log(_LARGEST_WEIGHT)))
@@ -88,9 +89,51 @@ def cls_attention(
   logits = _logits(q[:, :, None], k, scale, log_size)[:, :, 0]
   if keep is None:
     return jnp.mean(jax.nn.softmax(logits, axis=-1), axis=1)
+  row = jax.nn.softmax(logits, axis=-1, where=keep[:, None, :] > 0.5)
+  return last_if_dropped(jnp.mean(row, axis=1), keep)
+
+
+def mean_attention(
+  q: Float[Array, "b h n k"],
+  k: Float[Array, "b h n k"],
+  scale: float,
+  log_size: Float[Array, "b n"] | None = None,
+  keep: Float[Array, "b n"] | None = None,
+) -> Float[Array, "b n"]:
+  """The attention that every token receives, averaged over the heads and the kept queries.
+
+  Args:
+    q: Queries.
+    k: Keys.
+    scale: Factor of the products.
+    log_size: Logarithm of the patches each key stands for; none: all 1.
+    keep: 1 for kept tokens, 0 for dropped ones, which then score below every kept one.
+
+  Returns:
+    Scores in [0, 1]; -1 where dropped.
+  """
+  logits = _logits(q, k, scale, log_size)
+  if keep is None:
+    return jnp.mean(jax.nn.softmax(logits, axis=-1), axis=(1, 2))
   kept = keep > 0.5
-  row = jax.nn.softmax(logits, axis=-1, where=kept[:, None, :])
-  return jnp.where(kept, jnp.mean(row, axis=1), -1.0)
+  weights = jnp.mean(jax.nn.softmax(logits, axis=-1, where=kept[:, None, None, :]), axis=1)
+  mean = jnp.mean(weights, axis=1, where=kept[:, :, None])
+  return last_if_dropped(mean, keep)
+
+
+def value_norm(
+  v: Float[Array, "b h n k"], keep: Float[Array, "b n"] | None = None
+) -> Float[Array, "b n"]:
+  """The length of every token's values, all heads together; -1 where dropped."""
+  norm = jnp.sqrt(jnp.sum(jnp.square(v.astype(_wide(v))), axis=(1, 3)))
+  return last_if_dropped(norm, keep)
+
+
+def last_if_dropped(
+  score: Float[Array, "b n"], keep: Float[Array, "b n"] | None
+) -> Float[Array, "b n"]:
+  """Scores of at least 0, with -1 where a token is dropped."""
+  return score if keep is None else jnp.where(keep > 0.5, score, -1.0)
 
 
 def _peak(logits: Array) -> Array:

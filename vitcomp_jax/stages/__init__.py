@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from vitcomp_jax.config import Config, from_config_dict
-from vitcomp_jax.stages import evaluate, finetune, pretrain, search, slim
+from vitcomp_jax.stages import compare, evaluate, finetune, pretrain, search, slim
 from vitcomp_jax.stages.run import Run, open_run
 
 
@@ -32,6 +32,7 @@ STAGES = {
   "search": Stage(search.check, search.search, search.made),
   "finetune": Stage(finetune.check, finetune.finetune, finetune.made),
   "evaluate": Stage(evaluate.check, evaluate.evaluate, evaluate.made),
+  "compare": Stage(compare.check, compare.compare, compare.made),
 }
 
 

@@ -1,30 +1,26 @@
 """Stage `evaluate`: accuracy and cost of the dense model, the plan and hand-made schedules."""
 
-import collections
 import dataclasses
-import functools
-import logging
-import math
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vitcomp_jax.api import Params, count_cost
+from vitcomp_jax import macs
+from vitcomp_jax.api import Params
 from vitcomp_jax.atomic import write_json
-from vitcomp_jax.data.transforms import Preprocess, normalize
+from vitcomp_jax.data.transforms import normalize
 from vitcomp_jax.errors import UserError
-from vitcomp_jax.metrics import progress, read_metrics
-from vitcomp_jax.models.reducers import keep_all
-from vitcomp_jax.models.spec import LayerSpec
+from vitcomp_jax.metrics import read_metrics
+from vitcomp_jax.models.reducers import PruneMerge, keep_all
+from vitcomp_jax.models.spec import LayerSpec, ViTSpec
 from vitcomp_jax.models.vit import ViT
-from vitcomp_jax.ops import losses
-from vitcomp_jax.plans import Plan, make_plan
-from vitcomp_jax.schedules import hand_made
-from vitcomp_jax.stages import figures, report
+from vitcomp_jax.plans import Plan
+from vitcomp_jax.schedules import within
+from vitcomp_jax.stages import figures, measure, report
 from vitcomp_jax.stages.run import Run, environment, read_json
 
 
@@ -75,9 +71,10 @@ def evaluate(run: Run) -> dict[str, Any]:
   done = {row["name"] for row in result["rows"]}
   for name, row in rows.items():
     if name not in done:
-      measured, examples = evaluate_model(ViT(run.spec, row.layers), row.params, run, name)
-      result["rows"].append({"name": name, **measured})
-      result["examples"] = examples
+      model = ViT(run.spec, row.layers)
+      found = measure.outcomes(model, row.params, run, name)
+      result["rows"].append(measure.row(found, model, name))
+      result["examples"] = len(next(iter(found.values())))
       write_json(run.workdir / "result.json", result)
   _draw(run, {name: row.layers for name, row in rows.items()}, result)
   return result
@@ -110,7 +107,7 @@ def _rows(run: Run) -> dict[str, _Row]:
   if plan:
     rows |= _plan_rows(run, plan)
   for name in config.baselines:
-    layers = hand_made(name, spec, plan.gmacs if plan else run.target_gmacs)
+    layers = within(name, spec, plan.gmacs if plan else run.target_gmacs)
     rows[name] = _Row(layers, run.dense_params)
   return rows
 
@@ -136,80 +133,6 @@ def _plan_rows(run: Run, plan: Plan) -> dict[str, _Row]:
   return rows | {name: _Row(run.layers, run.params)}
 
 
-def evaluate_model(model: ViT, params: Params, run: Run, name: str) -> tuple[dict[str, float], int]:
-  """Measures one model over every example once.
-
-  Returns:
-    Accuracy in percent, cross-entropy in nats, and cost; without labels, or without a classifier,
-    how far the outputs are from the dense model's instead. And the number of examples.
-  """
-  config, data = run.config.evaluate, run.eval_data
-  can_score = data.has_labels and run.spec.num_classes > 0
-  batches = math.ceil(data.num_examples / config.batch_size)
-  sums: collections.Counter[str] = collections.Counter()
-  for batch in progress(data.eval_batches(config.batch_size), f"evaluate {name}", batches):
-    arrays = {key: batch[key] for key in ("image", "label", "mask")}
-    if can_score:
-      found = _score(model, run.preprocess, params, arrays)
-    else:
-      found = _compare(model, run.preprocess, params, run.dense_params, arrays)
-    sums.update({key: float(value) for key, value in jax.device_get(found).items()})
-  count = sums.pop("count")
-  cost = count_cost(model)
-  row = {key: round(value / count, 6) for key, value in sums.items()}
-  row |= {"gmacs": round(cost.gmacs, 6), "params_m": round(cost.params / 1e6, 4)}
-  logging.info("evaluate %s: %s", name, " ".join(f"{k} {v:.4g}" for k, v in row.items()))
-  return row, int(count)
-
-
-Sums = dict[str, jax.Array]  # over a batch's real examples
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _score(
-  model: ViT, preprocess: Preprocess, params: Params, batch: Mapping[str, jax.Array]
-) -> Sums:
-  """How well the labels are met."""
-  logits = model.apply({"params": params}, normalize(batch["image"], preprocess))
-  logits, labels, mask = logits.astype(jnp.float32), batch["label"], batch["mask"]
-  own = jnp.take_along_axis(logits, labels[:, None], axis=1)
-  # Ties go to the lower class, as in a stable sort.
-  before = jnp.arange(logits.shape[1], dtype=labels.dtype)[None] < labels[:, None]
-  rank = jnp.sum((logits > own) | ((logits == own) & before), axis=1)
-  loss = jax.nn.logsumexp(logits, axis=1) - own[:, 0]
-  return {
-    "top1": 100 * jnp.sum(mask, where=rank < 1),
-    "top5": 100 * jnp.sum(mask, where=rank < 5),
-    "loss": jnp.sum(mask * loss),
-    "count": jnp.sum(mask),
-  }
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _compare(
-  model: ViT,
-  preprocess: Preprocess,
-  params: Params,
-  dense_params: Params,
-  batch: Mapping[str, jax.Array],
-) -> Sums:
-  """How far the outputs are from the dense model's."""
-  images = normalize(batch["image"], preprocess)
-  dense = ViT(model.spec, model.spec.dense_layers)
-  out = model.apply({"params": params}, images, method="forward")
-  teacher = dense.apply({"params": dense_params}, images, method="forward")
-
-  def total(divergence: Callable[..., jax.Array], mine: jax.Array, theirs: jax.Array) -> jax.Array:
-    each = jax.vmap(lambda a, b: divergence(a[None], b[None]))(mine, theirs)
-    return jnp.sum(batch["mask"] * each)
-
-  sums = {"count": jnp.sum(batch["mask"])}
-  sums["feature_divergence"] = total(losses.feature_divergence, out.features, teacher.features)
-  if model.spec.num_classes:
-    sums["logit_divergence"] = total(losses.logit_divergence, out.logits, teacher.logits)
-  return sums
-
-
 def _draw(run: Run, models: Mapping[str, tuple[LayerSpec, ...]], result: dict[str, Any]) -> None:
   """Writes the figures, then the report that shows them."""
   folder, plan = run.workdir / "figures", run.plan
@@ -219,7 +142,7 @@ def _draw(run: Run, models: Mapping[str, tuple[LayerSpec, ...]], result: dict[st
   if plan and removes:
     schedules: dict[str, list[tuple[int, int]]] = {}
     for name, layers in models.items():
-      counts = report.plan_counts(make_plan(run.spec, layers, {}).to_json())
+      counts = kept_counts(run.spec, layers)
       if any(layer.reduce != keep_all for layer in layers) and counts not in schedules.values():
         schedules[name] = counts
     figures.schedule(folder / "schedule.png", schedules, plan.num_tokens)
@@ -232,9 +155,19 @@ def _draw(run: Run, models: Mapping[str, tuple[LayerSpec, ...]], result: dict[st
     _draw_slimming(run, plan, folder)
   if any("top1" in row for row in result["rows"]):
     figures.accuracy_against_gmacs(folder / "accuracy.png", result["rows"])
+  kept = kept_counts(run.spec, run.layers) if plan else []
   given = plan and not (summary or run.finished("slim"))
   budget = f"{plan.gmacs:.4g} GMACs" if plan and given else ""
-  report.write_report(run.workdir, result, plan_json, summary, budget, run.finished("slim"))
+  report.write_report(run.workdir, result, plan_json, kept, summary, budget, run.finished("slim"))
+
+
+def kept_counts(spec: ViTSpec, layers: tuple[LayerSpec, ...]) -> list[tuple[int, int]]:
+  """Tokens after pruning and after merging in each layer; equal where there is one reduction."""
+  counts = []
+  for layer, (_, after) in zip(layers, macs.static_counts(spec, layers), strict=True):
+    r = layer.reduce
+    counts.append((r.prune_keep, r.merge_keep) if isinstance(r, PruneMerge) else (after, after))
+  return counts
 
 
 def _draw_slimming(run: Run, plan: Plan, folder: pathlib.Path) -> None:

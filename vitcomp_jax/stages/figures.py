@@ -215,14 +215,21 @@ def kept_patches(path: pathlib.Path, kept: Sequence[np.ndarray], grid: tuple[int
   _save(figure, path)
 
 
-def accuracy_against_gmacs(path: pathlib.Path, rows: Sequence[Mapping[str, Any]]) -> None:
+def accuracy_against_gmacs(
+  path: pathlib.Path,
+  rows: Sequence[Mapping[str, Any]],
+  cloud: Sequence[tuple[float, float]] = (),
+) -> None:
   """Draws top-1 accuracy against compute; rows of one method at several budgets are joined.
 
   Args:
     path: Of the PNG.
     rows: Of result.json; those without `top1` or `gmacs` are left out.
+    cloud: GMACs and top-1 of random schedules.
   """
   figure, axes = _subplots(width=7.0, height=4.6)
+  if cloud:
+    axes.plot(*_columns(cloud), ".", color="#B0B0B0", markersize=3, zorder=1)
   methods: dict[str, list[tuple[float, float]]] = {}
   labels: list[tuple[float, float, str, str]] = []
   for row in rows:

@@ -1,5 +1,6 @@
 """Stages `pretrain` and `finetune`: train the weights of the dense or of the compressed model."""
 
+import functools
 from typing import Any
 
 import jax
@@ -9,12 +10,14 @@ from vitcomp_jax.api import Params
 from vitcomp_jax.config import TrainConfig
 from vitcomp_jax.convert import files
 from vitcomp_jax.data.transforms import normalize
+from vitcomp_jax.methods import dynamicvit
 from vitcomp_jax.models.spec import LayerSpec, with_drop_path
 from vitcomp_jax.models.vit import ViT
 from vitcomp_jax.ops import losses
+from vitcomp_jax.schedules import evit_warmup
 from vitcomp_jax.stages.run import Run, write_for_timm
 from vitcomp_jax.training import loop, optimizer
-from vitcomp_jax.training.step import LossFn, init_state, make_step
+from vitcomp_jax.training.step import LossFn, StepFn, init_state, make_step
 
 
 def check(run: Run) -> None:
@@ -64,38 +67,59 @@ def fit(
   Returns:
     The steps, images and minutes it took.
   """
-  spec, data = run.spec, run.train_data
+  data = run.train_data
   tx = optimizer.train_optimizer(config, data.num_examples)
   steps = optimizer.train_steps(config, data.num_examples)
   keeps_ema = config.ema is not None
-  loss_fn = _loss(run, config, ViT(spec, with_drop_path(layers, config.drop_path)), teacher)
+
+  @functools.cache
+  def step_fn(phase: tuple[LayerSpec, ...]) -> StepFn:
+    return make_step(_loss(run, config, phase, teacher), tx, ("params",), config.ema)
+
+  phases = [(0, layers)]
+  if config.keep_rate_epochs:
+    warmup = round(config.keep_rate_epochs * data.num_examples / config.batch_size)
+    phases = evit_warmup(run.spec, layers, warmup)
   state, seconds = loop.train(
     stage=stage,
     workdir=run.workdir,
     state=init_state(params, {}, tx, ("params",), run.config.seed, keeps_ema),
-    step_fn=make_step(loss_fn, tx, ("params",), config.ema),
+    step_at=lambda step: step_fn(next(p for start, p in reversed(phases) if step >= start)),
     batches=lambda done: data.train_batches(config.batch_size, done),
     steps=steps,
     log_every=config.log_every,
     checkpoint_every=config.checkpoint_every,
   )
-  files.write(state.ema if keeps_ema else state.params, path, {"variant": spec.name})
+  files.write(state.ema if keeps_ema else state.params, path, {"variant": run.spec.name})
   run.forget()
   return {"steps": steps, "images": steps * config.batch_size, "minutes": round(seconds / 60, 2)}
 
 
-def _loss(run: Run, config: TrainConfig, model: ViT, teacher: Params | None) -> LossFn:
-  distill, dense = run.config.distill, ViT(run.spec, run.spec.dense_layers)
+def _loss(
+  run: Run, config: TrainConfig, layers: tuple[LayerSpec, ...], teacher: Params | None
+) -> LossFn:
+  spec, distill = run.spec, run.config.distill
+  trained = with_drop_path(dynamicvit.training_layers(layers), config.drop_path)
+  model, dense = ViT(spec, trained), ViT(spec, spec.dense_layers)
 
   def loss_fn(params, arch, batch, key, step):
     del arch, step
     images, labels = normalize(batch["image"], run.preprocess), batch["label"]
-    logits = model.apply({"params": params}, images, rngs={"drop_path": key})
-    loss = losses.cross_entropy(logits, labels, config.label_smoothing)
+    rngs = {"drop_path": key, "gumbel": jax.random.fold_in(key, 1)}
+    out = model.apply({"params": params}, images, method="forward", rngs=rngs)
+    loss = losses.cross_entropy(out.logits, labels, config.label_smoothing)
+    figures = {"top1": 100 * jnp.mean(jnp.argmax(out.logits, axis=1) == labels)}
     if teacher is not None:
-      target = jax.lax.stop_gradient(dense.apply({"params": teacher}, images))
-      learnt = losses.distillation(logits, target, distill.kind, distill.temperature)
+      whole = dense.apply({"params": teacher}, images, method="forward")
+      target = jax.lax.stop_gradient(whole.logits)
+      learnt = losses.distillation(out.logits, target, distill.kind, distill.temperature)
       loss = (1 - distill.weight) * loss + distill.weight * learnt
-    return loss, {"top1": 100 * jnp.mean(jnp.argmax(logits, axis=1) == labels)}
+      if distill.tokens:
+        loss = loss + distill.tokens * dynamicvit.token_distance(out.tokens, whole.tokens)
+    places = dynamicvit.places(layers)
+    if places:
+      figures["ratio_loss"] = dynamicvit.ratio_loss(spec, layers, out)
+      loss = loss + dynamicvit.RATIO_WEIGHT / len(places) * figures["ratio_loss"]
+    return loss, figures
 
   return loss_fn

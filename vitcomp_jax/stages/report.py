@@ -38,6 +38,7 @@ def write_report(
   workdir: pathlib.Path,
   result: Mapping[str, Any],
   plan_json: Mapping[str, Any] | None,
+  counts: Sequence[tuple[int, int]],
   search_summary: Mapping[str, Any] | None,
   budget_text: str,
   slim_summary: Mapping[str, Any] | None = None,
@@ -48,6 +49,7 @@ def write_report(
     workdir: Where the report goes and `figures/` may be.
     result: The content of result.json.
     plan_json: The content of plan.json, if there is a plan.
+    counts: Tokens after pruning and after merging in each layer of the plan.
     search_summary: What the search reported, if there was one in this run.
     budget_text: The budget that was asked for; empty: none.
     slim_summary: What the slimming reported, if there was one in this run.
@@ -60,12 +62,61 @@ def write_report(
   if search_summary is not None:
     parts += ["## Search", _search_text(search_summary, budget_text)]
   if plan_json is not None or search_summary is not None:
-    parts += ["## Plan", *_plan_text(plan_json, search_summary)]
+    parts += ["## Plan", *_plan_text(plan_json, counts, search_summary)]
   figures = _figures(workdir)
   if figures:
     parts += ["## Figures", *figures]
   parts += ["## Versions", _versions(result.get("versions", {}))]
   write_text(workdir / "report.md", "\n\n".join(part for part in parts if part) + "\n")
+
+
+def write_comparison(workdir: pathlib.Path, result: Mapping[str, Any]) -> None:
+  """Writes the `report.md` of a comparison, from the content of its result.json."""
+  rows = result["rows"]
+  dense = rows[0]["gmacs"]
+  heads = [
+    "model",
+    "top-1 (%)",
+    "cross-entropy",
+    "top-1 over diffrate",
+    "cross-entropy over diffrate",
+  ]
+  heads += ["GMACs", "of dense", "params (M)"]
+  lines = []
+  for row in rows:
+    figures = [_with_error(row, "top1", ".2f"), _with_error(row, "loss", ".4f")]
+    figures += [
+      _with_error(row, "top1_over_diffrate", "+.2f"),
+      _with_error(row, "loss_over_diffrate", "+.4f"),
+    ]
+    share = f"{100 * row['gmacs'] / dense:.1f} %"
+    lines.append([row["name"], *figures, number(row["gmacs"]), share, f"{row['params_m']:.4g}"])
+  parts = [_title(result), _table(heads, lines)]
+  parts.append(
+    "± is the standard error over the examples; differences from DiffRate are paired, example by "
+    "example. DiffRate's figures are means over its seeds."
+  )
+  for budget, found in result["random"].items():
+    line = (
+      f"Random schedules at {budget} of the MACs: {found['schedules']:,} on {found['examples']:,} "
+      f"examples, top-1 of 1, 50 and 99 % of them up to "
+      f"{', '.join(f'{value:.2f}' for value in found['top1'].values())} %"
+    )
+    if "beaten_by_top1" in found:
+      line += (
+        f"; DiffRate, with {found['diffrate']['top1']:.2f} %, is above "
+        f"{100 * found['beaten_by_top1']:.1f} % of them, and by cross-entropy better than "
+        f"{100 * found['beaten_by_loss']:.1f} %"
+      )
+    parts.append(f"{line}.")
+  parts += ["## Figures", *_figures(workdir), "## Versions", _versions(result["versions"])]
+  write_text(workdir / "report.md", "\n\n".join(parts) + "\n")
+
+
+def _with_error(row: Mapping[str, Any], key: str, spec: str) -> str:
+  if key not in row:
+    return _MISSING
+  return f"{row[key]:{spec}} ± {row[f'{key}_se']:{spec.removeprefix('+')}}"
 
 
 def _title(result: Mapping[str, Any]) -> str:
@@ -153,7 +204,9 @@ def _slim_text(summary: Mapping[str, Any]) -> str:
 
 
 def _plan_text(
-  plan_json: Mapping[str, Any] | None, summary: Mapping[str, Any] | None
+  plan_json: Mapping[str, Any] | None,
+  counts: Sequence[tuple[int, int]],
+  summary: Mapping[str, Any] | None,
 ) -> tuple[str, str]:
   """A line, and a table of the layers: widths if they are slimmed, tokens if some are removed."""
   columns: dict[str, list[str]] = {}
@@ -164,7 +217,8 @@ def _plan_text(
     columns |= _width_columns(plan_json["layers"])
   if summary is not None or not columns or _removes(plan_json):
     text += " Tokens after pruning and after merging in each layer, prefix included."
-    columns |= _token_columns(plan_json, summary)
+    num_tokens = None if plan_json is None else plan_json["num_tokens"]
+    columns |= _token_columns(num_tokens, counts, summary)
   layers = map(str, range(1, 1 + len(next(iter(columns.values())))))
   return text.strip(), _table(
     ["layer", *columns], list(zip(layers, *columns.values(), strict=True))
@@ -193,30 +247,21 @@ def _width_columns(layers: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
 
 
 def _token_columns(
-  plan_json: Mapping[str, Any] | None, summary: Mapping[str, Any] | None
+  num_tokens: int | None,
+  counts: Sequence[tuple[int, int]],
+  summary: Mapping[str, Any] | None,
 ) -> dict[str, list[str]]:
   """The plan as learnt beside the adjusted one, or the plan that was given."""
-  num_tokens = None if plan_json is None else plan_json["num_tokens"]
   if summary is not None:
     plans = {"learnt: ": summary["raw_counts"], "adjusted: ": summary["counts"]}
   else:
-    plans = {"": plan_counts(plan_json or {})}
+    plans = {"": counts}
   columns = {}
   for prefix, counts in plans.items():
     pruned, merged = zip(*tokens_left(counts, num_tokens), strict=True)
     columns[f"{prefix}after pruning"] = [str(count) for count in pruned]
     columns[f"{prefix}after merging"] = [str(count) for count in merged]
   return columns
-
-
-def plan_counts(plan_json: Mapping[str, Any]) -> list[tuple[int, int]]:
-  """The counts of a plan.json; where a layer has none, all tokens."""
-  everything = plan_json.get("num_tokens", 0)
-  counts = []
-  for layer in plan_json.get("layers", []):
-    values = layer if "prune_keep" in layer else layer.get("reduce", {})
-    counts.append((values.get("prune_keep", everything), values.get("merge_keep", everything)))
-  return counts
 
 
 def _figures(workdir: pathlib.Path) -> list[str]:

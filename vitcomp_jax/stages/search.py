@@ -64,11 +64,12 @@ def search(run: Run) -> dict[str, Any]:
   epoch_steps = config.epoch_steps or max(1, data.num_examples // config.batch_size)
   tx = optimizer.search_optimizer(config, epoch_steps)
   arch = method.initial_arch(spec)
+  step_fn = make_step(search_loss(config, method, spec, run.preprocess), tx, ("arch",))
   state, seconds = loop.train(
     stage="search",
     workdir=run.workdir,
     state=init_state(run.params, arch, tx, ("arch",), run.config.seed),
-    step_fn=make_step(search_loss(config, method, spec, run.preprocess), tx, ("arch",)),
+    step_at=lambda _: step_fn,
     batches=lambda done: data.train_batches(config.batch_size, done),
     steps=config.steps,
     log_every=config.log_every,
@@ -206,6 +207,8 @@ def make_method(
     compress_last=config.compress_last,
     clamp_size=config.clamp_size,
     signed_similarity=config.signed_similarity,
+    importance=config.importance,
+    actions=config.actions,
     mask_eps=config.mask_eps,
     base=base,
   )

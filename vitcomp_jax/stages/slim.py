@@ -141,11 +141,12 @@ def _search(run: Run, method: ViTSlim) -> tuple[int, float, api.Params, Any]:
   steps = optimizer.train_steps(config, data.num_examples)
   trains, keeps_ema = ("params", "arch"), config.ema is not None
   arch = method.initial_arch(spec)
+  step_fn = make_step(loss_fn, tx, trains, config.ema)
   state, seconds = loop.train(
     stage="slim",
     workdir=run.workdir,
     state=init_state(run.dense_params, arch, tx, trains, run.config.seed, keeps_ema),
-    step_fn=make_step(loss_fn, tx, trains, config.ema),
+    step_at=lambda _: step_fn,
     batches=lambda done: data.train_batches(config.batch_size, done),
     steps=steps,
     log_every=config.log_every,

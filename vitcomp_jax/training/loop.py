@@ -10,7 +10,7 @@ import jax
 from vitcomp_jax.checkpoint import Checkpointer
 from vitcomp_jax.errors import UserError
 from vitcomp_jax.metrics import MetricsWriter
-from vitcomp_jax.training.step import Metrics, TrainState
+from vitcomp_jax.training.step import StepFn, TrainState
 
 
 def train(
@@ -18,7 +18,7 @@ def train(
   stage: str,
   workdir: pathlib.Path,
   state: TrainState,
-  step_fn: Callable[[TrainState, Mapping[str, Any]], tuple[TrainState, Metrics]],
+  step_at: Callable[[int], StepFn],
   batches: Callable[[int], Iterator[Mapping[str, Any]]],
   steps: int,
   log_every: int,
@@ -30,7 +30,7 @@ def train(
     stage: Names the checkpoints and the figures.
     workdir: Of the run.
     state: Before the first step.
-    step_fn: From `step.make_step`.
+    step_at: Gives the function of a step (counted from 0), from `step.make_step`.
     batches: Gives the batches from a step on; each a function of its step alone.
     steps: How many in all.
     log_every: Steps between logged figures.
@@ -46,6 +46,7 @@ def train(
       iterator = batches(done)
       for step in range(done + 1, steps + 1):
         batch = next(iterator)
+        step_fn = step_at(step - 1)
         state, figures = step_fn(state, {"image": batch["image"], "label": batch["label"]})
         metrics.advance()
         if step % log_every == 0 or step in (1, steps):

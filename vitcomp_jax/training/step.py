@@ -30,6 +30,8 @@ class TrainState(flax.struct.PyTreeNode):
 # (params, arch, batch, random key, step) -> loss and figures
 LossFn = Callable[..., tuple[Array, Metrics]]
 
+StepFn = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+
 
 def init_state(
   params: Any,
@@ -67,7 +69,7 @@ def make_step(
   tx: optax.GradientTransformation,
   trains: Sequence[str],
   ema_decay: float | None = None,
-) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+) -> StepFn:
   """The jitted step.
 
   Args:

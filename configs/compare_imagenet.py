@@ -1,0 +1,43 @@
+"""All methods at the budgets of DiffRate's published schedules, on ImageNet-1k.
+
+  python -m vitcomp_jax.main --config configs/compare_imagenet.py:deit_small --config.data.dir=DIR
+
+Behind the colon stands the model: `deit_small` (if left out), `deit_base`, `mae_large` or
+`mae_huge`; MAE's fine-tuned weights come as `.pth` files from its authors. Everything is off the
+shelf: DiffRate's rates are searched as in `configs/diffrate_vit*.py`, its authors' schedules have
+rows of their own, the other methods are as strong as the budget asks for. It needs accelerators.
+Nothing was measured here; what was published stands in those configs.
+"""
+
+import ml_collections
+
+from vitcomp_jax import macs
+from vitcomp_jax.configs import common
+from vitcomp_jax.errors import UserError
+from vitcomp_jax.models.variants import get_spec
+from vitcomp_jax.plans import list_plans, load_plan
+
+_MODELS = {
+  "deit_small": ("deit_small_patch16_224", "timm/deit_small_patch16_224.fb_in1k"),
+  "deit_base": ("deit_base_patch16_224", "timm/deit_base_patch16_224.fb_in1k"),
+  "mae_large": ("vit_large_patch16_224.mae", "mae_finetuned_vit_large.pth"),
+  "mae_huge": ("vit_huge_patch14_224.mae", "mae_finetuned_vit_huge.pth"),
+}
+
+
+def get_config(model: str = "deit_small") -> ml_collections.ConfigDict:
+  if model not in _MODELS:
+    known = ", ".join(_MODELS)
+    raise UserError(f"config: expected one of {known} behind the colon, got {model}.")
+  plans = [name for name in list_plans() if name.startswith(f"diffrate/{model}@")]
+  budgets = [load_plan(name).gmacs for name in plans]
+  variant, weights = _MODELS[model]
+  spec = get_spec(variant)
+  dense = macs.static_macs(spec, spec.dense_layers) / 1e9
+
+  config = common.diffrate_imagenet(None, variant, weights, max(budgets))
+  config.stages = ("compare",)
+  config.compare.plans = tuple(plans)
+  config.compare.budgets = tuple(round(gmacs / dense, 4) for gmacs in budgets)
+  config.compare.methods = ("diffrate", "tome", "evit", "uniform", "uniform_merge")
+  return config

@@ -1,0 +1,81 @@
+"""The comparison: one table, resumable, with paired differences and a cloud."""
+
+import json
+
+import numpy as np
+import pytest
+
+import vitcomp_jax as vc
+from tests.stages.test_slim import tiny_config, tiny_variant  # noqa: F401
+from vitcomp_jax import macs, schedules
+from vitcomp_jax.convert import files
+from vitcomp_jax.models.variants import get_spec
+
+
+def test_a_comparison(tmp_path):
+  config = tiny_config(w_patch=0.0)
+  start = tmp_path / "start.safetensors"
+  files.write(vc.load(config.model.variant, num_classes=10)[1], str(start))
+  config.model.weights = str(start)
+  compare = config.compare
+  compare.methods, compare.budgets, compare.seeds = ("diffrate", "tome", "uniform"), (0.7,), 2
+  compare.finetuned, compare.finetune_budget = ("tome", "dynamicvit", "vit_slim"), 0.7
+  compare.random_schedules, compare.random_examples = 3, 30
+  config.finetune.keep_rate_epochs = 0.0
+  config.distill.kind, config.distill.tokens = "soft", 0.5
+  result = vc.compare(config, tmp_path / "run")
+  rows = {row["name"]: row for row in result["rows"]}
+  trained = [f"{name}+finetune@0.7" for name in ("tome", "dynamicvit", "vit_slim")]
+  assert list(rows) == ["dense", "diffrate@0.7", "tome@0.7", "uniform@0.7", *trained]
+  assert len(rows["diffrate@0.7"]["top1_of_seeds"]) == 2
+  for name, row in rows.items():
+    if name != "dense":
+      assert row["gmacs"] == pytest.approx(0.7 * rows["dense"]["gmacs"], rel=0.03)
+
+  folder = tmp_path / "run/compare/outcomes"
+  ours, theirs = (np.load(folder / f"{n}@0.7.mean.npz")["loss"] for n in ("diffrate", "tome"))
+  difference = theirs - ours
+  assert rows["tome@0.7"]["loss_over_diffrate"] == pytest.approx(difference.mean(), abs=1e-6)
+  error = difference.std(ddof=1) / np.sqrt(len(difference))
+  assert rows["tome@0.7"]["loss_over_diffrate_se"] == pytest.approx(error, abs=1e-6)
+
+  lines = (tmp_path / "run/compare/random@0.7.jsonl").read_text().splitlines()
+  assert len(lines) == 3 and result["random"]["0.7"]["schedules"] == 3
+  assert (tmp_path / "run/figures/accuracy.png").exists()
+  assert "tome+finetune@0.7" in (tmp_path / "run/report.md").read_text()
+
+
+def test_the_cloud_is_what_the_static_schedules_give(tmp_path):
+  config = tiny_config()
+  config.model.weights = str(tmp_path / "w.safetensors")
+  files.write(vc.load(config.model.variant, num_classes=10)[1], config.model.weights)
+  config.compare.budgets, config.compare.random_schedules = (0.6,), 2
+  config.compare.random_examples = 40
+  vc.compare(config, tmp_path / "run")
+  path = tmp_path / "run/compare/random@0.6.jsonl"
+  points = [json.loads(line) for line in path.read_text().splitlines()]
+  spec = get_spec(config.model.variant, num_classes=10)
+  target = 0.6 * macs.static_macs(spec, spec.dense_layers) / 1e9
+  for point, layers in zip(points, schedules.random_counts(spec, target, 2, 0), strict=True):
+    assert point["gmacs"] == pytest.approx(macs.static_macs(spec, layers) / 1e9)
+    plan = tmp_path / "plan.json"
+    vc.plans.save_plan(vc.plans.make_plan(spec, layers, {}), plan)
+    config.model.plan, config.evaluate.dense = str(plan), False
+    row = vc.evaluate(config, tmp_path / f"{point['gmacs']}")["rows"][0]
+    assert point["loss"] == pytest.approx(row["loss"], abs=1e-4)
+
+
+@pytest.mark.parametrize(
+  ("key", "value", "said"),
+  [
+    ("methods", ("best",), "config.compare.methods: expected some of diffrate, uniform"),
+    ("methods", ("dynamicvit",), "dynamicvit has to be trained"),
+    ("finetuned", ("fastest",), "config.compare.finetuned: expected some of diffrate, vit_slim"),
+    ("plans", ("diffrate/deit_small@2.9",), "expected 3 layers"),
+  ],
+)
+def test_what_cannot_be_compared_is_refused(key, value, said, tmp_path):
+  config = tiny_config()
+  config.compare[key] = value
+  with pytest.raises(vc.UserError, match=said):
+    vc.compare(config, tmp_path)

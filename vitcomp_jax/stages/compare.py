@@ -1,0 +1,263 @@
+"""Stage `compare`: one table of methods and budgets, on the same weights and the same examples.
+
+Whatever a method has to learn, it learns in a run of its own in `compare/NAME` of the workdir.
+"""
+
+import dataclasses
+import itertools
+import json
+import math
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vitcomp_jax import macs
+from vitcomp_jax.api import Params
+from vitcomp_jax.atomic import replacing, write_json
+from vitcomp_jax.config import BudgetConfig, Stage
+from vitcomp_jax.data.transforms import normalize
+from vitcomp_jax.errors import UserError
+from vitcomp_jax.methods.diffrate import DiffRate
+from vitcomp_jax.metrics import progress
+from vitcomp_jax.models.spec import LayerSpec
+from vitcomp_jax.models.vit import ViT
+from vitcomp_jax.plans import load_plan, make_plan, save_plan
+from vitcomp_jax.schedules import SCHEDULES, random_counts, within
+from vitcomp_jax.stages import figures, finetune, measure, report, search, slim
+from vitcomp_jax.stages.measure import Outcomes
+from vitcomp_jax.stages.run import Run, environment, open_run
+
+_STAGES = {"search": search.search, "slim": slim.slim, "finetune": finetune.finetune}
+_REFERENCE = "diffrate"
+_PAIRED = ("top1", "loss")
+
+
+def check(run: Run) -> None:
+  """Refuses methods that do not exist or cannot be compared as asked for."""
+  config = run.config.compare
+  run.check_trainable("compare")
+  for key, methods, more in (
+    ("methods", config.methods, ("diffrate",)),
+    ("finetuned", config.finetuned, ("diffrate", "vit_slim")),
+  ):
+    unknown = sorted(set(methods) - set(SCHEDULES) - set(more))
+    if unknown:
+      known = ", ".join((*more, *SCHEDULES))
+      raise UserError(f"config.compare.{key}: expected some of {known}, got {unknown[0]}.")
+  for name in config.plans:
+    load_plan(name).layers_for(run.spec)
+  if "dynamicvit" in config.methods:
+    raise UserError("config.compare.methods: dynamicvit has to be trained; name it in `finetuned`.")
+
+
+def compare(run: Run) -> dict[str, Any]:
+  """Measures every method at every budget, and writes `result.json`, `report.md` and a figure.
+
+  Returns:
+    The content of `result.json`.
+  """
+  config, spec = run.config.compare, run.spec
+  rows = [_row(run, "dense", [(spec.dense_layers, run.dense_params)])]
+  for name in config.plans:
+    layers = load_plan(name).layers_for(spec)
+    rows.append(_row(run, name.replace("/", ":"), [(layers, run.dense_params)]))
+  for budget in config.budgets:
+    for method in config.methods:
+      models = _off_the_shelf(run, method, budget)
+      rows.append(_row(run, f"{method}@{budget:g}", models, f"{_REFERENCE}@{budget:g}"))
+  for method in config.finetuned:
+    name = f"+finetune@{config.finetune_budget:g}"
+    rows.append(_row(run, method + name, [_trained(run, method)], _REFERENCE + name))
+  clouds = {}
+  if config.random_schedules:
+    clouds = {budget: _cloud(run, budget) for budget in config.budgets}
+  result = {
+    "dataset": run.eval_data.name,
+    "split": run.eval_data.split,
+    "examples": run.eval_data.num_examples,
+    **environment(),
+    "rows": rows,
+    "random": {f"{budget:g}": _rank(run, budget, cloud) for budget, cloud in clouds.items()},
+  }
+  write_json(run.workdir / "result.json", result)
+  points = [(p["gmacs"], p["top1"]) for cloud in clouds.values() for p in cloud]
+  figures.accuracy_against_gmacs(run.workdir / "figures" / "accuracy.png", rows, points)
+  report.write_comparison(run.workdir, result)
+  return result
+
+
+def made(run: Run) -> dict[str, Any]:
+  """The content of `result.json`."""
+  return dict(json.loads((run.workdir / "result.json").read_text()))
+
+
+Model = tuple[tuple[LayerSpec, ...], Params]
+
+
+def _off_the_shelf(run: Run, method: str, budget: float) -> list[Model]:
+  """The layers of a method with the run's own weights; of a search, one for each seed."""
+  if method in SCHEDULES:
+    return [(within(method, run.spec, _gmacs(run, budget)), run.dense_params)]
+  seeds = range(run.config.seed, run.config.seed + run.config.compare.seeds)
+  children = [
+    _child(run, f"{method}@{budget:g}-seed{seed}", ("search",), budget, seed=seed) for seed in seeds
+  ]
+  return [(child.layers, run.dense_params) for child in children]
+
+
+def _trained(run: Run, method: str) -> Model:
+  """The layers of a method, and weights that were trained under them."""
+  budget = run.config.compare.finetune_budget
+  name = f"{method}+finetune@{budget:g}"
+  if method in SCHEDULES:
+    path = run.workdir / "compare" / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    layers = within(method, run.spec, _gmacs(run, budget))
+    save_plan(make_plan(run.spec, layers, {"method": method}), path)
+    model = dataclasses.replace(run.config.model, plan=str(path))
+    child = _child(run, name, ("finetune",), budget, model=model)
+  else:
+    first: Stage = "slim" if method == "vit_slim" else "search"
+    child = _child(run, name, (first, "finetune"), budget)
+  return child.layers, child.params
+
+
+def _child(run: Run, name: str, stages: tuple[Stage, ...], budget: float, **changes: Any) -> Run:
+  """A run of its own at a budget, which goes on where it was cut off."""
+  config = dataclasses.replace(
+    run.config, stages=stages, budget=BudgetConfig(fraction=budget), **changes
+  )
+  child = open_run(config, run.workdir / "compare" / name)
+  child.begin()
+  for stage in stages:
+    if child.finished(stage) is None:
+      child.finish(stage, _STAGES[stage](child))
+  return child
+
+
+def _gmacs(run: Run, budget: float) -> float:
+  return budget * macs.static_macs(run.spec, run.spec.dense_layers) / 1e9
+
+
+def _row(
+  run: Run, name: str, models: Sequence[Model], reference: str | None = None
+) -> dict[str, Any]:
+  """Means over examples and seeds, their standard errors, and the paired distance from a row.
+
+  The standard error is that of the examples: what other test images would have changed.
+  """
+  found = [
+    _outcomes(run, f"{name}-{i}" if len(models) > 1 else name, *model)
+    for i, model in enumerate(models)
+  ]
+  mean = {key: np.mean([f[key] for f in found], axis=0) for key in found[0]}
+  np.savez(_folder(run) / f"{name}.mean.npz", **mean)
+  row = measure.row(mean, ViT(run.spec, models[0][0]), name)
+  row |= {f"{key}_se": _standard_error(mean[key]) for key in _PAIRED}
+  if len(models) > 1:
+    row["top1_of_seeds"] = [round(float(f["top1"].mean()), 4) for f in found]
+  path = _folder(run) / f"{reference}.mean.npz"
+  if reference and reference != name and path.exists():
+    with np.load(path) as other:
+      for key in _PAIRED:
+        difference = mean[key] - other[key]
+        row[f"{key}_over_{_REFERENCE}"] = round(float(difference.mean()), 6)
+        row[f"{key}_over_{_REFERENCE}_se"] = _standard_error(difference)
+  return row
+
+
+def _standard_error(values: np.ndarray) -> float:
+  return round(float(values.std(ddof=1) / math.sqrt(values.size)), 6)
+
+
+def _outcomes(run: Run, name: str, layers: tuple[LayerSpec, ...], params: Params) -> Outcomes:
+  """Measured once, then kept."""
+  path = _folder(run) / f"{name}.npz"
+  if not path.exists():
+    found = measure.outcomes(ViT(run.spec, layers), params, run, name)
+    with replacing(path) as unfinished, unfinished.open("wb") as stream:
+      np.savez_compressed(stream, allow_pickle=False, **found)
+  with np.load(path) as arrays:
+    return dict(arrays)
+
+
+def _folder(run: Run) -> pathlib.Path:
+  folder = run.workdir / "compare" / "outcomes"
+  folder.mkdir(parents=True, exist_ok=True)
+  return folder
+
+
+def _cloud(run: Run, budget: float) -> list[dict[str, float]]:
+  """What random schedules of a budget reach, on the first of the examples, by masking.
+
+  The counts are data, so that all of them share one compiled program.
+  """
+  config, spec = run.config.compare, run.spec
+  path = run.workdir / "compare" / f"random@{budget:g}.jsonl"
+  path.parent.mkdir(parents=True, exist_ok=True)
+  lines = path.read_text().splitlines() if path.exists() else []
+  points = [json.loads(line) for line in lines if line.endswith("}")]
+  method = DiffRate(_gmacs(run, budget))
+  model = ViT(spec, method.masked_layers(spec))
+  is_done = len(points) >= config.random_schedules
+  batches = [] if is_done else _first(run, config.random_examples)
+
+  @jax.jit
+  def score(arch: Any, batch: Mapping[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    images = normalize(batch["image"], run.preprocess)
+    logits = model.apply({"params": run.dense_params, "arch": arch}, images)
+    log_p = jax.nn.log_softmax(logits.astype(jnp.float32))
+    own = jnp.take_along_axis(log_p, batch["label"][:, None], axis=1)[:, 0]
+    right = jnp.argmax(logits, axis=1) == batch["label"]
+    return jnp.sum(right * batch["mask"]), -jnp.sum(own * batch["mask"])
+
+  schedules = random_counts(spec, _gmacs(run, budget), config.random_schedules, run.config.seed)
+  left = list(itertools.islice(schedules, len(points), None))
+  with path.open("a") as stream:
+    for layers in progress(left, f"random schedules at {budget:g}", len(left)):
+      arch = method.counts_arch(layers)
+      sums = np.sum([jax.device_get(score(arch, batch)) for batch in batches], axis=0)
+      examples = sum(float(np.sum(batch["mask"])) for batch in batches)
+      point = {
+        "gmacs": macs.static_macs(spec, layers) / 1e9,
+        "top1": 100 * float(sums[0]) / examples,
+        "loss": float(sums[1]) / examples,
+      }
+      points.append(point)
+      stream.write(json.dumps(point) + "\n")
+      stream.flush()
+  return points[: config.random_schedules]
+
+
+def _first(run: Run, count: int) -> list[dict[str, Any]]:
+  """Batches of the first examples; the mask leaves out what is too many in the last one."""
+  size = run.config.evaluate.batch_size
+  found = []
+  for i, batch in enumerate(run.eval_data.eval_batches(size)):
+    if i * size >= count:
+      break
+    inside = np.arange(i * size, (i + 1) * size) < count
+    arrays = {key: np.asarray(batch[key]) for key in ("image", "label", "mask")}
+    found.append({**arrays, "mask": arrays["mask"] * inside})
+  return found
+
+
+def _rank(run: Run, budget: float, cloud: Sequence[Mapping[str, float]]) -> dict[str, Any]:
+  """How the random schedules do, and how many of them the search beats on the same examples."""
+  values = {key: np.array([point[key] for point in cloud]) for key in _PAIRED}
+  examples = min(run.config.compare.random_examples, run.eval_data.num_examples)
+  summary: dict[str, Any] = {"schedules": len(cloud), "examples": examples}
+  for key, found in values.items():
+    summary[key] = {q: round(float(np.quantile(found, q)), 4) for q in (0.01, 0.5, 0.99)}
+  path = _folder(run) / f"{_REFERENCE}@{budget:g}.mean.npz"
+  if path.exists():
+    with np.load(path) as arrays:
+      mine = {key: float(arrays[key][:examples].mean()) for key in _PAIRED}
+    summary[_REFERENCE] = {key: round(value, 4) for key, value in mine.items()}
+    summary["beaten_by_top1"] = round(float(np.mean(values["top1"] < mine["top1"])), 4)
+    summary["beaten_by_loss"] = round(float(np.mean(values["loss"] > mine["loss"])), 4)
+  return summary

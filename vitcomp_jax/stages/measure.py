@@ -1,0 +1,85 @@
+"""How good a model is, example by example."""
+
+import functools
+import logging
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vitcomp_jax.api import Params, count_cost
+from vitcomp_jax.data.transforms import Preprocess, normalize
+from vitcomp_jax.metrics import progress
+from vitcomp_jax.models.vit import ViT
+from vitcomp_jax.ops import losses
+from vitcomp_jax.stages.run import Run
+
+Outcomes = dict[str, np.ndarray]  # f32[examples], by figure
+
+
+def outcomes(model: ViT, params: Params, run: Run, name: str) -> Outcomes:
+  """Measures one model over every example once.
+
+  Returns:
+    Of every example, `top1` and `top5` (0 or 100) and cross-entropy in nats (`loss`); without
+    labels, or without a classifier, how far the outputs are from the dense model's instead.
+  """
+  config, data = run.config.evaluate, run.eval_data
+  can_score = data.has_labels and run.spec.num_classes > 0
+  batches = math.ceil(data.num_examples / config.batch_size)
+  found: dict[str, list[np.ndarray]] = {}
+  for batch in progress(data.eval_batches(config.batch_size), f"evaluate {name}", batches):
+    image, label = batch["image"], batch["label"]
+    if can_score:
+      figures = _score(model, run.preprocess, params, image, label)
+    else:
+      figures = _compare(model, run.preprocess, params, run.dense_params, image)
+    real = np.asarray(batch["mask"]) > 0
+    for key, values in jax.device_get(figures).items():
+      found.setdefault(key, []).append(np.asarray(values, np.float32)[real])
+  return {key: np.concatenate(parts) for key, parts in found.items()}
+
+
+def row(found: Outcomes, model: ViT, name: str) -> dict[str, Any]:
+  """The means over all examples, and the cost, as they stand in `result.json`."""
+  cost = count_cost(model)
+  figures = {key: round(float(np.mean(v, dtype=np.float64)), 6) for key, v in found.items()}
+  figures |= {"gmacs": round(cost.gmacs, 6), "params_m": round(cost.params / 1e6, 4)}
+  logging.info("evaluate %s: %s", name, " ".join(f"{k} {v:.4g}" for k, v in figures.items()))
+  return {"name": name, **figures}
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _score(
+  model: ViT, preprocess: Preprocess, params: Params, images: jax.Array, labels: jax.Array
+) -> Mapping[str, jax.Array]:
+  """How well the labels are met."""
+  logits = model.apply({"params": params}, normalize(images, preprocess)).astype(jnp.float32)
+  own = jnp.take_along_axis(logits, labels[:, None], axis=1)
+  # Ties go to the lower class, as in a stable sort.
+  before = jnp.arange(logits.shape[1], dtype=labels.dtype)[None] < labels[:, None]
+  rank = jnp.sum((logits > own) | ((logits == own) & before), axis=1)
+  loss = jax.nn.logsumexp(logits, axis=1) - own[:, 0]
+  return {"top1": 100 * (rank < 1), "top5": 100 * (rank < 5), "loss": loss}
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _compare(
+  model: ViT, preprocess: Preprocess, params: Params, dense_params: Params, images: jax.Array
+) -> Mapping[str, jax.Array]:
+  """How far the outputs are from the dense model's."""
+  images = normalize(images, preprocess)
+  dense = ViT(model.spec, model.spec.dense_layers)
+  out = model.apply({"params": params}, images, method="forward")
+  teacher = dense.apply({"params": dense_params}, images, method="forward")
+
+  def each(divergence: Callable[..., jax.Array], mine: jax.Array, theirs: jax.Array) -> jax.Array:
+    return jax.vmap(lambda a, b: divergence(a[None], b[None]))(mine, theirs)
+
+  found = {"feature_divergence": each(losses.feature_divergence, out.features, teacher.features)}
+  if model.spec.num_classes:
+    found["logit_divergence"] = each(losses.logit_divergence, out.logits, teacher.logits)
+  return found
