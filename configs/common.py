@@ -40,6 +40,7 @@ def diffrate_imagenet(
   search.learning_rate = 0.01
   search.min_learning_rate = 0.001
   search.schedule = "authors"
+  search.adam_b2 = 0.999
   search.granularity = 4
   search.init = "zeros"
   search.label_smoothing = 0.1

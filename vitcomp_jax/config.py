@@ -145,6 +145,9 @@ class SearchConfig:
   batch_size: Count = 64  # images per step
   learning_rate: Positive = 0.1  # of the rates (Adam)
   min_learning_rate: PositiveOrZero = 0.01  # at the end of the schedule
+  # Adam's memory of squared gradients; the budget's, large at first, must be forgotten soon
+  # (authors: 0.999).
+  adam_b2: Rate = 0.95
   schedule: Literal["cosine", "authors"] = "cosine"  # per step, or per epoch and one epoch late
   epoch_steps: Count | None = None  # steps per epoch of `authors`; none: one pass over the images
   # Cross-entropy with the labels, or the divergence from the dense model's logits or features.
@@ -183,10 +186,13 @@ class EvaluateConfig:
 
 @dataclasses.dataclass(frozen=True)
 class CompareConfig:
-  methods: tuple[str, ...] = ()  # `diffrate` (searched) and schedules without a search
+  # `diffrate` (searched) and schedules without a search; `NAME[KEY=VALUE,...]` changes keys of
+  # `search`, or, named in full as in `data.train_examples`, any other, for that row alone.
+  methods: tuple[str, ...] = ()
   plans: tuple[str, ...] = ()  # names or paths of plans that have rows of their own
   budgets: tuple[Share, ...] = (0.8, 0.65, 0.5)  # of the dense model's MACs
   seeds: Count = 1  # of each search
+  searched: str | None = None  # a folder with an earlier comparison's plans; none: searches anew
   finetuned: tuple[str, ...] = ()  # methods that are trained, `vit_slim` and `dynamicvit` too
   finetune_budget: Share = 0.65  # of the dense model's MACs
   random_schedules: CountOrZero = 0  # for each budget

@@ -1,6 +1,7 @@
 """Schedules without a search: hand-made ones, and those of ToMe and EViT."""
 
 import dataclasses
+import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 
@@ -15,31 +16,53 @@ from vitcomp_jax.models.tokens import TokenReducer
 
 Layers = tuple[LayerSpec, ...]
 _BISECTIONS = 40
+_TOLERANCE = 0.01  # of a budget
 _WARMUP_PHASES = 7
 _DRAWS = 10_000  # random schedules at once
 
 
-def within(name: str, spec: ViTSpec, target_gmacs: float) -> Layers:
+def within(name: str, spec: ViTSpec, target_gmacs: float, importance: str = "cls") -> Layers:
   """A schedule by name, as strong as a budget asks for.
 
   Args:
     name: One of `SCHEDULES`.
     spec: The model.
     target_gmacs: The budget; the strength that comes nearest is taken.
+    importance: What tells the important tokens of hand-made schedules, see `PruneMerge`.
 
   Raises:
-    UserError: For an unknown name.
+    UserError: For an unknown name, or a budget below what the schedule costs at its strongest.
   """
   if name not in SCHEDULES:
     raise UserError(f"schedule: expected one of {', '.join(SCHEDULES)}, got {name!r}.")
   make = SCHEDULES[name]
+  least = macs.static_macs(spec, make(spec, 1.0)) / 1e9
+  if target_gmacs < (1 - _TOLERANCE) * least:
+    raise UserError(
+      f"config.budget: expected at least {least:.4g} GMACs, what {name} costs {spec.name} at its "
+      f"strongest, got {target_gmacs:.4g}."
+    )
   low, high = 0.0, 1.0
   for _ in range(_BISECTIONS):
     middle = (low + high) / 2
     is_above = macs.static_macs(spec, make(spec, middle)) > target_gmacs * 1e9
     low, high = (middle, high) if is_above else (low, middle)
   found = [make(spec, strength) for strength in (low, high)]
-  return min(found, key=lambda layers: abs(macs.static_macs(spec, layers) - target_gmacs * 1e9))
+  nearest = min(found, key=lambda layers: abs(macs.static_macs(spec, layers) - target_gmacs * 1e9))
+  gmacs = macs.static_macs(spec, nearest) / 1e9
+  if abs(gmacs - target_gmacs) > _TOLERANCE * target_gmacs:
+    logging.warning("%s: the nearest has %.4g GMACs, not %.4g", name, gmacs, target_gmacs)
+  return nearest if name == "random" else with_importance(nearest, importance)
+
+
+def with_importance(layers: Layers, importance: str) -> Layers:
+  """The same layers, whose pruning and merging go by another importance."""
+  return tuple(
+    dataclasses.replace(layer, reduce=dataclasses.replace(layer.reduce, importance=importance))
+    if isinstance(layer.reduce, PruneMerge)
+    else layer
+    for layer in layers
+  )
 
 
 def tome_counts(r: int | Sequence[float], depth: int) -> list[int]:
@@ -270,7 +293,7 @@ SCHEDULES: dict[str, Callable[[ViTSpec, float], Layers]] = {
 
 
 def random_counts(
-  spec: ViTSpec, target_gmacs: float, count: int, seed: int, tolerance: float = 0.01
+  spec: ViTSpec, target_gmacs: float, count: int, seed: int, tolerance: float = _TOLERANCE
 ) -> Iterator[Layers]:
   """Random schedules near a budget: sorted uniform counts, those that meet it.
 

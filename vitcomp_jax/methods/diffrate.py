@@ -24,10 +24,10 @@ from vitcomp_jax.schedules import compressed_layers
 # The paper's coefficient is for DeiT-S, whose 4.6 GMACs the relative budget term refers to.
 REFERENCE_GMACS = 4.6
 
-# How steeply the logits of pruning and of merging rise at the start, from no token kept to all.
-# Adam moves a logit by the learning rate in a step, however small its gradient: the steeper the
-# start, the later a count leaves it.
-_SLOPES = {"zeros": (0.0, 0.0), "merge_first": (300.0, 5.0)}
+# How steeply the logits of an action that begins by keeping all tokens rise, from no token kept to
+# all. Adam moves a logit by the learning rate in a step, however small its gradient: the steeper
+# the start, the later a count leaves it.
+_STEEP = 300.0
 
 # Float noise of an expected count, relative to the patches: a few units in the last place.
 _NOISE = 2.0**-22
@@ -297,9 +297,22 @@ class DiffRate:
     """The rates before the first step.
 
     `zeros`, the authors' start, keeps half of the tokens in every layer, by pruning and merging
-    alike. `merge_first` is all but sure to prune none, and merges about a fifth in every layer.
+    alike. `merge_first` is all but sure to prune none, and merges as many in every layer as the
+    budget asks for; where only pruning is learnt, it prunes them.
     """
-    return self._sloped_arch(spec, *_SLOPES[self.init])
+    if self.init == "zeros":
+      return self._sloped_arch(spec, 0.0, 0.0)
+
+    def at(slope: float) -> dict[str, Any]:
+      slopes = (slope, _STEEP) if self.actions == "prune" else (_STEEP, slope)
+      return self._sloped_arch(spec, *slopes)
+
+    low, high = -_STEEP, _STEEP
+    for _ in range(40):
+      middle = (low + high) / 2
+      spent = macs.static_macs(spec, self.deploy(spec, jax.device_get(at(middle))))
+      low, high = (low, middle) if spent > self.target_gmacs * 1e9 else (middle, high)
+    return at(low)
 
   def _sloped_arch(self, spec: ViTSpec, prune: float, merge: float) -> dict[str, Any]:
     """Logits that rise by a slope from no token kept to all."""

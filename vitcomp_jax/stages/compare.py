@@ -8,6 +8,7 @@ import itertools
 import json
 import math
 import pathlib
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,8 +18,15 @@ import numpy as np
 
 from vitcomp_jax import macs
 from vitcomp_jax.api import Params
-from vitcomp_jax.atomic import replacing, write_json
-from vitcomp_jax.config import BudgetConfig, Stage
+from vitcomp_jax.atomic import replacing, write_json, write_text
+from vitcomp_jax.config import (
+  BudgetConfig,
+  Config,
+  Stage,
+  from_config_dict,
+  to_dict,
+  with_overrides,
+)
 from vitcomp_jax.data.transforms import normalize
 from vitcomp_jax.errors import UserError
 from vitcomp_jax.methods.diffrate import DiffRate
@@ -34,6 +42,9 @@ from vitcomp_jax.stages.run import Run, environment, open_run
 _STAGES = {"search": search.search, "slim": slim.slim, "finetune": finetune.finetune}
 _REFERENCE = "diffrate"
 _PAIRED = ("top1", "loss")
+_METHOD = re.compile(r"(\w+)(?:\[([^\[\]]+)\])?")
+
+Model = tuple[tuple[LayerSpec, ...], Params]
 
 
 def check(run: Run) -> None:
@@ -44,14 +55,35 @@ def check(run: Run) -> None:
     ("methods", config.methods, ("diffrate",)),
     ("finetuned", config.finetuned, ("diffrate", "vit_slim")),
   ):
-    unknown = sorted(set(methods) - set(SCHEDULES) - set(more))
-    if unknown:
-      known = ", ".join((*more, *SCHEDULES))
-      raise UserError(f"config.compare.{key}: expected some of {known}, got {unknown[0]}.")
+    for text in methods:
+      name, _ = _parsed(text, run.config)
+      if name not in {*SCHEDULES, *more}:
+        known = ", ".join((*more, *SCHEDULES))
+        raise UserError(f"config.compare.{key}: expected some of {known}, got {text}.")
+      if name == "dynamicvit" and key == "methods":
+        raise UserError(
+          "config.compare.methods: dynamicvit has to be trained; name it in `finetuned`."
+        )
   for name in config.plans:
     load_plan(name).layers_for(run.spec)
-  if "dynamicvit" in config.methods:
-    raise UserError("config.compare.methods: dynamicvit has to be trained; name it in `finetuned`.")
+  for budget in config.budgets if config.searched else ():
+    for text in config.methods:
+      _searched_before(run, text, budget)
+
+
+def _parsed(text: str, config: Config) -> tuple[str, Config]:
+  """A method's name, and the config with the keys that stand in brackets behind it."""
+  match = _METHOD.fullmatch(text)
+  if not match:
+    raise UserError(
+      f"config.compare: expected a method such as diffrate[importance=cls], got {text!r}."
+    )
+  name, changes = match.groups()
+  overrides = {}
+  for change in changes.split(",") if changes else ():
+    key, _, value = change.partition("=")
+    overrides[key if "." in key else f"search.{key}"] = value
+  return name, from_config_dict(with_overrides(to_dict(config), overrides))
 
 
 def compare(run: Run) -> dict[str, Any]:
@@ -95,42 +127,67 @@ def made(run: Run) -> dict[str, Any]:
   return dict(json.loads((run.workdir / "result.json").read_text()))
 
 
-Model = tuple[tuple[LayerSpec, ...], Params]
-
-
-def _off_the_shelf(run: Run, method: str, budget: float) -> list[Model]:
+def _off_the_shelf(run: Run, text: str, budget: float) -> list[Model]:
   """The layers of a method with the run's own weights; of a search, one for each seed."""
+  method, config = _parsed(text, run.config)
   if method in SCHEDULES:
-    return [(within(method, run.spec, _gmacs(run, budget)), run.dense_params)]
-  seeds = range(run.config.seed, run.config.seed + run.config.compare.seeds)
-  children = [
-    _child(run, f"{method}@{budget:g}-seed{seed}", ("search",), budget, seed=seed) for seed in seeds
-  ]
-  return [(child.layers, run.dense_params) for child in children]
+    layers = within(method, run.spec, _gmacs(run, budget), config.search.importance)
+    return [(layers, run.dense_params)]
+  if config.compare.searched:
+    plans = [load_plan(str(path)) for path in _searched_before(run, text, budget)]
+    return [(plan.layers_for(run.spec), run.dense_params) for plan in plans]
+  models = []
+  for seed in range(config.seed, config.seed + config.compare.seeds):
+    name = f"{text}@{budget:g}-seed{seed}"
+    child = _child(run, name, dataclasses.replace(config, seed=seed), ("search",), budget)
+    assert child.plan is not None
+    save_plan(child.plan, _made(run.workdir / "plans") / f"{name}.json")
+    models.append((child.layers, run.dense_params))
+  return models
 
 
-def _trained(run: Run, method: str) -> Model:
+def _searched_before(run: Run, text: str, budget: float) -> list[pathlib.Path]:
+  """The plans that an earlier comparison found for a method that searches.
+
+  Raises:
+    UserError: If there are none.
+  """
+  folder = pathlib.Path(run.config.compare.searched or "")
+  if _parsed(text, run.config)[0] in SCHEDULES:
+    return []
+  # Not `glob`, to which the brackets of a method mean something.
+  start = f"{text}@{budget:g}-seed"
+  names = (
+    [path for path in folder.iterdir() if path.name.startswith(start)] if (folder.is_dir()) else []
+  )
+  if not names:
+    raise UserError(
+      f"config.compare.searched: expected plans {start}*.json in {folder}, got none; leave it out "
+      "to search."
+    )
+  return sorted(names)
+
+
+def _trained(run: Run, text: str) -> Model:
   """The layers of a method, and weights that were trained under them."""
-  budget = run.config.compare.finetune_budget
-  name = f"{method}+finetune@{budget:g}"
+  method, config = _parsed(text, run.config)
+  budget = config.compare.finetune_budget
+  name = f"{text}+finetune@{budget:g}"
   if method in SCHEDULES:
-    path = run.workdir / "compare" / f"{name}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    layers = within(method, run.spec, _gmacs(run, budget))
+    path = _made(run.workdir / "plans") / f"{name}.json"
+    layers = within(method, run.spec, _gmacs(run, budget), config.search.importance)
     save_plan(make_plan(run.spec, layers, {"method": method}), path)
-    model = dataclasses.replace(run.config.model, plan=str(path))
-    child = _child(run, name, ("finetune",), budget, model=model)
+    model = dataclasses.replace(config.model, plan=str(path))
+    child = _child(run, name, dataclasses.replace(config, model=model), ("finetune",), budget)
   else:
     first: Stage = "slim" if method == "vit_slim" else "search"
-    child = _child(run, name, (first, "finetune"), budget)
+    child = _child(run, name, config, (first, "finetune"), budget)
   return child.layers, child.params
 
 
-def _child(run: Run, name: str, stages: tuple[Stage, ...], budget: float, **changes: Any) -> Run:
+def _child(run: Run, name: str, config: Config, stages: tuple[Stage, ...], budget: float) -> Run:
   """A run of its own at a budget, which goes on where it was cut off."""
-  config = dataclasses.replace(
-    run.config, stages=stages, budget=BudgetConfig(fraction=budget), **changes
-  )
+  config = dataclasses.replace(config, stages=stages, budget=BudgetConfig(fraction=budget))
   child = open_run(config, run.workdir / "compare" / name)
   child.begin()
   for stage in stages:
@@ -186,7 +243,10 @@ def _outcomes(run: Run, name: str, layers: tuple[LayerSpec, ...], params: Params
 
 
 def _folder(run: Run) -> pathlib.Path:
-  folder = run.workdir / "compare" / "outcomes"
+  return _made(run.workdir / "compare" / "outcomes")
+
+
+def _made(folder: pathlib.Path) -> pathlib.Path:
   folder.mkdir(parents=True, exist_ok=True)
   return folder
 
@@ -197,11 +257,13 @@ def _cloud(run: Run, budget: float) -> list[dict[str, float]]:
   The counts are data, so that all of them share one compiled program.
   """
   config, spec = run.config.compare, run.spec
-  path = run.workdir / "compare" / f"random@{budget:g}.jsonl"
-  path.parent.mkdir(parents=True, exist_ok=True)
+  path = _made(run.workdir / "compare") / f"random@{budget:g}.jsonl"
   lines = path.read_text().splitlines() if path.exists() else []
-  points = [json.loads(line) for line in lines if line.endswith("}")]
-  method = DiffRate(_gmacs(run, budget))
+  # A kill may have left half a line, which must not grow into the next one.
+  whole = [line for line in lines if line.endswith("}")]
+  write_text(path, "".join(f"{line}\n" for line in whole))
+  points = [json.loads(line) for line in whole]
+  method = DiffRate(_gmacs(run, budget), importance=run.config.search.importance)
   model = ViT(spec, method.masked_layers(spec))
   is_done = len(points) >= config.random_schedules
   batches = [] if is_done else _first(run, config.random_examples)

@@ -107,7 +107,8 @@ def _rows(run: Run) -> dict[str, _Row]:
   if plan:
     rows |= _plan_rows(run, plan)
   for name in config.baselines:
-    layers = within(name, spec, plan.gmacs if plan else run.target_gmacs)
+    gmacs = plan.gmacs if plan else run.target_gmacs
+    layers = within(name, spec, gmacs, run.config.search.importance)
     rows[name] = _Row(layers, run.dense_params)
   return rows
 

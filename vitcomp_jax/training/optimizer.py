@@ -97,4 +97,4 @@ def search_schedule(config: SearchConfig, epoch_steps: int) -> optax.Schedule:
 
 def search_optimizer(config: SearchConfig, epoch_steps: int) -> optax.GradientTransformation:
   """Adam without decay on the rates."""
-  return optax.adam(search_schedule(config, epoch_steps))
+  return optax.adam(search_schedule(config, epoch_steps), b2=config.adam_b2)
