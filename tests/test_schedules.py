@@ -68,6 +68,20 @@ def test_an_unknown_schedule():
     within("unifrom", small_spec(), 1.0)
 
 
+def test_a_budget_out_of_reach_is_refused():
+  with pytest.raises(UserError, match="what evit costs small at its strongest, got 1e-06"):
+    within("evit", small_spec(), 1e-6)
+
+
+def test_importance_is_that_of_hand_made_schedules_but_random():
+  spec = small_spec()
+  target = 0.6 * macs.static_macs(spec, spec.dense_layers) / 1e9
+  for name, expected in (("linear_merge", "value_norm"), ("random", "random")):
+    found = reducers(within(name, spec, target, "value_norm"))
+    assert {r.importance for r in found if isinstance(r, PruneMerge)} == {expected}
+  assert within("tome", spec, target, "value_norm") == within("tome", spec, target)
+
+
 def test_tome_counts():
   assert tome_counts(4, 3) == [4, 4, 4]
   assert tome_counts([5, 0, 2], 4) == [5, 0, 2, 0]

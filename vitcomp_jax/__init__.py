@@ -2,16 +2,19 @@
 
 `import vitcomp_jax as vc`, then `vc.load`, `vc.apply`, `vc.load_plan`, `vc.count_cost`; the stages
 of a run are `vc.pretrain`, `vc.slim`, `vc.search`, `vc.finetune`, `vc.evaluate` and
-`vc.compare`.
+`vc.compare`. `vc.schedules` makes the layers of ToMe, EViT, DynamicViT and hand-made schedules,
+`vc.make_plan` a plan of them, and `vc.unmerge` brings tokens back to the grid of patches.
 """
 
 import functools
 
+from vitcomp_jax import schedules
 from vitcomp_jax.api import Cost, apply, count_cost, load
 from vitcomp_jax.config import default_config
 from vitcomp_jax.errors import UserError
-from vitcomp_jax.models.variants import list_variants
-from vitcomp_jax.plans import Plan, list_plans, load_plan
+from vitcomp_jax.models.variants import get_spec, list_variants
+from vitcomp_jax.ops.select import unmerge
+from vitcomp_jax.plans import Plan, list_plans, load_plan, make_plan
 from vitcomp_jax.stages import run_stage
 
 pretrain = functools.partial(run_stage, "pretrain")
@@ -31,11 +34,15 @@ __all__ = [
   "default_config",
   "evaluate",
   "finetune",
+  "get_spec",
   "list_plans",
   "list_variants",
   "load",
   "load_plan",
+  "make_plan",
   "pretrain",
+  "schedules",
   "search",
   "slim",
+  "unmerge",
 ]

@@ -17,6 +17,8 @@ from vitcomp_jax.convert import files
 from vitcomp_jax.convert.slicing import LayerIndex, slice_params
 from vitcomp_jax.convert.timm import port
 from vitcomp_jax.errors import UserError
+from vitcomp_jax.models.predictor import PredictorSelect
+from vitcomp_jax.models.reducers import keep_all
 from vitcomp_jax.models.spec import LayerSpec, ViTSpec
 from vitcomp_jax.models.variants import get_spec
 from vitcomp_jax.models.vit import ViT
@@ -65,6 +67,7 @@ def load_params(
   seed: int = 0,
   fresh_head: bool = True,
   indices: Sequence[LayerIndex] | None = None,
+  fresh_predictors: bool = False,
 ) -> Params:
   """Parameters of a model, from weights fitted to it, or random.
 
@@ -76,14 +79,20 @@ def load_params(
     fresh_head: Whether weights for another number of classes are taken, with a random head.
     indices: Which units slimmed layers keep; the weights may be the slimmed network's, or the dense
       one's, which are then cut.
+    fresh_predictors: Whether weights without DynamicViT's prediction modules are taken, with random
+      ones.
   """
   if weights is None:
     model, images = ViT(spec, layers), jnp.zeros((1, *spec.image_size, 3))
     return dict(jax.jit(model.init)(jax.random.key(seed), images)["params"])
   initial = None
   if fresh_head and spec.num_classes:
-    initial = _fresh(load_params(spec, layers, None, seed))
+    random = load_params(spec, layers, None, seed)
+    initial = {k: v for k, v in random.items() if k in ("head", "head_dist", "fc_norm")}
   state = files.read(bundled_weights(spec) if weights == "bundled" else weights)
+  predictors: Params = {}
+  if not any(".select." in name or name.startswith("score_predictor.") for name in state):
+    layers, predictors = _split_predictors(spec, layers, seed, fresh_predictors)
   is_cut = indices is None or _has_widths(state, layers)
   params = port(
     state,
@@ -102,7 +111,33 @@ def load_params(
     raise UserError(f"weights {weights}: expected finite floats, got others in {broken[0]}.")
   if indices and not is_cut:
     params = slice_params(params, indices)
+  for block, module in predictors.items():
+    params[block] = params[block] | {"select": module}
   return jax.tree.map(jnp.asarray, params)
+
+
+def _split_predictors(
+  spec: ViTSpec, layers: tuple[LayerSpec, ...], seed: int, fresh: bool
+) -> tuple[tuple[LayerSpec, ...], Params]:
+  """Layers without DynamicViT's prediction modules, and random modules by the block's name.
+
+  Raises:
+    UserError: If there are some, and they may not be random.
+  """
+  places = [i for i, layer in enumerate(layers) if isinstance(layer.select, PredictorSelect)]
+  if not places:
+    return layers, {}
+  if not fresh:
+    raise UserError(
+      "weights: expected DynamicViT's prediction modules, which the plan has, got none; train them "
+      "with the stage finetune, or give weights that were trained."
+    )
+  random = load_params(spec, layers, None, seed)
+  without = tuple(
+    dataclasses.replace(layer, select=keep_all) if i in places else layer
+    for i, layer in enumerate(layers)
+  )
+  return without, {f"blocks_{i}": random[f"blocks_{i}"]["select"] for i in places}
 
 
 def _has_widths(state: Mapping[str, np.ndarray], layers: tuple[LayerSpec, ...]) -> bool:
@@ -118,17 +153,6 @@ def abstract_params(model: ViT) -> Params:
   """The shapes of a model's parameters."""
   images = jax.ShapeDtypeStruct((1, *model.spec.image_size, 3), jnp.float32)
   return dict(jax.eval_shape(model.init, jax.random.key(0), images)["params"])
-
-
-def _fresh(params: Params) -> Params:
-  """What weights need not bring: classifiers, and DynamicViT's prediction modules."""
-  kept = {k: v for k, v in params.items() if k in ("head", "head_dist", "fc_norm")}
-  blocks = {
-    k: {"select": v["select"]}
-    for k, v in params.items()
-    if isinstance(v, Mapping) and "select" in v
-  }
-  return kept | blocks
 
 
 def bundled_weights(spec: ViTSpec) -> str:

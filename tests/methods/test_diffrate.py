@@ -171,6 +171,20 @@ def test_adjusted_plan_meets_the_budget(seed):
     assert abs(macs.static_macs(spec, layers) / 1e9 / dense - fraction) <= 0.01 * fraction
 
 
+@pytest.mark.parametrize("actions", ["both", "prune", "merge"])
+@pytest.mark.parametrize("fraction", [0.4, 0.65, 0.9])
+def test_merge_first_starts_on_the_budget(actions, fraction):
+  spec = small_spec(image_size=(56, 56), depth=12)
+  target = fraction * macs.static_macs(spec, spec.dense_layers)
+  method = DiffRate(target / 1e9, actions=actions)
+  layers = method.deploy(spec, jax.device_get(method.initial_arch(spec)))
+  # One token more in every layer would be past it.
+  assert 0.97 * target <= macs.static_macs(spec, layers) <= target
+  for layer in layers[1:]:
+    pruned, merged = layer.reduce.prune_keep, layer.reduce.merge_keep
+    assert merged == spec.num_tokens if actions == "prune" else pruned == spec.num_tokens
+
+
 def test_budget_below_the_smallest_plan_is_refused():
   with pytest.raises(UserError, match="smallest plan"):
     make_method(SearchConfig(), small_spec(), 1e-6)

@@ -1,5 +1,6 @@
 """The comparison: one table, resumable, with paired differences and a cloud."""
 
+import copy
 import json
 
 import numpy as np
@@ -11,6 +12,8 @@ from vitcomp_jax import macs, schedules
 from vitcomp_jax.convert import files
 from vitcomp_jax.models.variants import get_spec
 
+_METHODS = ("diffrate", "uniform[importance=value_norm]", "tome")
+
 
 def test_a_comparison(tmp_path):
   config = tiny_config(w_patch=0.0)
@@ -18,15 +21,16 @@ def test_a_comparison(tmp_path):
   files.write(vc.load(config.model.variant, num_classes=10)[1], str(start))
   config.model.weights = str(start)
   compare = config.compare
-  compare.methods, compare.budgets, compare.seeds = ("diffrate", "tome", "uniform"), (0.7,), 2
+  compare.methods, compare.budgets, compare.seeds = _METHODS, (0.7,), 2
   compare.finetuned, compare.finetune_budget = ("tome", "dynamicvit", "vit_slim"), 0.7
   compare.random_schedules, compare.random_examples = 3, 30
   config.finetune.keep_rate_epochs = 0.0
   config.distill.kind, config.distill.tokens = "soft", 0.5
   result = vc.compare(config, tmp_path / "run")
   rows = {row["name"]: row for row in result["rows"]}
+  _check_again(config, tmp_path, result)
   trained = [f"{name}+finetune@0.7" for name in ("tome", "dynamicvit", "vit_slim")]
-  assert list(rows) == ["dense", "diffrate@0.7", "tome@0.7", "uniform@0.7", *trained]
+  assert list(rows) == ["dense", *(f"{name}@0.7" for name in _METHODS), *trained]
   assert len(rows["diffrate@0.7"]["top1_of_seeds"]) == 2
   for name, row in rows.items():
     if name != "dense":
@@ -43,6 +47,16 @@ def test_a_comparison(tmp_path):
   assert len(lines) == 3 and result["random"]["0.7"]["schedules"] == 3
   assert (tmp_path / "run/figures/accuracy.png").exists()
   assert "tome+finetune@0.7" in (tmp_path / "run/report.md").read_text()
+
+
+def _check_again(config, tmp_path, result):
+  """The plans that were found give the same figures without a search."""
+  config = copy.deepcopy(config)
+  config.compare.searched = str(tmp_path / "run/plans")
+  config.compare.finetuned, config.compare.random_schedules = (), 0
+  again = vc.compare(config, tmp_path / "again")
+  assert again["rows"] == result["rows"][: len(again["rows"])] and len(again["rows"]) == 4
+  assert not list((tmp_path / "again/compare").glob("*/config.json"))
 
 
 def test_the_cloud_is_what_the_static_schedules_give(tmp_path):
@@ -69,6 +83,10 @@ def test_the_cloud_is_what_the_static_schedules_give(tmp_path):
   ("key", "value", "said"),
   [
     ("methods", ("best",), "config.compare.methods: expected some of diffrate, uniform"),
+    ("methods", ("diffrate[",), r"such as diffrate\[importance=cls\], got 'diffrate\['"),
+    ("methods", ("tome[impotance=cls]",), "did you mean config.search.importance"),
+    ("methods", ("tome[importance=best]",), "config.search.importance: expected one of cls"),
+    ("searched", "nowhere", r"expected plans diffrate@0.8-seed\*.json in nowhere, got none"),
     ("methods", ("dynamicvit",), "dynamicvit has to be trained"),
     ("finetuned", ("fastest",), "config.compare.finetuned: expected some of diffrate, vit_slim"),
     ("plans", ("diffrate/deit_small@2.9",), "expected 3 layers"),
@@ -76,6 +94,7 @@ def test_the_cloud_is_what_the_static_schedules_give(tmp_path):
 )
 def test_what_cannot_be_compared_is_refused(key, value, said, tmp_path):
   config = tiny_config()
+  config.compare.methods = ("diffrate",)
   config.compare[key] = value
   with pytest.raises(vc.UserError, match=said):
     vc.compare(config, tmp_path)

@@ -159,8 +159,8 @@ def port(
     prefix_positions: Leading rows of the model's `pos_embed` that belong to no patch.
     antialias: How positions are resampled, see `resample_positions`.
     old_grid: The grid of the weights; None: square.
-    initial: Initial parameters, at least of `head`, `head_dist`, `fc_norm` and DynamicViT's
-      prediction modules where the model has them; None: the weights have to bring everything.
+    initial: Initial parameters, at least of `head`, `head_dist` and `fc_norm` where the model
+      has them; None: the weights have to bring everything.
 
   Returns:
     The Flax parameter tree, in the weights' precision.
@@ -173,8 +173,6 @@ def port(
   fitted = _from_upstream(state, shapes)
   fitted = _fit_heads(fitted, shapes, fresh)
   fitted = _fit_pretraining(fitted, shapes, fresh)
-  if fresh and not any(".select." in name for name in fitted):
-    fitted |= {name: array for name, array in fresh.items() if ".select." in name}
   if "pos_embed" in fitted and "pos_embed" in shapes:
     fitted["pos_embed"] = _fit_positions(
       fitted["pos_embed"], shapes["pos_embed"], prefix_positions, old_grid, grid, antialias

@@ -101,6 +101,7 @@ def _loss(
   spec, distill = run.spec, run.config.distill
   trained = with_drop_path(dynamicvit.training_layers(layers), config.drop_path)
   model, dense = ViT(spec, trained), ViT(spec, spec.dense_layers)
+  places = dynamicvit.places(layers)
 
   def loss_fn(params, arch, batch, key, step):
     del arch, step
@@ -114,9 +115,9 @@ def _loss(
       target = jax.lax.stop_gradient(whole.logits)
       learnt = losses.distillation(out.logits, target, distill.kind, distill.temperature)
       loss = (1 - distill.weight) * loss + distill.weight * learnt
-      if distill.tokens:
+      if places:
+        # Only masked tokens all are where the teacher's are.
         loss = loss + distill.tokens * dynamicvit.token_distance(out.tokens, whole.tokens)
-    places = dynamicvit.places(layers)
     if places:
       figures["ratio_loss"] = dynamicvit.ratio_loss(spec, layers, out)
       loss = loss + dynamicvit.RATIO_WEIGHT / len(places) * figures["ratio_loss"]

@@ -131,7 +131,10 @@ class Run:
     fresh_head = "pretrain" in self.config.stages
     dense = layers == self.spec.dense_layers
     indices = self.plan.indices if self.plan and not dense else None
-    return api.load_params(self.spec, layers, weights, self.config.seed, fresh_head, indices)
+    fresh_predictors = "finetune" in self.config.stages and not self.finished("finetune")
+    return api.load_params(
+      self.spec, layers, weights, self.config.seed, fresh_head, indices, fresh_predictors
+    )
 
   def forget(self) -> None:
     """Forgets what a stage has just made anew, so that the next one reads it."""
