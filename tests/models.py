@@ -24,9 +24,14 @@ def small_spec(**changes: Any) -> ViTSpec:
   return dataclasses.replace(spec, **changes)
 
 
-def random_params(spec: ViTSpec, seed: int = 0, noise: float = 0.2) -> dict[str, Any]:
-  """Weights large enough for attention to be far from even."""
-  model = ViT(spec, spec.dense_layers)
+def random_params(
+  spec: ViTSpec,
+  seed: int = 0,
+  noise: float = 0.2,
+  layers: tuple[LayerSpec, ...] | None = None,
+) -> dict[str, Any]:
+  """Weights large enough for attention to be far from even; for the dense layers unless given."""
+  model = ViT(spec, layers or spec.dense_layers)
   params = model.init(jax.random.key(seed), jnp.zeros((1, *spec.image_size, 3)))["params"]
   leaves, tree = jax.tree.flatten(params)
   keys = jax.random.split(jax.random.key(seed + 1), len(leaves))

@@ -127,7 +127,7 @@ def test_permuting_a_batch_permutes_the_logits(name):
   spec = small_spec()
   dense = macs.static_macs(spec, spec.dense_layers) / 1e9
   layers = within(name, spec, 0.6 * dense)
-  params, images = random_params(spec), random_images(spec, 5)
+  params, images = random_params(spec, layers=layers), random_images(spec, 5)
   order = np.array([3, 1, 4, 0, 2])
   straight = forward(spec, layers, {"params": params}, images)
   permuted = forward(spec, layers, {"params": params}, images[order])
@@ -153,3 +153,8 @@ def test_random_schedules_are_near_the_budget_and_differ():
     kept = [n for r in reducers(layers)[1:] for n in (r.prune_keep, r.merge_keep)]
     assert kept == sorted(kept, reverse=True)
   assert list(random_counts(spec, target, 20, seed=1)) == found[:20]
+
+
+def test_random_schedules_out_of_reach_are_refused():
+  with pytest.raises(UserError, match="random schedules: expected some near 1e-06 GMACs for small"):
+    next(random_counts(small_spec(), 1e-6, 1, seed=0))

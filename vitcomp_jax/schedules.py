@@ -1,6 +1,7 @@
 """Schedules without a search: hand-made ones, and those of ToMe and EViT."""
 
 import dataclasses
+import itertools
 import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -19,6 +20,7 @@ _BISECTIONS = 40
 _TOLERANCE = 0.01  # of a budget
 _WARMUP_PHASES = 7
 _DRAWS = 10_000  # random schedules at once
+_MISSES = 100  # times that many without one near the budget
 
 
 def within(name: str, spec: ViTSpec, target_gmacs: float, importance: str = "cls") -> Layers:
@@ -304,14 +306,24 @@ def random_counts(
     seed: Of the counts; the first schedules of a longer series are those of a shorter one.
     tolerance: Distance from the budget, as a share of it.
 
+  Raises:
+    UserError: If none of a million schedules meets the budget.
+
   References:
     Chen et al., `DiffRate <https://arxiv.org/abs/2305.17997>`_, 2023, Fig. 5.
   """
   rng = np.random.default_rng(seed)
   compressed = compressed_layers(spec)
   everything = spec.num_tokens, spec.num_tokens
-  given = 0
-  while given < count:
+  given, found_in = 0, 0
+  for drawn in itertools.count():
+    if given == count:
+      return
+    if drawn - found_in > _MISSES:
+      raise UserError(
+        f"random schedules: expected some near {target_gmacs:.4g} GMACs for {spec.name}, got none in "
+        f"{_MISSES * _DRAWS:,}; ask for another budget."
+      )
     kept = rng.integers(spec.num_prefix + 1, spec.num_tokens + 1, (_DRAWS, 2 * sum(compressed)))
     kept = np.sort(kept, axis=1)[:, ::-1].reshape(_DRAWS, -1, 2)
     for index in np.flatnonzero(_is_near(spec, kept[..., 1], target_gmacs, tolerance)):
@@ -322,7 +334,7 @@ def random_counts(
         dataclasses.replace(layer, reduce=PruneMerge(*(next(pairs) if yes else everything)))
         for layer, yes in zip(spec.dense_layers, compressed, strict=True)
       )
-      given += 1
+      given, found_in = given + 1, drawn
 
 
 def _is_near(spec: ViTSpec, after: np.ndarray, target_gmacs: float, tolerance: float) -> np.ndarray:

@@ -10,11 +10,13 @@ from vitcomp_jax.ops.select import unmerge
 from vitcomp_jax.schedules import SCHEDULES, within
 
 
-@pytest.mark.parametrize("name", [name for name in SCHEDULES if name != "dynamicvit"])
+@pytest.mark.parametrize("name", SCHEDULES)
 def test_every_patch_gets_the_token_that_it_became_part_of(name):
   spec = small_spec()
   layers = within(name, spec, 0.6 * macs.static_macs(spec, spec.dense_layers) / 1e9)
-  out = forward(spec, layers, {"params": random_params(spec)}, random_images(spec, 3))
+  out = forward(
+    spec, layers, {"params": random_params(spec, layers=layers)}, random_images(spec, 3)
+  )
   tokens = out.tokens
   found = np.asarray(unmerge(tokens.x, tokens.source, fill=-7.0))
   assert found.shape == (3, spec.num_patches, spec.width)

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 import vitcomp_jax as vc
+from tests.models import random_params
 from tests.stages.test_slim import tiny_config, tiny_variant  # noqa: F401
 from vitcomp_jax import macs, schedules
 from vitcomp_jax.convert import files
@@ -61,21 +62,23 @@ def _check_again(config, tmp_path, result):
 
 def test_the_cloud_is_what_the_static_schedules_give(tmp_path):
   config = tiny_config()
+  spec = get_spec(config.model.variant, num_classes=10)
   config.model.weights = str(tmp_path / "w.safetensors")
-  files.write(vc.load(config.model.variant, num_classes=10)[1], config.model.weights)
-  config.compare.budgets, config.compare.random_schedules = (0.6,), 2
+  # Of a fresh model's tokens many are so alike that rounding decides which ones merge.
+  files.write(random_params(spec), config.model.weights)
+  config.compare.budgets, config.compare.random_schedules = (0.8,), 2
   config.compare.random_examples = 40
   vc.compare(config, tmp_path / "run")
-  path = tmp_path / "run/compare/random@0.6.jsonl"
+  path = tmp_path / "run/compare/random@0.8.jsonl"
   points = [json.loads(line) for line in path.read_text().splitlines()]
-  spec = get_spec(config.model.variant, num_classes=10)
-  target = 0.6 * macs.static_macs(spec, spec.dense_layers) / 1e9
-  for point, layers in zip(points, schedules.random_counts(spec, target, 2, 0), strict=True):
+  target = 0.8 * macs.static_macs(spec, spec.dense_layers) / 1e9
+  drawn = schedules.random_counts(spec, target, 2, 0)
+  for i, (point, layers) in enumerate(zip(points, drawn, strict=True)):
     assert point["gmacs"] == pytest.approx(macs.static_macs(spec, layers) / 1e9)
     plan = tmp_path / "plan.json"
     vc.plans.save_plan(vc.plans.make_plan(spec, layers, {}), plan)
     config.model.plan, config.evaluate.dense = str(plan), False
-    row = vc.evaluate(config, tmp_path / f"{point['gmacs']}")["rows"][0]
+    row = vc.evaluate(config, tmp_path / f"evaluated-{i}")["rows"][0]
     assert point["loss"] == pytest.approx(row["loss"], abs=1e-4)
 
 
