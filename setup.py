@@ -48,7 +48,10 @@ setuptools.setup(
   # The experiments lie at the top of the checkout, where people look for them.
   package_dir={"vitcomp_jax.configs": "configs"},
   packages=[*PACKAGES, "vitcomp_jax.configs"],
-  package_data={"vitcomp_jax": ["py.typed", "bundled/*", "data/bundled/*"]},
+  package_data={
+    "vitcomp_jax": ["py.typed", "bundled/*", "data/bundled/*"],
+    "vitcomp_jax.configs": ["plans/*/*.json"],
+  },
   install_requires=REQUIRES,
   extras_require={"cuda": ["jax[cuda12]"], "tpu": ["jax[tpu]"], "test": TEST_REQUIRES},
   classifiers=[

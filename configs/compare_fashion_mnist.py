@@ -25,12 +25,12 @@ import ml_collections
 from vitcomp_jax.config import default_config
 from vitcomp_jax.errors import UserError
 
-_PARTS = ("off_the_shelf", "again", "random", "finetuned", "ablation", "tuning")
+PARTS = ("off_the_shelf", "again", "random", "finetuned", "ablation", "tuning")
 
 
 def get_config(part: str = "off_the_shelf") -> ml_collections.ConfigDict:
-  if part not in _PARTS:
-    raise UserError(f"config: expected one of {', '.join(_PARTS)} behind the colon, got {part}.")
+  if part not in PARTS:
+    raise UserError(f"config: expected one of {', '.join(PARTS)} behind the colon, got {part}.")
   config = default_config()
   config.stages = ("compare",)
   config.model.variant = "vit_mini_patch3_30"

@@ -17,7 +17,7 @@ from vitcomp_jax.errors import UserError
 from vitcomp_jax.models.variants import get_spec
 from vitcomp_jax.plans import list_plans, load_plan
 
-_MODELS = {
+MODELS = {
   "deit_small": ("deit_small_patch16_224", "timm/deit_small_patch16_224.fb_in1k"),
   "deit_base": ("deit_base_patch16_224", "timm/deit_base_patch16_224.fb_in1k"),
   "mae_large": ("vit_large_patch16_224.mae", "mae_finetuned_vit_large.pth"),
@@ -26,12 +26,12 @@ _MODELS = {
 
 
 def get_config(model: str = "deit_small") -> ml_collections.ConfigDict:
-  if model not in _MODELS:
-    known = ", ".join(_MODELS)
+  if model not in MODELS:
+    known = ", ".join(MODELS)
     raise UserError(f"config: expected one of {known} behind the colon, got {model}.")
   plans = [name for name in list_plans() if name.startswith(f"diffrate/{model}@")]
   budgets = [load_plan(name).gmacs for name in plans]
-  variant, weights = _MODELS[model]
+  variant, weights = MODELS[model]
   spec = get_spec(variant)
   dense = macs.static_macs(spec, spec.dense_layers) / 1e9
 

@@ -321,8 +321,8 @@ def random_counts(
       return
     if drawn - found_in > _MISSES:
       raise UserError(
-        f"random schedules: expected some near {target_gmacs:.4g} GMACs for {spec.name}, got none in "
-        f"{_MISSES * _DRAWS:,}; ask for another budget."
+        f"random schedules: expected some near {target_gmacs:.4g} GMACs for {spec.name}, got none "
+        f"in {_MISSES * _DRAWS:,}; ask for another budget."
       )
     kept = rng.integers(spec.num_prefix + 1, spec.num_tokens + 1, (_DRAWS, 2 * sum(compressed)))
     kept = np.sort(kept, axis=1)[:, ::-1].reshape(_DRAWS, -1, 2)
