@@ -57,7 +57,6 @@ def get_config(part: str = "off_the_shelf") -> ml_collections.ConfigDict:
   if part in ("off_the_shelf", "again", "tuning"):
     compare.methods = (
       "diffrate",
-      "diffrate[importance=cls]",
       "tome",
       "tome_late",
       "evit",

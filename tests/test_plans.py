@@ -231,7 +231,10 @@ def test_a_plan_that_is_not_one(values, message):
     ),
     ({"reduce": {**REDUCER, "always_sort": 1}}, "expected true or false for always_sort, got 1"),
     ({"select": "keep"}, "select: expected an object such as .* got 'keep'"),
-    ({"select": REDUCER}, "select: expected type keep_all or keep_positions, got 'prune_merge'"),
+    (
+      {"select": REDUCER},
+      "select: expected a type among keep_all, keep_positions, predictor_select, got 'prune_merge'",
+    ),
   ],
 )
 def test_a_layer_that_is_not_one(layer, message):

@@ -27,6 +27,7 @@ PURPLE, SKY, BLACK, GRAY = "#CC79A7", "#56B4E9", "#000000", "#6E6E6E"
 _COLORS = (BLUE, VERMILION, GREEN, ORANGE, PURPLE, SKY, BLACK)
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 _LINES = ("-", (0, (5, 1.5)), (0, (1.5, 1.2)), (0, (5, 1.5, 1.2, 1.5)))
+_MOST_LABELS = 12  # points with names of their own; more get a legend
 _TITLE, _TEXT, _SMALL = 11, 10, 9  # font sizes in points
 
 _OUTLINE = (230, 159, 0)  # ORANGE: seen on black as on white
@@ -237,13 +238,19 @@ def accuracy_against_gmacs(
       method, point = _method(row["name"]), (row["gmacs"], row["top1"])
       methods.setdefault(method, []).append(point)
       labels.append((*point, row["name"], _method_style(method, list(methods))[0]))
-  for method, points in methods.items():
+  for index, (method, points) in enumerate(methods.items()):
     color, marker, size = _method_style(method, list(methods))
-    axes.plot(*_columns(sorted(points)), marker=marker, color=color, lw=1, markersize=size)
+    line = _LINES[index // len(_COLORS) % len(_LINES)]
+    style = dict(marker=marker, color=color, lw=1, markersize=size, linestyle=line)
+    axes.plot(*_columns(sorted(points)), label=method, **style)
   axes.margins(0.18)
   _name_axes(axes, "GMACs per image", "top-1 accuracy (%)")
   axes.ticklabel_format(useOffset=False)
-  _label_points(figure, axes, labels)
+  if len(labels) > _MOST_LABELS:
+    axes.margins(0.05)
+    axes.legend(fontsize=_SMALL, loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
+  else:
+    _label_points(figure, axes, labels)
   _save(figure, path)
 
 
