@@ -241,8 +241,15 @@ def accuracy_against_gmacs(
   for index, (method, points) in enumerate(methods.items()):
     color, marker, size = _method_style(method, list(methods))
     line = _LINES[index // len(_COLORS) % len(_LINES)]
-    style = dict(marker=marker, color=color, lw=1, markersize=size, linestyle=line)
-    axes.plot(*_columns(sorted(points)), label=method, **style)
+    axes.plot(
+      *_columns(sorted(points)),
+      label=method,
+      color=color,
+      linestyle=line,
+      linewidth=1,
+      marker=marker,
+      markersize=size,
+    )
   axes.margins(0.18)
   _name_axes(axes, "GMACs per image", "top-1 accuracy (%)")
   axes.ticklabel_format(useOffset=False)
