@@ -37,7 +37,7 @@ from vitcomp_jax.plans import load_plan, make_plan, save_plan
 from vitcomp_jax.schedules import SCHEDULES, random_counts, within
 from vitcomp_jax.stages import figures, finetune, measure, report, search, slim
 from vitcomp_jax.stages.measure import Outcomes
-from vitcomp_jax.stages.run import Run, environment, open_run
+from vitcomp_jax.stages.run import Run, environment, open_run, read_json
 
 _STAGES = {"search": search.search, "slim": slim.slim, "finetune": finetune.finetune}
 _REFERENCE = "diffrate"
@@ -124,7 +124,7 @@ def compare(run: Run) -> dict[str, Any]:
 
 def made(run: Run) -> dict[str, Any]:
   """The content of `result.json`."""
-  return dict(json.loads((run.workdir / "result.json").read_text()))
+  return read_json(run.workdir / "result.json")
 
 
 def _off_the_shelf(run: Run, text: str, budget: float) -> list[Model]:
