@@ -4,7 +4,7 @@ Chen et al., `DiffRate <https://arxiv.org/abs/2305.17997>`_, ICCV 2023.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from vitcomp_jax import macs
-from vitcomp_jax.models.reducers import PruneMerge
+from vitcomp_jax.models.reducers import PruneMerge, first_tokens
 from vitcomp_jax.models.spec import LayerSpec, ViTSpec
 from vitcomp_jax.models.tokens import AttentionStats, Aux, Output, Tokens
 from vitcomp_jax.ops import merge, select
@@ -97,9 +97,10 @@ class PruneMergeSearch(nn.Module):
     # Equal for all images, since ranks are masked and not particular tokens.
     before = jax.lax.stop_gradient(jnp.sum(tokens.keep[0] > 0.5)).astype(prune_count.dtype)
     pruned = jnp.minimum(before, prune_count)
-    keep = tokens.keep * _rank_mask(prune_probability, prune_count, before)[None]
+    n = tokens.x.shape[1]
+    keep = tokens.keep * _rank_mask(prune_probability[:n], prune_count, before)[None]
     tokens = self._merged(tokens, merge_count, pruned)
-    keep = keep * _rank_mask(merge_probability, merge_count, pruned)[None]
+    keep = keep * _rank_mask(merge_probability[:n], merge_count, pruned)[None]
     count = ste_min(before, prune_count, merge_count)
     return tokens.replace(keep=keep), Aux(count)
 
@@ -156,7 +157,19 @@ class PruneMergeMasked(PruneMergeSearch):
   """`PruneMerge` by masking: its counts are variables, so that plans are tried without compiling.
 
   The collection `arch` holds the counts themselves, `prune_keep` and `merge_keep`.
+
+  Attributes:
+    limit: Tokens that go on, of which the kept ones are the first; none: all, masked or not.
   """
+
+  limit: int | None = None
+
+  def __call__(self, tokens: Tokens, stats: AttentionStats | None) -> tuple[Tokens, Aux]:
+    tokens, aux = super().__call__(tokens, stats)
+    return (tokens if self.limit is None else first_tokens(tokens, self.limit)), aux
+
+  def count(self, n: int) -> int:
+    return n if self.limit is None else min(n, self.limit)
 
   def _choice(self, what: str) -> tuple[Array, Array]:
     count = self.variable("arch", f"{what}_keep", jnp.zeros, ()).value
@@ -234,17 +247,20 @@ class DiffRate:
       for layer, compressed in zip(self._base(spec), self.is_compressed(spec), strict=True)
     )
 
-  def masked_layers(self, spec: ViTSpec) -> tuple[LayerSpec, ...]:
-    """Layers that run any plan, given as `counts_arch`, by masking."""
+  def masked_layers(
+    self, spec: ViTSpec, limits: Sequence[int | None] | None = None
+  ) -> tuple[LayerSpec, ...]:
+    """Layers that run any plan, given as `counts_arch`, by masking.
+
+    Args:
+      spec: The model.
+      limits: Of each layer, the tokens that go on, at least those that are kept; none: all.
+    """
     sizes = spec.num_patches, spec.num_prefix
+    options = dict(signed_similarity=self.signed_similarity, importance=self.importance)
     return tuple(
-      dataclasses.replace(
-        layer,
-        reduce=PruneMergeMasked(
-          *sizes, signed_similarity=self.signed_similarity, importance=self.importance
-        ),
-      )
-      for layer in self._base(spec)
+      dataclasses.replace(layer, reduce=PruneMergeMasked(*sizes, limit=limit, **options))
+      for layer, limit in zip(self._base(spec), limits or [None] * spec.depth, strict=True)
     )
 
   def counts_arch(self, layers: tuple[LayerSpec, ...]) -> dict[str, Any]:

@@ -34,20 +34,7 @@ class ViT(nn.Module):
       self.reg_token = self.param("reg_token", nn.initializers.normal(1e-6), shape)
     positions = (1, spec.pos_prefix + spec.num_patches, spec.width)
     self.pos_embed = self.param("pos_embed", _position_init, positions)
-    self.blocks = [
-      EncoderBlock(
-        s,
-        spec.width,
-        spec.norm_eps,
-        s.select,
-        s.reduce,
-        s.token_gate,
-        s.head_gate,
-        s.hidden_gate,
-        spec.dtype,
-      )
-      for s in self.layers
-    ]
+    self.blocks = [encoder_block(spec, layer) for layer in self.layers]
     if spec.pool == "size_mean":
       self.fc_norm = layer_norm(spec.norm_eps)
     else:
@@ -72,18 +59,23 @@ class ViT(nn.Module):
     """
     if images.shape[1:3] != self.spec.image_size:
       raise ValueError(f"images: expected {self.spec.image_size} pixels, got {images.shape[1:3]}")
-    tokens = self._embed(images)
+    tokens = self.embed(images)
     layers, aux = [], []
     for block in self.blocks:
       tokens, reductions = block(tokens)
       layers.append(tokens)
       aux.append(reductions)
+    tokens, features, logits = self.classify(tokens)
+    return Output(logits, features, tokens, tuple(layers), tuple(aux))
+
+  def classify(self, tokens: Tokens) -> tuple[Tokens, Array, Array]:
+    """The last layer's tokens after the final norm, pooled features and logits."""
     if self.spec.pool != "size_mean":
       tokens = tokens.replace(x=self.norm(tokens.x))
     features = self._pool(tokens)
-    return Output(self._classify(features), features, tokens, tuple(layers), tuple(aux))
+    return tokens, features, self._classify(features)
 
-  def _embed(self, images: Array) -> Tokens:
+  def embed(self, images: Array) -> Tokens:
     """Patches behind the prefix, with positions."""
     spec, b = self.spec, images.shape[0]
     x = self.patch_embed(images)
@@ -113,6 +105,21 @@ class ViT(nn.Module):
         return jnp.mean(features, axis=1)
       return (self.head(features[:, 0]) + self.head_dist(features[:, 1])) / 2
     return self.head(features) if self.spec.num_classes else features
+
+
+def encoder_block(spec: ViTSpec, layer: LayerSpec) -> EncoderBlock:
+  """One layer of a model, as a module of its own."""
+  return EncoderBlock(
+    layer,
+    spec.width,
+    spec.norm_eps,
+    layer.select,
+    layer.reduce,
+    layer.token_gate,
+    layer.head_gate,
+    layer.hidden_gate,
+    spec.dtype,
+  )
 
 
 def size_mean(tokens: Tokens) -> Float[Array, "b d"]:

@@ -4,21 +4,17 @@ Whatever a method has to learn, it learns in a run of its own in `compare/NAME` 
 """
 
 import dataclasses
-import itertools
-import json
 import math
 import pathlib
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from vitcomp_jax import macs
 from vitcomp_jax.api import Params
-from vitcomp_jax.atomic import replacing, write_json, write_text
+from vitcomp_jax.atomic import replacing, write_json
 from vitcomp_jax.config import (
   BudgetConfig,
   Config,
@@ -27,15 +23,12 @@ from vitcomp_jax.config import (
   to_dict,
   with_overrides,
 )
-from vitcomp_jax.data.transforms import normalize
 from vitcomp_jax.errors import UserError
-from vitcomp_jax.methods.diffrate import DiffRate
-from vitcomp_jax.metrics import progress
 from vitcomp_jax.models.spec import LayerSpec
 from vitcomp_jax.models.vit import ViT
 from vitcomp_jax.plans import load_plan, make_plan, save_plan
-from vitcomp_jax.schedules import SCHEDULES, random_counts, within
-from vitcomp_jax.stages import figures, finetune, measure, report, search, slim
+from vitcomp_jax.schedules import SCHEDULES, within
+from vitcomp_jax.stages import cloud, figures, finetune, measure, report, search, slim
 from vitcomp_jax.stages.measure import Outcomes
 from vitcomp_jax.stages.run import Run, environment, open_run, read_json
 
@@ -106,17 +99,20 @@ def compare(run: Run) -> dict[str, Any]:
     rows.append(_row(run, method + name, [_trained(run, method)], _REFERENCE + name))
   clouds = {}
   if config.random_schedules:
-    clouds = {budget: _cloud(run, budget) for budget in config.budgets}
+    folder = _made(run.workdir / "compare")
+    for budget in config.budgets:
+      path = folder / f"random@{budget:g}.jsonl"
+      clouds[budget] = cloud.points(run, _gmacs(run, budget), path)
   result = {
     "dataset": run.eval_data.name,
     "split": run.eval_data.split,
     "examples": run.eval_data.num_examples,
     **environment(),
     "rows": rows,
-    "random": {f"{budget:g}": _rank(run, budget, cloud) for budget, cloud in clouds.items()},
+    "random": {f"{budget:g}": _rank(run, budget, points) for budget, points in clouds.items()},
   }
   write_json(run.workdir / "result.json", result)
-  points = [(p["gmacs"], p["top1"]) for cloud in clouds.values() for p in cloud]
+  points = [(p["gmacs"], p["top1"]) for c in clouds.values() for p in c]
   figures.accuracy_against_gmacs(run.workdir / "figures" / "accuracy.png", rows, points)
   report.write_comparison(run.workdir, result)
   return result
@@ -251,68 +247,11 @@ def _made(folder: pathlib.Path) -> pathlib.Path:
   return folder
 
 
-def _cloud(run: Run, budget: float) -> list[dict[str, float]]:
-  """What random schedules of a budget reach, on the first of the examples, by masking.
-
-  The counts are data, so that all of them share one compiled program.
-  """
-  config, spec = run.config.compare, run.spec
-  path = _made(run.workdir / "compare") / f"random@{budget:g}.jsonl"
-  lines = path.read_text().splitlines() if path.exists() else []
-  # A kill may have left half a line, which must not grow into the next one.
-  whole = [line for line in lines if line.endswith("}")]
-  write_text(path, "".join(f"{line}\n" for line in whole))
-  points = [json.loads(line) for line in whole]
-  method = DiffRate(_gmacs(run, budget), importance=run.config.search.importance)
-  model = ViT(spec, method.masked_layers(spec))
-  is_done = len(points) >= config.random_schedules
-  batches = [] if is_done else _first(run, config.random_examples)
-
-  @jax.jit
-  def score(arch: Any, batch: Mapping[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
-    images = normalize(batch["image"], run.preprocess)
-    logits = model.apply({"params": run.dense_params, "arch": arch}, images)
-    log_p = jax.nn.log_softmax(logits.astype(jnp.float32))
-    own = jnp.take_along_axis(log_p, batch["label"][:, None], axis=1)[:, 0]
-    right = jnp.argmax(logits, axis=1) == batch["label"]
-    return jnp.sum(right * batch["mask"]), -jnp.sum(own * batch["mask"])
-
-  schedules = random_counts(spec, _gmacs(run, budget), config.random_schedules, run.config.seed)
-  left = list(itertools.islice(schedules, len(points), None))
-  with path.open("a") as stream:
-    for layers in progress(left, f"random schedules at {budget:g}", len(left)):
-      arch = method.counts_arch(layers)
-      sums = np.sum([jax.device_get(score(arch, batch)) for batch in batches], axis=0)
-      examples = sum(float(np.sum(batch["mask"])) for batch in batches)
-      point = {
-        "gmacs": macs.static_macs(spec, layers) / 1e9,
-        "top1": 100 * float(sums[0]) / examples,
-        "loss": float(sums[1]) / examples,
-      }
-      points.append(point)
-      stream.write(json.dumps(point) + "\n")
-      stream.flush()
-  return points[: config.random_schedules]
-
-
-def _first(run: Run, count: int) -> list[dict[str, Any]]:
-  """Batches of the first examples; the mask leaves out what is too many in the last one."""
-  size = run.config.evaluate.batch_size
-  found = []
-  for i, batch in enumerate(run.eval_data.eval_batches(size)):
-    if i * size >= count:
-      break
-    inside = np.arange(i * size, (i + 1) * size) < count
-    arrays = {key: np.asarray(batch[key]) for key in ("image", "label", "mask")}
-    found.append({**arrays, "mask": arrays["mask"] * inside})
-  return found
-
-
-def _rank(run: Run, budget: float, cloud: Sequence[Mapping[str, float]]) -> dict[str, Any]:
+def _rank(run: Run, budget: float, points: Sequence[Mapping[str, float]]) -> dict[str, Any]:
   """How the random schedules do, and how many of them the search beats on the same examples."""
-  values = {key: np.array([point[key] for point in cloud]) for key in _PAIRED}
+  values = {key: np.array([point[key] for point in points]) for key in _PAIRED}
   examples = min(run.config.compare.random_examples, run.eval_data.num_examples)
-  summary: dict[str, Any] = {"schedules": len(cloud), "examples": examples}
+  summary: dict[str, Any] = {"schedules": len(points), "examples": examples}
   for key, found in values.items():
     summary[key] = {q: round(float(np.quantile(found, q)), 4) for q in (0.01, 0.5, 0.99)}
   path = _folder(run) / f"{_REFERENCE}@{budget:g}.mean.npz"

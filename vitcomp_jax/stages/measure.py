@@ -52,18 +52,23 @@ def row(found: Outcomes, model: ViT, name: str) -> dict[str, Any]:
   return {"name": name, **figures}
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _score(
-  model: ViT, preprocess: Preprocess, params: Params, images: jax.Array, labels: jax.Array
-) -> Mapping[str, jax.Array]:
-  """How well the labels are met."""
-  logits = model.apply({"params": params}, normalize(images, preprocess)).astype(jnp.float32)
+def scores(logits: jax.Array, labels: jax.Array) -> dict[str, jax.Array]:
+  """How well labels are met: of every example `top1` and `top5` (0 or 100) and `loss` in nats."""
+  logits = logits.astype(jnp.float32)
   own = jnp.take_along_axis(logits, labels[:, None], axis=1)
   # Ties go to the lower class, as in a stable sort.
   before = jnp.arange(logits.shape[1], dtype=labels.dtype)[None] < labels[:, None]
   rank = jnp.sum((logits > own) | ((logits == own) & before), axis=1)
   loss = jax.nn.logsumexp(logits, axis=1) - own[:, 0]
-  return {"top1": 100 * (rank < 1), "top5": 100 * (rank < 5), "loss": loss}
+  top1, top5 = (jnp.where(rank < k, 100.0, 0.0) for k in (1, 5))
+  return {"top1": top1, "top5": top5, "loss": loss}
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _score(
+  model: ViT, preprocess: Preprocess, params: Params, images: jax.Array, labels: jax.Array
+) -> dict[str, jax.Array]:
+  return scores(model.apply({"params": params}, normalize(images, preprocess)), labels)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
