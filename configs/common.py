@@ -7,6 +7,74 @@ from vitcomp_jax.config import default_config
 IMAGENET_TRAIN_IMAGES = 1_281_167
 
 
+def imagenet(variant: str, weights: str | None) -> ml_collections.ConfigDict:
+  """ImageNet-1k with the augmentation of DeiT (Touvron et al., 2021, Table 9): random crops and
+  flips, RandAugment, random erasing, Mixup, CutMix and three augmentations of an image.
+
+  Args:
+    variant: The model.
+    weights: Its weights; none: random ones.
+  """
+  config = default_config()
+  config.model.variant = variant
+  config.model.weights = weights
+  data = config.data
+  data.name = "imagenet2012"
+  data.augment = "rand_augment"
+  data.erase = 0.25
+  data.mixup = 0.8
+  data.cutmix = 1.0
+  data.repeats = 3
+  data.workers = 16
+  return config
+
+
+def deit_training(training: ml_collections.ConfigDict, epochs: float) -> None:
+  """The optimization of DeiT: AdamW, 5e-4 for 512 images, 5 epochs of warm-up, a cosine to 1e-5,
+  weight decay 0.05, label smoothing 0.1, stochastic depth 0.1.
+
+  Args:
+    training: The part of a config that is changed.
+    epochs: Its length.
+  """
+  training.epochs = epochs
+  training.batch_size = 1024
+  training.learning_rate = 5e-4
+  training.learning_rate_for = 512
+  training.min_learning_rate = 5e-6
+  training.warmup_epochs = 5.0
+  training.drop_path = 0.1
+  training.clip_norm = None
+  training.checkpoint_every = 1000
+
+
+def diffrate_finetuning(
+  variant: str, weights: str, plan: str, drop_path: float
+) -> ml_collections.ConfigDict:
+  """DiffRate's fine-tuning on ImageNet-1k under its authors' schedule, and an evaluation.
+
+  From the authors: 30 epochs from 2e-5 to 1e-6 with DeiT's augmentation. The rest is DeiT's.
+
+  Args:
+    variant: The model.
+    weights: Its fine-tuned weights.
+    plan: The published plan.
+    drop_path: Stochastic depth at the last layer.
+  """
+  config = imagenet(variant, weights)
+  config.stages = ("finetune", "evaluate")
+  config.model.plan = plan
+  training = config.finetune
+  deit_training(training, 30.0)
+  training.learning_rate = 2e-5
+  training.min_learning_rate = 1e-6
+  training.learning_rate_for = None
+  training.warmup_epochs = 0.0
+  training.drop_path = drop_path
+  config.evaluate.before_finetune = True
+  return config
+
+
 def diffrate_imagenet(
   arg: str | None, variant: str, weights: str, gmacs: float
 ) -> ml_collections.ConfigDict:
@@ -14,9 +82,8 @@ def diffrate_imagenet(
 
   From the authors: 3 epochs of batches of 1,024 images, learning rate 0.01 falling to 0.001 by
   their epoch-wise cosine, candidates 4 tokens apart, rates that start at zero, label smoothing of
-  0.1. Ours, as the defaults of `SearchConfig`: no clamp of sizes, no stochastic depth, the budget
-  term relative to the dense model. Of the authors' augmentation only random crops and flips are
-  there; RandAugment, random erasing, mixup, cutmix and repeated augmentation are not.
+  0.1, DeiT's augmentation. Ours, as the defaults of `SearchConfig`: no clamp of sizes, no
+  stochastic depth, the budget term relative to the dense model.
 
   Args:
     arg: What stands behind the colon in `--config FILE:ARG`: the budget in GMACs; none: `gmacs`.
@@ -24,13 +91,8 @@ def diffrate_imagenet(
     weights: Its fine-tuned weights.
     gmacs: The budget where no argument is given.
   """
-  config = default_config()
+  config = imagenet(variant, weights)
   config.stages = ("search", "evaluate")
-  config.model.variant = variant
-  config.model.weights = weights
-  config.data.name = "imagenet2012"
-  config.data.augment = "crop_flip"
-  config.data.workers = 16
   config.budget.gmacs = budget(arg, gmacs)
 
   search = config.search
@@ -62,10 +124,7 @@ def vitslim_imagenet(arg: str | None, variant: str, weights: str) -> ml_collecti
   """ViT-Slim on ImageNet-1k: 50 epochs of search, and 300 of re-training what was cut out.
 
   From the authors: the epochs, the weights of the three norms, masks that take the weights'
-  learning rate and no weight decay. Around that DeiT's recipe: AdamW, batches of 1,024 images,
-  learning rate 1e-3 with 5 epochs of warm-up and a cosine, weight decay 0.05, label smoothing 0.1,
-  stochastic depth 0.1. Of DeiT's augmentation only random crops and flips are there; RandAugment,
-  random erasing, mixup, cutmix and repeated augmentation are not.
+  learning rate and no weight decay. Around that DeiT's recipe, see `imagenet` and `deit_training`.
 
   Args:
     arg: What stands behind the colon in `--config FILE:ARG`: the share of head dimensions and of
@@ -73,24 +132,12 @@ def vitslim_imagenet(arg: str | None, variant: str, weights: str) -> ml_collecti
     variant: The model.
     weights: Its weights.
   """
-  config = default_config()
+  config = imagenet(variant, weights)
   config.stages = ("slim", "finetune", "evaluate")
-  config.model.variant = variant
-  config.model.weights = weights
-  config.data.name = "imagenet2012"
-  config.data.augment = "crop_flip"
-  config.data.workers = 16
   share = budget(arg, 0.7)
   config.slim.budgets = (share, share, 1.0)
-  config.slim.epochs = 50.0
-  config.finetune.epochs = 300.0
-  for training in (config.slim, config.finetune):
-    training.batch_size = 1024
-    training.learning_rate = 1e-3
-    training.warmup_epochs = 5.0
-    training.drop_path = 0.1
-    training.clip_norm = None
-    training.checkpoint_every = 1000
+  deit_training(config.slim, 50.0)
+  deit_training(config.finetune, 300.0)
   config.evaluate.before_finetune = True
   return config
 

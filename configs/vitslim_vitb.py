@@ -7,7 +7,7 @@ Paper: Chavan et al., ViT-Slim, CVPR 2022 (https://arxiv.org/abs/2201.00814). We
 
 The number behind the colon is the share of head dimensions and of hidden units that is kept, 0.6 if
 left out; see `configs/vitslim_vits.py` for how one search serves several. `vitcomp_jax.configs.
-common` tells where the recipe comes from and what it lacks. It needs accelerators.
+common` tells where the recipe comes from. It needs accelerators.
 
 Published (not measured here), on the 50,000 validation images after re-training: 82.4 % top-1 at
 10.6 GMACs and 52.6 million parameters, with 0.6 of head dimensions and of hidden units.

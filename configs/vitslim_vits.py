@@ -9,7 +9,7 @@ The number behind the colon is the share of head dimensions and of hidden units 
 left out. One search serves all shares: a second run takes `masks.safetensors` and
 `searched.safetensors` of the first as `config.slim.masks` and `config.model.weights`. With patches:
 `--config.slim.budgets="(0.7,0.7,0.8)"`. `vitcomp_jax.configs.common` tells where the recipe comes
-from and what it lacks. It needs accelerators: the authors' search took 43 hours of a V100.
+from. It needs accelerators: the authors' search took 43 hours of a V100.
 
 Published (their tables 2, 4 and 6; not measured here), top-1 in percent on the 50,000 validation
 images after re-training, GMACs and parameters in millions:

@@ -14,21 +14,25 @@ import PIL.Image
 import pytest
 import safetensors.numpy
 
+from tests.tiny_main import TINY
 from vitcomp_jax import main
 
 ROOT = pathlib.Path(__file__).parents[1]
 BUNDLED = ROOT / "vitcomp_jax" / "bundled" / "vit_mini_patch3_30.safetensors"
 OTHER = ROOT / "tests" / "golden" / "errors" / "deit_ok.safetensors"
-QUICK = ("--config.search.steps=12", "--config.search.batch_size=8")
+QUICK = (f"--config.model.variant={TINY}", "--config.model.weights=none")
+QUICK += ("--config.budget.fraction=0.75", "--config.search.choose_images=16")
+QUICK += ("--config.search.steps=12", "--config.search.batch_size=8")
 QUICK += ("--config.search.checkpoint_every=3", "--config.search.log_every=1")
 QUICK += ("--config.data.eval_examples=40", "--config.evaluate.batch_size=20")
+QUICK += ("--config.evaluate.baselines=()", "--config.evaluate.token_maps=0")
 
 
 def _command(workdir: pathlib.Path, *options: str) -> list[str]:
   program = [
     sys.executable,
     "-m",
-    "vitcomp_jax.main",
+    "tests.tiny_main",
     "--config",
     str(ROOT / "configs/quickstart.py"),
   ]
@@ -164,10 +168,10 @@ def test_a_corrupt_image_is_named(tmp_path):
   broken = tmp_path / "data" / "train" / "cat" / "2.jpg"
   broken.write_bytes(broken.read_bytes()[:300])
   options = [f"--config.data.dir={tmp_path / 'data'}", "--config.data.name=folder"]
-  options += ["--config.data.pad=0", "--config.model.weights=None"]
-  stopped = _run(tmp_path / "stop", *options, *QUICK[:4])
+  options += ["--config.data.pad=0"]
+  stopped = _run(tmp_path / "stop", *options, *QUICK[:6])
   assert stopped.returncode == 2 and str(broken) in stopped.stderr, stopped.stderr
-  skipping = [*options, *QUICK[:4], "--config.data.on_error=skip"]
+  skipping = [*options, *QUICK[:6], "--config.data.on_error=skip"]
   skipped = _run(tmp_path / "skip", *skipping)
   assert skipped.returncode == 0, skipped.stderr
 
@@ -177,6 +181,8 @@ def test_a_full_disk_is_status_1_and_loses_nothing(tmp_path):
   program = (
     "import errno, sys\n"
     "from vitcomp_jax import main, checkpoint\n"
+    "from tests import tiny_main\n"
+    "tiny_main.tiny_variant()\n"
     "save = checkpoint.Checkpointer.save\n"
     "def failing(self, step, state):\n"
     "  if step > 6: raise OSError(errno.ENOSPC, 'No space left on device')\n"
@@ -196,6 +202,7 @@ def test_a_full_disk_is_status_1_and_loses_nothing(tmp_path):
 def test_another_config_in_the_same_workdir_is_refused(tmp_path, capsys):
   options = ("--config.stages=('evaluate',)", "--config.evaluate.baselines=()")
   options += ("--config.data.eval_examples=20", "--config.evaluate.batch_size=20")
+  options += ("--config.model.variant=vit_mini_patch3_30",)
   assert main.main(_command(tmp_path, *options)[2:]) == 0
   assert main.main(_command(tmp_path, *options, "--config.seed=1")[2:]) == 2
   assert "config.seed: 0 there, 1 here" in capsys.readouterr().err

@@ -1,15 +1,25 @@
-"""Files that are written as a whole or not at all, whatever happens in between."""
+"""Files that are written as a whole or not at all, whatever happens in between.
+
+Of several processes that run one program, the first one writes.
+"""
 
 import contextlib
 import json
 import pathlib
+import tempfile
 from collections.abc import Iterator
 from typing import Any
+
+from vitcomp_jax import processes
 
 
 @contextlib.contextmanager
 def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
   """A path beside `path` to write to; it takes the place of `path` when the block ends well."""
+  if not processes.is_first():
+    with tempfile.TemporaryDirectory() as folder:
+      yield pathlib.Path(folder) / path.name
+    return
   temporary = path.with_name(f".{path.name}.tmp")
   try:
     yield temporary

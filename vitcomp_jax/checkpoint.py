@@ -87,6 +87,10 @@ class Checkpointer:
       )
     return None
 
+  def latest_step(self) -> int | None:
+    """The newest checkpoint that is written or being written; none if there is none."""
+    return self._manager.latest_step()
+
   def _check_shapes(self, step: int, like: Any) -> None:
     """Raises a UserError if a checkpoint is whole but of another shape."""
     try:

@@ -81,7 +81,13 @@ class DataConfig:
   pad: CountOrZero = 0  # pixels of zeros added on every side before anything else
   # Share of the resized image that is kept; none: the variant's.
   crop_pct: Annotated[float, Range(above=0, most=1)] | None = None
-  augment: Literal["none", "flip_shift", "crop_flip"] = "none"  # of training images
+  # Of training images: nothing, mirrored and moved by 2 pixels, a random crop mirrored, or that and
+  # RandAugment (m9, mstd0.5, inc1).
+  augment: Literal["none", "flip_shift", "crop_flip", "rand_augment"] = "none"
+  erase: Share = 0.0  # probability that a random box of a training image becomes noise (DeiT: 0.25)
+  mixup: PositiveOrZero = 0.0  # alpha; 0: none (DeiT: 0.8)
+  cutmix: PositiveOrZero = 0.0  # alpha; 0: none (DeiT: 1)
+  repeats: Count = 1  # augmentations of an image that share a batch (DeiT: 3)
   on_error: Literal["stop", "skip"] = "stop"  # at a corrupt image; `skip` counts them
   workers: Count = 2  # threads that decode images
 
@@ -98,6 +104,8 @@ class TrainConfig:
   batch_size: Count = 128  # images per step
   learning_rate: Positive = 1e-3  # at the peak
   min_learning_rate: PositiveOrZero = 1e-5  # at the end of the cosine
+  # Images per step that both rates are given for, and scale linearly from; none: not scaled.
+  learning_rate_for: Count | None = None
   warmup_epochs: PositiveOrZero = 1.0  # of linear warm-up
   weight_decay: PositiveOrZero = 0.05  # of kernels; biases, norms, tokens and positions take none
   label_smoothing: Share = 0.1  # share of the target spread over all classes
@@ -105,6 +113,7 @@ class TrainConfig:
   clip_norm: Positive | None = 1.0  # global norm of the gradient; none: not clipped
   keep_rate_epochs: PositiveOrZero = 0.0  # in which EViT's keep rates fall from 1 to the plan's
   ema: Rate | None = None  # decay of the averaged weights that are kept; none: the last ones
+  parts: Count = 1  # in which a batch is done one after the other, to save memory
   log_every: Count = 50  # steps
   checkpoint_every: Count = 500  # steps
 
@@ -168,6 +177,7 @@ class SearchConfig:
   signed_similarity: bool = False  # the authors' merge weight, which may be negative
   mask_eps: PositiveOrZero = 0.0  # smoothing of the masked softmax (authors: 1e-6)
   drop_path: Rate = 0.0  # stochastic depth while searching (authors: 0.1)
+  parts: Count = 1  # in which a batch is done one after the other, to save memory
   # The plan with the least loss on so many images, of those passed through, is kept; 0: the last.
   choose_images: CountOrZero = 1024
   log_every: Count = 10  # steps
@@ -200,6 +210,18 @@ class CompareConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class ParallelConfig:
+  # The whole state on every device, the state cut up too, or as the first under `jax.pmap`.
+  mode: Literal["data", "fsdp", "pmap"] = "data"
+  devices: Count | None = None  # how many are used; none: all
+
+
+@dataclasses.dataclass(frozen=True)
+class ProfileConfig:
+  steps: tuple[CountOrZero, ...] = ()  # first and last step of a trace, as (10, 15); empty: none
+
+
+@dataclasses.dataclass(frozen=True)
 class Config:
   stages: tuple[Stage, ...] = ("evaluate",)  # run in this order
   seed: Annotated[int, Range(0, below=2**32)] = 0  # of everything random
@@ -213,6 +235,8 @@ class Config:
   distill: DistillConfig = DistillConfig()
   evaluate: EvaluateConfig = EvaluateConfig()
   compare: CompareConfig = CompareConfig()
+  parallel: ParallelConfig = ParallelConfig()
+  profile: ProfileConfig = ProfileConfig()
 
 
 def default_config() -> ml_collections.ConfigDict:
@@ -384,11 +408,17 @@ def _listed(value: Any) -> Any:
   return [_listed(v) for v in value] if isinstance(value, tuple | list) else value
 
 
+# What does not change a run's outcome, and so may change while it is under way.
+_FREE = ("parallel", "profile", "data.workers")
+
+
 def differing_keys(old: Mapping[str, Any], new: Mapping[str, Any], path: str = "") -> list[str]:
-  """Dotted names of the keys whose values differ, each with both values."""
+  """Dotted names of the keys that matter and whose values differ, each with both values."""
   lines = []
   for key in sorted(set(old) | set(new)):
     a, b = old.get(key), new.get(key)
+    if path + key in _FREE:
+      continue
     if isinstance(a, Mapping) and isinstance(b, Mapping):
       lines += differing_keys(a, b, f"{path}{key}.")
     elif a != b:

@@ -10,16 +10,20 @@ import logging
 import pathlib
 import re
 import runpy
+import signal
 import sys
+import types
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import absl.logging
+import jax
 import ml_collections
 
 from vitcomp_jax import config as config_lib
 from vitcomp_jax.errors import UserError
 from vitcomp_jax.stages import run_stages
+from vitcomp_jax.training.preemption import Preempted
 
 _DISK_FULL = (
   "the disk is full; free some space and run the same command again: it goes on from the last "
@@ -36,10 +40,13 @@ def main(argv: Sequence[str]) -> int:
   logging.getLogger("jax").setLevel(logging.WARNING)
   try:
     config, workdir = _parse(argv[1:])
+    signal.signal(signal.SIGTERM, _end)
     run_stages(config, workdir, config.stages)
     logging.info("done: %s", workdir)
   except KeyboardInterrupt:
     return _say("interrupted; the same command goes on from the last checkpoint.", 130)
+  except Preempted as why:
+    return _say(f"{why}, as it was asked to; everything is saved, the same command goes on.", 0)
   except Exception as error:
     if "No space left on device" in f"{error} {error.__cause__}":
       return _say(_DISK_FULL, 1)
@@ -49,9 +56,18 @@ def main(argv: Sequence[str]) -> int:
   return 0
 
 
+def _end(number: int, frame: types.FrameType | None) -> None:
+  """Ends what is not a loop of steps; those note the signal themselves, and end after a step."""
+  del number, frame
+  raise Preempted("the run ended")
+
+
 def _say(line: str, status: int) -> int:
   print(f"vitcomp_jax: {line}", file=sys.stderr)
   return status
+
+
+_DISTRIBUTED = "one of several processes that Slurm, GKE or a TPU pod started together"
 
 
 class _Parser(argparse.ArgumentParser):
@@ -70,12 +86,41 @@ def _parse(argv: Sequence[str]) -> tuple[config_lib.Config, pathlib.Path]:
   )
   parser.add_argument("--config", metavar="FILE[:ARG]", required=True, help="the experiment")
   parser.add_argument("--workdir", type=pathlib.Path, help="where the run is kept; none: runs/NAME")
+  parser.add_argument("--distributed", action="store_true", help=_DISTRIBUTED)
+  parser.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 is to be found")
+  parser.add_argument("--num_processes", type=int, help="how many processes there are")
+  parser.add_argument("--process_id", type=int, help="of this one, from 0")
   known, rest = parser.parse_known_args(argv)
+  _initialize(known)
   file, _, arg = known.config.partition(":")
   overrides = _overrides(rest)
   values = config_lib.with_overrides(_read(pathlib.Path(file), arg or None), overrides)
   workdir = known.workdir or pathlib.Path("runs", pathlib.Path(file).stem)
   return config_lib.from_config_dict(values), workdir
+
+
+def _initialize(known: argparse.Namespace) -> None:
+  """Joins the other processes, if there are any."""
+  explicit = known.coordinator, known.num_processes, known.process_id
+  if not known.distributed and explicit == (None, None, None):
+    return
+  if not known.distributed and None in explicit:
+    raise UserError(
+      "command line: expected --coordinator, --num_processes and --process_id together, or "
+      "--distributed alone where a cluster can be asked for them."
+    )
+  try:
+    jax.distributed.initialize(*explicit)
+  except (ValueError, RuntimeError) as error:
+    raise UserError(
+      f"command line: the other processes cannot be joined ({_first_line(error)}); expected "
+      "Slurm, GKE or a TPU pod for --distributed alone, or --coordinator, --num_processes and "
+      "--process_id."
+    ) from error
+
+
+def _first_line(error: Exception) -> str:
+  return str(error).strip().splitlines()[0]
 
 
 def _overrides(arguments: Sequence[str]) -> dict[str, str]:

@@ -11,6 +11,7 @@ from typing import Any
 import tqdm
 from tensorboardX import SummaryWriter
 
+from vitcomp_jax import processes
 from vitcomp_jax.atomic import write_text
 
 
@@ -28,13 +29,16 @@ class MetricsWriter:
     """
     self._path, self._stage, self._begin = workdir / "metrics.jsonl", stage, time.monotonic()
     self._elapsed = _drop_later(self._path, stage, start_step)
-    self._board = SummaryWriter(str(workdir / "tensorboard" / stage), purge_step=start_step + 1)
+    processes.meet("metrics")  # All have read what was logged before more of it is.
+    self._board = None
+    if processes.is_first():
+      self._board = SummaryWriter(str(workdir / "tensorboard" / stage), purge_step=start_step + 1)
     self._bar = tqdm.tqdm(
       total=total_steps,
       initial=start_step,
       desc=stage,
       unit="step",
-      disable=not sys.stderr.isatty(),
+      disable=not (processes.is_first() and sys.stderr.isatty()),
     )
 
   @property
@@ -44,6 +48,8 @@ class MetricsWriter:
 
   def write(self, step: int, figures: Mapping[str, Any]) -> None:
     """Logs the figures of a step; arrays of one number become numbers, others lists."""
+    if self._board is None:
+      return
     values = {key: _plain(value) for key, value in figures.items()}
     record = {"stage": self._stage, "step": step, "time_s": round(self.seconds, 3), **values}
     with self._path.open("a") as file:
@@ -64,7 +70,9 @@ class MetricsWriter:
 
   def close(self) -> None:
     self._bar.close()
-    self._board.close()
+    if self._board is not None:
+      self._board.close()
+    processes.meet("logged")
 
   def __enter__(self) -> "MetricsWriter":
     return self
@@ -111,4 +119,6 @@ def _plain(value: Any) -> Any:
 
 def progress(items: Iterable[Any], what: str, total: int) -> Iterable[Any]:
   """The items, with a progress bar on a terminal."""
-  return tqdm.tqdm(items, desc=what, total=total, disable=not sys.stderr.isatty())
+  return tqdm.tqdm(
+    items, desc=what, total=total, disable=not (processes.is_first() and sys.stderr.isatty())
+  )

@@ -16,15 +16,16 @@ import grain
 import numpy as np
 
 from vitcomp_jax.config import DataConfig
-from vitcomp_jax.data import sources, transforms
+from vitcomp_jax.data import mixing, sources, transforms
+from vitcomp_jax.data.rand_augment import rand_augment
 from vitcomp_jax.errors import UserError
 
 Batch = dict[str, np.ndarray]
 
 _MEMORY_BYTES = 2**30  # What the decoded images of a data set may take.
-_EPOCHS = (
-  2**32
-)  # Endless: Grain has no more orders; its own `repeat()` overflows in batches of one.
+_EPOCHS = 2**32  # Endless: Grain has no more orders.
+_STEPS = 2**40  # Endless.
+_CROPS = ("crop_flip", "rand_augment")
 _SMALL_SIDE = 64  # Pixels; a larger image is decoded whenever it is needed.
 _READ_AT_ONCE = 1024  # Records.
 
@@ -71,7 +72,7 @@ def load(
     _subset(len(source), count, seed, f"config.data.{split}_examples"),
     pre,
     seed,
-    augment=config.augment if train else "none",
+    augmentation=config if train else DataConfig(),
     skip_corrupt=config.on_error == "skip",
     workers=config.workers,
   )
@@ -122,7 +123,7 @@ class Dataset:
     indices: np.ndarray,
     pre: transforms.Preprocess,
     seed: int,
-    augment: str,
+    augmentation: DataConfig,
     skip_corrupt: bool,
     workers: int,
   ) -> None:
@@ -133,7 +134,8 @@ class Dataset:
       indices: int[n], those of the source that are used.
       pre: What is done to every image.
       seed: Of the order and the augmentation.
-      augment: Of training images; one of `transforms.AUGMENTS`.
+      augmentation: What is done to training images: `augment`, `erase`, `mixup`, `cutmix` and
+        `repeats` of a config.
       skip_corrupt: Whether to leave out and count corrupt images, or to stop at the first.
       workers: Threads that decode images.
     """
@@ -142,7 +144,9 @@ class Dataset:
     self.has_labels = self.num_classes > 0
     self.num_examples, self.pre = len(indices), pre
     self._source, self._indices, self._seed = source, indices, seed
-    self._augment, self._skip_corrupt, self._workers = augment, skip_corrupt, workers
+    self._augmentation, self._skip_corrupt, self._workers = augmentation, skip_corrupt, workers
+    red, green, blue = (min(255, round(255 * value)) for value in pre.mean)
+    self._fill = red, green, blue
     self._corrupt: set[int] = set()
     self._lock = threading.Lock()
 
@@ -151,28 +155,49 @@ class Dataset:
     """How many corrupt images have been met and left out so far."""
     return len(self._corrupt)
 
-  def train_batches(self, batch_size: int, start_step: int = 0) -> Iterator[Batch]:
+  def train_batches(
+    self, batch_size: int, start_step: int = 0, rows: slice = slice(None)
+  ) -> Iterator[Batch]:
     """Endless batches, each epoch in another order.
+
+    With repeated augmentation (`DataConfig.repeats` r) an epoch still shows as many images as there
+    are, but r augmentations of every r-th (Hoffer et al., 2020), which share a batch.
 
     Args:
       batch_size: May be larger than the data set.
       start_step: Number of the first batch.
+      rows: Those of each batch that are wanted: where processes share batches, each makes its own.
 
     Returns:
-      Iterator over `image` uint8[b h w 3], `label` int32[b] and `index` int64[b] in the source.
+      Iterator over `image` uint8[b h w 3], `label` int32[b] and `index` int64[b] in the source, and
+      what `mixing.training_inputs` wants besides.
     """
     _check_batch_size(batch_size)
     # Grain's epochs use seed, seed + 1, ...: neighbouring seeds must not share permutations.
     seed = int(_generator(self._seed, "order").integers(2**32))
     order = grain.MapDataset.range(self.num_examples).shuffle(seed).repeat(_EPOCHS)
-    batches = order.batch(batch_size).map_with_index(self._train_batch)
-    return self._iterate(batches, start_step)
 
-  def eval_batches(self, batch_size: int) -> Iterator[Batch]:
+    def make(step: int) -> Batch:
+      wanted = self._shown(batch_size, step)[rows]
+      positions = [int(order[int(i)]) for i in wanted]
+      return self._train_batch(step, range(batch_size)[rows], positions)
+
+    return self._iterate(grain.MapDataset.range(_STEPS).map(make), start_step)
+
+  def _shown(self, batch_size: int, step: int) -> np.ndarray:
+    """Places in the order of epochs of a batch's images, int[b]."""
+    n, repeats = self.num_examples, self._augmentation.repeats
+    place = step * batch_size + np.arange(batch_size)
+    shown = place // n * n + place % n // repeats
+    # Rows mix with their neighbours, which must not be the same image.
+    return np.concatenate([shown[i::repeats] for i in range(repeats)])
+
+  def eval_batches(self, batch_size: int, rows: slice = slice(None)) -> Iterator[Batch]:
     """Every example once, in order; the last batch is filled up with zeros.
 
     Args:
       batch_size: Of every batch, the last one too.
+      rows: Those of each batch that are wanted, as in `train_batches`.
 
     Returns:
       Iterator over `image` uint8[b h w 3], `label` int32[b], `index` int64[b] in the source (-1:
@@ -180,9 +205,12 @@ class Dataset:
       it raises a UserError if all images are corrupt.
     """
     _check_batch_size(batch_size)
-    order = grain.MapDataset.range(self.num_examples).batch(batch_size)
-    batches = self._iterate(order.map(functools.partial(self._eval_batch, batch_size)), 0)
-    return self._with_some_readable(batches)
+    count = math.ceil(self.num_examples / batch_size)
+
+    def make(step: int) -> Batch:
+      return self._eval_batch(np.arange(step * batch_size, (step + 1) * batch_size)[rows])
+
+    return self._with_some_readable(self._iterate(grain.MapDataset.range(count).map(make), 0))
 
   def sample(self, count: int) -> Batch:
     """A few images for figures, spread evenly over the set.
@@ -213,19 +241,30 @@ class Dataset:
     iterator.set_state({"next_index": start_step})
     return typing.cast(Iterator[Batch], iterator)
 
-  def _train_batch(self, step: int, positions: np.ndarray) -> Batch:
-    if self._augment == "crop_flip":
-      rngs = [_generator(self._seed, "augment", step, i) for i in range(len(positions))]
-      pairs = zip(positions, rngs, strict=True)
-      return _stack([self._readable(int(p), rng) for p, rng in pairs])
-    batch = _stack([self._readable(int(p)) for p in positions])
-    if self._augment == "flip_shift":
-      rng = _generator(self._seed, "augment", step)
-      batch["image"] = transforms.random_flip_shift(batch["image"], rng)
+  def _train_batch(self, step: int, rows: range, positions: list[int]) -> Batch:
+    """A batch's rows, augmented by draws of the step and the row alone."""
+    config = self._augmentation
+    if config.augment in _CROPS:
+      rngs = [_generator(self._seed, "augment", step, i) for i in rows]
+      batch = _stack([self._readable(p, rng) for p, rng in zip(positions, rngs, strict=True)])
+    else:
+      batch = _stack([self._readable(p) for p in positions])
+    if config.augment == "flip_shift":
+      draws = [_generator(self._seed, "augment", step, i) for i in rows]
+      batch["image"] = transforms.random_flip_shift(batch["image"], draws)
+    if config.erase:
+      draws = [_generator(self._seed, "erase", step, i) for i in rows]
+      boxes = [mixing.draw_erased(self.pre.image_size, rng, config.erase) for rng in draws]
+      batch["erased"] = np.array(boxes, np.int32)
+    if config.mixup or config.cutmix:
+      rng = _generator(self._seed, "mix", step)
+      share, box = mixing.draw_mix(self.pre.image_size, rng, config.mixup, config.cutmix)
+      batch["mix_share"] = np.full(len(rows), share, np.float32)
+      batch["mix_box"] = np.tile(np.array(box, np.int32), (len(rows), 1))
     return batch
 
-  def _eval_batch(self, batch_size: int, positions: np.ndarray) -> Batch:
-    found = [self._item(int(p)) for p in positions] + [None] * (batch_size - len(positions))
+  def _eval_batch(self, positions: np.ndarray) -> Batch:
+    found = [self._item(int(p)) if p < self.num_examples else None for p in positions]
     nothing = _Item(np.zeros((*self.pre.image_size, 3), np.uint8), 0, -1)
     batch = _stack([nothing if item is None else item for item in found])
     return batch | {"mask": np.array([item is not None for item in found], np.float32)}
@@ -257,7 +296,10 @@ class Dataset:
     if rng is None:
       image = transforms.evaluation_image(example.image, self.pre)
     else:
-      image = transforms.random_crop_flip(example.image, self.pre, rng)
+      cropped = transforms.random_crop_flip(example.image, self.pre, rng)
+      if self._augmentation.augment == "rand_augment":
+        cropped = rand_augment(cropped, rng, self._fill)
+      image = np.asarray(cropped)
     return _Item(image, example.label, index)
 
   def _leave_out(self, index: int, error: sources.CorruptImage) -> None:
@@ -275,7 +317,7 @@ class Dataset:
   def _memory(self) -> "list[_Item | None] | None":
     """All items, decoded once, where the images are small and fit; none for others."""
     shape, size = self._source.image_shape, self.pre.image_size
-    if shape is None or max(shape) > _SMALL_SIDE or self._augment == "crop_flip":
+    if shape is None or max(shape) > _SMALL_SIDE or self._augmentation.augment in _CROPS:
       return None
     if self.num_examples * math.prod(size) * 3 > _MEMORY_BYTES:
       return None

@@ -5,6 +5,7 @@ Everything up to the batch is uint8; `normalize` runs inside the jitted step.
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any, TypeVar, cast
 
 import numpy as np
@@ -13,7 +14,7 @@ import PIL.ImageOps
 
 from vitcomp_jax.errors import UserError
 
-AUGMENTS = ("none", "flip_shift", "crop_flip")
+AUGMENTS = ("none", "flip_shift", "crop_flip", "rand_augment")
 _RESAMPLING = {
   "bicubic": PIL.Image.Resampling.BICUBIC,
   "bilinear": PIL.Image.Resampling.BILINEAR,
@@ -153,21 +154,21 @@ def flip_shift(images: np.ndarray, flips: np.ndarray, shifts: np.ndarray) -> np.
 
 
 def random_flip_shift(
-  images: np.ndarray, rng: np.random.Generator, max_shift: int = 2
+  images: np.ndarray, rngs: Sequence[np.random.Generator], max_shift: int = 2
 ) -> np.ndarray:
   """Mirrors half of the images and moves each by up to `max_shift` pixels either way.
 
   Args:
     images: uint8[b h w c].
-    rng: Source of the draws.
+    rngs: Source of each image's draws.
     max_shift: In pixels.
 
   Returns:
     uint8[b h w c].
   """
-  flips = rng.random(len(images)) < 0.5
-  shifts = rng.integers(-max_shift, max_shift, size=(len(images), 2), endpoint=True)
-  return flip_shift(images, flips, shifts)
+  flips = np.array([rng.random() < 0.5 for rng in rngs])
+  shifts = [rng.integers(-max_shift, max_shift, size=2, endpoint=True) for rng in rngs]
+  return flip_shift(images, flips, np.array(shifts))
 
 
 def random_crop_box(
@@ -205,7 +206,7 @@ def random_crop_box(
 
 def random_crop_flip(
   image: PIL.Image.Image | np.ndarray, pre: Preprocess, rng: np.random.Generator
-) -> np.ndarray:
+) -> PIL.Image.Image:
   """Resizes a random box to the input size, and mirrors half of the images.
 
   Args:
@@ -214,10 +215,12 @@ def random_crop_flip(
     rng: Source of the draws.
 
   Returns:
-    uint8[h w 3] with h, w = `pre.image_size`.
+    An RGB image of `pre.image_size`.
   """
   rgb = to_rgb(image, pre.pad)
   top, left, height, width = random_crop_box((rgb.height, rgb.width), rng)
-  rgb = rgb.crop((left, top, left + width, top + height))
-  result = np.asarray(_resize(rgb, *pre.image_size, pre.interpolation))
-  return result[:, ::-1] if rng.random() < 0.5 else result
+  box = (left, top, left + width, top + height)
+  # Of the box alone, so that no pixel from outside reaches in.
+  rgb = _resize(rgb.crop(box), *pre.image_size, pre.interpolation)
+  flip = PIL.Image.Transpose.FLIP_LEFT_RIGHT
+  return rgb.transpose(flip) if rng.random() < 0.5 else rgb

@@ -20,6 +20,18 @@ def cross_entropy(
   return -jnp.mean((1 - smoothing) * picked + smoothing * jnp.mean(log_p, axis=1))
 
 
+def soft_cross_entropy(
+  logits: Float[Array, "b c"], targets: Float[Array, "b c"]
+) -> Float[Array, ""]:
+  """Cross-entropy with probabilities of the classes, in nats.
+
+  Args:
+    logits: Of any precision; the softmax runs in float32 at least.
+    targets: Rows that sum to 1.
+  """
+  return -jnp.mean(jnp.sum(targets * jax.nn.log_softmax(_at_least_float32(logits)), axis=1))
+
+
 def logit_divergence(logits: Float[Array, "b c"], teacher: Float[Array, "b c"]) -> Float[Array, ""]:
   """Kullback-Leibler divergence from the teacher's prediction, in nats.
 

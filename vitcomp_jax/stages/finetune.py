@@ -4,12 +4,11 @@ import functools
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from vitcomp_jax.api import Params
 from vitcomp_jax.config import TrainConfig
 from vitcomp_jax.convert import files
-from vitcomp_jax.data.transforms import normalize
+from vitcomp_jax.data.mixing import training_inputs
 from vitcomp_jax.methods import dynamicvit
 from vitcomp_jax.models.spec import LayerSpec, with_drop_path
 from vitcomp_jax.models.vit import ViT
@@ -17,12 +16,20 @@ from vitcomp_jax.ops import losses
 from vitcomp_jax.schedules import evit_warmup
 from vitcomp_jax.stages.run import Run, write_for_timm
 from vitcomp_jax.training import loop, optimizer
-from vitcomp_jax.training.step import LossFn, StepFn, init_state, make_step
+from vitcomp_jax.training.step import (
+  LossFn,
+  StepFn,
+  init_state,
+  make_step,
+  random_streams,
+  top1,
+)
 
 
 def check(run: Run) -> None:
   """Refuses what cannot be trained."""
   run.check_trainable("finetune")
+  run.check_batches("finetune")
 
 
 def finetune(run: Run) -> dict[str, Any]:
@@ -74,44 +81,50 @@ def fit(
 
   @functools.cache
   def step_fn(phase: tuple[LayerSpec, ...]) -> StepFn:
-    return make_step(_loss(run, config, phase, teacher), tx, ("params",), config.ema)
+    loss_fn = _loss(run, config, phase, teacher is not None)
+    return make_step(loss_fn, tx, ("params",), run.layout, config.ema, config.parts)
 
   phases = [(0, layers)]
   if config.keep_rate_epochs:
     warmup = round(config.keep_rate_epochs * data.num_examples / config.batch_size)
     phases = evit_warmup(run.spec, layers, warmup)
-  state, seconds = loop.train(
+  task = loop.Task(
     stage=stage,
-    workdir=run.workdir,
     state=init_state(params, {}, tx, ("params",), run.config.seed, keeps_ema),
     step_at=lambda step: step_fn(next(p for start, p in reversed(phases) if step >= start)),
-    batches=lambda done: data.train_batches(config.batch_size, done),
+    batches=lambda done: run.train_batches(config.batch_size, done),
     steps=steps,
     log_every=config.log_every,
     checkpoint_every=config.checkpoint_every,
+    schedule=optimizer.train_schedule(config, data.num_examples),
+    fixed=teacher,
   )
-  files.write(state.ema if keeps_ema else state.params, path, {"variant": run.spec.name})
+  state, seconds = loop.train(task, run.workdir, run.layout, run.config.profile.steps)
+  trained = run.layout.get(state.ema if keeps_ema else state.params)
+  files.write(trained, path, {"variant": run.spec.name})
   run.forget()
   return {"steps": steps, "images": steps * config.batch_size, "minutes": round(seconds / 60, 2)}
 
 
 def _loss(
-  run: Run, config: TrainConfig, layers: tuple[LayerSpec, ...], teacher: Params | None
+  run: Run, config: TrainConfig, layers: tuple[LayerSpec, ...], has_teacher: bool
 ) -> LossFn:
   spec, distill = run.spec, run.config.distill
   trained = with_drop_path(dynamicvit.training_layers(layers), config.drop_path)
   model, dense = ViT(spec, trained), ViT(spec, spec.dense_layers)
   places = dynamicvit.places(layers)
 
-  def loss_fn(params, arch, batch, key, step):
+  def loss_fn(params, arch, fixed, batch, key, step):
     del arch, step
-    images, labels = normalize(batch["image"], run.preprocess), batch["label"]
-    rngs = {"drop_path": key, "gumbel": jax.random.fold_in(key, 1)}
+    images, targets = training_inputs(
+      batch, run.preprocess, spec.num_classes, config.label_smoothing, key
+    )
+    rngs = random_streams(key, batch, ("drop_path", "gumbel"))
     out = model.apply({"params": params}, images, method="forward", rngs=rngs)
-    loss = losses.cross_entropy(out.logits, labels, config.label_smoothing)
-    figures = {"top1": 100 * jnp.mean(jnp.argmax(out.logits, axis=1) == labels)}
-    if teacher is not None:
-      whole = dense.apply({"params": teacher}, images, method="forward")
+    loss = losses.soft_cross_entropy(out.logits, targets)
+    figures = {"top1": top1(out.logits, targets)}
+    if has_teacher:
+      whole = dense.apply({"params": fixed}, images, method="forward")
       target = jax.lax.stop_gradient(whole.logits)
       learnt = losses.distillation(out.logits, target, distill.kind, distill.temperature)
       loss = (1 - distill.weight) * loss + distill.weight * learnt

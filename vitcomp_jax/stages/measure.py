@@ -27,18 +27,21 @@ def outcomes(model: ViT, params: Params, run: Run, name: str) -> Outcomes:
     Of every example, `top1` and `top5` (0 or 100) and cross-entropy in nats (`loss`); without
     labels, or without a classifier, how far the outputs are from the dense model's instead.
   """
-  config, data = run.config.evaluate, run.eval_data
+  size, data, layout = run.config.evaluate.batch_size, run.eval_data, run.layout
   can_score = data.has_labels and run.spec.num_classes > 0
-  batches = math.ceil(data.num_examples / config.batch_size)
+  params, dense_params = layout.put(params), None if can_score else layout.put(run.dense_params)
   found: dict[str, list[np.ndarray]] = {}
-  for batch in progress(data.eval_batches(config.batch_size), f"evaluate {name}", batches):
+  batches = math.ceil(data.num_examples / size)
+  for rows in progress(run.eval_batches(size), f"evaluate {name}", batches):
+    batch = layout.put_batch(rows)
     image, label = batch["image"], batch["label"]
     if can_score:
       figures = _score(model, run.preprocess, params, image, label)
     else:
-      figures = _compare(model, run.preprocess, params, run.dense_params, image)
-    real = np.asarray(batch["mask"]) > 0
-    for key, values in jax.device_get(figures).items():
+      figures = _compare(model, run.preprocess, params, dense_params, image)
+    fetched = layout.get({**figures, "mask": batch["mask"]})
+    real = fetched.pop("mask") > 0
+    for key, values in fetched.items():
       found.setdefault(key, []).append(np.asarray(values, np.float32)[real])
   return {key: np.concatenate(parts) for key, parts in found.items()}
 

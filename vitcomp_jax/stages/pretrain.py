@@ -9,6 +9,7 @@ from vitcomp_jax.stages.run import Run
 def check(run: Run) -> None:
   """Refuses what cannot be trained."""
   run.check_trainable("pretrain")
+  run.check_batches("pretrain")
 
 
 def pretrain(run: Run) -> dict[str, Any]:

@@ -7,12 +7,12 @@ import json
 import pathlib
 import reprlib
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
 
-from vitcomp_jax import api, macs
+from vitcomp_jax import api, macs, processes
 from vitcomp_jax import config as config_lib
 from vitcomp_jax.atomic import write_json
 from vitcomp_jax.config import Config
@@ -22,6 +22,7 @@ from vitcomp_jax.errors import UserError
 from vitcomp_jax.models.reducers import keep_all
 from vitcomp_jax.models.spec import LayerSpec, ViTSpec
 from vitcomp_jax.models.variants import get_spec
+from vitcomp_jax.parallel import Layout
 from vitcomp_jax.plans import Plan, load_plan
 
 _PACKAGES = ("vitcomp_jax", "jax", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
@@ -41,12 +42,14 @@ class Run:
       UserError: If the folder cannot be written.
     """
     path = self.workdir / "config.json"
+    processes.meet("open")  # Whether it is there is asked before it is written.
     if path.exists():
       return
     values = {"config": config_lib.to_dict(self.config), "git_commit": _git_commit()}
     try:
       self.workdir.mkdir(parents=True, exist_ok=True)
       write_json(path, values | environment())
+      processes.meet("begin")
     except OSError as error:
       raise UserError(f"--workdir {self.workdir}: cannot be written ({error.strerror}).") from error
 
@@ -59,6 +62,7 @@ class Run:
     """Marks a stage as finished."""
     self._marker(stage).parent.mkdir(exist_ok=True)
     write_json(self._marker(stage), summary)
+    processes.meet(f"finish {stage}")
     return summary
 
   def _marker(self, stage: str) -> pathlib.Path:
@@ -137,7 +141,8 @@ class Run:
     )
 
   def forget(self) -> None:
-    """Forgets what a stage has just made anew, so that the next one reads it."""
+    """Forgets what a stage has just made anew, so that it is read when it is next needed."""
+    processes.meet("written")
     for name in ("plan", "base_plan", "layers", "params", "params_before_finetune", "dense_params"):
       vars(self).pop(name, None)
 
@@ -184,6 +189,28 @@ class Run:
   @functools.cached_property
   def eval_data(self) -> loader.Dataset:
     return self._open("eval", self.spec)
+
+  @functools.cached_property
+  def layout(self) -> Layout:
+    """How the devices share the work."""
+    return Layout(self.config.parallel)
+
+  def train_batches(self, batch_size: int, start_step: int) -> Iterator[loader.Batch]:
+    """This process's rows of the training batches from a step on."""
+    return self.train_data.train_batches(batch_size, start_step, self.layout.rows(batch_size))
+
+  def eval_batches(self, batch_size: int) -> Iterator[loader.Batch]:
+    """This process's rows of batches that hold every example once; of a size that the devices
+    divide."""
+    count = self.layout.num_devices
+    size = -(-batch_size // count) * count
+    return self.eval_data.eval_batches(size, self.layout.rows(size))
+
+  def check_batches(self, stage: str) -> None:
+    """Refuses batches of a stage that the devices do not divide."""
+    config = getattr(self.config, stage)
+    pairs = 2 if self.config.data.mixup or self.config.data.cutmix else 1
+    self.layout.check_batch_size(f"{stage}.batch_size", config.batch_size, config.parts, pairs)
 
   @functools.cached_property
   def preprocess(self) -> transforms.Preprocess:

@@ -12,7 +12,8 @@ import numpy as np
 
 from vitcomp_jax import macs
 from vitcomp_jax.config import SearchConfig
-from vitcomp_jax.data.transforms import Preprocess, normalize
+from vitcomp_jax.data.mixing import training_inputs
+from vitcomp_jax.data.transforms import Preprocess
 from vitcomp_jax.errors import UserError
 from vitcomp_jax.methods.diffrate import REFERENCE_GMACS, DiffRate
 from vitcomp_jax.metrics import read_metrics
@@ -24,7 +25,15 @@ from vitcomp_jax.ops import losses
 from vitcomp_jax.plans import Plan, load_plan, make_plan, save_plan
 from vitcomp_jax.stages.run import Run
 from vitcomp_jax.training import loop, optimizer
-from vitcomp_jax.training.step import LossFn, init_state, make_step
+from vitcomp_jax.training.step import (
+  LossFn,
+  Metrics,
+  init_state,
+  make_step,
+  random_streams,
+  top1,
+  with_rows,
+)
 
 _TRIED = 7  # plans that a search passed through, beside its last, that are tried at the end
 
@@ -37,6 +46,7 @@ def check(run: Run) -> None:
   if "slim" in run.config.stages and cuts_patches:
     raise _no_positions()
   make_method(run.config.search, run.spec, run.target_gmacs, _base(run))
+  run.check_batches("search")
   loss, classes = run.config.search.loss, run.spec.num_classes
   if loss != "features" and not classes:
     raise UserError(
@@ -64,18 +74,20 @@ def search(run: Run) -> dict[str, Any]:
   epoch_steps = config.epoch_steps or max(1, data.num_examples // config.batch_size)
   tx = optimizer.search_optimizer(config, epoch_steps)
   arch = method.initial_arch(spec)
-  step_fn = make_step(search_loss(config, method, spec, run.preprocess), tx, ("arch",))
-  state, seconds = loop.train(
+  loss_fn = search_loss(config, method, spec, run.preprocess)
+  step_fn = make_step(loss_fn, tx, ("arch",), run.layout, parts=config.parts)
+  task = loop.Task(
     stage="search",
-    workdir=run.workdir,
     state=init_state(run.params, arch, tx, ("arch",), run.config.seed),
     step_at=lambda _: step_fn,
-    batches=lambda done: data.train_batches(config.batch_size, done),
+    batches=lambda done: run.train_batches(config.batch_size, done),
     steps=config.steps,
     log_every=config.log_every,
     checkpoint_every=config.checkpoint_every,
+    schedule=optimizer.search_schedule(config, epoch_steps),
   )
-  learnt = method.expected_counts(spec, jax.device_get(state.arch))
+  state, seconds = loop.train(task, run.workdir, run.layout, run.config.profile.steps)
+  learnt = method.expected_counts(spec, run.layout.get(state.arch))
   begin = time.monotonic()
   step, expected, tried = _best(run, method, learnt)
   seconds += time.monotonic() - begin
@@ -132,21 +144,22 @@ def _best(
   picked = [steps[i * (len(steps) - 1) // _TRIED] for i in range(_TRIED + 1)]
   model = ViT(spec, method.masked_layers(spec))
   task_of = task_loss(config, model, run.preprocess, method.base)
-  loss = jax.jit(lambda variables, batch: task_of(variables, batch)[0])
-  batches = list(
-    itertools.islice(
-      run.train_data.train_batches(config.batch_size, config.steps),
-      math.ceil(config.choose_images / config.batch_size),
-    )
+
+  @jax.jit
+  def loss(variables, batch):
+    return task_of(variables, with_rows(batch), jax.random.key(0))[0]
+
+  batches = itertools.islice(
+    run.train_batches(config.batch_size, config.steps),
+    math.ceil(config.choose_images / config.batch_size),
   )
+  placed = [run.layout.put_batch(batch) for batch in batches]
   measured = []
   for step in dict.fromkeys(picked):
     arch = method.counts_arch(method.deploy_within(spec, passed[step])[0])
-    variables = {"params": run.params, "arch": arch}
-    found = [
-      loss(variables, {"image": batch["image"], "label": batch["label"]}) for batch in batches
-    ]
-    measured.append((step, float(np.mean(jax.device_get(found)))))
+    variables = run.layout.put({"params": run.params, "arch": arch})
+    found = [loss(variables, batch) for batch in placed]
+    measured.append((step, float(np.mean(run.layout.get(found)))))
     logging.info("search: the plan of step %d has a loss of %.4f", *measured[-1])
   best = min(measured, key=lambda pair: pair[1])[0]
   return best, passed[best], measured
@@ -228,10 +241,11 @@ def search_loss(
   model = ViT(spec, with_drop_path(method.layers(spec), config.drop_path))
   task_of = task_loss(config, model, preprocess, method.base)
 
-  def loss_fn(params, arch, batch, key, step):
-    task, out = task_of({"params": params, "arch": arch}, batch, {"drop_path": key})
-    penalty, figures = method.penalty(spec, arch, out, step)
-    return task + penalty, {"task_loss": task, **figures}
+  def loss_fn(params, arch, fixed, batch, key, step):
+    del fixed
+    task, out, figures = task_of({"params": params, "arch": arch}, batch, key)
+    penalty, of_method = method.penalty(spec, arch, out, step)
+    return task + penalty, {"task_loss": task, **figures, **of_method}
 
   return loss_fn
 
@@ -241,8 +255,8 @@ def task_loss(
   model: ViT,
   preprocess: Preprocess,
   base: tuple[LayerSpec, ...] | None = None,
-) -> Callable[..., tuple[jax.Array, Output]]:
-  """The config's loss of a model as a function of variables, batch and random keys.
+) -> Callable[..., tuple[jax.Array, Output, Metrics]]:
+  """The config's loss of a model as a function of variables, batch and random key.
 
   Args:
     config: Of the search.
@@ -250,16 +264,24 @@ def task_loss(
     preprocess: Of the images.
     base: Layers of the model that keeps all tokens; none: dense ones.
   """
-  whole = ViT(model.spec, base or model.spec.dense_layers)
+  spec = model.spec
+  whole = ViT(spec, base or spec.dense_layers)
 
-  def task_of(variables, batch, rngs=None):
-    images = normalize(batch["image"], preprocess)
+  def task_of(variables, batch, key):
+    smoothing = config.label_smoothing
+    images, targets = training_inputs(batch, preprocess, spec.num_classes, smoothing, key)
+    rngs = random_streams(key, batch, ("drop_path",))
     out = model.apply(variables, images, method="forward", rngs=rngs)
     if config.loss == "labels":
-      return losses.cross_entropy(out.logits, batch["label"], config.label_smoothing), out
+      return (
+        losses.soft_cross_entropy(out.logits, targets),
+        out,
+        {"top1": top1(out.logits, targets)},
+      )
     teacher = whole.apply({"params": variables["params"]}, images, method="forward")
     divergence = {"logits": losses.logit_divergence, "features": losses.feature_divergence}
-    return divergence[config.loss](getattr(out, config.loss), getattr(teacher, config.loss)), out
+    found = divergence[config.loss](getattr(out, config.loss), getattr(teacher, config.loss))
+    return found, out, {}
 
   return task_of
 

@@ -9,7 +9,7 @@ import numpy as np
 from vitcomp_jax import api, macs
 from vitcomp_jax.convert import files
 from vitcomp_jax.convert.slicing import slice_params
-from vitcomp_jax.data.transforms import normalize
+from vitcomp_jax.data.mixing import training_inputs
 from vitcomp_jax.errors import UserError
 from vitcomp_jax.methods import vit_slim
 from vitcomp_jax.methods.vit_slim import KINDS, Masks, ViTSlim
@@ -19,7 +19,7 @@ from vitcomp_jax.ops import losses
 from vitcomp_jax.plans import Plan, load_plan, make_plan, save_plan
 from vitcomp_jax.stages.run import Run, write_for_timm
 from vitcomp_jax.training import loop, optimizer
-from vitcomp_jax.training.step import init_state, make_step
+from vitcomp_jax.training.step import init_state, make_step, random_streams, top1
 
 _BISECTIONS = 40
 
@@ -27,6 +27,7 @@ _BISECTIONS = 40
 def check(run: Run) -> None:
   """Refuses a plan to start from, budgets that make no sense, and data without labels."""
   run.check_trainable("slim")
+  run.check_batches("slim")
   if run.config.model.plan:
     raise UserError(
       f"config.model.plan: expected none, as `slim` starts from the dense model, got "
@@ -119,13 +120,16 @@ def _search(run: Run, method: ViTSlim) -> tuple[int, float, api.Params, Any]:
   config, spec, data = run.config.slim, run.spec, run.train_data
   model = ViT(spec, with_drop_path(method.layers(spec), config.drop_path))
 
-  def loss_fn(params, arch, batch, key, step):
-    images = normalize(batch["image"], run.preprocess)
-    variables = {"params": params, "arch": arch}
-    out = model.apply(variables, images, method="forward", rngs={"drop_path": key})
-    task = losses.cross_entropy(out.logits, batch["label"], config.label_smoothing)
+  def loss_fn(params, arch, fixed, batch, key, step):
+    del fixed
+    images, targets = training_inputs(
+      batch, run.preprocess, spec.num_classes, config.label_smoothing, key
+    )
+    variables, rngs = {"params": params, "arch": arch}, random_streams(key, batch, ("drop_path",))
+    out = model.apply(variables, images, method="forward", rngs=rngs)
+    task = losses.soft_cross_entropy(out.logits, targets)
     penalty, figures = method.penalty(spec, arch, out, step)
-    return task + penalty, {"task_loss": task, **figures}
+    return task + penalty, {"task_loss": task, "top1": top1(out.logits, targets), **figures}
 
   def group_of(path: tuple[str, ...]) -> str:
     if path[0] == "arch":
@@ -141,19 +145,20 @@ def _search(run: Run, method: ViTSlim) -> tuple[int, float, api.Params, Any]:
   steps = optimizer.train_steps(config, data.num_examples)
   trains, keeps_ema = ("params", "arch"), config.ema is not None
   arch = method.initial_arch(spec)
-  step_fn = make_step(loss_fn, tx, trains, config.ema)
-  state, seconds = loop.train(
+  step_fn = make_step(loss_fn, tx, trains, run.layout, config.ema, config.parts)
+  task = loop.Task(
     stage="slim",
-    workdir=run.workdir,
     state=init_state(run.dense_params, arch, tx, trains, run.config.seed, keeps_ema),
     step_at=lambda _: step_fn,
-    batches=lambda done: data.train_batches(config.batch_size, done),
+    batches=lambda done: run.train_batches(config.batch_size, done),
     steps=steps,
     log_every=config.log_every,
     checkpoint_every=config.checkpoint_every,
+    schedule=optimizer.train_schedule(config, data.num_examples),
   )
+  state, seconds = loop.train(task, run.workdir, run.layout, run.config.profile.steps)
   params = state.ema if keeps_ema else state.params
-  return steps, seconds, jax.device_get(params), jax.device_get(state.arch)
+  return steps, seconds, run.layout.get(params), run.layout.get(state.arch)
 
 
 def _read_masks(run: Run, path: str) -> Any:

@@ -20,8 +20,9 @@ def train_schedule(config: TrainConfig, num_examples: int) -> optax.Schedule:
   """Linear warm-up, then a cosine down to the smallest learning rate."""
   steps = train_steps(config, num_examples)
   warmup = min(steps - 1, round(config.warmup_epochs * num_examples / config.batch_size))
+  scale = config.batch_size / (config.learning_rate_for or config.batch_size)
   return optax.warmup_cosine_decay_schedule(
-    0.0, config.learning_rate, warmup, steps, config.min_learning_rate
+    0.0, scale * config.learning_rate, warmup, steps, scale * config.min_learning_rate
   )
 
 

@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
+from vitcomp_jax.parallel import Layout
+
 Metrics = dict[str, Array]
 Batch = Mapping[str, Array]
 
@@ -27,10 +29,12 @@ class TrainState(flax.struct.PyTreeNode):
   rng: Any  # key data of the run
 
 
-# (params, arch, batch, random key, step) -> loss and figures
+# (params, arch, fixed, batch, random key, step) -> loss and figures. The batch also holds `row`,
+# i[b]: which of the whole batch's rows these are, for random numbers that are each row's own.
 LossFn = Callable[..., tuple[Array, Metrics]]
 
-StepFn = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+# (state, batch, fixed) -> (state, figures)
+StepFn = Callable[[TrainState, Batch, Any], tuple[TrainState, Metrics]]
 
 
 def init_state(
@@ -52,7 +56,7 @@ def init_state(
     ema: Whether averaged weights are kept.
   """
   variables = {"params": params, "arch": arch}
-  state = TrainState(
+  return TrainState(
     step=jnp.zeros((), jnp.int32),
     params=params,
     arch=arch,
@@ -60,46 +64,102 @@ def init_state(
     ema=params if ema else None,
     rng=jax.random.key_data(jax.random.key(seed)),
   )
-  # The step donates the state; what the caller holds must not go with it.
-  return jax.tree.map(jnp.copy, state)
 
 
 def make_step(
   loss_fn: LossFn,
   tx: optax.GradientTransformation,
   trains: Sequence[str],
+  layout: Layout,
   ema_decay: float | None = None,
+  parts: int = 1,
 ) -> StepFn:
-  """The jitted step.
+  """The compiled step.
 
   Args:
-    loss_fn: Differentiated with respect to what is trained only, so that no gradient of anything
-      else exists in the compiled step.
+    loss_fn: A mean over the batch, differentiated with respect to what is trained only, so that no
+      gradient of anything else exists in the compiled step.
     tx: Optimizer of what is trained.
     trains: Of `params` and `arch`, those that are trained.
+    layout: On the devices.
     ema_decay: Of the averaged weights.
+    parts: In which the batch is done one after the other, their gradients averaged.
 
   Returns:
-    A function that maps state and batch to the next state and figures. The state is donated.
+    A function that maps state, batch and what is fixed (such as a teacher's weights) to the next
+    state and figures. The state is donated.
   """
 
-  def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+  def step(
+    state: TrainState, batch: Batch, fixed: Any, axis: str | None = None
+  ) -> tuple[TrainState, Metrics]:
     key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
-    variables = {"params": state.params, "arch": state.arch}
-
-    def loss_of(trained: dict[str, Any]) -> tuple[Array, Metrics]:
-      return loss_fn(**(variables | trained), batch=batch, key=key, step=state.step)
-
+    variables, fixed = layout.gathered(({"params": state.params, "arch": state.arch}, fixed))
     trained = {name: variables[name] for name in trains}
-    (loss, figures), grads = jax.value_and_grad(loss_of, has_aux=True)(trained)
-    updates, opt_state = tx.update(grads, state.opt_state, trained)
-    trained = optax.apply_updates(trained, updates)
+
+    def loss_of(trained: dict[str, Any], part: Batch) -> tuple[Array, Metrics]:
+      whole = variables | trained
+      return loss_fn(**whole, fixed=fixed, batch=part, key=key, step=state.step)
+
+    grads, figures = _mean_grads(loss_of, trained, with_rows(batch, axis), parts)
+    if axis:
+      grads, figures = jax.lax.pmean((grads, figures), axis)
+    grads = layout.cut(grads)
+    held = {name: getattr(state, name) for name in trains}
+    updates, opt_state = tx.update(grads, state.opt_state, held)
+    held = optax.apply_updates(held, updates)
     ema = state.ema
     if ema is not None and ema_decay is not None:
       # The warm-up lets a short run's average forget its random start.
       decay = jnp.minimum(ema_decay, (1 + state.step) / (10 + state.step))
-      ema = optax.incremental_update(trained["params"], ema, 1 - decay)
-    state = state.replace(step=state.step + 1, opt_state=opt_state, ema=ema, **trained)
-    return state, {"loss": loss, **figures}
+      ema = optax.incremental_update(held["params"], ema, 1 - decay)
+    state = state.replace(step=state.step + 1, opt_state=opt_state, ema=ema, **held)
+    return layout.cut(state), figures
 
-  return jax.jit(step, donate_argnums=0)
+  return layout.compile(step)
+
+
+def random_streams(key: Array, batch: Batch, names: Sequence[str]) -> dict[str, Array]:
+  """A module's random keys, other ones for each part of a batch that is worked on apart."""
+  key = jax.random.fold_in(key, batch["row"][0])
+  return dict(zip(names, jax.random.split(key, len(names)), strict=True))
+
+
+def top1(logits: Array, targets: Array) -> Array:
+  """How often the class of the largest logit is that of the largest target, in percent."""
+  is_right = jnp.argmax(logits, axis=1) == jnp.argmax(targets, axis=1)
+  return 100 * jnp.mean(is_right.astype(jnp.float32))
+
+
+def with_rows(batch: Batch, axis: str | None = None) -> dict[str, Array]:
+  """Names each row's place in the whole batch."""
+  count = len(batch["label"])
+  first = jax.lax.axis_index(axis) * count if axis else 0
+  return {**batch, "row": first + jnp.arange(count, dtype=jnp.int32)}
+
+
+def _mean_grads(
+  loss_of: Callable[..., tuple[Array, Metrics]], trained: Any, batch: Batch, parts: int
+) -> tuple[Any, Metrics]:
+  """Gradients and figures, the loss among them, as means over the parts of a batch."""
+
+  def one(part: Batch) -> tuple[Any, Metrics]:
+    (loss, figures), grads = jax.value_and_grad(loss_of, has_aux=True)(trained, part)
+    return grads, {"loss": loss, **figures}
+
+  if parts == 1:
+    return one(batch)
+
+  def split(x: Array) -> Array:
+    """[parts b/parts ...]; pairs are dealt out in turn, so that no device's rows move to another,
+    and what mixes two neighbours finds both."""
+    together = 2 if x.shape[0] // parts % 2 == 0 else 1
+    dealt = x.reshape(-1, parts, together, *x.shape[1:])
+    return jnp.swapaxes(dealt, 0, 1).reshape(parts, -1, *x.shape[1:])
+
+  pieces = {key: split(x) for key, x in batch.items()}
+  total = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(one, batch))
+  total, _ = jax.lax.scan(
+    lambda total, piece: (jax.tree.map(jnp.add, total, one(piece)), None), total, pieces
+  )
+  return jax.tree.map(lambda x: x / parts, total)

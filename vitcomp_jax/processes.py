@@ -1,0 +1,19 @@
+"""Several processes that run one program: what only the first of them does, and where all meet."""
+
+import jax
+from jax.experimental import multihost_utils
+
+
+def is_first() -> bool:
+  """Whether this process is the one that writes what a person reads."""
+  return jax.process_index() == 0
+
+
+def meet(what: str) -> None:
+  """Waits until every process has come to the same point.
+
+  Args:
+    what: Names the point; processes that come to different ones fail instead of waiting.
+  """
+  if jax.process_count() > 1:
+    multihost_utils.sync_global_devices(what)
