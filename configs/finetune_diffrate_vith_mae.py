@@ -11,8 +11,8 @@ fine-tuned ones of MAE, from its authors: fetch them, and give the path with
 `--config.model.weights=PATH`; reading a `.pth` file takes an installed PyTorch. The state is cut up
 over the devices (`config.parallel.mode="fsdp"`). The stochastic depth is that of ViT-L.
 
-Published, off the shelf (DiffRate README; not measured here): 86.664 % top-1 at 103.337 GMACs; dense
-86.88 % (as re-evaluated by later work).
+Published, off the shelf (DiffRate README; not measured here): 86.664 % top-1 at 103.337 GMACs;
+dense 86.88 % (as re-evaluated by later work).
 """
 
 import ml_collections

@@ -1,5 +1,6 @@
-"""Every config makes a valid `Config` of a variant that exists."""
+"""Every config makes a valid `Config` of a variant that exists, and runs on a shrunken model."""
 
+import dataclasses
 import importlib
 import pathlib
 
@@ -9,7 +10,10 @@ from vitcomp_jax import configs
 from vitcomp_jax.config import from_config_dict
 from vitcomp_jax.configs import compare_fashion_mnist, compare_imagenet
 from vitcomp_jax.errors import UserError
-from vitcomp_jax.models.variants import get_spec
+from vitcomp_jax.models.reducers import PruneMerge
+from vitcomp_jax.models.variants import VARIANTS, get_spec
+from vitcomp_jax.plans import make_plan, save_plan
+from vitcomp_jax.stages import STAGES, run_stages
 
 FOLDER = pathlib.Path(configs.__path__[0])
 NAMES = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem not in ("__init__", "common"))
@@ -41,3 +45,57 @@ def test_an_unknown_part(name):
   module = importlib.import_module(f"vitcomp_jax.configs.{name}")
   with pytest.raises(UserError, match="behind the colon, got nothing"):
     module.get_config("nothing")
+
+
+def _shrink_model(config, monkeypatch, tmp_path):
+  """Three narrow layers on sixteen patches, under the same name; a plan of the same kind."""
+  name, spec = config.model.variant, VARIANTS[config.model.variant]
+  small = dict(
+    image_size=(16, 16), patch_size=4, width=16, depth=3, num_heads=2, mlp_dim=32, num_classes=10
+  )
+  monkeypatch.setitem(VARIANTS, name, dataclasses.replace(spec, **small))
+  config.model.weights = None
+  spec = get_spec(name)
+  reduce = PruneMerge(spec.num_tokens - 2, spec.num_tokens - 4)
+  layers = tuple(dataclasses.replace(layer, reduce=reduce) for layer in spec.dense_layers)
+  path = str(tmp_path / "plan.json")
+  save_plan(make_plan(spec, layers, {"method": "diffrate"}), pathlib.Path(path))
+  config.model.plan = path if config.model.plan else None
+  config.compare.plans = (path,) * len(config.compare.plans)
+
+
+def _shorten(config):
+  """One step of everything, on generated images."""
+  config.data.name, config.data.train_split, config.data.eval_split = "fake", "train", None
+  config.data.train_examples, config.data.eval_examples, config.data.workers = 8, 4, 1
+  for training in (config.pretrain, config.slim, config.finetune):
+    training.epochs, training.batch_size = 0.5, 4
+  config.search.steps, config.search.batch_size, config.search.choose_images = 1, 4, 4
+  config.search.epoch_steps, config.search.granularity = None, 1
+  config.slim.min_units = 1
+  config.budget.gmacs, config.budget.fraction = None, 0.8
+  config.evaluate.batch_size, config.evaluate.token_maps = 4, 1
+  compare = config.compare
+  compare.budgets, compare.finetune_budget = (0.8,) if compare.budgets else (), 0.8
+  compare.searched, compare.seeds, compare.random_examples = None, 1, 4
+  compare.random_schedules = min(2, compare.random_schedules)
+  # An ablation's data and steps are not a shrunken config's.
+  compare.methods = tuple(m for m in compare.methods if "=" not in m or "importance" in m)
+
+
+PARTS = [(name, None) for name in NAMES if not name.startswith("compare")]
+PARTS += [("compare_fashion_mnist", part) for part in compare_fashion_mnist.PARTS]
+PARTS += [("compare_imagenet", model) for model in compare_imagenet.MODELS]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "part"), PARTS)
+def test_a_config_runs(name, part, monkeypatch, tmp_path, optax_promotion):
+  module = importlib.import_module(f"vitcomp_jax.configs.{name}")
+  config = module.get_config(part) if part else module.get_config()
+  _shrink_model(config, monkeypatch, tmp_path)
+  _shorten(config)
+  config = from_config_dict(config)
+  run = run_stages(config, tmp_path / "run", config.stages)
+  assert all(run.finished(stage) is not None for stage in config.stages)
+  assert STAGES[config.stages[-1]].made(run)["rows"]

@@ -40,7 +40,8 @@ def main(argv: Sequence[str]) -> int:
   logging.getLogger("jax").setLevel(logging.WARNING)
   try:
     config, workdir = _parse(argv[1:])
-    signal.signal(signal.SIGTERM, _end)
+    if jax.process_count() == 1:  # Several agree on where to end, which JAX arranges.
+      signal.signal(signal.SIGTERM, _end)
     run_stages(config, workdir, config.stages)
     logging.info("done: %s", workdir)
   except KeyboardInterrupt:

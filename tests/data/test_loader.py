@@ -33,15 +33,46 @@ def assert_same(got: list[Batch], want: list[Batch]) -> None:
 
 # In memory and decoded one by one; with every augmentation.
 KINDS = [("bundled", "none"), ("bundled", "flip_shift"), ("fake", "none"), ("fake", "crop_flip")]
+KINDS += [("fake", "rand_augment")]
+MIXED = {"erase": 0.5, "mixup": 0.8, "cutmix": 1.0, "repeats": 3}
 
 
 @pytest.mark.parametrize(("name", "augment"), KINDS)
 def test_resumed_run_sees_the_same_batches(name: str, augment: str) -> None:
-  options: dict[str, Any] = {"name": name, "augment": augment, "train_examples": 50}
+  options: dict[str, Any] = {"name": name, "augment": augment, "train_examples": 50, **MIXED}
   whole = take(open_set("train", **options), 12, batch_size=16)
   for start in (0, 1, 3, 7, 11):
     resumed = take(open_set("train", **options), 12 - start, batch_size=16, start=start)
     assert_same(resumed, whole[start:])
+
+
+@pytest.mark.parametrize("augment", ["none", "flip_shift", "rand_augment"])
+def test_processes_make_the_rows_of_one_batch(augment: str) -> None:
+  options: dict[str, Any] = {"name": "fake", "augment": augment, "train_examples": 50, **MIXED}
+  whole = take(open_set("train", **options), 3, 16)
+  dataset = open_set("train", **options)
+  for rows in (slice(0, 8), slice(8, 12), slice(12, 16)):
+    part = list(itertools.islice(dataset.train_batches(16, rows=rows), 3))
+    assert_same(part, [{key: value[rows] for key, value in batch.items()} for batch in whole])
+  evaluation = open_set("eval", name="fake", eval_examples=21)
+  parts = [evaluation.eval_batches(16, slice(i, i + 8)) for i in (0, 8)]
+  for one, two, both in zip(*parts, evaluation.eval_batches(16), strict=True):
+    joined = {key: np.concatenate([one[key], two[key]]) for key in both}
+    assert_same([joined], [both])
+
+
+@pytest.mark.parametrize("batch_size", [12, 16])
+def test_repeated_augmentation_shows_a_third_of_the_images_three_times(batch_size: int) -> None:
+  dataset = open_set("train", name="fake", augment="crop_flip", train_examples=48, repeats=3)
+  batches = take(dataset, 2 * 48 // batch_size, batch_size)
+  for epoch in (batches[: len(batches) // 2], batches[len(batches) // 2 :]):
+    shown = np.concatenate([batch["index"] for batch in epoch])
+    _, counts = np.unique(shown, return_counts=True)
+    assert list(counts) == [3] * 16
+  batch = batches[0]
+  assert (batch["index"][::2] != batch["index"][1::2]).all()  # Rows mix with their neighbours.
+  copies = batch["image"][batch["index"] == batch["index"][0]]
+  assert len(copies) == 3 and not np.array_equal(copies[0], copies[1])
 
 
 def test_number_of_threads_does_not_change_the_batches() -> None:
@@ -107,7 +138,7 @@ def test_evaluation_is_never_augmented() -> None:
     next(open_set("eval", name="bundled", augment=augment).eval_batches(8))
     for augment in transforms.AUGMENTS
   ]
-  assert_same(batches[1:], batches[:1] * 2)
+  assert_same(batches[1:], batches[:1] * (len(batches) - 1))
 
 
 @pytest.mark.parametrize("name", ["bundled", "fake"])

@@ -66,7 +66,7 @@ def test_crop_flip_equals_torchvision(
   for seed in range(8):
     rng = np.random.default_rng(seed)
     flip = np.random.default_rng(seed).random() < 0.5
-    got = transforms.random_crop_flip(timm["image/wide"], pre, rng)
+    got = np.asarray(transforms.random_crop_flip(timm["image/wide"], pre, rng))
     np.testing.assert_array_equal(got, want[:, ::-1] if flip else want)
     seen.add(flip)
   assert seen == {False, True}
@@ -109,7 +109,7 @@ def test_flip_shift_equals_a_loop() -> None:
 def test_random_flip_shift_draws_every_case_evenly() -> None:
   images = np.zeros((5000, 5, 5, 1), np.uint8)
   images[:, 2, 2], images[:, 2, 1] = 2, 1  # The centre, and what lies left of it.
-  moved = transforms.random_flip_shift(images, np.random.default_rng(0))
+  moved = transforms.random_flip_shift(images, [np.random.default_rng(i) for i in range(5000)])
   centres = np.argwhere(moved[..., 0] == 2)
   counts = np.zeros((5, 5))
   np.add.at(counts, (centres[:, 1], centres[:, 2]), 1)

@@ -91,18 +91,18 @@ class PruneMergeSearch(nn.Module):
   def __call__(self, tokens: Tokens, stats: AttentionStats | None) -> tuple[Tokens, Aux]:
     assert stats is not None, "PruneMergeSearch needs the attention's statistics"
     tokens = self._sorted(tokens, stats)
+    n = tokens.x.shape[1]
     assert tokens.keep is not None
     prune_probability, prune_count = self._choice("prune")
     merge_probability, merge_count = self._choice("merge")
-    # Equal for all images, since ranks are masked and not particular tokens.
-    before = jax.lax.stop_gradient(jnp.sum(tokens.keep[0] > 0.5)).astype(prune_count.dtype)
+    # Not counted in `keep`: one image's mask would have to reach every device.
+    before = jnp.asarray(n if tokens.num_kept is None else tokens.num_kept, prune_count.dtype)
     pruned = jnp.minimum(before, prune_count)
-    n = tokens.x.shape[1]
     keep = tokens.keep * _rank_mask(prune_probability[:n], prune_count, before)[None]
     tokens = self._merged(tokens, merge_count, pruned)
     keep = keep * _rank_mask(merge_probability[:n], merge_count, pruned)[None]
     count = ste_min(before, prune_count, merge_count)
-    return tokens.replace(keep=keep), Aux(count)
+    return tokens.replace(keep=keep, num_kept=jax.lax.stop_gradient(count)), Aux(count)
 
   def count(self, n: int) -> int:
     """All tokens stay, masked or not."""

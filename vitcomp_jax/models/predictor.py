@@ -29,7 +29,9 @@ class _Predictor(nn.Module):
     x = nn.gelu(self._layer("in_conv_1", width)(x), approximate=False)
     local, whole = jnp.split(x, 2, axis=-1)
     weight = keep[..., None].astype(x.dtype)
-    mean = jnp.sum(whole * weight, axis=1, keepdims=True) / jnp.sum(weight, axis=1, keepdims=True)
+    # An image may have lost all of its patches; the authors' mean is not a number then.
+    count = jnp.maximum(jnp.sum(weight, axis=1, keepdims=True), 1)
+    mean = jnp.sum(whole * weight, axis=1, keepdims=True) / count
     x = jnp.concatenate([local, jnp.broadcast_to(mean, whole.shape)], axis=-1)
     x = nn.gelu(self._layer("out_conv_0", width // 2)(x), approximate=False)
     x = nn.gelu(self._layer("out_conv_2", width // 4)(x), approximate=False)

@@ -20,6 +20,7 @@ class Tokens(flax.struct.PyTreeNode):
   keep: Array | None  # f[b n] 1 kept, 0 dropped; None: nothing is masked
   source: Array  # i[b p] token that now holds each patch; -1 pruned
   num_prefix: int = flax.struct.field(pytree_node=False)  # never sorted, merged or removed
+  num_kept: Array | None = None  # f[] tokens that are not masked, if as many in every image
 
 
 class AttentionStats(flax.struct.PyTreeNode):

@@ -19,7 +19,12 @@ def importance_order(
     Positions, by falling importance behind the prefix; among equals the earlier first.
   """
   prefix = jnp.tile(jnp.arange(num_prefix, dtype=jnp.int32), (importance.shape[0], 1))
-  _, order = jax.lax.top_k(importance[:, num_prefix:], count - num_prefix)
+  scores = importance[:, num_prefix:]
+  if count == importance.shape[1]:
+    # Whole, a sort is as fast, and XLA can divide it among devices, which a `top_k` it cannot.
+    order = jnp.argsort(-scores, axis=1, stable=True).astype(jnp.int32)
+  else:
+    _, order = jax.lax.top_k(scores, count - num_prefix)
   return jnp.concatenate([prefix, order + num_prefix], axis=1)
 
 

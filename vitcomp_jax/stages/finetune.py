@@ -38,12 +38,18 @@ def finetune(run: Run) -> dict[str, Any]:
   Returns:
     The steps, images and minutes it took. The weights are in `finetuned.safetensors`.
   """
-  teacher = run.dense_params if run.config.distill.kind != "none" else None
-  params = run.params_before_finetune
-  summary = fit(run, "finetune", run.config.finetune, run.layers, params, made(run), teacher)
+  summary = fit(run, task(run), run.config.finetune, made(run))
   if run.plan and run.plan.indices:
     summary["timm"] = write_for_timm(run, run.layers, run.params)
   return summary
+
+
+def task(run: Run) -> loop.Task:
+  """What the fine-tuning trains."""
+  teacher = run.dense_params if run.config.distill.kind != "none" else None
+  return weights_task(
+    run, "finetune", run.config.finetune, run.layers, run.params_before_finetune, teacher
+  )
 
 
 def made(run: Run) -> str:
@@ -51,15 +57,28 @@ def made(run: Run) -> str:
   return str(run.workdir / "finetuned.safetensors")
 
 
-def fit(
+def fit(run: Run, task: loop.Task, config: TrainConfig, path: str) -> dict[str, Any]:
+  """Trains, and writes the weights under timm's names.
+
+  Returns:
+    The steps, images and minutes it took.
+  """
+  state, seconds = loop.train(task, run.workdir, run.layout, run.config.profile.steps)
+  trained = run.layout.get(state.params if state.ema is None else state.ema)
+  files.write(trained, path, {"variant": run.spec.name})
+  run.forget()
+  images = task.steps * config.batch_size
+  return {"steps": task.steps, "images": images, "minutes": round(seconds / 60, 2)}
+
+
+def weights_task(
   run: Run,
   stage: str,
   config: TrainConfig,
   layers: tuple[LayerSpec, ...],
   params: Params,
-  path: str,
   teacher: Params | None = None,
-) -> dict[str, Any]:
+) -> loop.Task:
   """Trains weights on the labels, and from a teacher where there is one.
 
   Args:
@@ -68,16 +87,10 @@ def fit(
     config: How to train.
     layers: Of the model.
     params: To start from.
-    path: Where the weights go, under timm's names.
     teacher: Weights of the dense model.
-
-  Returns:
-    The steps, images and minutes it took.
   """
-  data = run.train_data
-  tx = optimizer.train_optimizer(config, data.num_examples)
-  steps = optimizer.train_steps(config, data.num_examples)
-  keeps_ema = config.ema is not None
+  count = run.train_data.num_examples
+  tx = optimizer.train_optimizer(config, count)
 
   @functools.cache
   def step_fn(phase: tuple[LayerSpec, ...]) -> StepFn:
@@ -86,24 +99,19 @@ def fit(
 
   phases = [(0, layers)]
   if config.keep_rate_epochs:
-    warmup = round(config.keep_rate_epochs * data.num_examples / config.batch_size)
+    warmup = round(config.keep_rate_epochs * count / config.batch_size)
     phases = evit_warmup(run.spec, layers, warmup)
-  task = loop.Task(
+  return loop.Task(
     stage=stage,
-    state=init_state(params, {}, tx, ("params",), run.config.seed, keeps_ema),
+    state=init_state(params, {}, tx, ("params",), run.config.seed, config.ema is not None),
     step_at=lambda step: step_fn(next(p for start, p in reversed(phases) if step >= start)),
     batches=lambda done: run.train_batches(config.batch_size, done),
-    steps=steps,
+    steps=optimizer.train_steps(config, count),
     log_every=config.log_every,
     checkpoint_every=config.checkpoint_every,
-    schedule=optimizer.train_schedule(config, data.num_examples),
+    schedule=optimizer.train_schedule(config, count),
     fixed=teacher,
   )
-  state, seconds = loop.train(task, run.workdir, run.layout, run.config.profile.steps)
-  trained = run.layout.get(state.ema if keeps_ema else state.params)
-  files.write(trained, path, {"variant": run.spec.name})
-  run.forget()
-  return {"steps": steps, "images": steps * config.batch_size, "minutes": round(seconds / 60, 2)}
 
 
 def _loss(

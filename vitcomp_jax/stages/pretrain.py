@@ -2,8 +2,9 @@
 
 from typing import Any
 
-from vitcomp_jax.stages.finetune import fit
+from vitcomp_jax.stages.finetune import fit, weights_task
 from vitcomp_jax.stages.run import Run
+from vitcomp_jax.training.loop import Task
 
 
 def check(run: Run) -> None:
@@ -18,8 +19,12 @@ def pretrain(run: Run) -> dict[str, Any]:
   Returns:
     The steps, images and minutes it took. The weights are in `weights.safetensors`.
   """
-  layers = run.spec.dense_layers
-  return fit(run, "pretrain", run.config.pretrain, layers, run.dense_params, made(run))
+  return fit(run, task(run), run.config.pretrain, made(run))
+
+
+def task(run: Run) -> Task:
+  """What the training trains."""
+  return weights_task(run, "pretrain", run.config.pretrain, run.spec.dense_layers, run.dense_params)
 
 
 def made(run: Run) -> str:

@@ -68,25 +68,8 @@ def search(run: Run) -> dict[str, Any]:
     `plan.json`.
   """
   config, spec = run.config.search, run.spec
-  base = _base(run)
-  method = make_method(config, spec, run.target_gmacs, base)
-  data = run.train_data
-  epoch_steps = config.epoch_steps or max(1, data.num_examples // config.batch_size)
-  tx = optimizer.search_optimizer(config, epoch_steps)
-  arch = method.initial_arch(spec)
-  loss_fn = search_loss(config, method, spec, run.preprocess)
-  step_fn = make_step(loss_fn, tx, ("arch",), run.layout, parts=config.parts)
-  task = loop.Task(
-    stage="search",
-    state=init_state(run.params, arch, tx, ("arch",), run.config.seed),
-    step_at=lambda _: step_fn,
-    batches=lambda done: run.train_batches(config.batch_size, done),
-    steps=config.steps,
-    log_every=config.log_every,
-    checkpoint_every=config.checkpoint_every,
-    schedule=optimizer.search_schedule(config, epoch_steps),
-  )
-  state, seconds = loop.train(task, run.workdir, run.layout, run.config.profile.steps)
+  method = make_method(config, spec, run.target_gmacs, _base(run))
+  state, seconds = loop.train(task(run), run.workdir, run.layout, run.config.profile.steps)
   learnt = method.expected_counts(spec, run.layout.get(state.arch))
   begin = time.monotonic()
   step, expected, tried = _best(run, method, learnt)
@@ -100,7 +83,11 @@ def search(run: Run) -> dict[str, Any]:
   indices = run.base_plan.indices if run.base_plan else None
   name = f"vit_slim+{config.method}" if indices else config.method
   made_by = {"method": name, "steps": config.steps, "images": images}
-  made_by |= {"weights": run.config.model.weights, "data": data.name, "seed": run.config.seed}
+  made_by |= {
+    "weights": run.config.model.weights,
+    "data": run.train_data.name,
+    "seed": run.config.seed,
+  }
   save_plan(make_plan(spec, layers, made_by, indices), run.workdir / "plan.json")
   run.forget()
   return {
@@ -116,6 +103,26 @@ def search(run: Run) -> dict[str, Any]:
     "raw_counts": _counts(raw),
     "counts": _counts(layers),
   }
+
+
+def task(run: Run) -> loop.Task:
+  """What the search trains."""
+  config, spec = run.config.search, run.spec
+  method = make_method(config, spec, run.target_gmacs, _base(run))
+  epoch_steps = config.epoch_steps or max(1, run.train_data.num_examples // config.batch_size)
+  tx = optimizer.search_optimizer(config, epoch_steps)
+  loss_fn = search_loss(config, method, spec, run.preprocess)
+  step_fn = make_step(loss_fn, tx, ("arch",), run.layout, parts=config.parts)
+  return loop.Task(
+    stage="search",
+    state=init_state(run.params, method.initial_arch(spec), tx, ("arch",), run.config.seed),
+    step_at=lambda _: step_fn,
+    batches=lambda done: run.train_batches(config.batch_size, done),
+    steps=config.steps,
+    log_every=config.log_every,
+    checkpoint_every=config.checkpoint_every,
+    schedule=optimizer.search_schedule(config, epoch_steps),
+  )
 
 
 def _best(

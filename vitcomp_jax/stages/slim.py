@@ -61,7 +61,10 @@ def slim(run: Run) -> dict[str, Any]:
   if config.masks:
     steps, seconds, params, arch = 0, 0.0, run.dense_params, _read_masks(run, config.masks)
   else:
-    steps, seconds, params, arch = _search(run, method)
+    searched = task(run)
+    state, seconds = loop.train(searched, run.workdir, run.layout, run.config.profile.steps)
+    params = run.layout.get(state.params if state.ema is None else state.ema)
+    steps, arch = searched.steps, run.layout.get(state.arch)
   files.write(params, str(run.workdir / "searched.safetensors"), {"variant": spec.name})
   files.write(vit_slim.to_authors(arch), str(run.workdir / "masks.safetensors"))
   try:
@@ -111,12 +114,9 @@ def _method(run: Run) -> ViTSlim:
   return ViTSlim(config.attn, config.w_attn, config.w_mlp, config.w_patch)
 
 
-def _search(run: Run, method: ViTSlim) -> tuple[int, float, api.Params, Any]:
-  """Trains masks and weights.
-
-  Returns:
-    The steps and seconds it took, the weights and the masks.
-  """
+def task(run: Run) -> loop.Task:
+  """What the search trains: masks and weights."""
+  method = _method(run)
   config, spec, data = run.config.slim, run.spec, run.train_data
   model = ViT(spec, with_drop_path(method.layers(spec), config.drop_path))
 
@@ -142,23 +142,19 @@ def _search(run: Run, method: ViTSlim) -> tuple[int, float, api.Params, Any]:
     "masks": optimizer.mask_optimizer(config, data.num_examples),
   }
   tx = optimizer.per_group(group_of, groups)
-  steps = optimizer.train_steps(config, data.num_examples)
-  trains, keeps_ema = ("params", "arch"), config.ema is not None
-  arch = method.initial_arch(spec)
+  trains = ("params", "arch")
   step_fn = make_step(loss_fn, tx, trains, run.layout, config.ema, config.parts)
-  task = loop.Task(
+  start = run.dense_params, method.initial_arch(spec)
+  return loop.Task(
     stage="slim",
-    state=init_state(run.dense_params, arch, tx, trains, run.config.seed, keeps_ema),
+    state=init_state(*start, tx, trains, run.config.seed, config.ema is not None),
     step_at=lambda _: step_fn,
     batches=lambda done: run.train_batches(config.batch_size, done),
-    steps=steps,
+    steps=optimizer.train_steps(config, data.num_examples),
     log_every=config.log_every,
     checkpoint_every=config.checkpoint_every,
     schedule=optimizer.train_schedule(config, data.num_examples),
   )
-  state, seconds = loop.train(task, run.workdir, run.layout, run.config.profile.steps)
-  params = state.ema if keeps_ema else state.params
-  return steps, seconds, run.layout.get(params), run.layout.get(state.arch)
 
 
 def _read_masks(run: Run, path: str) -> Any:

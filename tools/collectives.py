@@ -1,0 +1,74 @@
+"""Prints what the devices exchange in one training step, from the program that XLA made of it.
+
+  python tools/collectives.py --config configs/diffrate_vits.py --stage search --devices 8
+
+The step is compiled for so many virtual CPU devices and not run. Everything else is the config's,
+but the data are generated and the weights random; `--config.KEY=VALUE` changes keys.
+"""
+
+import argparse
+import math
+import os
+import pathlib
+import re
+import sys
+import tempfile
+from collections.abc import Iterator
+
+_KINDS = "all-reduce|all-gather|reduce-scatter|collective-permute|all-to-all"
+_LINE = re.compile(rf"= (.*?) ({_KINDS})(?:-start)?\(")
+_ARRAY = re.compile(r"([a-z]+\d+)\[([\d,]*)\]")
+
+
+def collectives(program: str) -> Iterator[tuple[str, int]]:
+  """The collective operations of a compiled program: their kind, and the bytes of their results."""
+  for line in program.splitlines():
+    if match := _LINE.search(line):
+      yield match[2], sum(_size(kind, sides) for kind, sides in _ARRAY.findall(match[1]))
+
+
+def _size(kind: str, sides: str) -> int:
+  bits = int(re.sub(r"\D", "", kind))
+  return math.prod(int(side) for side in sides.split(",") if side) * bits // 8
+
+
+def compiled_step(options: list[str], stage: str, batch_size: int) -> str:
+  """The program of a stage's first step."""
+  # Only here, when the number of devices is set.
+  from vitcomp_jax import main, stages
+
+  options += ["--config.data.name=fake", "--config.model.weights=none"]
+  options += [f"--config.{stage}.batch_size={batch_size}", "--config.data.train_examples=none"]
+  config, _ = main._parse(options)
+  with tempfile.TemporaryDirectory() as folder:
+    run = stages.open_run(config, pathlib.Path(folder) / "run")
+    task = getattr(stages, stage).task(run)
+    batch = next(task.batches(0))
+    batch.pop("index")
+    place = run.layout.put_state
+    arguments = place(task.state), run.layout.put_batch(batch), place(task.fixed)
+    return task.step_at(0).lower(*arguments).compile().as_text()
+
+
+def main() -> int:
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser.add_argument("--config", required=True)
+  parser.add_argument("--stage", required=True, choices=("pretrain", "slim", "search", "finetune"))
+  parser.add_argument("--devices", type=int, default=8)
+  parser.add_argument("--batch_size", type=int, default=16)
+  known, rest = parser.parse_known_args()
+  os.environ["JAX_PLATFORMS"] = "cpu"
+  os.environ["XLA_FLAGS"] = (
+    f"--xla_force_host_platform_device_count={known.devices} --xla_backend_optimization_level=0"
+  )
+  found = list(
+    collectives(compiled_step(["--config", known.config, *rest], known.stage, known.batch_size))
+  )
+  for kind in sorted({kind for kind, _ in found}):
+    sizes = [size for k, size in found if k == kind]
+    print(f"{kind:20} {len(sizes):4} operations {sum(sizes):12,} bytes")
+  return 0
+
+
+if __name__ == "__main__":
+  sys.exit(main())
