@@ -7,4 +7,4 @@ ruff format --check .
 ruff check .
 mypy vitcomp_jax
 lint-imports
-python -m pytest -n 2 "$@"
+python -m pytest -n 2 --dist worksteal "$@"

@@ -6,6 +6,7 @@ tags may tell fixtures of it apart, as in `diffrate_eval_hidden_s7`.
 """
 
 import dataclasses
+import functools
 import json
 import pathlib
 import re
@@ -20,6 +21,7 @@ import pytest
 
 from tests.conftest import golden_dir
 from vitcomp_jax import macs, schedules
+from vitcomp_jax.api import abstract_params
 from vitcomp_jax.convert.positions import resample_positions
 from vitcomp_jax.convert.timm import port, to_timm
 from vitcomp_jax.methods import dynamicvit
@@ -31,7 +33,7 @@ from vitcomp_jax.methods.diffrate import (
   search_macs,
 )
 from vitcomp_jax.methods.vit_slim import ViTSlim, authors_cost, masked_layers, thresholds
-from vitcomp_jax.models.reducers import PruneMerge
+from vitcomp_jax.models.reducers import PruneMerge, keep_all
 from vitcomp_jax.models.spec import LayerSpec, ViTSpec
 from vitcomp_jax.models.variants import get_spec
 from vitcomp_jax.models.vit import ViT
@@ -152,16 +154,23 @@ def _images(x: np.ndarray, dtype: str) -> np.ndarray:
   return np.moveaxis(x, -3, -1).astype(dtype)
 
 
+@functools.cache
+def _abstract_params(model: ViT) -> dict[str, Any]:
+  with jax.enable_x64(False):
+    return abstract_params(model)
+
+
 def _params(fixture: Fixture, model: ViT, dtype: str, antialias: bool = True) -> dict[str, Any]:
   spec = model.spec
-  with jax.enable_x64(False):
-    expected = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, *spec.image_size, 3)))
+  # What a layer does with its tokens behind attention has no weights.
+  layers = tuple(dataclasses.replace(layer, reduce=keep_all) for layer in model.layers)
+  expected = _abstract_params(ViT(spec, layers))
   weights = fixture.weights(dtype)
   if spec.pool == "size_mean" and "fc_norm.weight" not in weights:
     weights |= {f"fc_norm.{part}": weights.pop(f"norm.{part}") for part in ("weight", "bias")}
   return port(
     weights,
-    expected["params"],
+    expected,
     grid=spec.grid,
     prefix_positions=spec.pos_prefix,
     antialias=antialias,
@@ -378,17 +387,20 @@ def _check_search(
   arch = _arch(case, "selected_probability", spec.depth, dtype)
   images, labels = jnp.asarray(_images(case["x"], dtype)), jnp.asarray(case["y"], jnp.int32)
 
-  def task(arch):
+  def terms(arch, params, images):
     out = model.apply({"params": params, "arch": arch}, images, method="forward")
-    return cross_entropy(out.logits, labels), out
-
-  def budget(arch):
-    out = task(arch)[1]
     penalty = method.penalty(spec, arch, out, jnp.asarray(0))[0] / method.budget_weight
-    return penalty, search_macs(spec, spec.dense_layers, out)
+    flops = search_macs(spec, spec.dense_layers, out)
+    return (cross_entropy(out.logits, labels), penalty), (out, flops)
 
-  (loss, out), task_grads = jax.jit(jax.value_and_grad(task, has_aux=True))(arch)
-  (spent, flops), budget_grads = jax.jit(jax.value_and_grad(budget, has_aux=True))(arch)
+  # The weights are arguments, since XLA would spend minutes on computing with constants.
+  @jax.jit
+  def both(arch, params, images):
+    found, pull, more = jax.vjp(lambda a: terms(a, params, images), arch, has_aux=True)
+    one, zero = (jnp.asarray(value, found[0].dtype) for value in (1, 0))
+    return found, more, pull((one, zero))[0], pull((zero, one))[0]
+
+  (loss, spent), (out, flops), task_grads, budget_grads = both(arch, params, images)
   _close(out.logits, case["logits_f64"], tolerance, name)
   _close(loss, case["loss_ce"], F32, name)
   _close(spent, case["loss_flops"], F32 * max(1, float(case["loss_flops"])), name)
@@ -476,7 +488,7 @@ def _check_trajectory(
   state = tx.init(arch)
 
   @jax.jit
-  def step(arch, state, images, labels):
+  def step(arch, state, params, images, labels):
     def loss_fn(arch):
       out = model.apply({"params": params, "arch": arch}, images, method="forward")
       penalty, figures = method.penalty(spec, arch, out, jnp.asarray(0))
@@ -493,7 +505,7 @@ def _check_trajectory(
     expected = np.ceil(np.round(method.expected_counts(spec, arch), 5)) + spec.num_prefix
     np.testing.assert_array_equal(expected[:, 0], case["prune_kept_num"][i], f"{name} {i}")
     np.testing.assert_array_equal(expected[:, 1], case["merge_kept_num"][i], f"{name} {i}")
-    arch, state, loss, figures = step(arch, state, images[batch], labels[batch])
+    arch, state, loss, figures = step(arch, state, params, images[batch], labels[batch])
     kept = np.minimum(case["prune_kept_num"][i], case["merge_kept_num"][i])
     np.testing.assert_array_equal(figures["tokens"], np.minimum.accumulate(kept), f"{name} {i}")
     flops = float(case["flops"][i])
@@ -600,13 +612,14 @@ def _check_slim_search(
   labels = jnp.asarray(fixture.arrays["y"], jnp.int32)
   model = ViT(spec, method.layers(spec))
 
-  def loss_fn(arch):
+  def loss_fn(arch, params, images):
     out = model.apply({"params": params, "arch": arch}, images, method="forward")
     task = cross_entropy(out.logits, labels)
     penalty, norms = method.penalty(spec, arch, out, jnp.asarray(0))
     return task + penalty, (out.logits, task, norms)
 
-  (loss, (logits, task, norms)), grads = jax.jit(jax.value_and_grad(loss_fn, has_aux=True))(arch)
+  step = jax.jit(jax.value_and_grad(loss_fn, has_aux=True))
+  (loss, (logits, task, norms)), grads = step(arch, params, images)
   _close(logits, case["logits_f64"], tolerance, kind)
   _close(task, case["ce_f64"], tolerance, kind)
   _close(loss, case["loss_f64"], tolerance, kind)

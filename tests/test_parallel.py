@@ -84,6 +84,17 @@ def test_a_run_goes_on_in_another_layout(stage, tmp_path):
   _check_equal(_cases(tmp_path, cases), to="alone")
 
 
+@pytest.mark.slow
+def test_a_search_step_exchanges_only_what_it_learns():
+  command = [sys.executable, "tools/collectives.py", "--config", "configs/quickstart.py"]
+  command += ["--stage", "search", "--devices", "4"]
+  result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+  kind, count, _, size, _ = result.stdout.split()
+  assert (kind, count) == ("all-reduce", "1") and result.stdout.count("\n") == 1
+  # The rates of eight layers, two times 100, the last figures' few numbers, in float32.
+  assert int(size.replace(",", "")) < 4 * (8 * 2 * 100 + 50)
+
+
 # --- several processes ---
 
 
