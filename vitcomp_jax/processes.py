@@ -1,12 +1,20 @@
 """Several processes that run one program: what only the first of them does, and where all meet."""
 
 import jax
+import numpy as np
 from jax.experimental import multihost_utils
 
 
 def is_first() -> bool:
   """Whether this process is the one that writes what a person reads."""
   return jax.process_index() == 0
+
+
+def gathered(rows: np.ndarray) -> np.ndarray:
+  """The rows of all processes, one after the other; all must ask for it."""
+  if jax.process_count() == 1:
+    return rows
+  return np.asarray(multihost_utils.process_allgather(rows, tiled=True))
 
 
 def meet(what: str) -> None:

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import pathlib
+import resource
 import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -11,6 +12,7 @@ import jax
 import numpy as np
 import optax
 
+from vitcomp_jax import processes
 from vitcomp_jax.atomic import write_json
 from vitcomp_jax.checkpoint import Checkpointer
 from vitcomp_jax.errors import UserError
@@ -107,6 +109,9 @@ class _Clock:
   """Where the time of the steps goes."""
 
   def __init__(self) -> None:
+    self._restart()
+
+  def _restart(self) -> None:
     self._begin = time.monotonic()
     self._steps, self._images, self._waited = 0, 0, 0.0
 
@@ -127,8 +132,10 @@ class _Clock:
     }
     memory = [device.memory_stats() or {} for device in jax.local_devices()]
     peak = max((stats.get("peak_bytes_in_use", 0) for stats in memory), default=0)
-    self.__init__()  # type: ignore[misc]
-    return found | ({"peak_memory_gb": peak / 2**30} if peak else {})
+    # What a CPU's device takes is the process's own.
+    peak = peak or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 2**10
+    self._restart()
+    return found | {"peak_memory_gb": peak / 2**30}
 
 
 class _LossWatch:
@@ -156,6 +163,7 @@ class _LossWatch:
     if math.isfinite(value):
       return
     last = self._checkpoints.latest_step()
+    index = processes.gathered(index)
     path = self._workdir / "failure.json"
     what = {"stage": self._stage, "step": step, "loss": str(value), "checkpoint": last}
     write_json(path, what | {"indices": index.tolist()})
