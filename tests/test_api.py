@@ -81,7 +81,7 @@ def test_stages_are_functions_that_return_what_they_write(tmp_path, optax_promot
   config = default_config()
   config.model.variant, config.model.weights, config.data.pad = MINI, "bundled", 1
   config.budget.fraction = 0.7
-  config.search.steps, config.search.batch_size = 2, 4
+  config.search.steps, config.search.batch_size, config.search.choose_images = 2, 4, 8
   config.data.eval_examples, config.evaluate.batch_size = 20, 10
   plan = vc.search(config, tmp_path)
   assert plan == vc.load_plan(tmp_path / "plan.json")

@@ -36,7 +36,8 @@ def _command(workdir: pathlib.Path, *options: str) -> list[str]:
     "--config",
     str(ROOT / "configs/quickstart.py"),
   ]
-  return [*program, "--workdir", str(workdir), *options]
+  program += ["--workdir", str(workdir), f"--config.compilation_cache={ROOT}/.pytest_cache/xla"]
+  return [*program, *options]
 
 
 def _run(workdir: pathlib.Path, *options: str) -> subprocess.CompletedProcess:

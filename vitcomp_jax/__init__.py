@@ -1,8 +1,8 @@
 """vitcomp_jax: makes a Vision Transformer smaller and faster at a budget you choose.
 
 `import vitcomp_jax as vc`, then `vc.load`, `vc.apply`, `vc.load_plan`, `vc.count_cost`; the stages
-of a run are `vc.pretrain`, `vc.slim`, `vc.search`, `vc.finetune`, `vc.evaluate` and
-`vc.compare`. `vc.schedules` makes the layers of ToMe, EViT, DynamicViT and hand-made schedules,
+of a run are `vc.pretrain`, `vc.slim`, `vc.search`, `vc.finetune`, `vc.evaluate`, `vc.benchmark`
+and `vc.compare`. `vc.schedules` makes the layers of ToMe, EViT, DynamicViT and hand-made schedules,
 `vc.make_plan` a plan of them, and `vc.unmerge` brings tokens back to the grid of patches.
 """
 
@@ -21,6 +21,7 @@ pretrain = functools.partial(run_stage, "pretrain")
 slim = functools.partial(run_stage, "slim")
 search = functools.partial(run_stage, "search")
 finetune = functools.partial(run_stage, "finetune")
+benchmark = functools.partial(run_stage, "benchmark")
 compare = functools.partial(run_stage, "compare")
 evaluate = functools.partial(run_stage, "evaluate")
 
@@ -29,6 +30,7 @@ __all__ = [
   "Plan",
   "UserError",
   "apply",
+  "benchmark",
   "compare",
   "count_cost",
   "default_config",

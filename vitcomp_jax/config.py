@@ -56,7 +56,7 @@ Baseline = Literal[
   "evit",
   "evit_nofuse",
 ]
-Stage = Literal["pretrain", "slim", "search", "finetune", "evaluate", "compare"]
+Stage = Literal["pretrain", "slim", "search", "finetune", "evaluate", "benchmark", "compare"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -195,6 +195,13 @@ class EvaluateConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class BenchmarkConfig:
+  batch_sizes: tuple[Count, ...] = (1, 8, 32)  # images at once
+  seconds: Positive = 10.0  # of timing, for each model and batch size, at least
+  rounds: Count = 10  # in which all take turns
+
+
+@dataclasses.dataclass(frozen=True)
 class CompareConfig:
   # `diffrate` (searched) and schedules without a search; `NAME[KEY=VALUE,...]` changes keys of
   # `search`, or, named in full as in `data.train_examples`, any other, for that row alone.
@@ -225,6 +232,8 @@ class ProfileConfig:
 class Config:
   stages: tuple[Stage, ...] = ("evaluate",)  # run in this order
   seed: Annotated[int, Range(0, below=2**32)] = 0  # of everything random
+  # Where `python -m vitcomp_jax.main` keeps compiled programs for the next time; none: nowhere.
+  compilation_cache: str | None = "~/.cache/vitcomp_jax/xla"
   model: ModelConfig = ModelConfig()
   data: DataConfig = DataConfig()
   budget: BudgetConfig = BudgetConfig()
@@ -234,6 +243,7 @@ class Config:
   finetune: TrainConfig = TrainConfig()
   distill: DistillConfig = DistillConfig()
   evaluate: EvaluateConfig = EvaluateConfig()
+  benchmark: BenchmarkConfig = BenchmarkConfig()
   compare: CompareConfig = CompareConfig()
   parallel: ParallelConfig = ParallelConfig()
   profile: ProfileConfig = ProfileConfig()
@@ -409,7 +419,7 @@ def _listed(value: Any) -> Any:
 
 
 # What does not change a run's outcome, and so may change while it is under way.
-_FREE = ("parallel", "profile", "data.workers")
+_FREE = ("parallel", "profile", "data.workers", "compilation_cache")
 
 
 def differing_keys(old: Mapping[str, Any], new: Mapping[str, Any], path: str = "") -> list[str]:

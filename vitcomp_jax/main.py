@@ -42,6 +42,7 @@ def main(argv: Sequence[str]) -> int:
     config, workdir = _parse(argv[1:])
     if jax.process_count() == 1:  # Several agree on where to end, which JAX arranges.
       signal.signal(signal.SIGTERM, _end)
+    _keep_compiled(config.compilation_cache)
     run_stages(config, workdir, config.stages)
     logging.info("done: %s", workdir)
   except KeyboardInterrupt:
@@ -55,6 +56,13 @@ def main(argv: Sequence[str]) -> int:
       raise
     return _say(str(error), 2)
   return 0
+
+
+def _keep_compiled(folder: str | None) -> None:
+  """Lets the next process find what this one compiles."""
+  if folder:
+    jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(folder).expanduser()))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
 def _end(number: int, frame: types.FrameType | None) -> None:

@@ -11,13 +11,14 @@ import pytest
 import vitcomp_jax as vc
 from tests.models import forward, random_images, random_params, small_spec
 from vitcomp_jax import macs
-from vitcomp_jax.config import SearchConfig
+from vitcomp_jax.config import ParallelConfig, SearchConfig
 from vitcomp_jax.data.transforms import Preprocess
 from vitcomp_jax.errors import UserError
 from vitcomp_jax.methods.diffrate import DiffRate, candidates, expected_count, kept_count
 from vitcomp_jax.models.reducers import PruneMerge
+from vitcomp_jax.parallel import Layout
 from vitcomp_jax.stages.search import make_method, search_loss
-from vitcomp_jax.training.step import init_state, make_step
+from vitcomp_jax.training.step import init_state, make_step, with_rows
 
 SPECS = {
   "cls": small_spec(),
@@ -124,7 +125,9 @@ def _step(spec, config):
   images = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
   labels = jnp.arange(8, dtype=jnp.int32) % spec.num_classes
   batch = {"image": jnp.asarray(images), "label": labels}
-  return state, batch, loss_fn, make_step(loss_fn, tx, ("arch",))
+  layout = Layout(ParallelConfig(devices=1))
+  state = layout.put_state(state)
+  return state, batch, loss_fn, make_step(loss_fn, tx, ("arch",), layout)
 
 
 @pytest.mark.parametrize("loss", ["labels", "logits", "features"])
@@ -132,7 +135,7 @@ def test_search_trains_rates_only_and_never_recompiles(loss, optax_promotion):
   state, batch, _, step = _step(SPECS["cls"], SearchConfig(loss=loss, granularity=4))
   before = jax.device_get((state.params, state.arch))
   for _ in range(3):
-    state, figures = step(state, batch)
+    state, figures = step(state, batch, None)
   assert step._cache_size() == 1
   jax.tree.map(np.testing.assert_array_equal, before[0], jax.device_get(state.params))
   moved = jax.tree.map(lambda a, b: bool(np.any(a != b)), before[1], jax.device_get(state.arch))
@@ -144,13 +147,13 @@ def test_search_step_has_no_weight_gradients(optax_promotion):
   """By XLA's count: backward without weight gradients costs about what forward does."""
   spec = small_spec(width=96, mlp_dim=384, num_heads=3, depth=6)
   state, batch, loss_fn, step = _step(spec, SearchConfig())
-  rest = (batch, jax.random.key(0), jnp.asarray(0))
+  rest = (None, with_rows(batch), jax.random.key(0), jnp.asarray(0))
 
   def flops(fn, *args):
     return jax.jit(fn).lower(*args).compile().cost_analysis()["flops"]
 
   forward_only = flops(lambda p, a: loss_fn(p, a, *rest), state.params, state.arch)
-  whole = step.lower(state, batch).compile().cost_analysis()["flops"]
+  whole = step.lower(state, batch, None).compile().cost_analysis()["flops"]
   weights_too = flops(
     jax.grad(lambda p, a: loss_fn(p, a, *rest)[0], argnums=(0, 1)), state.params, state.arch
   )

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from vitcomp_jax.config import Config, from_config_dict
-from vitcomp_jax.stages import compare, evaluate, finetune, pretrain, search, slim
+from vitcomp_jax.stages import benchmark, compare, evaluate, finetune, pretrain, search, slim
 from vitcomp_jax.stages.run import Run, open_run
 
 
@@ -32,6 +32,7 @@ STAGES = {
   "search": Stage(search.check, search.search, search.made),
   "finetune": Stage(finetune.check, finetune.finetune, finetune.made),
   "evaluate": Stage(evaluate.check, evaluate.evaluate, evaluate.made),
+  "benchmark": Stage(benchmark.check, benchmark.benchmark, benchmark.made),
   "compare": Stage(compare.check, compare.compare, compare.made),
 }
 
@@ -61,13 +62,14 @@ def run_stage(
   """Runs one stage from Python.
 
   Args:
-    stage: `pretrain`, `slim`, `search`, `finetune` or `evaluate`.
+    stage: `pretrain`, `slim`, `search`, `finetune`, `evaluate`, `benchmark` or `compare`.
     config: A `Config`, or a mapping of its keys such as `default_config()`.
     workdir: Where the run is kept. Stages that build on each other share it.
 
   Returns:
     What the stage writes: `pretrain` and `finetune` the path of the weights, `slim` and `search`
-    the `Plan`, `evaluate` the content of `result.json`. A finished stage is not run again.
+    the `Plan`, `evaluate` and `compare` the content of `result.json`, `benchmark` that of
+    `benchmark.json`. A finished stage is not run again.
   """
   config = config if isinstance(config, Config) else from_config_dict(config)
   return STAGES[stage].made(run_stages(config, pathlib.Path(workdir), (stage,)))

@@ -28,9 +28,9 @@ from vitcomp_jax.models.spec import LayerSpec
 from vitcomp_jax.models.vit import ViT
 from vitcomp_jax.plans import load_plan, make_plan, save_plan
 from vitcomp_jax.schedules import SCHEDULES, within
-from vitcomp_jax.stages import cloud, figures, finetune, measure, report, search, slim
+from vitcomp_jax.stages import cloud, evaluate, figures, finetune, measure, report, search, slim
 from vitcomp_jax.stages.measure import Outcomes
-from vitcomp_jax.stages.run import Run, environment, open_run, read_json
+from vitcomp_jax.stages.run import Run, open_run, read_json
 
 _STAGES = {"search": search.search, "slim": slim.slim, "finetune": finetune.finetune}
 _REFERENCE = "diffrate"
@@ -104,10 +104,7 @@ def compare(run: Run) -> dict[str, Any]:
       path = folder / f"random@{budget:g}.jsonl"
       clouds[budget] = cloud.points(run, _gmacs(run, budget), path)
   result = {
-    "dataset": run.eval_data.name,
-    "split": run.eval_data.split,
-    "examples": run.eval_data.num_examples,
-    **environment(),
+    **evaluate.empty_result(run),
     "rows": rows,
     "random": {f"{budget:g}": _rank(run, budget, points) for budget, points in clouds.items()},
   }

@@ -23,6 +23,8 @@ from vitcomp_jax.schedules import within
 from vitcomp_jax.stages import figures, measure, report
 from vitcomp_jax.stages.run import Run, environment, read_json
 
+_FIGURES = {"loss", "feature_divergence"}  # One of them is in every row that was evaluated.
+
 
 def check(run: Run) -> None:
   """Refuses a plan or weights that do not fit, labels without a class, and an empty table."""
@@ -60,24 +62,26 @@ def evaluate(run: Run) -> dict[str, Any]:
   Returns:
     The content of `result.json`.
   """
-  data, rows = run.eval_data, _rows(run)
-  result = {
-    "dataset": data.name,
-    "split": data.split,
-    "examples": data.num_examples,
-    **environment(),
-    "rows": [],
-  } | _measured_before(run)
-  done = {row["name"] for row in result["rows"]}
+  rows, result = _rows(run), empty_result(run) | _measured_before(run)
+  there = {row["name"]: row for row in result["rows"]}
   for name, row in rows.items():
-    if name not in done:
+    if not _FIGURES & there.get(name, {}).keys():
       model = ViT(run.spec, row.layers)
       found = measure.outcomes(model, row.params, run, name)
-      result["rows"].append(measure.row(found, model, name))
-      result["examples"] = len(next(iter(found.values())))
+      # A benchmark may have made the row.
+      there[name] = measure.row(found, model, name) | there.get(name, {})
+      result |= {"rows": list(there.values()), "examples": len(next(iter(found.values())))}
       write_json(run.workdir / "result.json", result)
   _draw(run, {name: row.layers for name, row in rows.items()}, result)
+  write_report(run)
   return result
+
+
+def empty_result(run: Run) -> dict[str, Any]:
+  """The content of a `result.json` without rows."""
+  data = run.eval_data
+  about = {"dataset": data.name, "split": data.split, "examples": data.num_examples}
+  return {**about, **environment(), "rows": []}
 
 
 def made(run: Run) -> dict[str, Any]:
@@ -113,12 +117,16 @@ def _rows(run: Run) -> dict[str, _Row]:
   return rows
 
 
-def _plan_rows(run: Run, plan: Plan) -> dict[str, _Row]:
-  """The plan, and each half of one that both slims and removes tokens."""
+def plan_name(run: Run, plan: Plan) -> str:
+  """The name of a plan's row: its method's."""
   method = plan.made_by.get("method")
   known = isinstance(method, str) and method not in ("dense", *run.config.evaluate.baselines)
-  name = str(method) if known else "diffrate"
-  rows = {}
+  return str(method) if known else "diffrate"
+
+
+def _plan_rows(run: Run, plan: Plan) -> dict[str, _Row]:
+  """The plan, and each half of one that both slims and removes tokens."""
+  name, rows = plan_name(run, plan), {}
   if plan.indices and "+" in name:
     slimmed, _, searched = name.partition("+")
     whole = tuple(dataclasses.replace(layer, reduce=keep_all) for layer in run.layers)
@@ -135,9 +143,8 @@ def _plan_rows(run: Run, plan: Plan) -> dict[str, _Row]:
 
 
 def _draw(run: Run, models: Mapping[str, tuple[LayerSpec, ...]], result: dict[str, Any]) -> None:
-  """Writes the figures, then the report that shows them."""
+  """Writes the figures."""
   folder, plan = run.workdir / "figures", run.plan
-  plan_json = plan.to_json() if plan else None
   summary = run.finished("search")
   removes = plan and any(layer.reduce != keep_all for layer in run.layers)
   if plan and removes:
@@ -156,10 +163,17 @@ def _draw(run: Run, models: Mapping[str, tuple[LayerSpec, ...]], result: dict[st
     _draw_slimming(run, plan, folder)
   if any("top1" in row for row in result["rows"]):
     figures.accuracy_against_gmacs(folder / "accuracy.png", result["rows"])
+
+
+def write_report(run: Run) -> None:
+  """Writes `report.md` from what the stages have measured and drawn so far."""
+  plan, summary = run.plan, run.finished("search")
   kept = kept_counts(run.spec, run.layers) if plan else []
   given = plan and not (summary or run.finished("slim"))
   budget = f"{plan.gmacs:.4g} GMACs" if plan and given else ""
-  report.write_report(run.workdir, result, plan_json, kept, summary, budget, run.finished("slim"))
+  plan_json = plan.to_json() if plan else None
+  slimming = run.finished("slim")
+  report.write_report(run.workdir, made(run), plan_json, kept, summary, budget, slimming)
 
 
 def kept_counts(spec: ViTSpec, layers: tuple[LayerSpec, ...]) -> list[tuple[int, int]]:

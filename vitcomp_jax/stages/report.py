@@ -1,5 +1,6 @@
 """The report of a run: `report.md`, what a person reads first. It shows measured figures only."""
 
+import json
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -63,11 +64,33 @@ def write_report(
     parts += ["## Search", _search_text(search_summary, budget_text)]
   if plan_json is not None or search_summary is not None:
     parts += ["## Plan", *_plan_text(plan_json, counts, search_summary)]
+  benchmark = workdir / "benchmark.json"
+  if benchmark.exists():
+    parts += ["## Speed", *_speed_text(json.loads(benchmark.read_text()))]
   figures = _figures(workdir)
   if figures:
     parts += ["## Figures", *figures]
   parts += ["## Versions", _versions(result.get("versions", {}))]
   write_text(workdir / "report.md", "\n\n".join(part for part in parts if part) + "\n")
+
+
+def _speed_text(benchmark: Mapping[str, Any]) -> list[str]:
+  heads = ["model", "batch", "images/s", "spread", "p50 (ms)", "p90 (ms)", "p99 (ms)"]
+  heads += ["speed-up", "MACs promise", "of the peak", "memory (MB)", "compiling (s)"]
+  lines = []
+  for entry in benchmark["entries"]:
+    latency = [f"{value:.4g}" for value in entry["latency_ms"].values()]
+    gains = [_format(entry.get(key), ".2f") for key in ("speed_up", "promised")]
+    spread, share = (f"{100 * entry[key]:.1f} %" for key in ("spread", "share_of_peak"))
+    rate, memory = f"{entry['images_per_second']:.1f}", f"{entry['memory_mb']:.0f}"
+    line = [entry["name"], str(entry["batch"]), rate, spread, *latency, *gains, share]
+    lines.append([*line, memory, f"{entry['compile_s']:.1f}"])
+  text = (
+    "Medians; the spread is the distance of the quartiles, relative to the median. The peak is "
+    f"that of a large float32 matrix product, {benchmark['matmul_peak_gflops']:,.0f} GFLOP/s, "
+    "measured in the same run. All models took turns."
+  )
+  return [_table(heads, lines), text]
 
 
 def write_comparison(workdir: pathlib.Path, result: Mapping[str, Any]) -> None:

@@ -165,8 +165,9 @@ def _best(
   for step in dict.fromkeys(picked):
     arch = method.counts_arch(method.deploy_within(spec, passed[step])[0])
     variables = run.layout.put({"params": run.params, "arch": arch})
-    found = [loss(variables, batch) for batch in placed]
-    measured.append((step, float(np.mean(run.layout.get(found)))))
+    # One by one: with many programs under way XLA's CPU devices may wait for each other for good.
+    found = [float(run.layout.get(loss(variables, batch))) for batch in placed]
+    measured.append((step, float(np.mean(found))))
     logging.info("search: the plan of step %d has a loss of %.4f", *measured[-1])
   best = min(measured, key=lambda pair: pair[1])[0]
   return best, passed[best], measured

@@ -91,7 +91,10 @@ def train(
         if step % task.log_every == 0 or step == 1 or is_last:
           figures = layout.get(figures)
           rate = {"learning_rate": np.asarray(task.schedule(step - 1))}
-          metrics.write(step, {**figures, **rate, **clock.figures()})
+          speed = clock.figures()
+          if step == 1:  # Compiling is most of it.
+            speed = {"first_step_s": speed["step_s"]}
+          metrics.write(step, {**figures, **rate, **speed})
           watch.check()
         if traced and step == traced[-1]:
           jax.block_until_ready(state)
