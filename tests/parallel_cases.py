@@ -12,12 +12,8 @@ import sys
 
 import vitcomp_jax as vc
 from tests import tiny_config, tiny_main
+from vitcomp_jax.metrics import read_metrics
 from vitcomp_jax.training import preemption
-
-
-def _losses(stage: str, workdir: pathlib.Path) -> list[float]:
-  records = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
-  return [record["loss"] for record in records if record["stage"] == stage]
 
 
 def _run(stage: str, mode: str, devices: int, changes: dict, workdir: pathlib.Path, stop: int):
@@ -38,7 +34,7 @@ def main(folder: str, cases: str) -> None:
     workdir = pathlib.Path(folder) / name
     for i, (stage, mode, devices, changes) in enumerate(runs):
       _run(stage, mode, devices, changes, workdir, 20 * (i + 1) // len(runs))
-    found[name] = _losses(stage, workdir)
+    found[name] = [record["loss"] for record in read_metrics(workdir, stage)]
   print(json.dumps(found))
 
 

@@ -16,6 +16,7 @@ import safetensors.numpy
 
 from tests.tiny_main import TINY
 from vitcomp_jax import main
+from vitcomp_jax.metrics import read_metrics
 
 ROOT = pathlib.Path(__file__).parents[1]
 BUNDLED = ROOT / "vitcomp_jax" / "bundled" / "vit_mini_patch3_30.safetensors"
@@ -266,7 +267,4 @@ def _is_in_the_middle(workdir: pathlib.Path, stage: str) -> bool:
 
 def _figures(workdir: pathlib.Path, stage: str) -> dict[int, float]:
   """Logged loss by step."""
-  path = workdir / "metrics.jsonl"
-  lines = path.read_text().splitlines() if path.exists() else []
-  records = [json.loads(line) for line in lines if line.endswith("}")]
-  return {r["step"]: r["loss"] for r in records if r["stage"] == stage}
+  return {r["step"]: r["loss"] for r in read_metrics(workdir, stage)}

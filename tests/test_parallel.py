@@ -13,6 +13,8 @@ import time
 import numpy as np
 import pytest
 
+from vitcomp_jax.metrics import read_metrics
+
 ROOT = pathlib.Path(__file__).parent.parent
 RANDOM = {
   "data.augment": "flip_shift",
@@ -124,10 +126,7 @@ def _finish(processes: list[subprocess.Popen]) -> list[str]:
 
 
 def _losses(workdir: pathlib.Path, stage: str) -> dict[int, float]:
-  path = workdir / "metrics.jsonl"
-  lines = path.read_text().splitlines() if path.exists() else []
-  records = [json.loads(line) for line in lines if line.endswith("}")]
-  return {record["step"]: record["loss"] for record in records if record["stage"] == stage}
+  return {record["step"]: record["loss"] for record in read_metrics(workdir, stage)}
 
 
 def _wait_for(workdir: pathlib.Path, stage: str, step: int, process: subprocess.Popen) -> None:
