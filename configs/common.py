@@ -49,7 +49,7 @@ def deit_training(training: ml_collections.ConfigDict, epochs: float) -> None:
 
 
 def diffrate_finetuning(
-  variant: str, weights: str, plan: str, drop_path: float
+  variant: str, weights: str, plan: str, drop_path: float, large: bool = False
 ) -> ml_collections.ConfigDict:
   """DiffRate's fine-tuning on ImageNet-1k under its authors' schedule, and an evaluation.
 
@@ -60,9 +60,13 @@ def diffrate_finetuning(
     weights: Its fine-tuned weights.
     plan: The published plan.
     drop_path: Stochastic depth at the last layer.
+    large: Cut the state up over the devices, and compute in half precision.
   """
   config = imagenet(variant, weights)
   config.stages = ("finetune", "evaluate")
+  if large:
+    config.parallel.mode = "fsdp"
+    config.model.dtype = "bfloat16"
   config.model.plan = plan
   training = config.finetune
   deit_training(training, 30.0)

@@ -21,12 +21,10 @@ from vitcomp_jax.configs import common
 
 
 def get_config() -> ml_collections.ConfigDict:
-  config = common.diffrate_finetuning(
+  return common.diffrate_finetuning(
     "vit_huge_patch14_224.mae",
     "mae_finetuned_vit_huge.pth",
     "diffrate/mae_huge@103.4",
     drop_path=0.2,
+    large=True,
   )
-  config.parallel.mode = "fsdp"
-  config.model.dtype = "bfloat16"
-  return config

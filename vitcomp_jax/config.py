@@ -68,6 +68,8 @@ class ModelConfig:
   image_size: Count | None = None  # pixels; none: the variant's
   antialias: bool | None = None  # of resampled position embeddings; none: as the variant's origin
   dtype: Literal["float32", "bfloat16"] = "float32"  # of the computation; weights stay float32
+  # XLA's own, or cuDNN's fused kernel (NVIDIA, bfloat16); auto: cuDNN's where it can be had.
+  attention: Literal["auto", "xla", "cudnn"] = "auto"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,6 +179,7 @@ class SearchConfig:
   signed_similarity: bool = False  # the authors' merge weight, which may be negative
   mask_eps: PositiveOrZero = 0.0  # smoothing of the masked softmax (authors: 1e-6)
   drop_path: Rate = 0.0  # stochastic depth while searching (authors: 0.1)
+  remat: bool = False  # compute activations again in the backward pass, to save memory
   parts: Count = 1  # in which a batch is done one after the other, to save memory
   # The plan with the least loss on so many images, of those passed through, is kept; 0: the last.
   choose_images: CountOrZero = 1024

@@ -99,7 +99,8 @@ class PruneMergeSearch(nn.Module):
     before = jnp.asarray(n if tokens.num_kept is None else tokens.num_kept, prune_count.dtype)
     pruned = jnp.minimum(before, prune_count)
     keep = tokens.keep * _rank_mask(prune_probability[:n], prune_count, before)[None]
-    tokens = self._merged(tokens, merge_count, pruned)
+    if self.granularity[1] <= self.num_patches:
+      tokens = self._merged(tokens, merge_count, pruned)
     keep = keep * _rank_mask(merge_probability[:n], merge_count, pruned)[None]
     count = ste_min(before, prune_count, merge_count)
     return tokens.replace(keep=keep, num_kept=jax.lax.stop_gradient(count)), Aux(count)
@@ -112,6 +113,8 @@ class PruneMergeSearch(nn.Module):
     """The probability that each rank is kept, and the kept count, prefix included."""
     options = candidates(self.num_patches, self.granularity[what == "merge"])
     logits = self.variable("arch", f"{what}_logits", jnp.zeros, options.shape).value
+    if len(options) == 1:  # nothing to learn, so that no backward pass has to come here
+      logits = jax.lax.stop_gradient(logits)
     count = kept_count(expected_count(logits, options), self.num_patches) + self.num_prefix
     num_tokens = self.num_patches + self.num_prefix
     return keep_probability(logits, options, self.num_prefix, num_tokens), count
@@ -122,7 +125,7 @@ class PruneMergeSearch(nn.Module):
     ones = jnp.ones(tokens.x.shape[:2], importance.dtype)
     order = select.importance_order(importance, tokens.num_prefix, n)
     return tokens.replace(
-      x=select.take(tokens.x, order),
+      x=select.permute(tokens.x, order),
       size=select.take(ones if tokens.size is None else tokens.size, order),
       keep=select.take(ones if tokens.keep is None else tokens.keep, order),
       source=select.follow(tokens.source, order, n),
@@ -140,7 +143,7 @@ class PruneMergeSearch(nn.Module):
     weight = weight if self.signed_similarity else jnp.maximum(weight, 0)
     joined = merge.joins(receiver, rank.size, tokens.x.dtype)
     joined = joined * joins[:, None].astype(joined.dtype)
-    total = tokens.x + jnp.einsum("bts,bsd->btd", joined, tokens.x)
+    total = tokens.x + merge.join(tokens.x, receiver, joins)
     size, share = tokens.size, tokens.size * weight
     if self.clamp_size:
       share = jnp.where(joins, jnp.maximum(share, 1), 0)

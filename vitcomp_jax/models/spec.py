@@ -71,6 +71,7 @@ class ViTSpec:
     crop_pct: Share of the resized image that evaluation keeps.
     interpolation: Of evaluation's resizing.
     dtype: Of the computation; None: that of inputs and weights.
+    attention: Which form of attention computes it, see `ops.attention.attend`.
   """
 
   name: str
@@ -93,6 +94,7 @@ class ViTSpec:
   crop_pct: float = 0.9
   interpolation: str = "bicubic"
   dtype: str | None = None
+  attention: str = "auto"
 
   def __post_init__(self) -> None:
     for side in self.image_size:

@@ -18,10 +18,12 @@ class ViT(nn.Module):
   Attributes:
     spec: The model.
     layers: Its layers, `spec.dense_layers` or compressed ones.
+    remat: Compute a layer's activations again in the backward pass, instead of keeping them.
   """
 
   spec: ViTSpec
   layers: tuple[LayerSpec, ...]
+  remat: bool = False
 
   def setup(self) -> None:
     spec = self.spec
@@ -34,7 +36,7 @@ class ViT(nn.Module):
       self.reg_token = self.param("reg_token", nn.initializers.normal(1e-6), shape)
     positions = (1, spec.pos_prefix + spec.num_patches, spec.width)
     self.pos_embed = self.param("pos_embed", _position_init, positions)
-    self.blocks = [encoder_block(spec, layer) for layer in self.layers]
+    self.blocks = [encoder_block(spec, layer, self.remat) for layer in self.layers]
     if spec.pool == "size_mean":
       self.fc_norm = layer_norm(spec.norm_eps)
     else:
@@ -107,9 +109,9 @@ class ViT(nn.Module):
     return self.head(features) if self.spec.num_classes else features
 
 
-def encoder_block(spec: ViTSpec, layer: LayerSpec) -> EncoderBlock:
+def encoder_block(spec: ViTSpec, layer: LayerSpec, remat: bool = False) -> EncoderBlock:
   """One layer of a model, as a module of its own."""
-  return EncoderBlock(
+  return (nn.remat(EncoderBlock) if remat else EncoderBlock)(
     layer,
     spec.width,
     spec.norm_eps,
@@ -119,6 +121,7 @@ def encoder_block(spec: ViTSpec, layer: LayerSpec) -> EncoderBlock:
     layer.head_gate,
     layer.hidden_gate,
     spec.dtype,
+    spec.attention,
   )
 
 

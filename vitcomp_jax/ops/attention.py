@@ -1,8 +1,10 @@
 """Attention over tokens that stand for several patches, whole or masked."""
 
+import functools
 import math
 
 import jax
+import jax.extend
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -18,6 +20,7 @@ def attend(
   log_size: Float[Array, "b n"] | None = None,
   keep: Float[Array, "b n"] | None = None,
   eps: float = 0.0,
+  form: str = "auto",
 ) -> Float[Array, "b h n k"]:
   """Proportional attention: each key weighs as much as the patches it stands for.
 
@@ -33,6 +36,8 @@ def attend(
     keep: 1 for kept keys, 0 for dropped ones; none: nothing is masked.
     eps: The authors' smoothing of a masked softmax (1e-6). A row sees CLS and itself, so it is
       never empty; without smoothing, masking is exactly as good as removing.
+    form: What computes it where nothing is masked: `xla`, or `cudnn`, the fused kernel of NVIDIA's
+      library (half precision). `auto` takes the latter on a CUDA device, for half precision.
 
   Returns:
     The attended values.
@@ -41,13 +46,63 @@ def attend(
     Bolya et al., `ToMe <https://arxiv.org/abs/2210.09461>`_, 2022, Eq. 1 (proportional attention);
     Rao et al., `DynamicViT <https://arxiv.org/abs/2106.02034>`_, 2021, Eq. 11 (masking).
   """
-  logits = _logits(q, k, scale, log_size)
   if keep is None and not eps:
-    weights = jnp.exp(logits - _peak(logits))
-    # Dividing after the product touches n·k numbers instead of n·n.
-    total = jnp.sum(weights, axis=-1, keepdims=True)
-    return (_weigh(weights, v) / total).astype(v.dtype)
-  keep = jnp.ones((k.shape[0], k.shape[2]), logits.dtype) if keep is None else keep
+    if form == "cudnn":
+      return _cudnn(q, k, v, scale, log_size)
+    if form == "auto" and q.dtype.itemsize == 2 and _on_cuda():
+      # Of a program that is exported for several platforms, the others get the other form.
+      fused = functools.partial(_cudnn, scale=scale, log_size=log_size)
+      plain = functools.partial(_plain, scale=scale, log_size=log_size)
+      return jax.lax.platform_dependent(q, k, v, cuda=fused, default=plain)
+    return _plain(q, k, v, scale, log_size)
+  if keep is None:
+    keep = jnp.ones((k.shape[0], k.shape[2]), _wide(k))
+  if log_size is None:
+    log_size = jnp.zeros_like(keep)
+  if not eps:
+    return _attend_masked(scale, q, k, v, log_size, keep)
+  return _masked(q, k, v, scale, log_size, keep, eps)
+
+
+def _plain(q: Array, k: Array, v: Array, scale: float, log_size: Array | None) -> Array:
+  """In the layout and order that XLA's CPU backend fuses into one kernel."""
+  logits = _logits(q, k, scale, log_size)
+  weights = jnp.exp(logits - _peak(logits))
+  # Dividing after the product touches n·k numbers instead of n·n.
+  total = jnp.sum(weights, axis=-1, keepdims=True)
+  return (_weigh(weights, v) / total).astype(v.dtype)
+
+
+def _cudnn(q: Array, k: Array, v: Array, scale: float, log_size: Array | None) -> Array:
+  """By cuDNN's kernel, which takes no bias per key: sizes become two more channels of the keys.
+
+  One channel holds the bias in half precision, the other what was rounded away. Channels are then
+  filled up with zeros to a multiple of 8, as the kernel asks.
+  """
+  dim = q.shape[-1]
+  if log_size is not None:
+    bias = log_size / scale
+    high = bias.astype(k.dtype)
+    low = (bias - high.astype(bias.dtype)).astype(k.dtype)
+    channels = jnp.stack([high, low], axis=-1)[:, None]
+    k = jnp.concatenate([k, jnp.broadcast_to(channels, (*k.shape[:3], 2))], axis=-1)
+    q = jnp.concatenate([q, jnp.ones((*q.shape[:3], 2), q.dtype)], axis=-1)
+  full = -(-q.shape[-1] // 8) * 8
+  q, k, v = (
+    jnp.pad(x, ((0, 0),) * 3 + ((0, full - x.shape[-1]),)).swapaxes(1, 2) for x in (q, k, v)
+  )
+  y = jax.nn.dot_product_attention(q, k, v, scale=scale, implementation="cudnn")
+  return y.swapaxes(1, 2)[..., :dim]
+
+
+def _on_cuda() -> bool:
+  return "cuda" in jax.extend.backend.get_backend().platform_version.lower()
+
+
+def _masked(
+  q: Array, k: Array, v: Array, scale: float, log_size: Array, keep: Array, eps: float
+) -> Array:
+  logits = _logits(q, k, scale, log_size)
   own = _own_logits(q, k, scale, log_size)[..., None]
   # Relative to what the row sees, or its sum may vanish; the authors' eps is relative to all.
   hidden = jnp.where(keep > 0.5, 0.0, -jnp.inf).astype(logits.dtype)
@@ -58,8 +113,65 @@ def attend(
   weights = weights * keep[:, None, None, :]
   total = jnp.sum(weights, axis=-1, keepdims=True) + own + eps
   values = v.astype(weights.dtype)
-  smooth = eps / v.shape[2] * jnp.sum(values, axis=2, keepdims=True)
-  return ((_weigh(weights, v) + own * values + smooth) / total).astype(v.dtype)
+  out = _weigh(weights, v) + own * values
+  if eps:
+    out = out + eps / v.shape[2] * jnp.sum(values, axis=2, keepdims=True)
+  return (out / total).astype(v.dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend_masked(
+  scale: float, q: Array, k: Array, v: Array, log_size: Array, keep: Array
+) -> Array:
+  """`_masked` without smoothing, whose backward pass needs no [n n] map of the forward pass.
+
+  So a compiler may fuse the forward pass into one kernel, and the maps take no memory between.
+  """
+  return _masked(q, k, v, scale, log_size, keep, 0.0)
+
+
+def _attend_masked_forward(
+  scale: float, q: Array, k: Array, v: Array, log_size: Array, keep: Array
+) -> tuple[Array, tuple[Array, ...]]:
+  out = _attend_masked(scale, q, k, v, log_size, keep)
+  return out, (q, k, v, log_size, keep, out)
+
+
+def _attend_masked_backward(
+  scale: float, residuals: tuple[Array, ...], grad: Array
+) -> tuple[Array, ...]:
+  # Nothing that the forward pass computes is found again behind the barrier, and kept for it.
+  q, k, v, log_size, keep, out = jax.lax.optimization_barrier(residuals)
+  grad = grad.astype(v.dtype)
+  # Keys by queries: so laid out, the sums over queries are plain matrix products.
+  logits = _logits(k, q, scale, None) + log_size[:, None, :, None]
+  own = _own_logits(q, k, scale, log_size)
+  total = jax.nn.logsumexp(logits + jnp.log(keep)[:, None, :, None], axis=2)
+  total = jnp.logaddexp(total, own + jnp.log(1 - keep)[:, None])  # [b h q]
+  slope = jnp.sum(grad.astype(own.dtype) * out, axis=-1)  # [b h q]
+  weights = jnp.exp(jnp.minimum(logits - total[:, :, None], math.log(_LARGEST_WEIGHT)))
+  change = weights * (_logits(v, grad, 1.0, None) - slope[:, :, None])  # by a logit, if kept
+  own = jnp.exp(own - total)
+  own_change = own * (_own_logits(v, grad, 1.0, None) - slope)
+  column, row = keep[:, None, :, None], (1 - keep)[:, None]
+  own_row, change_row = (own * row)[..., None], (own_change * row)[..., None]
+  dv = column * _weigh(weights, grad) + own_row * grad
+  dk = scale * (column * _weigh(change, q) + change_row * q)
+  kept_k = (column * k).swapaxes(2, 3).astype(k.dtype)
+  dq = scale * (_weigh(kept_k, change.astype(k.dtype)).swapaxes(2, 3) + change_row * k)
+  by_key = jnp.sum(change, axis=3)  # [b h n]
+  dkeep = jnp.sum(by_key - own_change, axis=1)
+  dlog_size = jnp.sum(keep[:, None] * by_key + own_change * row, axis=1)
+  return (
+    dq.astype(q.dtype),
+    dk.astype(k.dtype),
+    dv.astype(v.dtype),
+    dlog_size.astype(log_size.dtype),
+    dkeep.astype(keep.dtype),
+  )
+
+
+_attend_masked.defvjp(_attend_masked_forward, _attend_masked_backward)
 
 
 def cls_attention(
@@ -153,11 +265,9 @@ def _own_logits(q: Array, k: Array, scale: float, log_size: Array | None) -> Arr
 
 
 def _weigh(weights: Array, v: Array) -> Array:
-  return jnp.einsum(
-    "bhqn,bhnk->bhqk", weights.astype(v.dtype), v, preferred_element_type=weights.dtype
-  )
+  return jnp.einsum("bhqn,bhnk->bhqk", weights.astype(v.dtype), v, preferred_element_type=_wide(v))
 
 
 def _wide(x: Array) -> jnp.dtype:
   """Softmax runs in at least float32."""
-  return jnp.promote_types(x.dtype, jnp.float32)
+  return x.dtype if x.dtype.itemsize >= 4 else jnp.dtype("float32")

@@ -2,7 +2,7 @@
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from vitcomp_jax.ops import select
 
@@ -47,6 +47,27 @@ def best(scores: Float[Array, "b s t"]) -> tuple[Int[Array, "b s"], Float[Array,
 def joins(receiver: Int[Array, "b s"], count: int, dtype: jnp.dtype) -> Float[Array, "b t s"]:
   """1 where a token joins a receiver, of `count` receivers; that layout suits a matrix product."""
   return (receiver[:, None] == jnp.arange(count)[None, :, None]).astype(dtype)
+
+
+@jax.custom_vjp
+def join(
+  x: Float[Array, "b n d"], receiver: Int[Array, "b n"], is_joining: Bool[Array, "#b n"]
+) -> Float[Array, "b n d"]:
+  """The sum of what joins each token; the gradient of a joining token is that of its receiver."""
+  joined = joins(receiver, x.shape[1], x.dtype) * is_joining[:, None].astype(x.dtype)
+  return jnp.einsum("bts,bsd->btd", joined, x)
+
+
+def _join_forward(x: Array, receiver: Array, is_joining: Array) -> tuple[Array, tuple[Array, ...]]:
+  return join(x, receiver, is_joining), (receiver, is_joining)
+
+
+def _join_backward(kept: tuple[Array, ...], grad: Array) -> tuple[Array, None, None]:
+  receiver, is_joining = kept
+  return jnp.where(is_joining[..., None], select.take(grad, receiver), 0), None, None
+
+
+join.defvjp(_join_forward, _join_backward)
 
 
 def merge_tail(

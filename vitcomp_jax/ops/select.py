@@ -34,6 +34,23 @@ def take(x: Array, order: Int[Array, "b c"]) -> Array:
   return jnp.take_along_axis(x, index, axis=1, mode="promise_in_bounds")
 
 
+@jax.custom_vjp
+def permute(x: Float[Array, "b n d"], order: Int[Array, "b n"]) -> Float[Array, "b n d"]:
+  """`take` of all tokens, each once; its gradient is a gather too, where that of `take` adds up."""
+  return take(x, order)
+
+
+def _permute_forward(x: Array, order: Array) -> tuple[Array, Array]:
+  return take(x, order), order
+
+
+def _permute_backward(order: Array, grad: Array) -> tuple[Array, None]:
+  return take(grad, jnp.argsort(order, axis=1)), None
+
+
+permute.defvjp(_permute_forward, _permute_backward)
+
+
 def unmerge(
   x: Float[Array, "b n d"], source: Int[Array, "b p"], fill: float = 0.0
 ) -> Float[Array, "b p d"]:

@@ -10,9 +10,10 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
-from vitcomp_jax import macs
+from vitcomp_jax import macs, processes
 from vitcomp_jax.api import Params
 from vitcomp_jax.atomic import replacing, write_json
 from vitcomp_jax.config import (
@@ -57,6 +58,10 @@ def check(run: Run) -> None:
         raise UserError(
           "config.compare.methods: dynamicvit has to be trained; name it in `finetuned`."
         )
+  if config.random_schedules and jax.process_count() > 1:
+    raise UserError(
+      "config.compare.random_schedules: expected 0 with several processes; measure them in one."
+    )
   for name in config.plans:
     load_plan(name).layers_for(run.spec)
   for budget in config.budgets if config.searched else ():
@@ -205,7 +210,7 @@ def _row(
     for i, model in enumerate(models)
   ]
   mean = {key: np.mean([f[key] for f in found], axis=0) for key in found[0]}
-  np.savez(_folder(run) / f"{name}.mean.npz", **mean)
+  _save(_folder(run) / f"{name}.mean.npz", mean)
   row = measure.row(mean, ViT(run.spec, models[0][0]), name)
   row |= {f"{key}_se": _standard_error(mean[key]) for key in _PAIRED}
   if len(models) > 1:
@@ -228,11 +233,15 @@ def _outcomes(run: Run, name: str, layers: tuple[LayerSpec, ...], params: Params
   """Measured once, then kept."""
   path = _folder(run) / f"{name}.npz"
   if not path.exists():
-    found = measure.outcomes(ViT(run.spec, layers), params, run, name)
-    with replacing(path) as unfinished, unfinished.open("wb") as stream:
-      np.savez_compressed(stream, allow_pickle=False, **found)
+    _save(path, measure.outcomes(ViT(run.spec, layers), params, run, name))
   with np.load(path) as arrays:
     return dict(arrays)
+
+
+def _save(path: pathlib.Path, arrays: Mapping[str, np.ndarray]) -> None:
+  with replacing(path) as unfinished, unfinished.open("wb") as stream:
+    np.savez_compressed(stream, allow_pickle=False, **arrays)
+  processes.meet(f"saved {path.name}")  # or another process would look for it too early
 
 
 def _folder(run: Run) -> pathlib.Path:

@@ -73,7 +73,13 @@ class Run:
     """The dense model; as many classes as the data have, unless the config says otherwise."""
     model = self.config.model
     dtype = None if model.dtype == "float32" else model.dtype
+    if model.attention == "cudnn" and dtype is None:
+      raise UserError(
+        "config.model.attention: cudnn computes in half precision only; set "
+        "config.model.dtype=bfloat16."
+      )
     spec = get_spec(model.variant, model.num_classes, model.image_size, dtype)
+    spec = dataclasses.replace(spec, attention=model.attention)
     if model.antialias is not None:
       spec = dataclasses.replace(spec, antialias=model.antialias)
     if model.num_classes is None and spec.num_classes and self.config.data.name != "fake":
