@@ -8,7 +8,6 @@ masks are random, as what a cut keeps does not change what it costs.
 
 import argparse
 import statistics
-import time
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +17,7 @@ import vitcomp_jax as vc
 from vitcomp_jax.convert.slicing import slice_params
 from vitcomp_jax.methods.vit_slim import Masks, deploy
 from vitcomp_jax.models.vit import ViT
+from vitcomp_jax.stages import benchmark
 
 TILES = (1, 8, 16)
 
@@ -25,7 +25,9 @@ TILES = (1, 8, 16)
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument("--batch", type=int, default=16, help="images at once")
-  parser.add_argument("--rounds", type=int, default=7, help="timings of each model")
+  parser.add_argument(
+    "--rounds", type=int, default=7, help="turns of each model, three timings each"
+  )
   args = parser.parse_args()
 
   dense, params = vc.load("deit_small_patch16_224")
@@ -41,23 +43,14 @@ def main() -> None:
     slimmed = jax.tree.map(jnp.asarray, slice_params(params, indices))
     models[f"slimmed, tile {tile}"] = ViT(spec, layers), slimmed
 
-  images = jnp.asarray(rng.normal(size=(args.batch, *spec.image_size, 3)), jnp.float32)
-  seconds: dict[str, list[float]] = {name: [] for name in models}
-  for model, params in models.values():
-    vc.apply(model, params, images).block_until_ready()
-  for _ in range(args.rounds):
-    for name, (model, params) in models.items():
-      begin = time.perf_counter()
-      vc.apply(model, params, images).block_until_ready()
-      seconds[name].append(time.perf_counter() - begin)
-
-  median = {name: statistics.median(times) for name, times in seconds.items()}
+  subjects = [benchmark.compiled(name, *pair, args.batch) for name, pair in models.items()]
+  benchmark.take_turns(subjects, seconds=0.0, rounds=args.rounds)
+  median = [statistics.median(subject.seconds) for subject in subjects]
   print(f"{'':20} {'GMACs':>7} {'images/s':>9} {'promised':>9} {'speed-up':>9}")
-  for name, (model, _) in models.items():
-    gmacs = vc.count_cost(model).gmacs
-    promised, gained = vc.count_cost(dense).gmacs / gmacs, median["dense"] / median[name]
-    speed = args.batch / median[name]
-    print(f"{name:20} {gmacs:7.3f} {speed:9.1f} {promised:8.2f}x {gained:8.2f}x")
+  for subject, seconds in zip(subjects, median, strict=True):
+    promised, gained = subjects[0].gmacs / subject.gmacs, median[0] / seconds
+    speed = args.batch / seconds
+    print(f"{subject.row:20} {subject.gmacs:7.3f} {speed:9.1f} {promised:8.2f}x {gained:8.2f}x")
 
 
 if __name__ == "__main__":

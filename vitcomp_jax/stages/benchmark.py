@@ -14,6 +14,7 @@ import numpy as np
 from vitcomp_jax.api import Params, count_cost
 from vitcomp_jax.atomic import write_json
 from vitcomp_jax.errors import UserError
+from vitcomp_jax.models.spec import ViTSpec
 from vitcomp_jax.models.vit import ViT
 from vitcomp_jax.stages import evaluate
 from vitcomp_jax.stages.run import Run, environment, read_json
@@ -23,7 +24,7 @@ _PEAK_SIDE = 2048  # of the square matrices whose product tells the machine's pe
 
 
 @dataclasses.dataclass
-class _Subject:
+class Subject:
   """One model at one batch size, compiled."""
 
   row: str
@@ -64,7 +65,7 @@ def benchmark(run: Run) -> dict[str, Any]:
   if run.plan:
     models[evaluate.plan_name(run, run.plan)] = ViT(run.spec, run.layers), run.params
   subjects = [
-    _compiled(name, model, params, batch)
+    compiled(name, model, params, batch)
     for batch in config.batch_sizes
     for name, (model, params) in models.items()
   ]
@@ -83,25 +84,36 @@ def made(run: Run) -> dict[str, Any]:
   return read_json(run.workdir / "benchmark.json")
 
 
-def _compiled(name: str, model: ViT, params: Params, batch: int) -> _Subject:
-  spec = model.spec
-  images = np.random.default_rng(0).standard_normal((batch, *spec.image_size, 3), np.float32)
-  arguments = jax.device_put(params), jnp.asarray(images)
+def compiled(name: str, model: ViT, params: Params, batch: int) -> Subject:
+  """A model, compiled and run once on noise.
+
+  Args:
+    name: Of its row.
+    model: Dense or compressed.
+    params: Its weights.
+    batch: Images at once.
+  """
+  arguments = jax.device_put(params), jnp.asarray(noise(model.spec, batch))
 
   def forward(params: Params, images: jax.Array) -> jax.Array:
     return model.apply({"params": params}, images)
 
   begin = time.perf_counter()
-  compiled = jax.jit(forward).lower(*arguments).compile()
+  program = jax.jit(forward).lower(*arguments).compile()
   compile_s = time.perf_counter() - begin
-  compiled(*arguments).block_until_ready()
+  program(*arguments).block_until_ready()
   first_s = time.perf_counter() - begin - compile_s
-  memory = compiled.memory_analysis()
+  memory = program.memory_analysis()
   assert memory is not None
   peak = memory.temp_size_in_bytes + memory.argument_size_in_bytes + memory.output_size_in_bytes
   gmacs = count_cost(model).gmacs
   logging.info("benchmark %s, batch %d: compiled in %.1f s", name, batch, compile_s)
-  return _Subject(name, batch, compiled, *arguments, gmacs, compile_s, first_s, peak)
+  return Subject(name, batch, program, *arguments, gmacs, compile_s, first_s, peak)
+
+
+def noise(spec: ViTSpec, batch: int) -> np.ndarray:
+  """Normal noise as images, f32[b h w 3]; a smaller batch is the start of a larger one."""
+  return np.random.default_rng(0).standard_normal((batch, *spec.image_size, 3), np.float32)
 
 
 def take_turns(subjects: Sequence[Any], seconds: float, rounds: int) -> None:
@@ -116,11 +128,10 @@ def take_turns(subjects: Sequence[Any], seconds: float, rounds: int) -> None:
     subject.time_once()  # a warm-up besides the one after compiling
   for _ in range(rounds):
     for subject in subjects:
-      begin = time.perf_counter()
-      for i in range(10**6):
-        if i >= 3 and time.perf_counter() - begin > seconds / rounds:
-          break
+      begin, count = time.perf_counter(), 0
+      while count < 3 or time.perf_counter() - begin < seconds / rounds:
         subject.seconds.append(subject.time_once())
+        count += 1
 
 
 def matmul_peak() -> float:
@@ -137,7 +148,7 @@ def matmul_peak() -> float:
   return 2 * side**3 / min(times)
 
 
-def _entry(subject: _Subject, subjects: Sequence[_Subject], peak: float) -> dict[str, Any]:
+def _entry(subject: Subject, subjects: Sequence[Subject], peak: float) -> dict[str, Any]:
   """One row of `benchmark.json`."""
   median = statistics.median(subject.seconds)
   low, high = np.percentile(subject.seconds, (25, 75))
