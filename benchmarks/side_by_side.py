@@ -67,7 +67,7 @@ class Search:
   """Steps of the stage `search` on one batch.
 
   Attributes:
-    arrays: Images, labels and first rates, as `torch_vit.py` takes them.
+    arrays: Images, labels and the rates after a step, as `torch_vit.py` takes them.
   """
 
   def __init__(self, run: Run) -> None:
@@ -76,9 +76,11 @@ class Search:
     batch.pop("index")
     self._step, self._batch = task.step_at(0), run.layout.put_batch(batch)
     self._state = run.layout.put_state(task.state)
+    # The first rates stand where a count just is whole; which one it is, rounding decides.
+    self.time_once()
     images = normalize(batch["image"], run.preprocess)
     self.arrays = {"search_images": _to_torch(images), "labels": batch["label"].astype(np.int64)}
-    self.arrays |= _rates(task.state.arch)
+    self.arrays |= _rates(self._state.arch)
 
   def time_once(self) -> float:
     begin = time.perf_counter()
@@ -87,10 +89,14 @@ class Search:
     return time.perf_counter() - begin
 
   def gradient(self) -> np.ndarray:
-    """The first step's gradient of all rates, which Adam's mean of gradients tells."""
+    """The next step's gradient of all rates, which Adam's mean of gradients tells."""
+    before = self._mean_gradient()
     self.time_once()
+    return (self._mean_gradient() - _ADAM_B1 * before) / (1 - _ADAM_B1)
+
+  def _mean_gradient(self) -> np.ndarray:
     mean = optax.tree.get(self._state.opt_state, "mu")["arch"]
-    return np.concatenate(list(_rates(mean).values())) / (1 - _ADAM_B1)
+    return np.concatenate(list(_rates(mean).values()))
 
 
 class Peer:
