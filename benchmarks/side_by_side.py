@@ -34,7 +34,7 @@ from vitcomp_jax.convert.timm import to_timm
 from vitcomp_jax.data.transforms import normalize
 from vitcomp_jax.models.reducers import PruneMerge
 from vitcomp_jax.models.vit import ViT
-from vitcomp_jax.stages import benchmark, search
+from vitcomp_jax.stages import search, timing
 from vitcomp_jax.stages.run import Run, environment
 
 # What is measured, at which batch sizes, and the ways in which PyTorch does it there.
@@ -55,9 +55,9 @@ _ADAM_B1 = 0.9
 
 @dataclasses.dataclass
 class Subject:
-  """What takes turns besides the models that `benchmark.compiled` makes."""
+  """What takes turns besides the models that `timing.compiled` makes."""
 
-  row: str
+  name: str
   batch: int
   time_once: Callable[[], float]
   seconds: list[float] = dataclasses.field(default_factory=list)
@@ -210,7 +210,7 @@ def compare(
   counts = plan_counts(run, plan)
   spec, params = run.spec, run.params
   models = {"dense": spec.dense_layers, "plan": plan.layers_for(spec)}
-  arrays = {"images": _to_torch(benchmark.noise(spec, BATCH))}
+  arrays = {"images": _to_torch(timing.noise(spec, BATCH))}
   if "search" in parts:
     steps = Search(run)
     arrays |= steps.arrays
@@ -224,7 +224,7 @@ def compare(
         subjects.append(Subject("jax search", batch, steps.time_once))
         expected = steps.gradient()
       else:
-        mine = benchmark.compiled(f"jax {part}", ViT(spec, models[part]), params, batch)
+        mine = timing.compiled(f"jax {part}", ViT(spec, models[part]), params, batch)
         subjects.append(mine)
         expected = np.asarray(mine.forward(params, mine.images)).ravel()
       for way in PARTS[part][batch] if python else ():
@@ -237,7 +237,7 @@ def compare(
           raise RuntimeError(f"{row}, batch {batch}: {distance:.2g} away from our outputs")
         found["distances"][f"{row}, batch {batch}"] = float(f"{distance:.2g}")
         subjects.append(Subject(row, batch, _asks(peer, way, batch)))
-    benchmark.take_turns(subjects, seconds, rounds)
+    timing.take_turns(subjects, seconds, rounds)
   return subjects, found
 
 
@@ -250,16 +250,16 @@ def time_mae_h(seconds: float) -> list[Any]:
   dense, params = vc.load(MAE_H)
   plan = ViT(dense.spec, vc.load_plan(MAE_H_PLAN).layers_for(dense.spec))
   subjects = [
-    benchmark.compiled(f"jax mae_h {name}", model, params, MAE_H_BATCH)
+    timing.compiled(f"jax mae_h {name}", model, params, MAE_H_BATCH)
     for name, model in (("dense", dense), ("plan", plan))
   ]
-  benchmark.take_turns(subjects, seconds, MAE_H_ROUNDS)
+  timing.take_turns(subjects, seconds, MAE_H_ROUNDS)
   return subjects
 
 
 def ratios(subjects: Sequence[Any]) -> dict[str, float | None]:
   """What is compared, from the medians; none where a part was left out."""
-  median = {(s.row, s.batch): statistics.median(s.seconds) for s in subjects}
+  median = {(s.name, s.batch): statistics.median(s.seconds) for s in subjects}
   eager, compiled = (median.get((f"torch {way}", BATCH)) for way in PARTS["dense"][BATCH])
   fastest = min((s for s in (eager, compiled) if s), default=None)
   dense, plan, step = (median.get((f"jax {part}", BATCH)) for part in PARTS)
@@ -284,7 +284,7 @@ def entry(subject: Any) -> dict[str, Any]:
   """One row of the table, and of the JSON file."""
   low, median, high = (float(s) for s in np.percentile(subject.seconds, (25, 50, 75)))
   return {
-    "name": subject.row,
+    "name": subject.name,
     "batch": subject.batch,
     "median_ms": round(1e3 * median, 3),
     "iqr_ms": round(1e3 * (high - low), 3),

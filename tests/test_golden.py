@@ -30,7 +30,7 @@ from vitcomp_jax.methods.diffrate import (
   _rank_mask,
   candidates,
   keep_probability,
-  search_macs,
+  search_counts,
 )
 from vitcomp_jax.methods.vit_slim import ViTSlim, authors_cost, masked_layers, thresholds
 from vitcomp_jax.models.reducers import PruneMerge, keep_all
@@ -343,7 +343,7 @@ def replay_diffrate_search(fixture: Fixture, pool: str = "cls") -> None:
 
 def _authors(settings: dict[str, Any]) -> DiffRate:
   return DiffRate(
-    target_gmacs=settings["target_mflops"] / 1e3,
+    target=settings["target_mflops"] / 1e3,
     granularity=settings["granularity"],
     init="zeros",
     budget_weight=settings.get("lam", 5.0),
@@ -390,7 +390,7 @@ def _check_search(
   def terms(arch, params, images):
     out = model.apply({"params": params, "arch": arch}, images, method="forward")
     penalty = method.penalty(spec, arch, out, jnp.asarray(0))[0] / method.budget_weight
-    flops = search_macs(spec, spec.dense_layers, out)
+    flops = macs.macs(spec, spec.dense_layers, search_counts(spec, out))
     return (cross_entropy(out.logits, labels), penalty), (out, flops)
 
   # The weights are arguments, since XLA would spend minutes on computing with constants.

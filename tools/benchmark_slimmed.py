@@ -17,7 +17,7 @@ import vitcomp_jax as vc
 from vitcomp_jax.convert.slicing import slice_params
 from vitcomp_jax.methods.vit_slim import Masks, deploy
 from vitcomp_jax.models.vit import ViT
-from vitcomp_jax.stages import benchmark
+from vitcomp_jax.stages import timing
 
 TILES = (1, 8, 16)
 
@@ -43,14 +43,14 @@ def main() -> None:
     slimmed = jax.tree.map(jnp.asarray, slice_params(params, indices))
     models[f"slimmed, tile {tile}"] = ViT(spec, layers), slimmed
 
-  subjects = [benchmark.compiled(name, *pair, args.batch) for name, pair in models.items()]
-  benchmark.take_turns(subjects, seconds=0.0, rounds=args.rounds)
+  subjects = [timing.compiled(name, *pair, args.batch) for name, pair in models.items()]
+  timing.take_turns(subjects, seconds=0.0, rounds=args.rounds)
   median = [statistics.median(subject.seconds) for subject in subjects]
+  gmacs = [vc.count_cost(model).gmacs for model, _ in models.values()]
   print(f"{'':20} {'GMACs':>7} {'images/s':>9} {'promised':>9} {'speed-up':>9}")
-  for subject, seconds in zip(subjects, median, strict=True):
-    promised, gained = subjects[0].gmacs / subject.gmacs, median[0] / seconds
-    speed = args.batch / seconds
-    print(f"{subject.row:20} {subject.gmacs:7.3f} {speed:9.1f} {promised:8.2f}x {gained:8.2f}x")
+  for name, cost, seconds in zip(models, gmacs, median, strict=True):
+    promised, gained, speed = gmacs[0] / cost, median[0] / seconds, args.batch / seconds
+    print(f"{name:20} {cost:7.3f} {speed:9.1f} {promised:8.2f}x {gained:8.2f}x")
 
 
 if __name__ == "__main__":

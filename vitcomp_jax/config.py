@@ -96,8 +96,14 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True)
 class BudgetConfig:
+  """One of `fraction`, `fractions`, `gmacs` and `latency_ms`."""
+
   fraction: float | None = None  # of the dense model's MACs, in (0, 1]
+  # The same, falling: one search walks down all of them, and makes a plan for each.
+  fractions: tuple[float, ...] | None = None
   gmacs: float | None = None  # in 1e9 multiply-accumulates per image
+  latency_ms: float | None = None  # of a batch on the device that searches; for `search` alone
+  latency_batch: Count = 1  # images in that batch
 
 
 @dataclasses.dataclass(frozen=True)

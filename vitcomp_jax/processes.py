@@ -17,6 +17,13 @@ def gathered(rows: np.ndarray) -> np.ndarray:
   return np.asarray(multihost_utils.process_allgather(rows, tiled=True))
 
 
+def from_first(values: np.ndarray) -> np.ndarray:
+  """The first process's values, which all others get; all must ask for it."""
+  if jax.process_count() == 1:
+    return values
+  return np.asarray(multihost_utils.broadcast_one_to_all(values))
+
+
 def meet(what: str) -> None:
   """Waits until every process has come to the same point.
 

@@ -77,7 +77,7 @@ def test_masked_search_equals_static_plan_on_trained_weights(seed):
 
 
 def _check_parity(spec, layers, params, seed):
-  method = DiffRate(target_gmacs=1.0, compress_first=True, compress_last=True)
+  method = DiffRate(target=1.0, compress_first=True, compress_last=True)
   images = random_images(spec, 3, seed)
   variables = {"params": params, "arch": _arch_of(spec, layers)}
   masked = forward(spec, method.layers(spec), variables, images)

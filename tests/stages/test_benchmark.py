@@ -7,7 +7,7 @@ import pytest
 import vitcomp_jax as vc
 from tests.stages.test_slim import tiny_config, tiny_variant  # noqa: F401
 from vitcomp_jax.config import from_config_dict
-from vitcomp_jax.stages import benchmark, run_stages
+from vitcomp_jax.stages import benchmark, run_stages, timing
 
 
 def _config():
@@ -63,7 +63,7 @@ def test_all_take_turns():
       return 1.0
 
   subjects = [Subject("a"), Subject("b")]
-  benchmark.take_turns(subjects, 0.0, 2)
+  timing.take_turns(subjects, 0.0, 2)
   assert "".join(order) == "ab" + 2 * ("aaa" + "bbb")
   assert [len(subject.seconds) for subject in subjects] == [6, 6]
 

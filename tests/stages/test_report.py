@@ -72,7 +72,7 @@ def test_search_curves(tmp_path, loss):
     {"step": s, "loss": loss / s, "task_loss": 0.3, "gmacs": 4 - 0.1 * s, "tokens": [17, 9]}
     for s in range(1, 11)
   ]
-  figures.search_curves(tmp_path / "search.png", records, 2.9)
+  figures.search_curves(tmp_path / "search.png", records, [2.9] * 6 + [2.5] * 4)
   check_png(tmp_path / "search.png")
 
 

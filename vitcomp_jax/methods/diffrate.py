@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from vitcomp_jax import macs
+from vitcomp_jax.costs import MACS, Cost
 from vitcomp_jax.models.reducers import PruneMerge, first_tokens
 from vitcomp_jax.models.spec import LayerSpec, ViTSpec
 from vitcomp_jax.models.tokens import AttentionStats, Aux, Output, Tokens
@@ -205,11 +205,11 @@ class DiffRate:
   """The method.
 
   Attributes:
-    target_gmacs: The budget, in 1e9 multiply-accumulates.
+    target: The budget, in the cost's unit.
     granularity: Distance between candidate counts.
     init: Where the rates start: `zeros` is the authors', see `initial_arch`.
     budget_weight: Lambda of the budget term.
-    budget_unit: MACs that count as 1 in the budget term.
+    budget_unit: What counts as 1 in the budget term: MACs, or milliseconds.
     warmup_steps: Steps without the budget term.
     compress_first: May the first layer lose tokens.
     compress_last: May the last layer lose tokens; none: unless the head pools over patches.
@@ -219,9 +219,10 @@ class DiffRate:
     actions: What is learnt: `both`, or `prune` or `merge` alone.
     mask_eps: See `LayerSpec`.
     base: The layers to search on, such as slimmed ones; none: the dense model's.
+    cost: What the budget limits.
   """
 
-  target_gmacs: float
+  target: float
   granularity: int = 1
   init: str = "merge_first"
   budget_weight: float = 5.0
@@ -235,6 +236,7 @@ class DiffRate:
   actions: str = "both"
   mask_eps: float = 0.0
   base: tuple[LayerSpec, ...] | None = None
+  cost: Cost = MACS
 
   def _base(self, spec: ViTSpec) -> tuple[LayerSpec, ...]:
     return self.base or spec.dense_layers
@@ -304,33 +306,42 @@ class DiffRate:
     self, spec: ViTSpec, arch: Mapping[str, Any], out: Output, step: Array
   ) -> tuple[Array, dict[str, Array]]:
     """The budget term (Eq. 9): lambda times the squared distance from the target, in units."""
-    spent = search_macs(spec, self._base(spec), out)
-    distance = (spent - self.target_gmacs * 1e9) / self.budget_unit
+    reached = search_counts(spec, out)
+    spent = {c.key: c.count(spec, self._base(spec), reached) for c in (MACS, self.cost)}
+    distance = (spent[self.cost.key] - self.target * self.cost.scale) / self.budget_unit
     weight = jnp.where(step < self.warmup_steps, 0.0, self.budget_weight)
     counts = jnp.stack([jnp.asarray(reduced.count) for _, reduced in out.aux])
-    figures = {"gmacs": spent / 1e9, "tokens": counts, "budget_loss": distance**2}
+    figures = {c.key: spent[c.key] / c.scale for c in (MACS, self.cost)}
+    figures |= {"tokens": counts, "budget_loss": distance**2}
     figures["expected"] = self.traced_counts(spec, arch)
     return weight * distance**2, figures
 
-  def initial_arch(self, spec: ViTSpec) -> dict[str, Any]:
+  def initial_arch(self, spec: ViTSpec, learnt: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """The rates before the first step.
 
     `zeros`, the authors' start, keeps half of the tokens in every layer, by pruning and merging
     alike. `merge_first` is all but sure to prune none, and merges as many in every layer as the
     budget asks for; where only pruning is learnt, it prunes them.
+
+    Args:
+      spec: The model.
+      learnt: Rates of a search at another budget, from which this one goes on: one slope is added
+        to all logits, such that the budget is met. None: a start of its own.
     """
-    if self.init == "zeros":
+    if learnt is None and self.init == "zeros":
       return self._sloped_arch(spec, 0.0, 0.0)
 
     def at(slope: float) -> dict[str, Any]:
+      if learnt is not None:
+        return jax.tree.map(jnp.add, dict(learnt), self._sloped_arch(spec, slope, slope))
       slopes = (slope, _STEEP) if self.actions == "prune" else (_STEEP, slope)
       return self._sloped_arch(spec, *slopes)
 
     low, high = -_STEEP, _STEEP
     for _ in range(40):
       middle = (low + high) / 2
-      spent = macs.static_macs(spec, self.deploy(spec, jax.device_get(at(middle))))
-      low, high = (low, middle) if spent > self.target_gmacs * 1e9 else (middle, high)
+      spent = self.cost.static(spec, self.deploy(spec, jax.device_get(at(middle))))
+      low, high = (low, middle) if spent > self.target else (middle, high)
     return at(low)
 
   def _sloped_arch(self, spec: ViTSpec, prune: float, merge: float) -> dict[str, Any]:
@@ -367,7 +378,7 @@ class DiffRate:
   def deploy_within(
     self, spec: ViTSpec, expected: np.ndarray
   ) -> tuple[tuple[LayerSpec, ...], float]:
-    """Static layers whose MACs meet the budget: one offset is added to all expected counts.
+    """Static layers that meet the budget: one offset is added to all expected counts.
 
     Args:
       spec: The model.
@@ -384,9 +395,8 @@ class DiffRate:
       return self.static_layers(spec, np.where(learnt, expected + hair + offset, expected))
 
     def distance(layers: tuple[LayerSpec, ...]) -> float:
-      return macs.static_macs(spec, layers) - target
+      return self.cost.static(spec, layers) - self.target
 
-    target = self.target_gmacs * 1e9
     low, high = -float(spec.num_patches), float(spec.num_patches)
     for _ in range(50):
       middle = (low + high) / 2
@@ -406,18 +416,17 @@ class DiffRate:
   def _static(self, prune_keep: int, merge_keep: int) -> PruneMerge:
     return PruneMerge(prune_keep, merge_keep, self.signed_similarity, importance=self.importance)
 
-  def smallest_gmacs(self, spec: ViTSpec) -> float:
+  def smallest(self, spec: ViTSpec) -> float:
     """What the cheapest plan costs: one patch token after each layer that may lose tokens."""
     least = np.where(np.array(self.is_compressed(spec))[:, None], 1, spec.num_patches)
-    return macs.static_macs(spec, self.static_layers(spec, np.repeat(least, 2, axis=1))) / 1e9
+    return self.cost.static(spec, self.static_layers(spec, np.repeat(least, 2, axis=1)))
 
 
-def search_macs(spec: ViTSpec, layers: tuple[LayerSpec, ...], out: Output) -> Array:
-  """Traced multiply-accumulates; each layer's count takes the gradient of its own MLP and of the
-  next layer's attention."""
+def search_counts(spec: ViTSpec, out: Output) -> list[tuple[Array, Array]]:
+  """Traced tokens at attention and at the MLP of each layer; each layer's count takes the gradient
+  of its own MLP and of the next layer's attention."""
   after = [jnp.asarray(reduced.count) for _, reduced in out.aux]
-  counts = list(zip([jnp.asarray(float(spec.num_tokens)), *after], after, strict=False))
-  return macs.macs(spec, layers, counts)
+  return list(zip([jnp.asarray(float(spec.num_tokens)), *after], after, strict=False))
 
 
 def _expectation(logits: Array | np.ndarray, options: np.ndarray) -> float:

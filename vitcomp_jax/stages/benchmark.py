@@ -1,10 +1,8 @@
 """Stage `benchmark`: how fast the dense and the compressed model are, and could be."""
 
-import dataclasses
-import logging
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -13,35 +11,15 @@ import numpy as np
 
 from vitcomp_jax.api import Params, count_cost
 from vitcomp_jax.atomic import write_json
+from vitcomp_jax.costs import Latency
 from vitcomp_jax.errors import UserError
-from vitcomp_jax.models.spec import ViTSpec
 from vitcomp_jax.models.vit import ViT
 from vitcomp_jax.stages import evaluate
 from vitcomp_jax.stages.run import Run, environment, read_json
+from vitcomp_jax.stages.timing import Subject, compiled, take_turns
 
 _PERCENTILES = (50, 90, 99)
 _PEAK_SIDE = 2048  # of the square matrices whose product tells the machine's peak
-
-
-@dataclasses.dataclass
-class Subject:
-  """One model at one batch size, compiled."""
-
-  row: str
-  batch: int
-  forward: Callable[[Params, jax.Array], jax.Array]
-  params: Params
-  images: jax.Array
-  gmacs: float
-  compile_s: float
-  first_s: float
-  peak_bytes: int
-  seconds: list[float] = dataclasses.field(default_factory=list)
-
-  def time_once(self) -> float:
-    begin = time.perf_counter()
-    self.forward(self.params, self.images).block_until_ready()
-    return time.perf_counter() - begin
 
 
 def check(run: Run) -> None:
@@ -62,16 +40,23 @@ def benchmark(run: Run) -> dict[str, Any]:
   models = {}
   if run.config.evaluate.dense:
     models["dense"] = ViT(run.spec, run.spec.dense_layers), run.dense_params
+  for name, plan in run.front.items():
+    models[name] = ViT(run.spec, plan.layers_for(run.spec)), run.params_before_finetune
   if run.plan:
     models[evaluate.plan_name(run, run.plan)] = ViT(run.spec, run.layers), run.params
+  batches = set(config.batch_sizes)
+  if run.config.budget.latency_ms is not None:
+    batches.add(run.config.budget.latency_batch)
   subjects = [
     compiled(name, model, params, batch)
-    for batch in config.batch_sizes
+    for batch in sorted(batches)
     for name, (model, params) in models.items()
   ]
   take_turns(subjects, config.seconds, config.rounds)
   peak = matmul_peak()
-  entries = [_entry(subject, subjects, peak) for subject in subjects]
+  gmacs = {name: count_cost(model).gmacs for name, (model, _) in models.items()}
+  entries = [_entry(subject, subjects, gmacs, peak) for subject in subjects]
+  _add_predictions(run, entries, models)
   result = {**environment(), "matmul_peak_gflops": round(peak / 1e9, 1), "entries": entries}
   write_json(run.workdir / "benchmark.json", result)
   _add_to_result(run, entries, models)
@@ -82,56 +67,6 @@ def benchmark(run: Run) -> dict[str, Any]:
 def made(run: Run) -> dict[str, Any]:
   """The content of `benchmark.json`."""
   return read_json(run.workdir / "benchmark.json")
-
-
-def compiled(name: str, model: ViT, params: Params, batch: int) -> Subject:
-  """A model, compiled and run once on noise.
-
-  Args:
-    name: Of its row.
-    model: Dense or compressed.
-    params: Its weights.
-    batch: Images at once.
-  """
-  arguments = jax.device_put(params), jnp.asarray(noise(model.spec, batch))
-
-  def forward(params: Params, images: jax.Array) -> jax.Array:
-    return model.apply({"params": params}, images)
-
-  begin = time.perf_counter()
-  program = jax.jit(forward).lower(*arguments).compile()
-  compile_s = time.perf_counter() - begin
-  program(*arguments).block_until_ready()
-  first_s = time.perf_counter() - begin - compile_s
-  memory = program.memory_analysis()
-  assert memory is not None
-  peak = memory.temp_size_in_bytes + memory.argument_size_in_bytes + memory.output_size_in_bytes
-  gmacs = count_cost(model).gmacs
-  logging.info("benchmark %s, batch %d: compiled in %.1f s", name, batch, compile_s)
-  return Subject(name, batch, program, *arguments, gmacs, compile_s, first_s, peak)
-
-
-def noise(spec: ViTSpec, batch: int) -> np.ndarray:
-  """Normal noise as images, f32[b h w 3]; a smaller batch is the start of a larger one."""
-  return np.random.default_rng(0).standard_normal((batch, *spec.image_size, 3), np.float32)
-
-
-def take_turns(subjects: Sequence[Any], seconds: float, rounds: int) -> None:
-  """Times everything in rounds.
-
-  Args:
-    subjects: What has `time_once` and a list `seconds`.
-    seconds: That each is given in all, at least three times a round.
-    rounds: How many.
-  """
-  for subject in subjects:
-    subject.time_once()  # a warm-up besides the one after compiling
-  for _ in range(rounds):
-    for subject in subjects:
-      begin, count = time.perf_counter(), 0
-      while count < 3 or time.perf_counter() - begin < seconds / rounds:
-        subject.seconds.append(subject.time_once())
-        count += 1
 
 
 def matmul_peak() -> float:
@@ -148,13 +83,29 @@ def matmul_peak() -> float:
   return 2 * side**3 / min(times)
 
 
-def _entry(subject: Subject, subjects: Sequence[Subject], peak: float) -> dict[str, Any]:
+def _add_predictions(
+  run: Run, entries: Sequence[dict[str, Any]], models: dict[str, tuple[ViT, Params]]
+) -> None:
+  """The latencies that the table of a search foretold, where there was one, in milliseconds."""
+  cost = run.cost if run.finished("search") else None
+  if not isinstance(cost, Latency):
+    return
+  for entry in entries:
+    if entry["batch"] == cost.about["batch"]:
+      predicted = cost.static(run.spec, models[entry["name"]][0].layers)
+      entry["predicted_ms"] = round(predicted, 3)
+
+
+def _entry(
+  subject: Subject, subjects: Sequence[Subject], gmacs: dict[str, float], peak: float
+) -> dict[str, Any]:
   """One row of `benchmark.json`."""
+  mine = gmacs[subject.name]
   median = statistics.median(subject.seconds)
   low, high = np.percentile(subject.seconds, (25, 75))
   percentiles = np.percentile(subject.seconds, _PERCENTILES)
   entry = {
-    "name": subject.row,
+    "name": subject.name,
     "batch": subject.batch,
     "images_per_second": round(subject.batch / median, 2),
     "spread": round(float(high - low) / median, 4),
@@ -165,12 +116,12 @@ def _entry(subject: Subject, subjects: Sequence[Subject], peak: float) -> dict[s
     "compile_s": round(subject.compile_s, 2),
     "first_step_s": round(subject.first_s, 3),
     "memory_mb": round(subject.peak_bytes / 2**20, 1),
-    "gmacs": round(subject.gmacs, 6),
-    "share_of_peak": round(2e9 * subject.gmacs * subject.batch / median / peak, 4),
+    "gmacs": round(mine, 6),
+    "share_of_peak": round(2e9 * mine * subject.batch / median / peak, 4),
   }
-  dense = [s for s in subjects if s.row == "dense" and s.batch == subject.batch]
-  if dense and subject.row != "dense":
-    promised = dense[0].gmacs / subject.gmacs
+  dense = [s for s in subjects if s.name == "dense" and s.batch == subject.batch]
+  if dense and subject.name != "dense":
+    promised = gmacs["dense"] / mine
     speed_up = statistics.median(dense[0].seconds) / median
     entry |= {"promised": round(promised, 4), "speed_up": round(speed_up, 4)}
     entry["share_of_promise"] = round(speed_up / promised, 4)

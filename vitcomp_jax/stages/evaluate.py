@@ -12,6 +12,7 @@ import numpy as np
 from vitcomp_jax import macs
 from vitcomp_jax.api import Params
 from vitcomp_jax.atomic import write_json
+from vitcomp_jax.costs import MACS
 from vitcomp_jax.data.transforms import normalize
 from vitcomp_jax.errors import UserError
 from vitcomp_jax.metrics import read_metrics
@@ -108,17 +109,29 @@ def _rows(run: Run) -> dict[str, _Row]:
   """The model of every row, by name."""
   config, spec, plan = run.config.evaluate, run.spec, run.plan
   rows = {"dense": _Row(spec.dense_layers, run.dense_params)} if config.dense else {}
+  for name, other in run.front.items():
+    rows[name] = _Row(other.layers_for(spec), run.params_before_finetune)
   if plan:
     rows |= _plan_rows(run, plan)
   for name in config.baselines:
-    gmacs = plan.gmacs if plan else run.target_gmacs
-    layers = within(name, spec, gmacs, run.config.search.importance)
-    rows[name] = _Row(layers, run.dense_params)
+    for suffix, gmacs in _baseline_gmacs(run).items():
+      layers = within(name, spec, gmacs, run.config.search.importance)
+      rows[f"{name}{suffix}"] = _Row(layers, run.dense_params)
   return rows
 
 
+def _baseline_gmacs(run: Run) -> dict[str, float]:
+  """What schedules without a search cost, by what stands behind their names."""
+  if run.front:
+    return {name[name.index("@") :]: plan.gmacs for name, plan in run.front.items()}
+  return {"": run.plan.gmacs if run.plan else run.target_gmacs}
+
+
 def plan_name(run: Run, plan: Plan) -> str:
-  """The name of a plan's row: its method's."""
+  """The name of a plan's row: its method's, and the budget where a search met several."""
+  for name, other in run.front.items():
+    if other == plan:
+      return name
   method = plan.made_by.get("method")
   known = isinstance(method, str) and method not in ("dense", *run.config.evaluate.baselines)
   return str(method) if known else "diffrate"
@@ -157,12 +170,24 @@ def _draw(run: Run, models: Mapping[str, tuple[LayerSpec, ...]], result: dict[st
     if run.config.evaluate.token_maps:
       _draw_token_maps(run, plan, folder / "token_maps.png")
   if summary:
-    records = read_metrics(run.workdir, "search")
-    figures.search_curves(folder / "search.png", records, summary["budget_gmacs"])
+    _draw_search(run, folder / "search.png")
   if plan and plan.indices:
     _draw_slimming(run, plan, folder)
   if any("top1" in row for row in result["rows"]):
     figures.accuracy_against_gmacs(folder / "accuracy.png", result["rows"])
+
+
+def _draw_search(run: Run, path: pathlib.Path) -> None:
+  """How a search went; those for several budgets one after the other."""
+  records: list[dict[str, Any]] = []
+  targets: list[float] = []
+  for suffix, target in run.targets.items():
+    done = records[-1]["step"] if records else 0
+    found = read_metrics(run.workdir, f"search{suffix}")
+    records += [record | {"step": done + record["step"]} for record in found]
+    targets += [target] * len(found)
+  label = "GMACs per image" if run.cost is MACS else "ms per batch, by the table"
+  figures.search_curves(path, records, targets, run.cost.key, label)
 
 
 def write_report(run: Run) -> None:

@@ -106,14 +106,20 @@ def _draw_plan(
 
 
 def search_curves(
-  path: pathlib.Path, records: Sequence[Mapping[str, Any]], target_gmacs: float
+  path: pathlib.Path,
+  records: Sequence[Mapping[str, Any]],
+  targets: Sequence[float],
+  key: str = "gmacs",
+  label: str = "GMACs per image",
 ) -> None:
-  """Draws how loss and compute went during a search.
+  """Draws how loss and cost went during a search.
 
   Args:
     path: Of the PNG.
-    records: Logged figures, with `step`, `loss`, `task_loss` and `gmacs`.
-    target_gmacs: The budget.
+    records: Logged figures, with `step`, `loss`, `task_loss` and the cost.
+    targets: The budget at each of them.
+    key: Of the cost.
+    label: Its name and unit.
   """
   figure, losses = _subplots(width=7.0, height=5.4, rows=2)
   compute = figure.axes[1]
@@ -131,12 +137,14 @@ def search_curves(
     losses.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     losses.yaxis.set_major_formatter(FormatStrFormatter("%g"))
     losses.yaxis.set_minor_formatter(NullFormatter())
-  points = [(r["step"], r["gmacs"]) for r in records if r.get("gmacs") is not None]
+  points = [(r["step"], r[key]) for r in records if r.get(key) is not None]
   compute.plot(*_columns(points), color=GREEN, marker=dot, lw=1.8, label="this step's plan")
-  label = f"budget ({number(target_gmacs)})"
-  compute.axhline(target_gmacs, color=BLACK, linestyle=(0, (6, 3)), linewidth=1.2, label=label)
+  budget = f"budget ({', '.join(map(number, dict.fromkeys(targets)))})"
+  limits = _columns([(r["step"], target) for r, target in zip(records, targets, strict=True)])
+  dashes = (0, (6, 3))
+  compute.plot(*limits, color=BLACK, ls=dashes, lw=1.2, label=budget, drawstyle="steps-pre")
   _name_axes(losses, "", "loss")
-  _name_axes(compute, "step", "GMACs per image")
+  _name_axes(compute, "step", label)
   compute.xaxis.set_major_locator(MaxNLocator(integer=True))
   for axes in (losses, compute):
     if axes.get_legend_handles_labels()[0]:

@@ -77,6 +77,8 @@ def write_report(
 def _speed_text(benchmark: Mapping[str, Any]) -> list[str]:
   heads = ["model", "batch", "images/s", "spread", "p50 (ms)", "p90 (ms)", "p99 (ms)"]
   heads += ["speed-up", "MACs promise", "of the peak", "memory (MB)", "compiling (s)"]
+  predicted = any("predicted_ms" in entry for entry in benchmark["entries"])
+  heads += ["predicted (ms)"] if predicted else []
   lines = []
   for entry in benchmark["entries"]:
     latency = [f"{value:.4g}" for value in entry["latency_ms"].values()]
@@ -84,12 +86,15 @@ def _speed_text(benchmark: Mapping[str, Any]) -> list[str]:
     spread, share = (f"{100 * entry[key]:.1f} %" for key in ("spread", "share_of_peak"))
     rate, memory = f"{entry['images_per_second']:.1f}", f"{entry['memory_mb']:.0f}"
     line = [entry["name"], str(entry["batch"]), rate, spread, *latency, *gains, share]
-    lines.append([*line, memory, f"{entry['compile_s']:.1f}"])
+    line += [memory, f"{entry['compile_s']:.1f}"]
+    lines.append([*line, _format(entry.get("predicted_ms"), ".4g")] if predicted else line)
   text = (
     "Medians; the spread is the distance of the quartiles, relative to the median. The peak is "
     f"that of a large float32 matrix product, {benchmark['matmul_peak_gflops']:,.0f} GFLOP/s, "
     "measured in the same run. All models took turns."
   )
+  if predicted:
+    text += " What the search's latency table predicted is to be held against p50."
   return [_table(heads, lines), text]
 
 
@@ -174,17 +179,39 @@ def _row_cells(row: Mapping[str, Any], dense: float | None, batches: Sequence[st
 
 
 def _search_text(summary: Mapping[str, Any], budget_text: str) -> str:
-  asked = f"{number(summary['budget_gmacs'])} GMACs"
+  if "front" in summary:
+    return _front_text(summary["front"])
+  key, unit = ("latency_ms", "ms") if "latency_ms" in summary else ("gmacs", "GMACs")
+  asked = f"{number(summary[f'budget_{key}'])} {unit}"
+  if key == "latency_ms":
+    asked += f" for a batch of {summary['batch']} on {summary['device']}, by `latency.json`"
   has_offset = summary.get("offset") is not None
   by = f", by an offset of {summary['offset']:+.3g} on the expected counts" if has_offset else ""
   lines = [
     f"{summary['steps']:,} steps on {summary['images']:,} images, {summary['minutes']:.1f} minutes",
     f"Budget: {budget_text} ({asked})" if budget_text else f"Budget: {asked}",
     *_chosen_text(summary),
-    f"Plan as learnt: {number(summary['raw_gmacs'])} GMACs",
-    f"Plan adjusted to the budget: {number(summary['gmacs'])} GMACs{by}",
+    f"Plan as learnt: {number(summary[f'raw_{key}'])} {unit}",
+    f"Plan adjusted to the budget: {number(summary[key])} {unit}{by}",
   ]
   return "\n".join(f"- {line}" for line in lines)
+
+
+def _front_text(front: Sequence[Mapping[str, Any]]) -> str:
+  """A search for several budgets, one line for each."""
+  heads = ["plan", "budget (GMACs)", "as learnt", "adjusted", "kept step", "its loss"]
+  lines = []
+  for summary in front:
+    cells = [number(summary[key]) for key in ("budget_gmacs", "raw_gmacs", "gmacs")]
+    step, tried = summary["chosen_step"], dict(summary["tried"])
+    loss = _format(tried.get(step), ".4f")
+    lines.append([summary["plan"], *cells, f"{step:,} of {summary['steps']:,}", loss])
+  steps, images, minutes = (sum(s[key] for s in front) for key in ("steps", "images", "minutes"))
+  text = (
+    f"One search for all budgets: {steps:,} steps on {images:,} images, {minutes:.1f} minutes. "
+    "Each goes on from the rates of the one before. Below is the last plan; all are in `plans/`."
+  )
+  return f"{_table(heads, lines)}\n\n{text}"
 
 
 def _chosen_text(summary: Mapping[str, Any]) -> list[str]:

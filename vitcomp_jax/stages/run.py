@@ -12,11 +12,12 @@ from typing import Any
 
 import jax
 
-from vitcomp_jax import api, macs, processes
+from vitcomp_jax import api, processes
 from vitcomp_jax import config as config_lib
 from vitcomp_jax.atomic import write_json
 from vitcomp_jax.config import Config
 from vitcomp_jax.convert import files, timm_slimmed
+from vitcomp_jax.costs import MACS, Cost
 from vitcomp_jax.data import loader, transforms
 from vitcomp_jax.errors import UserError
 from vitcomp_jax.models.reducers import keep_all
@@ -24,6 +25,7 @@ from vitcomp_jax.models.spec import LayerSpec, ViTSpec
 from vitcomp_jax.models.variants import get_spec
 from vitcomp_jax.parallel import Layout
 from vitcomp_jax.plans import Plan, load_plan
+from vitcomp_jax.stages import latency
 
 _PACKAGES = ("vitcomp_jax", "jax", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
@@ -96,6 +98,13 @@ class Run:
     return load_plan(self.config.model.plan) if self.config.model.plan else None
 
   @functools.cached_property
+  def front(self) -> dict[str, Plan]:
+    """The plans of a search for several budgets, by the names of their rows."""
+    found = (self.finished("search") or {}).get("front", [])
+    names = [summary["plan"] for summary in found]
+    return {name: load_plan(str(self.workdir / "plans" / f"{name}.json")) for name in names}
+
+  @functools.cached_property
   def base_plan(self) -> Plan | None:
     """What a search of token counts starts from: this workdir's slimmed plan, or the config's."""
     made_here = self.workdir / "slimmed.json"
@@ -149,27 +158,77 @@ class Run:
   def forget(self) -> None:
     """Forgets what a stage has just made anew, so that it is read when it is next needed."""
     processes.meet("written")
-    for name in ("plan", "base_plan", "layers", "params", "params_before_finetune", "dense_params"):
+    for name in ("plan", "front", "base_plan", "layers"):
+      vars(self).pop(name, None)
+    for name in ("params", "params_before_finetune", "dense_params"):
       vars(self).pop(name, None)
 
   @functools.cached_property
-  def target_gmacs(self) -> float:
-    """The budget, in 1e9 multiply-accumulates.
+  def cost(self) -> Cost:
+    """What the budget limits. A latency table is measured when it is first asked for."""
+    budget = self.config.budget
+    if budget.latency_ms is None:
+      return MACS
+    kept = self.workdir / "latency.json"
+    if kept.exists():
+      return latency.read(kept)
+    compiled = self.config.compilation_cache
+    cache = pathlib.Path(compiled).expanduser().parent / "latency" if compiled else None
+    importance = self.config.search.importance
+    return latency.table(self.spec, budget.latency_batch, importance, cache)
+
+  @functools.cached_property
+  def targets(self) -> dict[str, float]:
+    """The budgets in the cost's unit, by what stands behind the names of their plans and rows.
+
+    One for most runs, with nothing behind the names; `@FRACTION` for each of several.
 
     Raises:
-      UserError: If it is not given once, or is not above 0 and at most the dense model's.
+      UserError: If not exactly one kind of budget is given, or one is not above 0 and at most what
+        the dense model costs, or several do not fall.
     """
-    budget, dense = self.config.budget, macs.static_macs(self.spec, self.spec.dense_layers) / 1e9
-    if (budget.fraction is None) == (budget.gmacs is None):
-      got = "none" if budget.fraction is None else f"{budget.fraction} and {budget.gmacs}"
-      raise UserError(f"config.budget: expected one of fraction and gmacs, got {got}.")
-    target = dense * budget.fraction if budget.fraction is not None else budget.gmacs
-    if target is None or not 0 < target <= dense:
-      raise UserError(
-        f"config.budget: expected more than 0 and at most the dense model's {dense:.4g} GMACs "
-        f"(fraction 1), got {target:.4g}."
-      )
-    return target
+    budget = self.config.budget
+    kinds = {
+      name: getattr(budget, name) for name in ("fraction", "fractions", "gmacs", "latency_ms")
+    }
+    given = {name: value for name, value in kinds.items() if value is not None}
+    if len(given) != 1:
+      got = " and ".join(f"{name} {value}" for name, value in given.items()) or "none"
+      raise UserError(f"config.budget: expected one of {', '.join(kinds)}, got {got}.")
+    shares = budget.fractions
+    if shares is not None and not (shares and sorted(set(shares), reverse=True) == list(shares)):
+      raise UserError(f"config.budget.fractions: expected falling shares, got {shares}.")
+    dense = self.cost.static(self.spec, self.spec.dense_layers)
+    if shares is not None:
+      targets = {f"@{share:g}": share * dense for share in shares}
+    elif budget.fraction is not None:
+      targets = {"": budget.fraction * dense}
+    else:
+      targets = {"": float(given[self.cost.key])}
+    for target in targets.values():
+      if not 0 < target <= dense:
+        raise UserError(
+          f"config.budget: expected more than 0 and at most the dense model's {dense:.4g} "
+          f"{self.cost.unit}{'' if given.get('latency_ms') else ' (fraction 1)'}, got "
+          f"{target:.4g}."
+        )
+    return targets
+
+  @property
+  def target_gmacs(self) -> float:
+    """The one budget of what is no search of token counts, in 1e9 multiply-accumulates.
+
+    Raises:
+      UserError: As `targets`, or if the budget is several, or a latency.
+    """
+    budget = self.config.budget
+    for name in ("latency_ms", "fractions"):
+      if getattr(budget, name) is not None:
+        raise UserError(
+          f"config.budget.{name}: expected fraction or gmacs here, as only the stage search can "
+          f"meet {name}, got {getattr(budget, name)}."
+        )
+    return self.targets[""]
 
   def check_trainable(self, stage: str) -> None:
     """Refuses data without labels, or a model without a classifier."""

@@ -1,17 +1,19 @@
 """Stage `search`: learns a plan by gradient; only the rates are trained."""
 
+import dataclasses
 import itertools
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import numpy as np
 
-from vitcomp_jax import macs
+from vitcomp_jax.atomic import write_json
 from vitcomp_jax.config import SearchConfig
+from vitcomp_jax.costs import MACS, Cost, Latency
 from vitcomp_jax.data.mixing import training_inputs
 from vitcomp_jax.data.transforms import Preprocess
 from vitcomp_jax.errors import UserError
@@ -45,7 +47,6 @@ def check(run: Run) -> None:
   cuts_patches = slim.w_patch > 0 and (slim.budgets is None or slim.budgets[-1] < 1)
   if "slim" in run.config.stages and cuts_patches:
     raise _no_positions()
-  make_method(run.config.search, run.spec, run.target_gmacs, _base(run))
   run.check_batches("search")
   loss, classes = run.config.search.loss, run.spec.num_classes
   if loss != "features" and not classes:
@@ -58,45 +59,145 @@ def check(run: Run) -> None:
       f"config.search.loss: expected logits or features for {run.train_data.name}, which has no "
       "labels, got labels."
     )
+  if run.config.budget.latency_ms is not None:
+    _check_latency(run)
+  for suffix in run.targets:
+    _method(run, suffix)
+  if not steps_of(run):
+    raise UserError(
+      f"config.search.steps: expected at least one for each of {len(run.targets)} budgets, "
+      f"got {run.config.search.steps} for all."
+    )
+
+
+def _check_latency(run: Run) -> None:
+  """Refuses what no latency table is measured for."""
+  if run.base_plan is not None or "slim" in run.config.stages:
+    raise UserError(
+      "config.budget.latency_ms: expected a search on the dense model, got one on slimmed layers; "
+      "give fraction or gmacs."
+    )
+  if run.config.search.budget_scale != "relative":
+    raise UserError(
+      f"config.search.budget_scale: expected relative for a budget in ms, got "
+      f"{run.config.search.budget_scale}."
+    )
 
 
 def search(run: Run) -> dict[str, Any]:
-  """Searches a plan that meets the budget.
+  """Searches a plan that meets the budget, or one for each of several budgets.
+
+  Several are met one after the other: from the second on, a search goes on from the rates of the
+  one before. They share half as many steps again as one search has.
 
   Returns:
-    What the search took and found, before and after the adjustment to the budget. The plan is in
-    `plan.json`.
+    What the search took and found, before and after the adjustment to the budget; of several, the
+    last one's, and all under `front`. The plan is in `plan.json`; those of several budgets are in
+    `plans/` besides, the last one in both.
   """
-  config, spec = run.config.search, run.spec
-  method = make_method(config, spec, run.target_gmacs, _base(run))
-  state, seconds = loop.train(task(run), run.workdir, run.layout, run.config.profile.steps)
-  learnt = method.expected_counts(spec, run.layout.get(state.arch))
+  if isinstance(run.cost, Latency):
+    # A run that goes on counts by the very table that it began with.
+    write_json(run.workdir / "latency.json", run.cost.to_json())
+  learnt, summaries = None, []
+  for suffix in run.targets:
+    state, seconds = loop.train(
+      task(run, suffix, learnt), run.workdir, run.layout, run.config.profile.steps
+    )
+    learnt = run.layout.get(state.arch)
+    summary = run.finished(f"search{suffix}") or _deployed(run, suffix, learnt, seconds)
+    if suffix:
+      run.finish(f"search{suffix}", summary)
+    summaries.append(summary)
+  run.forget()
+  return summaries[-1] | ({} if "" in run.targets else {"front": summaries})
+
+
+def steps_of(run: Run) -> int:
+  """Steps for each budget."""
+  steps, budgets = run.config.search.steps, len(run.targets)
+  return steps if budgets == 1 else 3 * steps // (2 * budgets)
+
+
+def task(run: Run, suffix: str | None = None, learnt: Mapping[str, Any] | None = None) -> loop.Task:
+  """What the search trains.
+
+  Args:
+    run: The run.
+    suffix: Of the budget, see `Run.targets`; none: the first.
+    learnt: The rates to go on from; none: the method's start.
+  """
+  suffix = next(iter(run.targets)) if suffix is None else suffix
+  config, spec, steps = run.config.search, run.spec, steps_of(run)
+  config = dataclasses.replace(config, steps=steps)
+  method = _method(run, suffix)
+  epoch_steps = config.epoch_steps or max(1, run.train_data.num_examples // config.batch_size)
+  tx = optimizer.search_optimizer(config, epoch_steps)
+  loss_fn = search_loss(config, method, spec, run.preprocess)
+  step_fn = make_step(loss_fn, tx, ("arch",), run.layout, parts=config.parts)
+  before = _steps_before(run, suffix)
+  arch = method.initial_arch(spec, learnt)
+  return loop.Task(
+    stage=f"search{suffix}",
+    state=init_state(run.params, arch, tx, ("arch",), run.config.seed),
+    step_at=lambda _: step_fn,
+    batches=lambda done: run.train_batches(config.batch_size, before + done),
+    steps=steps,
+    log_every=config.log_every,
+    checkpoint_every=config.checkpoint_every,
+    schedule=optimizer.search_schedule(config, epoch_steps),
+  )
+
+
+def _steps_before(run: Run, suffix: str) -> int:
+  """Steps for the budgets before one."""
+  return steps_of(run) * list(run.targets).index(suffix)
+
+
+def _method(run: Run, suffix: str) -> DiffRate:
+  return make_method(run.config.search, run.spec, run.targets[suffix], _base(run), run.cost)
+
+
+def _deployed(run: Run, suffix: str, arch: Mapping[str, Any], seconds: float) -> dict[str, Any]:
+  """Saves the plan for one budget; returns what the search for it took and found."""
+  config, spec, cost, target = run.config.search, run.spec, run.cost, run.targets[suffix]
+  method, steps = _method(run, suffix), steps_of(run)
   begin = time.monotonic()
-  step, expected, tried = _best(run, method, learnt)
+  step, expected, tried = _best(run, suffix, method, method.expected_counts(spec, arch))
   seconds += time.monotonic() - begin
   raw = method.static_layers(spec, expected)
   layers, offset = method.deploy_within(spec, expected)
-  gmacs = macs.static_macs(spec, layers) / 1e9
-  if abs(gmacs - run.target_gmacs) > 0.01 * run.target_gmacs:
-    logging.warning("the nearest plan has %.4g GMACs, the budget is %.4g", gmacs, run.target_gmacs)
-  images = config.steps * config.batch_size + config.choose_images
+  spent = cost.static(spec, layers)
+  if abs(spent - target) > 0.01 * target:
+    logging.warning("the nearest plan has %.4g %s, the budget is %.4g", spent, cost.unit, target)
+  images = steps * config.batch_size + config.choose_images
   indices = run.base_plan.indices if run.base_plan else None
   name = f"vit_slim+{config.method}" if indices else config.method
-  made_by = {"method": name, "steps": config.steps, "images": images}
+  made_by = {"method": name, "steps": steps, "images": images}
   made_by |= {
     "weights": run.config.model.weights,
     "data": run.train_data.name,
     "seed": run.config.seed,
   }
-  save_plan(make_plan(spec, layers, made_by, indices), run.workdir / "plan.json")
-  run.forget()
-  return {
-    "steps": config.steps,
+  where = {}
+  if isinstance(cost, Latency):
+    where = {key: cost.about[key] for key in ("device", "batch")}
+    made_by |= {cost.key: round(spent, 3), **where}
+  plan = make_plan(spec, layers, made_by, indices)
+  save_plan(plan, run.workdir / "plan.json")
+  if suffix:
+    (run.workdir / "plans").mkdir(exist_ok=True)
+    save_plan(plan, run.workdir / "plans" / f"{name}{suffix}.json")
+  summary: dict[str, Any] = {
+    "plan": f"{name}{suffix}",
+    "steps": steps,
     "images": images,
     "minutes": round(seconds / 60, 2),
-    "budget_gmacs": run.target_gmacs,
-    "raw_gmacs": macs.static_macs(spec, raw) / 1e9,
-    "gmacs": gmacs,
+    f"budget_{cost.key}": target,
+    **where,
+  }
+  for each in (MACS, cost):
+    summary |= {f"raw_{each.key}": each.static(spec, raw), each.key: each.static(spec, layers)}
+  return summary | {
     "offset": round(offset, 3),
     "chosen_step": step,
     "tried": tried,
@@ -105,28 +206,8 @@ def search(run: Run) -> dict[str, Any]:
   }
 
 
-def task(run: Run) -> loop.Task:
-  """What the search trains."""
-  config, spec = run.config.search, run.spec
-  method = make_method(config, spec, run.target_gmacs, _base(run))
-  epoch_steps = config.epoch_steps or max(1, run.train_data.num_examples // config.batch_size)
-  tx = optimizer.search_optimizer(config, epoch_steps)
-  loss_fn = search_loss(config, method, spec, run.preprocess)
-  step_fn = make_step(loss_fn, tx, ("arch",), run.layout, parts=config.parts)
-  return loop.Task(
-    stage="search",
-    state=init_state(run.params, method.initial_arch(spec), tx, ("arch",), run.config.seed),
-    step_at=lambda _: step_fn,
-    batches=lambda done: run.train_batches(config.batch_size, done),
-    steps=config.steps,
-    log_every=config.log_every,
-    checkpoint_every=config.checkpoint_every,
-    schedule=optimizer.search_schedule(config, epoch_steps),
-  )
-
-
 def _best(
-  run: Run, method: DiffRate, learnt: np.ndarray
+  run: Run, suffix: str, method: DiffRate, learnt: np.ndarray
 ) -> tuple[int, np.ndarray, list[tuple[int, float]]]:
   """The rates that the search passed through whose adjusted plan has the least task loss.
 
@@ -136,17 +217,19 @@ def _best(
 
   Args:
     run: With the metrics of the search.
+    suffix: Of the budget.
     method: Of the search.
     learnt: The expected counts at the end.
 
   Returns:
     The step, its expected counts, and step and loss of all that were tried.
   """
-  config, spec = run.config.search, run.spec
+  config, spec, last = run.config.search, run.spec, steps_of(run)
   if not config.choose_images:
-    return config.steps, learnt, []
-  passed = {r["step"] - 1: np.array(r["expected"]) for r in read_metrics(run.workdir, "search")}
-  passed[config.steps] = learnt
+    return last, learnt, []
+  records = read_metrics(run.workdir, f"search{suffix}")
+  passed = {r["step"] - 1: np.array(r["expected"]) for r in records}
+  passed[last] = learnt
   steps = sorted(passed)
   picked = [steps[i * (len(steps) - 1) // _TRIED] for i in range(_TRIED + 1)]
   model = ViT(spec, method.masked_layers(spec))
@@ -157,7 +240,7 @@ def _best(
     return task_of(variables, with_rows(batch), jax.random.key(0))[0]
 
   batches = itertools.islice(
-    run.train_batches(config.batch_size, config.steps),
+    run.train_batches(config.batch_size, _steps_before(run, suffix) + last),
     math.ceil(config.choose_images / config.batch_size),
   )
   placed = [run.layout.put_batch(batch) for batch in batches]
@@ -198,16 +281,18 @@ def _no_positions() -> UserError:
 def make_method(
   config: SearchConfig,
   spec: ViTSpec,
-  target_gmacs: float,
+  target: float,
   base: tuple[LayerSpec, ...] | None = None,
+  cost: Cost = MACS,
 ) -> DiffRate:
   """The method of a search.
 
   Args:
     config: Of the search.
     spec: The model.
-    target_gmacs: The budget.
+    target: The budget.
     base: The layers to search on; none: dense ones.
+    cost: What it limits.
 
   Raises:
     UserError: For a granularity above the model's patches, or a budget below the smallest plan.
@@ -216,9 +301,9 @@ def make_method(
     raise UserError(
       f"config.search.granularity: expected 1 to {spec.num_patches}, got {config.granularity}."
     )
-  dense = macs.static_macs(spec, spec.dense_layers)
+  dense = cost.scale * cost.static(spec, spec.dense_layers)
   method = DiffRate(
-    target_gmacs=target_gmacs,
+    target=target,
     granularity=config.granularity,
     init=config.init,
     budget_weight=config.budget_weight,
@@ -232,12 +317,13 @@ def make_method(
     actions=config.actions,
     mask_eps=config.mask_eps,
     base=base,
+    cost=cost,
   )
-  smallest = method.smallest_gmacs(spec)
-  if target_gmacs < smallest:
+  smallest = method.smallest(spec)
+  if target < smallest:
     raise UserError(
-      f"config.budget: expected at least {smallest:.4g} GMACs, what the smallest plan of "
-      f"{spec.name} costs, got {target_gmacs:.4g}."
+      f"config.budget: expected at least {smallest:.4g} {cost.unit}, what the smallest plan of "
+      f"{spec.name} costs, got {target:.4g}."
     )
   return method
 

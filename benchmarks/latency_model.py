@@ -1,0 +1,80 @@
+"""Predicts the latency of random plans from a table of one layer's parts, and measures it.
+
+    python benchmarks/latency_model.py [--variant NAME] [--batch N] [--plans N] [--json FILE]
+
+The plans are sorted uniform counts of pruning and merging. They take turns with what the table is
+made of, so that what else the machine does hits all alike; medians are compared. A search by
+`config.budget.latency_ms` counts by such a table.
+"""
+
+import argparse
+import dataclasses
+import json
+import pathlib
+import statistics
+
+import jax
+import numpy as np
+
+import vitcomp_jax as vc
+from vitcomp_jax.models.reducers import PruneMerge
+from vitcomp_jax.models.spec import LayerSpec, ViTSpec
+from vitcomp_jax.models.vit import ViT
+from vitcomp_jax.schedules import compressed_layers
+from vitcomp_jax.stages import latency, timing
+
+
+def random_plan(spec: ViTSpec, rng: np.random.Generator) -> tuple[LayerSpec, ...]:
+  """Layers with counts of any sum, each at most the one before."""
+  compressed = compressed_layers(spec)
+  counts = rng.integers(spec.num_prefix + 1, spec.num_tokens + 1, 2 * sum(compressed))
+  pairs = iter(np.sort(counts)[::-1].reshape(-1, 2).tolist())
+  return tuple(
+    dataclasses.replace(layer, reduce=PruneMerge(*next(pairs))) if yes else layer
+    for layer, yes in zip(spec.dense_layers, compressed, strict=True)
+  )
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser.add_argument("--variant", default="deit_small_patch16_224")
+  parser.add_argument("--batch", type=int, default=16, help="images at once")
+  parser.add_argument("--plans", type=int, default=10)
+  parser.add_argument("--rounds", type=int, default=7)
+  parser.add_argument("--seed", type=int, default=0)
+  parser.add_argument("--json", type=pathlib.Path)
+  known = parser.parse_args()
+  spec, rng = vc.get_spec(known.variant), np.random.default_rng(known.seed)
+  params = vc.load(known.variant)[1]
+  parts = latency.programs(spec, known.batch, "cls")
+  layers = {"dense": spec.dense_layers}
+  layers |= {f"plan {i}": random_plan(spec, rng) for i in range(1, known.plans + 1)}
+  plans = {
+    name: timing.compiled(name, ViT(spec, each), params, known.batch)
+    for name, each in layers.items()
+  }
+  timing.take_turns([*parts.values(), *plans.values()], 0.0, known.rounds)
+  table = latency.tabulate(spec, parts, "cls")
+  rows = []
+  for name, subject in plans.items():
+    measured = 1e3 * statistics.median(subject.seconds)
+    predicted = table.static(spec, layers[name])
+    gmacs = vc.count_cost(ViT(spec, layers[name])).gmacs
+    rows.append({"plan": name, "gmacs": gmacs, "measured_ms": measured, "predicted_ms": predicted})
+    rows[-1]["error"] = predicted / measured - 1
+    line = (
+      f"{name:8} {gmacs:7.3f} GMACs  measured {measured:8.2f} ms  predicted {predicted:8.2f} ms"
+    )
+    print(f"{line}  {100 * rows[-1]['error']:+6.1f} %")
+  errors = [abs(row["error"]) for row in rows if row["plan"] != "dense"]
+  median, worst = statistics.median(errors), max(errors)
+  print(f"error: median {100 * median:.1f} %, worst {100 * worst:.1f} %")
+  if known.json:
+    about = {"variant": known.variant, "batch": known.batch, "device": latency.device_name()}
+    about |= {"jax": jax.__version__, "median_error": median, "worst_error": worst}
+    result = about | {"plans": rows, "table": table.to_json()}
+    known.json.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+  main()

@@ -1,0 +1,21 @@
+"""A front from one search: plans for 90 to 50 % of a small ViT's MACs, on the bundled images.
+
+    python -m vitcomp_jax.main --config configs/front_quickstart.py
+
+The model, the data and the rest of the search are those of `configs/quickstart.py`. The budget
+walks down; each search goes on from the rates of the one before, and all together take half as
+many steps again as one alone. `plans/` gets a plan for each budget, `plan.json` is the last one.
+The report has them all, beside flat merging of the same MACs.
+"""
+
+import ml_collections
+
+from vitcomp_jax.configs import quickstart
+
+
+def get_config() -> ml_collections.ConfigDict:
+  config = quickstart.get_config()
+  config.budget.fraction = None
+  config.budget.fractions = (0.9, 0.8, 0.65, 0.5)
+  config.evaluate.baselines = ("uniform_merge",)
+  return config

@@ -1,0 +1,144 @@
+"""Searches by latency, and for several budgets, as runs on a tiny model."""
+
+import itertools
+import json
+
+import pytest
+
+import vitcomp_jax as vc
+from tests.stages.test_slim import tiny_config, tiny_variant  # noqa: F401
+from vitcomp_jax.config import from_config_dict
+from vitcomp_jax.metrics import read_metrics
+from vitcomp_jax.stages import latency, run_stages
+from vitcomp_jax.stages.run import Run, open_run
+
+
+@pytest.fixture
+def few_timings(monkeypatch):
+  for name, value in {"_COUNTS": 3, "_DEPTH": 2, "_ROUNDS": 1, "_SECONDS": 0.0}.items():
+    monkeypatch.setattr(latency, name, value)
+
+
+def test_a_search_by_latency(tmp_path, monkeypatch, few_timings):
+  config = tiny_config()
+  config.compilation_cache = str(tmp_path / "cache/xla")
+  config.budget.fraction, config.budget.latency_ms, config.budget.latency_batch = None, 1.0, 2
+  config.benchmark.batch_sizes, config.benchmark.seconds, config.benchmark.rounds = (1,), 0.01, 1
+  config.stages = ("search", "evaluate", "benchmark")
+  spec = open_run(from_config_dict(config), tmp_path / "none").spec
+  cost = latency.table(spec, 2, "cls", tmp_path / "cache/latency")
+  dense = cost.static(spec, spec.dense_layers)
+  config.budget.latency_ms = 0.7 * dense + 0.3 * cost.fixed_ms
+  # From here on the table is in the cache, and nothing is measured again.
+  monkeypatch.setattr(latency, "programs", None)
+  run = run_stages(from_config_dict(config), tmp_path / "run", config.stages)
+  assert latency.read(tmp_path / "run/latency.json") == cost == run.cost
+  made_by = run.plan.made_by
+  assert made_by["device"] == latency.device_name() and made_by["batch"] == 2
+  assert made_by["latency_ms"] == pytest.approx(cost.static(spec, run.layers), abs=1e-3)
+  records = read_metrics(tmp_path / "run", "search")
+  assert all(record["latency_ms"] > 0 and record["gmacs"] > 0 for record in records)
+  entries = json.loads((tmp_path / "run/benchmark.json").read_text())["entries"]
+  foretold = {(e["name"], e["batch"]): e.get("predicted_ms") for e in entries}
+  assert foretold["dense", 2] == pytest.approx(dense, abs=1e-3)
+  assert foretold["diffrate", 2] and not foretold["diffrate", 1]
+  report = (tmp_path / "run/report.md").read_text()
+  assert "predicted (ms)" in report and f"on {made_by['device']}" in report
+
+  # Without a cache a workdir's own table stands, so that a run goes on as it began.
+  config.compilation_cache, config.stages = None, ("search",)
+  (tmp_path / "again").mkdir()
+  (tmp_path / "again/latency.json").write_text((tmp_path / "run/latency.json").read_text())
+  assert vc.search(config, tmp_path / "again") == run.plan
+
+  config.budget.latency_ms = 2 * dense
+  with pytest.raises(vc.UserError, match="at most the dense model's .* ms, got"):
+    Run(from_config_dict(config), tmp_path / "again").targets  # noqa: B018
+
+
+def _front(config):
+  config.budget.fraction, config.budget.fractions = None, (0.9, 0.7)
+  config.search.steps, config.search.checkpoint_every, config.search.log_every = 4, 1, 1
+  config.evaluate.baselines = ("uniform_merge",)
+  return config
+
+
+def test_a_front_and_its_resumption(tmp_path, monkeypatch):
+  config = _front(tiny_config())
+  plan = vc.search(config, tmp_path / "alone")
+  dense = vc.count_cost(vc.load(plan.variant, num_classes=10)[0]).gmacs
+  for share in (0.9, 0.7):
+    found = vc.load_plan(str(tmp_path / f"alone/plans/diffrate@{share}.json"))
+    assert found.gmacs == pytest.approx(share * dense, rel=0.02)
+  assert found == plan
+  steps = [len(read_metrics(tmp_path / "alone", f"search@{share}")) for share in (0.9, 0.7)]
+  assert steps == [3, 3]  # together half as many again as one search has
+
+  given, batches = itertools.count(), Run.train_batches
+
+  def cut_off(self, batch_size, start_step):
+    for batch in batches(self, batch_size, start_step):
+      if next(given) == 6:  # after three steps, a batch to choose by, and two steps
+        raise KeyboardInterrupt
+      yield batch
+
+  with monkeypatch.context() as patch:
+    patch.setattr(Run, "train_batches", cut_off)
+    with pytest.raises(KeyboardInterrupt):
+      vc.search(config, tmp_path / "cut")
+  assert len(read_metrics(tmp_path / "cut", "search@0.7")) == 2
+  assert not (tmp_path / "cut/plans/diffrate@0.7.json").exists()
+  assert vc.search(config, tmp_path / "cut") == plan
+  for name in ("plan.json", "plans/diffrate@0.9.json", "plans/diffrate@0.7.json"):
+    assert (tmp_path / "cut" / name).read_text() == (tmp_path / "alone" / name).read_text()
+  losses = [
+    [(r["step"], r["loss"]) for share in (0.9, 0.7) for r in read_metrics(path, f"search@{share}")]
+    for path in (tmp_path / "alone", tmp_path / "cut")
+  ]
+  assert losses[0] == losses[1]
+
+  rows = {row["name"]: row for row in vc.evaluate(config, tmp_path / "cut")["rows"]}
+  assert list(rows) == [
+    "dense",
+    *(f"{m}@{b}" for m in ("diffrate", "uniform_merge") for b in (0.9, 0.7)),
+  ]
+  assert rows["diffrate@0.7"]["gmacs"] == pytest.approx(plan.gmacs, abs=1e-6)
+  report = (tmp_path / "cut/report.md").read_text()
+  assert "One search for all budgets: 6 steps" in report and "| diffrate@0.9 |" in report
+  assert (tmp_path / "cut/figures/search.png").exists()
+
+
+@pytest.mark.parametrize(
+  ("changes", "said"),
+  [
+    ({"fractions": (0.7, 0.9)}, "config.budget.fractions: expected falling shares"),
+    ({"fractions": ()}, "config.budget.fractions: expected falling shares"),
+    ({"fractions": (1.2, 0.9)}, "at most the dense model's .* got"),
+    ({"fractions": (0.9, 0.01)}, "smallest plan"),
+    ({"fractions": (0.9,), "latency_ms": 3.0}, r"got fractions \(0.9,\) and latency_ms 3.0"),
+    ({}, "expected one of fraction, fractions, gmacs, latency_ms, got none"),
+    ({"fractions": (0.9, 0.8, 0.7)}, "config.search.steps: expected at least one for each of 3"),
+    ({"latency_ms": 3.0, "scale": "gmacs"}, "config.search.budget_scale: expected relative"),
+    ({"latency_ms": 3.0, "stages": ("slim", "search")}, "expected a search on the dense model"),
+  ],
+)
+def test_a_budget_that_cannot_be_met_is_refused(changes, said, tmp_path):
+  config = tiny_config(w_patch=0.0)
+  changes = dict(changes)
+  config.budget.fraction, config.search.steps = None, 1
+  config.search.budget_scale = changes.pop("scale", "relative")
+  config.stages = changes.pop("stages", ("search",))
+  for key, value in changes.items():
+    config.budget[key] = value
+  with pytest.raises(vc.UserError, match=said):
+    vc.search(config, tmp_path / "run")
+  assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("key", ["fractions", "latency_ms"])
+def test_only_a_search_meets_them(key, tmp_path):
+  config = tiny_config()
+  config.budget.fraction = None
+  config.budget[key] = (0.9, 0.7) if key == "fractions" else 1.0
+  with pytest.raises(vc.UserError, match=f"config.budget.{key}: expected fraction or gmacs here"):
+    vc.slim(config, tmp_path)
