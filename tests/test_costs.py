@@ -92,11 +92,12 @@ def test_a_search_goes_on_from_another_budget(init):
   arch = jax.device_get(method.initial_arch(SPEC, learnt))
   spent = MACS.static(SPEC, method.deploy(SPEC, arch))
   assert 0.47 * dense <= spent <= 0.5 * dense
+  moved = jax.tree.map(np.subtract, arch, learnt)
+  slope = moved["blocks_1"]["reduce"]["merge_logits"][0]  # at all patches
   for i, options in enumerate(method._candidates(SPEC)):
     for name, counts in options.items():
-      moved = arch[f"blocks_{i}"]["reduce"][name] - learnt[f"blocks_{i}"]["reduce"][name]
-      slopes = np.diff(moved) / np.diff(counts)
-      np.testing.assert_allclose(slopes, np.median(slopes), atol=1e-3)
+      expected = slope * counts / SPEC.num_patches
+      np.testing.assert_allclose(moved[f"blocks_{i}"]["reduce"][name], expected, atol=1e-3)
 
 
 def test_a_table_and_its_file(tmp_path):
@@ -154,8 +155,7 @@ def test_the_parts_are_told_apart():
   # The MLP of the one token that is left counts as attention: a layer has one of either.
   np.testing.assert_allclose(table.attention_ms, 2.0 * n + 3.0)
   np.testing.assert_allclose(table.mlp_ms, 3.0 * n - 3.0)
-  measured = [sum(k == "reduction" for k, _ in stacks) > 5, min(n)]
-  assert measured[0]
+  assert sum(kind == "reduction" for kind, _ in stacks) > 5
   inside = (n > 15) & (n < SPEC.num_tokens * 0.8)
   np.testing.assert_allclose(np.array(table.reduction_ms)[inside], 0.5 * n[inside], rtol=1e-6)
   assert table.static(SPEC, SPEC.dense_layers) == pytest.approx(7 + 12 * 5 * SPEC.num_tokens)
