@@ -171,6 +171,7 @@ class SearchConfig:
   loss: Literal["labels", "logits", "features"] = "labels"
   label_smoothing: Share = 0.0  # share of the target spread over all classes
   granularity: Count = 1  # distance between neighbouring candidate counts
+  tile: Count = 1  # the plan's counts are rounded up to multiples of it (8, 16), prefix included
   actions: Literal["both", "prune", "merge"] = "both"  # what a layer may do with its tokens
   # What tells the important tokens: the attention of CLS, that of all, the values, or chance.
   importance: Literal["cls", "mean_attention", "value_norm", "random"] = "cls"

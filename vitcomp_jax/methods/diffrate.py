@@ -220,6 +220,7 @@ class DiffRate:
     mask_eps: See `LayerSpec`.
     base: The layers to search on, such as slimmed ones; none: the dense model's.
     cost: What the budget limits.
+    tile: The counts of a plan are multiples of it, but for those that keep all tokens.
   """
 
   target: float
@@ -237,6 +238,7 @@ class DiffRate:
   mask_eps: float = 0.0
   base: tuple[LayerSpec, ...] | None = None
   cost: Cost = MACS
+  tile: int = 1
 
   def _base(self, spec: ViTSpec) -> tuple[LayerSpec, ...]:
     return self.base or spec.dense_layers
@@ -405,9 +407,10 @@ class DiffRate:
     return shifted(offset), offset
 
   def static_layers(self, spec: ViTSpec, expected: np.ndarray) -> tuple[LayerSpec, ...]:
-    """Static layers that keep the expected counts, rounded up."""
+    """Static layers that keep the expected counts, rounded up, to a tile if there is one."""
     whole = np.ceil(expected - spec.num_patches * _NOISE)
     counts = np.clip(whole, 1, spec.num_patches).astype(int) + spec.num_prefix
+    counts = np.minimum(-(-counts // self.tile) * self.tile, spec.num_tokens)
     return tuple(
       dataclasses.replace(layer, reduce=self._static(int(p), int(m)))
       for layer, (p, m) in zip(self._base(spec), counts, strict=True)

@@ -316,6 +316,7 @@ def make_method(
     importance=config.importance,
     actions=config.actions,
     mask_eps=config.mask_eps,
+    tile=config.tile,
     base=base,
     cost=cost,
   )
