@@ -56,7 +56,7 @@ class _PatchProjection(nn.Module):
     return patches @ kernel.reshape(p * p * c, self.width) + bias[None, None]
 
 
-@jax.custom_jvp
+@jax.custom_vjp
 def gelu(x: Array) -> Array:
   """The exact GELU, x times the normal distribution's cumulative probability.
 
@@ -65,12 +65,17 @@ def gelu(x: Array) -> Array:
   return x * _normal_cdf(x)
 
 
-@gelu.defjvp
-def _gelu_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
-  """The slope as one number, so that a backward pass has one array to keep."""
-  (x,), (change,) = primals, tangents
+def _gelu_forward(x: Array) -> tuple[Array, Array]:
+  return gelu(x), x
+
+
+def _gelu_backward(x: Array, grad: Array) -> tuple[Array]:
+  """The slope anew from the argument, which is kept anyway: less memory, and on a CPU less time."""
   density = jnp.exp(-0.5 * x * x) * (1 / math.sqrt(2 * math.pi))
-  return gelu(x), (_normal_cdf(x) + x * density) * change
+  return (((_normal_cdf(x) + x * density) * grad).astype(x.dtype),)
+
+
+gelu.defvjp(_gelu_forward, _gelu_backward)
 
 
 def _normal_cdf(x: Array) -> Array:

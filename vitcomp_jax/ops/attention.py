@@ -105,8 +105,7 @@ def _masked(
   logits = _logits(q, k, scale, log_size)
   own = _own_logits(q, k, scale, log_size)[..., None]
   # Relative to what the row sees, or its sum may vanish; the authors' eps is relative to all.
-  hidden = jnp.where(keep > 0.5, 0.0, -jnp.inf).astype(logits.dtype)
-  seen = logits if eps else logits + hidden[:, None, None]
+  seen = logits if eps else logits + _hidden(keep < 0.5)[:, None, None]
   peak = jnp.maximum(_peak(seen), jax.lax.stop_gradient(own))
   own = jnp.exp(own - peak) * (1 - keep)[:, None, :, None]
   weights = jnp.exp(jnp.minimum(logits - peak, math.log(_LARGEST_WEIGHT)))
@@ -125,9 +124,15 @@ def _attend_masked(
 ) -> Array:
   """`_masked` without smoothing, whose backward pass needs no [n n] map of the forward pass.
 
-  So a compiler may fuse the forward pass into one kernel, and the maps take no memory between.
+  So a compiler may fuse the forward pass into one kernel, and the maps take no memory between. For
+  the same reason dropped keys have a logit of minus infinity: nothing has to pass through them.
   """
-  return _masked(q, k, v, scale, log_size, keep, 0.0)
+  logits = _logits(q, k, scale, log_size + _hidden(keep < 0.5))
+  own = (_own_logits(q, k, scale, log_size) + _hidden(keep > 0.5)[:, None])[..., None]
+  peak = jnp.maximum(jnp.max(logits, axis=-1, keepdims=True), own)
+  weights, own = jnp.exp(logits - peak), jnp.exp(own - peak)
+  total = jnp.sum(weights, axis=-1, keepdims=True) + own
+  return ((_weigh(weights, v) + own * v.astype(own.dtype)) / total).astype(v.dtype)
 
 
 def _attend_masked_forward(
@@ -146,8 +151,8 @@ def _attend_masked_backward(
   # Keys by queries: so laid out, the sums over queries are plain matrix products.
   logits = _logits(k, q, scale, None) + log_size[:, None, :, None]
   own = _own_logits(q, k, scale, log_size)
-  total = jax.nn.logsumexp(logits + jnp.log(keep)[:, None, :, None], axis=2)
-  total = jnp.logaddexp(total, own + jnp.log(1 - keep)[:, None])  # [b h q]
+  total = jax.nn.logsumexp(logits + _hidden(keep < 0.5)[:, None, :, None], axis=2)
+  total = jnp.logaddexp(total, own + _hidden(keep > 0.5)[:, None])  # [b h q]
   slope = jnp.sum(grad.astype(own.dtype) * out, axis=-1)  # [b h q]
   weights = jnp.exp(jnp.minimum(logits - total[:, :, None], math.log(_LARGEST_WEIGHT)))
   change = weights * (_logits(v, grad, 1.0, None) - slope[:, :, None])  # by a logit, if kept
@@ -246,6 +251,11 @@ def last_if_dropped(
 ) -> Float[Array, "b n"]:
   """Scores of at least 0, with -1 where a token is dropped."""
   return score if keep is None else jnp.where(keep > 0.5, score, -1.0)
+
+
+def _hidden(is_hidden: Array) -> Array:
+  """What to add to logits so that some are out of sight."""
+  return jnp.where(is_hidden, -jnp.inf, 0.0)
 
 
 def _peak(logits: Array) -> Array:
