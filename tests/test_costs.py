@@ -15,6 +15,7 @@ from vitcomp_jax.costs import MACS, Latency, never_falling, parse_latency
 from vitcomp_jax.errors import UserError
 from vitcomp_jax.methods.diffrate import DiffRate, candidates, expected_count, kept_count
 from vitcomp_jax.models.reducers import PruneMerge
+from vitcomp_jax.models.vit import ViT
 from vitcomp_jax.stages import latency
 
 SPEC = small_spec(image_size=(56, 56), depth=12)
@@ -132,6 +133,23 @@ def test_a_file_that_is_no_json_is_refused(tmp_path):
   (tmp_path / "latency.json").write_text("{")
   with pytest.raises(UserError, match="remove it to measure anew"):
     latency.read(tmp_path / "latency.json")
+
+
+@pytest.mark.parametrize("changes", [{}, {"num_registers": 3}, {"pool": "size_mean"}])
+def test_what_is_timed_are_models(changes):
+  spec = small_spec(depth=latency._DEPTH, **changes)
+  images = jax.ShapeDtypeStruct((2, *spec.image_size, 3), jnp.float32)
+  params = jax.eval_shape(ViT(spec, spec.dense_layers).init, jax.random.key(0), images)
+  for (kind, n), layers in latency._stacks(spec, "mean_attention").items():
+    model = ViT(spec, layers)
+    out = jax.eval_shape(
+      lambda p, x, model=model: model.apply(p, x, method="forward"), params, images
+    )
+    assert out.logits.shape == (2, spec.num_classes)
+    counts = [tokens.x.shape[1] for tokens in out.layers]
+    assert counts == [left for _, left in macs.static_counts(spec, layers)]
+    expected = {"none": [], "whole": [n] * latency._DEPTH, "attention": [1] * latency._DEPTH}
+    assert counts == expected.get(kind, sorted(set(counts), reverse=True))
 
 
 def test_the_parts_are_told_apart():
