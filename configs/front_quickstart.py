@@ -5,7 +5,11 @@
 The model, the data and the rest of the search are those of `configs/quickstart.py`. The budget
 walks down; each search goes on from the rates of the one before, and all together take half as
 many steps again as one alone. `plans/` gets a plan for each budget, `plan.json` is the last one.
-The report has them all, beside flat merging of the same MACs.
+The report has them all, beside flat merging of the same MACs. What a search of its own finds at one
+of the budgets, to hold a plan of the front against it:
+
+    python -m vitcomp_jax.main --config configs/quickstart.py --workdir runs/alone \\
+      --config.budget.fraction=0.8
 """
 
 import ml_collections
