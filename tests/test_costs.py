@@ -142,11 +142,14 @@ def test_what_is_timed_are_models(changes):
   params = jax.eval_shape(ViT(spec, spec.dense_layers).init, jax.random.key(0), images)
   for (kind, n), layers in latency._stacks(spec, "mean_attention").items():
     model = ViT(spec, layers)
-    out = jax.eval_shape(
-      lambda p, x, model=model: model.apply(p, x, method="forward"), params, images
-    )
-    assert out.logits.shape == (2, spec.num_classes)
-    counts = [tokens.x.shape[1] for tokens in out.layers]
+
+    def shapes(params, images, model=model):
+      out = model.apply(params, images, method="forward")
+      return out.logits, [tokens.x for tokens in out.layers]
+
+    logits, layers_out = jax.eval_shape(shapes, params, images)
+    assert logits.shape == (2, spec.num_classes)
+    counts = [x.shape[1] for x in layers_out]
     assert counts == [left for _, left in macs.static_counts(spec, layers)]
     expected = {"none": [], "whole": [n] * latency._DEPTH, "attention": [1] * latency._DEPTH}
     assert counts == expected.get(kind, sorted(set(counts), reverse=True))

@@ -177,8 +177,9 @@ def test_adjusted_plan_meets_the_budget(seed):
 def test_counts_of_a_plan_are_whole_tiles():
   spec = small_spec(image_size=(56, 56), depth=12)
   method = DiffRate(0.6 * macs.static_macs(spec, spec.dense_layers) / 1e9, tile=8)
-  expected = np.random.default_rng(0).uniform(90, spec.num_patches, (spec.depth, 2))
-  layers, _ = method.deploy_within(spec, expected)
+  rng = np.random.default_rng(0)
+  arch = jax.tree.map(lambda a: a + 3 * rng.standard_normal(a.shape), method.initial_arch(spec))
+  layers, _ = method.deploy_within(spec, method.expected_counts(spec, jax.device_get(arch)))
   counts = {c for layer in layers for c in (layer.reduce.prune_keep, layer.reduce.merge_keep)}
   assert len(counts) > 2 and all(c % 8 == 0 or c == spec.num_tokens for c in counts)
   assert abs(macs.static_macs(spec, layers) / 1e9 / method.target - 1) < 0.02
