@@ -10,6 +10,7 @@ os.environ.setdefault(
 )
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
+import logging
 import pathlib
 from collections.abc import Iterator
 
@@ -41,6 +42,16 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
   slow = [item for item in items if item.get_closest_marker("slow")]
   config.hook.pytest_deselected(items=slow)
   items[:] = [item for item in items if item not in slow]
+
+
+@pytest.fixture(autouse=True)
+def no_handlers_left() -> Iterator[None]:
+  """The command logs to the standard error of the test that calls it, which is gone afterwards."""
+  root = logging.getLogger()
+  before = root.handlers[:]
+  yield
+  for handler in [h for h in root.handlers if h not in before]:
+    root.removeHandler(handler)
 
 
 @pytest.fixture
