@@ -73,7 +73,10 @@ def _shorten(config):
   config.search.steps, config.search.batch_size, config.search.choose_images = 1, 4, 4
   config.search.epoch_steps, config.search.granularity = None, 1
   config.slim.min_units = 1
-  config.budget.gmacs, config.budget.fraction = None, 0.8
+  if config.budget.fractions:
+    config.budget.fractions, config.search.steps = (0.9, 0.8), 2  # one step for each
+  else:
+    config.budget.gmacs, config.budget.fraction = None, 0.8
   config.evaluate.batch_size, config.evaluate.token_maps = 4, 1
   config.benchmark.seconds, config.benchmark.rounds = 0.1, 1
   compare = config.compare
