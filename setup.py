@@ -9,6 +9,7 @@ PACKAGES = setuptools.find_packages(include=["vitcomp_jax", "vitcomp_jax.*"])
 REQUIRES = [
   "absl-py>=2",
   "array_record>=0.8",
+  "flatbuffers",  # of jax.export
   "flax>=0.12",
   "grain>=0.2.16",
   "huggingface_hub>=0.30",
@@ -27,7 +28,11 @@ REQUIRES = [
   "tqdm>=4.66",
 ]
 
+# jax2onnx 0.13 is the last that does not forbid Orbax 0.12, which it never imports.
+EXPORT_REQUIRES = ["jax2onnx>=0.13", "onnxruntime>=1.24"]
+
 TEST_REQUIRES = [
+  *EXPORT_REQUIRES,
   "beartype",
   "hypothesis",
   "import-linter",
@@ -53,7 +58,12 @@ setuptools.setup(
     "vitcomp_jax.configs": ["plans/*/*.json"],
   },
   install_requires=REQUIRES,
-  extras_require={"cuda": ["jax[cuda12]"], "tpu": ["jax[tpu]"], "test": TEST_REQUIRES},
+  extras_require={
+    "cuda": ["jax[cuda12]"],
+    "export": EXPORT_REQUIRES,
+    "test": TEST_REQUIRES,
+    "tpu": ["jax[tpu]"],
+  },
   classifiers=[
     "License :: OSI Approved :: Apache Software License",
     "Programming Language :: Python :: 3",

@@ -1,9 +1,10 @@
 """vitcomp_jax: makes a Vision Transformer smaller and faster at a budget you choose.
 
 `import vitcomp_jax as vc`, then `vc.load`, `vc.apply`, `vc.load_plan`, `vc.count_cost`; the stages
-of a run are `vc.pretrain`, `vc.slim`, `vc.search`, `vc.finetune`, `vc.evaluate`, `vc.benchmark`
-and `vc.compare`. `vc.schedules` makes the layers of ToMe, EViT, DynamicViT and hand-made schedules,
-`vc.make_plan` a plan of them, and `vc.unmerge` brings tokens back to the grid of patches.
+of a run are `vc.pretrain`, `vc.slim`, `vc.search`, `vc.finetune`, `vc.evaluate`, `vc.benchmark`,
+`vc.compare` and `vc.export`, whose artefacts `vc.load_exported` runs. `vc.schedules` makes the
+layers of ToMe, EViT, DynamicViT and hand-made schedules, `vc.make_plan` a plan of them, and
+`vc.unmerge` brings tokens back to the grid of patches.
 """
 
 import functools
@@ -12,6 +13,7 @@ from vitcomp_jax import schedules
 from vitcomp_jax.api import Cost, apply, count_cost, load
 from vitcomp_jax.config import default_config
 from vitcomp_jax.errors import UserError
+from vitcomp_jax.exported import Exported, load_exported
 from vitcomp_jax.models.variants import get_spec, list_variants
 from vitcomp_jax.ops.select import unmerge
 from vitcomp_jax.plans import Plan, list_plans, load_plan, make_plan
@@ -24,9 +26,11 @@ finetune = functools.partial(run_stage, "finetune")
 benchmark = functools.partial(run_stage, "benchmark")
 compare = functools.partial(run_stage, "compare")
 evaluate = functools.partial(run_stage, "evaluate")
+export = functools.partial(run_stage, "export")
 
 __all__ = [
   "Cost",
+  "Exported",
   "Plan",
   "UserError",
   "apply",
@@ -35,11 +39,13 @@ __all__ = [
   "count_cost",
   "default_config",
   "evaluate",
+  "export",
   "finetune",
   "get_spec",
   "list_plans",
   "list_variants",
   "load",
+  "load_exported",
   "load_plan",
   "make_plan",
   "pretrain",

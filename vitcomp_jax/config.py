@@ -56,7 +56,9 @@ Baseline = Literal[
   "evit",
   "evit_nofuse",
 ]
-Stage = Literal["pretrain", "slim", "search", "finetune", "evaluate", "benchmark", "compare"]
+Stage = Literal[
+  "pretrain", "slim", "search", "finetune", "evaluate", "benchmark", "compare", "export"
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -227,6 +229,18 @@ class CompareConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class ExportConfig:
+  formats: tuple[Literal["stablehlo", "onnx", "timm"], ...] = ("stablehlo",)  # what is written
+  platforms: tuple[Literal["cpu", "cuda", "rocm", "tpu"], ...] = (
+    "cpu",
+    "cuda",
+    "tpu",
+  )  # StableHLO's
+  # The model takes uint8 pixels and scales them itself; otherwise normalised floats.
+  normalize: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
 class ParallelConfig:
   # The whole state on every device, the state cut up too, or as the first under `jax.pmap`.
   mode: Literal["data", "fsdp", "pmap"] = "data"
@@ -255,6 +269,7 @@ class Config:
   evaluate: EvaluateConfig = EvaluateConfig()
   benchmark: BenchmarkConfig = BenchmarkConfig()
   compare: CompareConfig = CompareConfig()
+  export: ExportConfig = ExportConfig()
   parallel: ParallelConfig = ParallelConfig()
   profile: ProfileConfig = ProfileConfig()
 

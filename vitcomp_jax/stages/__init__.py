@@ -7,7 +7,16 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from vitcomp_jax.config import Config, from_config_dict
-from vitcomp_jax.stages import benchmark, compare, evaluate, finetune, pretrain, search, slim
+from vitcomp_jax.stages import (
+  benchmark,
+  compare,
+  evaluate,
+  export,
+  finetune,
+  pretrain,
+  search,
+  slim,
+)
 from vitcomp_jax.stages.run import Run, open_run
 
 
@@ -34,6 +43,7 @@ STAGES = {
   "evaluate": Stage(evaluate.check, evaluate.evaluate, evaluate.made),
   "benchmark": Stage(benchmark.check, benchmark.benchmark, benchmark.made),
   "compare": Stage(compare.check, compare.compare, compare.made),
+  "export": Stage(export.check, export.export, export.made),
 }
 
 
@@ -62,14 +72,15 @@ def run_stage(
   """Runs one stage from Python.
 
   Args:
-    stage: `pretrain`, `slim`, `search`, `finetune`, `evaluate`, `benchmark` or `compare`.
+    stage: `pretrain`, `slim`, `search`, `finetune`, `evaluate`, `benchmark`, `compare` or
+      `export`.
     config: A `Config`, or a mapping of its keys such as `default_config()`.
     workdir: Where the run is kept. Stages that build on each other share it.
 
   Returns:
     What the stage writes: `pretrain` and `finetune` the path of the weights, `slim` and `search`
     the `Plan`, `evaluate` and `compare` the content of `result.json`, `benchmark` that of
-    `benchmark.json`. A finished stage is not run again.
+    `benchmark.json`, `export` that of `manifest.json`. A finished stage is not run again.
   """
   config = config if isinstance(config, Config) else from_config_dict(config)
   return STAGES[stage].made(run_stages(config, pathlib.Path(workdir), (stage,)))

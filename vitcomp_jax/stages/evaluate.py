@@ -1,8 +1,9 @@
 """Stage `evaluate`: accuracy and cost of the dense model, the plan and hand-made schedules."""
 
 import dataclasses
+import functools
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -13,7 +14,7 @@ from vitcomp_jax import macs
 from vitcomp_jax.api import Params
 from vitcomp_jax.atomic import write_json
 from vitcomp_jax.costs import MACS
-from vitcomp_jax.data.transforms import normalize
+from vitcomp_jax.data.transforms import Preprocess, normalize
 from vitcomp_jax.errors import UserError
 from vitcomp_jax.metrics import read_metrics
 from vitcomp_jax.models.reducers import PruneMerge, keep_all
@@ -168,7 +169,7 @@ def _draw(run: Run, models: Mapping[str, tuple[LayerSpec, ...]], result: dict[st
         schedules[name] = counts
     figures.schedule(folder / "schedule.png", schedules, plan.num_tokens)
     if run.config.evaluate.token_maps:
-      _draw_token_maps(run, plan, folder / "token_maps.png")
+      _draw_sampled_token_maps(run, plan, folder / "token_maps.png")
   if summary:
     _draw_search(run, folder / "search.png")
   if plan and plan.indices:
@@ -230,26 +231,45 @@ def _draw_slimming(run: Run, plan: Plan, folder: pathlib.Path) -> None:
     figures.mask_histograms(folder / "masks.png", records, slimming["histogram_limits"])
 
 
-def _draw_token_maps(run: Run, plan: Plan, path: pathlib.Path) -> None:
-  """What the plan did to a few images, at four depths."""
-  spec, data = run.spec, run.eval_data
+def _draw_sampled_token_maps(run: Run, plan: Plan, path: pathlib.Path) -> None:
+  """What the plan did to a few images."""
+  data = run.eval_data
   batch = data.sample(run.config.evaluate.token_maps)
-  model = ViT(spec, plan.layers_for(spec))
+  model = ViT(run.spec, plan.layers_for(run.spec))
+  titles = [data.class_names[label] if data.has_labels else "" for label in batch["label"]]
+  draw_token_maps(path, model, run.params, run.preprocess, batch["image"], titles)
 
-  @jax.jit
-  def sources(params: Params, images: jax.Array) -> list[jax.Array]:
-    normal = normalize(images, run.preprocess)
-    out = model.apply({"params": params}, normal, method="forward")
-    return [tokens.source for tokens in out.layers]
 
-  found = jax.device_get(sources(run.params, jnp.asarray(batch["image"])))
+def draw_token_maps(
+  path: pathlib.Path,
+  model: ViT,
+  params: Params,
+  preprocess: Preprocess,
+  images: np.ndarray,
+  titles: Sequence[str],
+) -> None:
+  """Draws what a model did to the tokens of images, at four depths.
+
+  Args:
+    path: Of the PNG.
+    model: With static reducers.
+    params: Its weights.
+    preprocess: How images are normalised.
+    images: uint8[n h w 3].
+    titles: Of the images.
+  """
+  spec = model.spec
+  found = jax.device_get(_sources(model, preprocess, params, jnp.asarray(images)))
   chosen = sorted({spec.depth * part // 4 - 1 for part in (1, 2, 3, 4)} - {-1})
-  figures.token_maps(
-    path,
-    batch["image"],
-    [found[i] for i in chosen],
-    spec.num_prefix,
-    spec.grid,
-    [f"layer {i + 1}" for i in chosen],
-    [data.class_names[label] if data.has_labels else "" for label in batch["label"]],
-  )
+  names = [f"layer {i + 1}" for i in chosen]
+  maps = [found[i] for i in chosen]
+  figures.token_maps(path, images, maps, spec.num_prefix, spec.grid, names, titles)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _sources(
+  model: ViT, preprocess: Preprocess, params: Params, images: jax.Array
+) -> list[jax.Array]:
+  """Of each layer, which token holds each patch after it, i[b p]."""
+  out = model.apply({"params": params}, normalize(images, preprocess), method="forward")
+  return [tokens.source for tokens in out.layers]

@@ -279,11 +279,34 @@ class Run:
 
   @functools.cached_property
   def preprocess(self) -> transforms.Preprocess:
-    return _preprocess(self.spec)
+    return preprocess_for(self.spec)
 
   def _open(self, split: str, spec: ViTSpec) -> loader.Dataset:
     seed, classes = self.config.seed, spec.num_classes or 1000
-    return loader.load(self.config.data, split, _preprocess(spec), seed, classes)
+    return loader.load(self.config.data, split, preprocess_for(spec), seed, classes)
+
+
+def for_timm(run: Run, layers: Sequence[LayerSpec], params: api.Params) -> tuple[api.Params, str]:
+  """Parameters for timm's own model, and for which one they are.
+
+  Raises:
+    UserError: If timm's model cannot hold the network.
+  """
+  spec, indices = run.spec, run.plan.indices if run.plan else None
+  if any(layer.select != keep_all or layer.reduce != keep_all for layer in layers):
+    raise UserError("timm's VisionTransformer does not remove tokens")
+  if not indices:
+    return params, f"timm.safetensors is for timm's {spec.name}"
+  found = timm_slimmed.arguments(indices, spec.width)
+  if found is None:
+    raise UserError("timm's VisionTransformer has the same widths in all layers")
+  head_dim = found["attn_head_dim"]
+  return (
+    timm_slimmed.rescale(params, spec.width // spec.num_heads, head_dim),
+    f"timm.safetensors is for timm's model with num_heads={found['num_heads']}, mlp_ratio="
+    f"{found['mlp_ratio']}, attn_layer=a subclass of timm.layers.Attention with `__init__ = "
+    f"functools.partialmethod(timm.layers.Attention.__init__, attn_head_dim={head_dim})`",
+  )
 
 
 def write_for_timm(run: Run, layers: Sequence[LayerSpec], params: api.Params) -> str:
@@ -292,23 +315,16 @@ def write_for_timm(run: Run, layers: Sequence[LayerSpec], params: api.Params) ->
   Returns:
     How to load it, or why it was not written.
   """
-  indices, spec = (run.plan.indices if run.plan else None), run.spec
-  if not indices or any(layer.select != keep_all or layer.reduce != keep_all for layer in layers):
-    return "Not written for timm, whose VisionTransformer does not remove tokens"
-  found = timm_slimmed.arguments(indices, spec.width)
-  if found is None:
-    return "Not written for timm, whose VisionTransformer has the same widths in all layers"
-  head_dim = found["attn_head_dim"]
-  params = timm_slimmed.rescale(params, spec.width // spec.num_heads, head_dim)
-  files.write(params, str(run.workdir / "timm.safetensors"), {"variant": spec.name})
-  return (
-    f"timm.safetensors is for timm's model with num_heads={found['num_heads']}, mlp_ratio="
-    f"{found['mlp_ratio']}, attn_layer=a subclass of timm.layers.Attention with `__init__ = "
-    f"functools.partialmethod(timm.layers.Attention.__init__, attn_head_dim={head_dim})`"
-  )
+  try:
+    params, how = for_timm(run, layers, params)
+  except UserError as why:
+    return f"Not written for timm: {why}"
+  files.write(params, str(run.workdir / "timm.safetensors"), {"variant": run.spec.name})
+  return how
 
 
-def _preprocess(spec: ViTSpec) -> transforms.Preprocess:
+def preprocess_for(spec: ViTSpec) -> transforms.Preprocess:
+  """What a variant's weights expect to be done to every image."""
   return transforms.Preprocess(
     spec.image_size, spec.mean, spec.std, spec.crop_pct, spec.interpolation
   )

@@ -1,0 +1,80 @@
+"""The command that names what is in an image."""
+
+import json
+
+import numpy as np
+import PIL.Image
+import pytest
+
+import vitcomp_jax as vc
+from tests.test_api import MINI, mini_plan
+from tests.test_main import OTHER
+from vitcomp_jax import predict
+from vitcomp_jax.data import class_names, sources
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+  """Three bundled images as files, a plan, and what is no image."""
+  folder = tmp_path_factory.mktemp("files")
+  source = sources.make_source("bundled", None, "test", (1, 1), 0)
+  for i in range(3):
+    image = PIL.Image.fromarray(np.squeeze(source[i].image))
+    image.save(folder / f"{i}.png")
+  (folder / "plan.json").write_text(json.dumps(mini_plan().to_json()))
+  (folder / "text.png").write_text("no image")
+  return folder
+
+
+def _predict(*options):
+  return predict.main(["predict", *map(str, options)])
+
+
+def test_the_most_probable_classes_are_printed(files, capsys):
+  plan, images = files / "plan.json", [files / f"{i}.png" for i in range(3)]
+  maps = files / "maps"
+  options = ["--plan", plan, "--weights", "bundled", "--top", "2", "--maps", maps]
+  assert _predict(*options, *images) == 0
+  lines = capsys.readouterr().out.splitlines()
+  model, params = vc.load(MINI, "bundled", plan)
+  names = sources.make_source("bundled", None, "test", (1, 1), 0).class_names
+  pixels = [PIL.Image.open(image).convert("RGB").resize((30, 30), 3) for image in images]
+  normal = (np.stack([np.asarray(p) for p in pixels]) / np.float32(255) - 0.5) / np.float32(0.5)
+  logits = np.asarray(vc.apply(model, params, normal.astype(np.float32)), np.float64)
+  shares = 100 * np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+  for i, image in enumerate(images):
+    best = np.argsort(-shares[i])[:2]
+    expected = [f"  {shares[i, c]:5.1f} %  {names[c]}" for c in best]
+    assert lines[3 * i : 3 * i + 3] == [str(image), *expected]
+    map_file = maps / f"{i + 1}_{i}.png"
+    assert lines[9 + i] == f"tokens: {map_file}"
+    with PIL.Image.open(map_file) as drawn:
+      assert drawn.width > 5 * 240
+
+
+def test_names_of_imagenet():
+  names = class_names.guess(1000)
+  assert len(set(names)) > 990 and names[0] == "tench, Tinca tinca"
+  assert names[999].startswith("toilet tissue")
+  assert class_names.readable(["n01440764", "cat"]) == ("tench, Tinca tinca", "cat")
+  assert class_names.guess(2) == ("class 0", "class 1")
+
+
+@pytest.mark.parametrize(
+  ("options", "image", "said"),
+  [
+    (["--weights", "bundled", "--variant", MINI], "no.png", "no.png: expected an image file"),
+    (["--weights", "bundled", "--variant", MINI], "text.png", "text.png: not an image"),
+    (["--weights", "bundled"], "0.png", "expected --weights with --plan"),
+    (["--weights", "bundled", "--plan", "nowhere.json"], "0.png", "expected a file or a published"),
+    (["--weights", OTHER, "--variant", MINI], "0.png", "do not fit"),
+    (["--variant", MINI, "--exported", "somewhere"], "0.png", "expected one of --workdir"),
+    (["--exported", "nowhere"], "0.png", "manifest.json cannot be read"),
+    (["--workdir", "nowhere"], "0.png", "expected a run"),
+    (["--weights", "bundled", "--variant", MINI, "--top", "0"], "0.png", "--top"),
+  ],
+)
+def test_a_mistake_is_one_line_and_status_2(options, image, said, files, capsys):
+  assert _predict(*options, files / image) == 2
+  error = capsys.readouterr().err
+  assert error.count("\n") == 1 and error.startswith("vitcomp_jax: ") and said in error, error

@@ -1,0 +1,146 @@
+"""Models that the stage `export` wrote, which run without the library's own modules.
+
+The folder holds `manifest.json` and the artefacts that it lists. `model.stablehlo` is what
+`jax.export` serialises, `model.onnx` is for ONNX Runtime; both hold their weights, and take any
+number of images.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import pathlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax import export as jax_export
+
+from vitcomp_jax.data.transforms import Preprocess
+from vitcomp_jax.errors import UserError
+
+FORMAT, VERSION = "vitcomp-export", 1
+MANIFEST = "manifest.json"
+FILES = {
+  "stablehlo": "model.stablehlo",
+  "onnx": "model.onnx",
+  "timm": "timm.safetensors",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Exported:
+  """An exported model: called with images, it gives the logits.
+
+  Attributes:
+    run: From images to logits (features for a model without classifier).
+    manifest: What stands in `manifest.json`.
+  """
+
+  run: Callable[[np.ndarray], np.ndarray]
+  manifest: Mapping[str, Any]
+
+  def __call__(self, images: np.ndarray | jax.Array) -> np.ndarray:
+    """Logits, f32[b c], of images [b h w 3] as `manifest["input"]` says: of what type and range.
+
+    Raises:
+      ValueError: If the images are of another shape or type.
+    """
+    images, wanted = np.asarray(images), self.manifest["input"]
+    if images.shape[1:] != tuple(wanted["shape"][1:]) or images.dtype != wanted["dtype"]:
+      shape = ["b", *wanted["shape"][1:]]
+      raise ValueError(
+        f"images: expected {wanted['dtype']}{shape}, got {images.dtype}{list(images.shape)}"
+      )
+    return self.run(images)
+
+  @property
+  def preprocess(self) -> Preprocess:
+    """What is done to every image before the model sees it."""
+    values = self.manifest["input"]["preprocess"]
+    fields: Any = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+    return Preprocess(**fields)
+
+
+def load_exported(path: str | os.PathLike[str]) -> Exported:
+  """Loads an exported model.
+
+  Args:
+    path: The folder `export` of a run, or `model.stablehlo` or `model.onnx` in it.
+
+  Raises:
+    UserError: If it is not there, is not what the manifest says, or cannot be run here.
+  """
+  path = pathlib.Path(path)
+  folder = path if path.is_dir() else path.parent
+  manifest = read_manifest(folder)
+  entries = {entry["file"]: entry for entry in manifest["artefacts"]}
+  runnable = [FILES[name] for name in RUNNERS if FILES[name] in entries]
+  name = next(iter(runnable), None) if path.is_dir() else path.name
+  if name not in runnable:
+    got = path.name if name else ", ".join(entries)
+    known = ", ".join(FILES[kind] for kind in RUNNERS)
+    raise UserError(f"{folder}: expected one of {known}, got {got}.")
+  file, entry = folder / name, entries[name]
+  if not file.is_file() or sha256(file) != entry["sha256"]:
+    raise UserError(
+      f"{file} is missing or not the file that {MANIFEST} beside it lists; export the model again."
+    )
+  return Exported(RUNNERS[entry["format"]](file), manifest)
+
+
+def read_manifest(folder: pathlib.Path) -> dict[str, Any]:
+  """The manifest of an export.
+
+  Raises:
+    UserError: If there is none.
+  """
+  path = folder / MANIFEST
+  try:
+    manifest = json.loads(path.read_text(encoding="utf-8"))
+  except (OSError, ValueError) as error:
+    raise UserError(f"{path} cannot be read ({error}); expected an export's folder.") from error
+  if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+    raise UserError(f'{path}: expected a JSON object with "format": "{FORMAT}".')
+  if manifest.get("version") != VERSION:
+    raise UserError(f"{path}: expected version {VERSION}, got {manifest.get('version')!r}.")
+  return manifest
+
+
+def sha256(path: pathlib.Path) -> str:
+  with path.open("rb") as file:
+    return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _run_stablehlo(path: pathlib.Path) -> Callable[[np.ndarray], np.ndarray]:
+  try:
+    exported = jax_export.deserialize(bytearray(path.read_bytes()))
+  except ValueError as error:
+    raise UserError(f"{path} cannot be read by JAX {jax.__version__}: {error}") from error
+  here = jax.default_backend()
+  if not {"gpu": {"cuda", "rocm"}}.get(here, {here}) & set(exported.platforms):
+    raise UserError(
+      f"{path}: expected one of its platforms ({', '.join(exported.platforms)}), got {here}; "
+      "export it again with config.export.platforms."
+    )
+  call = jax.jit(exported.call)
+  return lambda images: np.asarray(call(images))
+
+
+def _run_onnx(path: pathlib.Path) -> Callable[[np.ndarray], np.ndarray]:
+  try:
+    import onnxruntime
+  except ImportError as error:
+    raise UserError(
+      f"{path} needs ONNX Runtime, which is not installed; run `pip install vitcomp_jax[export]`."
+    ) from error
+  session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+  name = session.get_inputs()[0].name
+  return lambda images: np.asarray(session.run(None, {name: images})[0])
+
+
+RUNNERS: dict[str, Callable[[pathlib.Path], Callable[[np.ndarray], np.ndarray]]] = {
+  "stablehlo": _run_stablehlo,
+  "onnx": _run_onnx,
+}

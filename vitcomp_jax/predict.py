@@ -1,0 +1,201 @@
+"""Prints what a model sees in images, and draws what became of their tokens.
+
+    python -m vitcomp_jax.predict --plan PLAN --weights WEIGHTS IMAGE...
+    python -m vitcomp_jax.predict --workdir RUN IMAGE...
+    python -m vitcomp_jax.predict --exported RUN/export IMAGE...
+
+The exit status is 0 for done, and 2 for a mistake in the command, a file or the weights.
+"""
+
+import argparse
+import dataclasses
+import pathlib
+import sys
+from collections.abc import Callable, Sequence
+from typing import NoReturn
+
+import numpy as np
+import PIL.Image
+
+from vitcomp_jax import api
+from vitcomp_jax.config import from_config_dict
+from vitcomp_jax.data import class_names, sources
+from vitcomp_jax.data.transforms import Preprocess, evaluation_image, normalize
+from vitcomp_jax.errors import UserError
+from vitcomp_jax.exported import load_exported
+from vitcomp_jax.models.variants import get_spec
+from vitcomp_jax.models.vit import ViT
+from vitcomp_jax.plans import load_plan
+from vitcomp_jax.stages.evaluate import draw_token_maps
+from vitcomp_jax.stages.run import Run, preprocess_for, read_json
+
+_BATCH = 32  # images at once
+
+
+@dataclasses.dataclass(frozen=True)
+class Classifier:
+  """A model, and what it needs to speak of an image file.
+
+  Attributes:
+    logits: From uint8[b h w 3] to f32[b c].
+    preprocess: What is done to every image.
+    classes: Names, by label.
+    model: Whose tokens can be drawn; none of an exported one.
+    params: Its weights.
+  """
+
+  logits: Callable[[np.ndarray], np.ndarray]
+  preprocess: Preprocess
+  classes: Sequence[str]
+  model: ViT | None = None
+  params: api.Params = dataclasses.field(default_factory=dict)
+
+
+def main(argv: Sequence[str]) -> int:
+  """Prints the most probable classes of each image; returns the exit status."""
+  try:
+    options = _parse(argv[1:])
+    files = [(path, _read(path)) for path in options.images]
+    classifier = _classifier(options)
+    pre = classifier.preprocess
+    images = np.stack([evaluation_image(image, pre) for _, image in files])
+    parts = np.split(images, range(_BATCH, len(images), _BATCH))
+    logits = np.concatenate([classifier.logits(part) for part in parts])
+    for path, row in zip(options.images, logits, strict=True):
+      print(_answer(path, row, classifier.classes, options.top))
+    if options.maps:
+      _draw(options, classifier, images)
+  except UserError as error:
+    print(f"vitcomp_jax: {error}", file=sys.stderr)
+    return 2
+  return 0
+
+
+def _answer(path: str, logits: np.ndarray, classes: Sequence[str], top: int) -> str:
+  """An image's most probable classes, one a line."""
+  weights = np.exp(logits - logits.max(), dtype=np.float64)
+  shares = 100 * weights / weights.sum()
+  best = np.argsort(-shares, kind="stable")[:top]
+  return "\n".join([path, *(f"  {shares[i]:5.1f} %  {classes[i]}" for i in best)])
+
+
+def _draw(options: argparse.Namespace, classifier: Classifier, images: np.ndarray) -> None:
+  """One figure per image; numbered, as files of several folders may share a name."""
+  if classifier.model is None:
+    raise UserError("command line: --maps needs the model itself; an exported one gives no tokens.")
+  for i, (path, image) in enumerate(zip(options.images, images, strict=True), 1):
+    file = options.maps / f"{i}_{pathlib.Path(path).stem}.png"
+    try:
+      draw_token_maps(
+        file, classifier.model, classifier.params, classifier.preprocess, image[None], [path]
+      )
+    except OSError as error:
+      raise UserError(f"--maps {options.maps}: cannot be written ({error.strerror}).") from error
+    print(f"tokens: {file}")
+
+
+def _read(path: str) -> PIL.Image.Image:
+  try:
+    return sources.decode(pathlib.Path(path).read_bytes(), path)
+  except OSError as error:
+    raise UserError(f"{path}: expected an image file, got none ({error.strerror}).") from error
+  except sources.CorruptImage as error:
+    raise UserError(f"expected an image file; {error}.") from error
+
+
+def _classifier(options: argparse.Namespace) -> Classifier:
+  if options.exported:
+    found = _from_export(options.exported)
+  elif options.workdir:
+    found = _from_run(options.workdir)
+  else:
+    found = _from_weights(options.variant, options.weights, options.plan)
+  if not found.classes:
+    raise UserError("expected a model with a classifier, got one that gives features.")
+  return found
+
+
+def _from_export(path: str) -> Classifier:
+  model = load_exported(path)
+  pre, wants = model.preprocess, model.manifest["input"]
+  count = model.manifest["output"]["shape"][1]
+  names = model.manifest["class_names"] or class_names.guess(count)
+
+  def logits(images: np.ndarray) -> np.ndarray:
+    return model(normalize(images, pre) if wants["normalized"] else images)
+
+  is_classifier = model.manifest["output"]["name"] == "logits"
+  return Classifier(logits, pre, names if is_classifier else ())
+
+
+def _from_run(workdir: pathlib.Path) -> Classifier:
+  """The plan, weights and classes that a finished run ended with."""
+  path = workdir / "config.json"
+  if not path.is_file():
+    raise UserError(f"--workdir {workdir}: expected a run, got no config.json there.")
+  run = Run(from_config_dict(read_json(path).get("config", {})), workdir)
+  left = [stage for stage in run.config.stages if run.finished(stage) is None]
+  if left:
+    raise UserError(f"--workdir {workdir}: expected a finished run, got no end of {left[0]}.")
+  names = class_names.readable(run.eval_data.class_names)
+  if len(names) != run.spec.num_classes:
+    names = class_names.guess(run.spec.num_classes)
+  return _of(ViT(run.spec, run.layers), run.params, run.eval_data.pre, names)
+
+
+def _from_weights(variant: str | None, weights: str | None, plan: str | None) -> Classifier:
+  found = load_plan(plan) if plan else None
+  name = variant or (found.variant if found else None)
+  if name is None or weights is None:
+    raise UserError(
+      "command line: expected --weights with --plan or --variant, or --workdir, or --exported."
+    )
+  spec = get_spec(name)
+  layers = found.layers_for(spec) if found else spec.dense_layers
+  indices = found.indices if found else None
+  params = api.load_params(spec, layers, weights, fresh_head=False, indices=indices)
+  bundled = weights == "bundled"
+  names = sources.make_source("bundled", None, None, (1, 1), 0).class_names if bundled else ()
+  return _of(
+    ViT(spec, layers), params, preprocess_for(spec), names or class_names.guess(spec.num_classes)
+  )
+
+
+def _of(model: ViT, params: api.Params, pre: Preprocess, names: Sequence[str]) -> Classifier:
+  def logits(images: np.ndarray) -> np.ndarray:
+    return np.asarray(api.apply(model, params, normalize(images, pre)), np.float32)
+
+  return Classifier(logits, pre, names if model.spec.num_classes else (), model, params)
+
+
+class _Parser(argparse.ArgumentParser):
+  def error(self, message: str) -> NoReturn:
+    raise UserError(f"command line: {message}.")
+
+
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
+  parser = _Parser(
+    prog="python -m vitcomp_jax.predict",
+    description=__doc__,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+    allow_abbrev=False,
+  )
+  parser.add_argument("images", nargs="+", metavar="IMAGE", help="image files")
+  parser.add_argument("--plan", help="a published plan's name, or a plan.json; none: dense")
+  parser.add_argument("--weights", help="a file, a hub id, or `bundled`")
+  parser.add_argument("--variant", help="timm's name; none: the plan's")
+  parser.add_argument("--workdir", type=pathlib.Path, help="a finished run, instead of these three")
+  parser.add_argument("--exported", help="a run's folder `export`, or an artefact in it, instead")
+  parser.add_argument("--top", type=int, default=5, help="how many classes are printed")
+  parser.add_argument("--maps", type=pathlib.Path, metavar="DIR", help="where to draw token maps")
+  options = parser.parse_args(argv)
+  given = bool(options.plan or options.weights or options.variant)
+  if given + (options.workdir is not None) + (options.exported is not None) > 1:
+    parser.error("expected one of --workdir, --exported, and --weights with what belongs to it")
+  if options.top < 1:
+    parser.error(f"expected --top of at least 1, got {options.top}")
+  return options
+
+
+if __name__ == "__main__":
+  sys.exit(main(sys.argv))
