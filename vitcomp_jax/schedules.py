@@ -197,7 +197,7 @@ def compressed_layers(
     first: Whether the first may.
     last: Whether the last may; none: unless the head pools over the patches it leaves.
   """
-  last = spec.pool != "size_mean" if last is None else last
+  last = not spec.pools_patches if last is None else last
   ends = {spec.depth - 1: last, 0: first}
   return tuple(ends.get(i, True) for i in range(spec.depth))
 
@@ -255,7 +255,7 @@ def _tome(power: float) -> Callable[[ViTSpec, float], Layers]:
     removed = np.round(strength * spec.num_patches / 2 * np.cumsum(weights))
     # MAE's authors of ToMe do without proportional attention.
     r = np.diff(removed, prepend=0).astype(int).tolist()
-    return tome(spec, r, prop_attn=spec.pool != "size_mean")
+    return tome(spec, r, prop_attn=not spec.pools_patches)
 
   return at
 

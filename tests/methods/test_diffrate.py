@@ -16,6 +16,7 @@ from vitcomp_jax.data.transforms import Preprocess
 from vitcomp_jax.errors import UserError
 from vitcomp_jax.methods.diffrate import DiffRate, candidates, expected_count, kept_count
 from vitcomp_jax.models.reducers import PruneMerge
+from vitcomp_jax.models.vit import ViT
 from vitcomp_jax.parallel import Layout
 from vitcomp_jax.stages.search import make_method, search_loss
 from vitcomp_jax.training.step import init_state, make_step, with_rows
@@ -93,6 +94,28 @@ def _check_parity(spec, layers, params, seed):
   # Masked tokens are still there, behind the kept ones.
   held = np.where(masked.tokens.source < counts[-1], masked.tokens.source, -1)
   np.testing.assert_array_equal(_together(held), _together(np.asarray(static.tokens.source)))
+
+
+@pytest.mark.parametrize(
+  ("kind", "mask_eps"), [("cls", 0.0), ("cls", 1e-6), ("mean", 0.0), ("distilled", 0.0)]
+)
+def test_logits_alone_need_no_more_than_the_head_reads(kind, mask_eps):
+  spec = SPECS[kind]
+  method = DiffRate(1.0, compress_first=True, compress_last=True, mask_eps=mask_eps)
+  params, images = random_params(spec), random_images(spec, 3)
+  arch = jax.tree.map(lambda x: x / 50, _arch_of(spec, _random_plan(spec, 1)))
+
+  def figures(arch, layers):
+    out = ViT(spec, layers).apply({"params": params, "arch": arch}, images, method="forward")
+    penalty, _ = method.penalty(spec, arch, out, jnp.asarray(0))
+    return jnp.sum(out.logits**2) + penalty, out.logits
+
+  both = [method.layers(spec, logits_only=given) for given in (False, True)]
+  assert (both[0] == both[1]) == spec.pools_patches
+  whole, less = (
+    jax.jit(jax.value_and_grad(lambda a, l=l: figures(a, l), has_aux=True))(arch) for l in both
+  )
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), whole, less)
 
 
 def test_authors_clamp_sees_something_else():

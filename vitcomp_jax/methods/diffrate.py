@@ -14,9 +14,9 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from vitcomp_jax.costs import MACS, Cost
-from vitcomp_jax.models.reducers import PruneMerge, first_tokens
+from vitcomp_jax.models.reducers import PruneMerge
 from vitcomp_jax.models.spec import LayerSpec, ViTSpec
-from vitcomp_jax.models.tokens import AttentionStats, Aux, Output, Tokens
+from vitcomp_jax.models.tokens import AttentionStats, Aux, Output, Tokens, first_tokens
 from vitcomp_jax.ops import merge, select
 from vitcomp_jax.ops.straight_through import ste_ceil, ste_mask, ste_min
 from vitcomp_jax.schedules import compressed_layers
@@ -95,8 +95,7 @@ class PruneMergeSearch(nn.Module):
     assert tokens.keep is not None
     prune_probability, prune_count = self._choice("prune")
     merge_probability, merge_count = self._choice("merge")
-    # Not counted in `keep`: one image's mask would have to reach every device.
-    before = jnp.asarray(n if tokens.num_kept is None else tokens.num_kept, prune_count.dtype)
+    before = self._before(tokens, prune_count.dtype)
     pruned = jnp.minimum(before, prune_count)
     keep = tokens.keep * _rank_mask(prune_probability[:n], prune_count, before)[None]
     if self.granularity[1] <= self.num_patches:
@@ -108,6 +107,11 @@ class PruneMergeSearch(nn.Module):
   def count(self, n: int) -> int:
     """All tokens stay, masked or not."""
     return n
+
+  def _before(self, tokens: Tokens, dtype: jnp.dtype) -> Array:
+    # Not counted in `keep`: one image's mask would have to reach every device.
+    total = self.num_patches + self.num_prefix
+    return jnp.asarray(total if tokens.num_kept is None else tokens.num_kept, dtype)
 
   def _choice(self, what: str) -> tuple[Array, Array]:
     """The probability that each rank is kept, and the kept count, prefix included."""
@@ -154,6 +158,16 @@ class PruneMergeSearch(nn.Module):
       size=jax.lax.stop_gradient(size),
       source=_follow_join(tokens.source, receiver, joins[0]),
     )
+
+
+class PruneMergeCounts(PruneMergeSearch):
+  """The counts of a last layer of which only the prefix is left: no token needs to be masked."""
+
+  @nn.compact
+  def __call__(self, tokens: Tokens, stats: AttentionStats | None) -> tuple[Tokens, Aux]:
+    (_, prune_count), (_, merge_count) = self._choice("prune"), self._choice("merge")
+    before = self._before(tokens, prune_count.dtype)
+    return tokens, Aux(ste_min(before, prune_count, merge_count))
 
 
 class PruneMergeMasked(PruneMergeSearch):
@@ -247,12 +261,23 @@ class DiffRate:
     """Which layers may lose tokens."""
     return compressed_layers(spec, self.compress_first, self.compress_last)
 
-  def layers(self, spec: ViTSpec) -> tuple[LayerSpec, ...]:
-    """Layers whose reducers learn their counts; one reducer per layer, as each has its own."""
-    return tuple(
+  def layers(self, spec: ViTSpec, logits_only: bool = False) -> tuple[LayerSpec, ...]:
+    """Layers whose reducers learn their counts; one reducer per layer, as each has its own.
+
+    Args:
+      spec: The model.
+      logits_only: Of the last layer, only what the head reads is computed. Logits, counts and their
+        gradients are the same.
+    """
+    layers = [
       dataclasses.replace(layer, reduce=self._reducer(spec, compressed), mask_eps=self.mask_eps)
       for layer, compressed in zip(self._base(spec), self.is_compressed(spec), strict=True)
-    )
+    ]
+    if logits_only and not spec.pools_patches:
+      whole = self._reducer(spec, self.is_compressed(spec)[-1])
+      counts = PruneMergeCounts(spec.num_patches, spec.num_prefix, whole.granularity)
+      layers[-1] = dataclasses.replace(layers[-1], reduce=counts, queries=spec.num_prefix)
+    return tuple(layers)
 
   def masked_layers(
     self, spec: ViTSpec, limits: Sequence[int | None] | None = None

@@ -179,16 +179,6 @@ def take_most_important(tokens: Tokens, importance: Array, count: int) -> Tokens
   )
 
 
-def first_tokens(tokens: Tokens, count: int) -> Tokens:
-  """The first `count` tokens; patches whose token is not among them are pruned."""
-  return tokens.replace(
-    x=tokens.x[:, :count],
-    size=None if tokens.size is None else tokens.size[:, :count],
-    keep=None if tokens.keep is None else tokens.keep[:, :count],
-    source=jnp.where(tokens.source < count, tokens.source, -1),
-  )
-
-
 def _merge_last(tokens: Tokens, keep: int, signed_similarity: bool) -> Tokens:
   size = _one_each(tokens) if tokens.size is None else tokens.size
   receiver, weight = merge.receivers(tokens.x, keep, tokens.num_prefix)

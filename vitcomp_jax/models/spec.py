@@ -26,6 +26,8 @@ class LayerSpec:
     size_bias: Proportional attention: merged tokens weigh as much as their patches.
     mask_eps: Smoothing of the softmax where tokens are masked; the authors': 1e-6.
     layer_scale: Learnt per-channel factors on both residual branches.
+    queries: The first so many tokens alone attend and go on, such as those that the head reads; the
+      others still are keys and values. None: all.
     drop_path: Probability of dropping a residual branch of an image (stochastic depth).
   """
 
@@ -41,6 +43,7 @@ class LayerSpec:
   size_bias: bool = True
   mask_eps: float = 0.0
   layer_scale: bool = False
+  queries: int | None = None
   drop_path: float = 0.0
 
 
@@ -121,6 +124,11 @@ class ViTSpec:
   @property
   def num_tokens(self) -> int:
     return self.num_prefix + self.num_patches
+
+  @property
+  def pools_patches(self) -> bool:
+    """Whether the head reads the patch tokens; otherwise the prefix."""
+    return self.pool == "size_mean"
 
   @property
   def pos_prefix(self) -> int:

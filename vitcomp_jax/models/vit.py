@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from vitcomp_jax.models.layers import EncoderBlock, PatchEmbed, dense, layer_norm
+from vitcomp_jax.models.layers import EncoderBlock, LayerNorm, PatchEmbed, dense
 from vitcomp_jax.models.spec import LayerSpec, ViTSpec
 from vitcomp_jax.models.tokens import Output, Tokens
 
@@ -38,9 +38,9 @@ class ViT(nn.Module):
     self.pos_embed = self.param("pos_embed", _position_init, positions)
     self.blocks = [encoder_block(spec, layer, self.remat) for layer in self.layers]
     if spec.pool == "size_mean":
-      self.fc_norm = layer_norm(spec.norm_eps)
+      self.fc_norm = LayerNorm(spec.norm_eps)
     else:
-      self.norm = layer_norm(spec.norm_eps)
+      self.norm = LayerNorm(spec.norm_eps)
     if spec.num_classes:
       self.head = dense(spec.num_classes, spec.dtype)
       if spec.distilled:

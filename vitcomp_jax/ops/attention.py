@@ -13,7 +13,7 @@ _LARGEST_WEIGHT = 1e6
 
 
 def attend(
-  q: Float[Array, "b h n k"],
+  q: Float[Array, "b h q k"],
   k: Float[Array, "b h n k"],
   v: Float[Array, "b h n k"],
   scale: float,
@@ -21,14 +21,14 @@ def attend(
   keep: Float[Array, "b n"] | None = None,
   eps: float = 0.0,
   form: str = "auto",
-) -> Float[Array, "b h n k"]:
+) -> Float[Array, "b h q k"]:
   """Proportional attention: each key weighs as much as the patches it stands for.
 
   With `keep`, no token is removed; instead a row sees the kept keys and itself, so that kept rows
   come out as if the others were gone, while gradients still reach `keep` at dropped keys.
 
   Args:
-    q: Queries.
+    q: Queries, of all tokens or of the first ones.
     k: Keys.
     v: Values.
     scale: Factor of the products, 1/sqrt(k) in a plain ViT.
@@ -59,7 +59,7 @@ def attend(
     keep = jnp.ones((k.shape[0], k.shape[2]), _wide(k))
   if log_size is None:
     log_size = jnp.zeros_like(keep)
-  if not eps:
+  if not eps and q.shape == k.shape:
     return _attend_masked(scale, q, k, v, log_size, keep)
   return _masked(q, k, v, scale, log_size, keep, eps)
 
@@ -103,16 +103,17 @@ def _masked(
   q: Array, k: Array, v: Array, scale: float, log_size: Array, keep: Array, eps: float
 ) -> Array:
   logits = _logits(q, k, scale, log_size)
-  own = _own_logits(q, k, scale, log_size)[..., None]
+  n = q.shape[2]
+  own = _own_logits(q, k[:, :, :n], scale, log_size[:, :n])[..., None]
   # Relative to what the row sees, or its sum may vanish; the authors' eps is relative to all.
   seen = logits if eps else logits + _hidden(keep < 0.5)[:, None, None]
   peak = jnp.maximum(_peak(seen), jax.lax.stop_gradient(own))
-  own = jnp.exp(own - peak) * (1 - keep)[:, None, :, None]
+  own = jnp.exp(own - peak) * (1 - keep[:, :n])[:, None, :, None]
   weights = jnp.exp(jnp.minimum(logits - peak, math.log(_LARGEST_WEIGHT)))
   weights = weights * keep[:, None, None, :]
   total = jnp.sum(weights, axis=-1, keepdims=True) + own + eps
   values = v.astype(weights.dtype)
-  out = _weigh(weights, v) + own * values
+  out = _weigh(weights, v) + own * values[:, :, :n]
   if eps:
     out = out + eps / v.shape[2] * jnp.sum(values, axis=2, keepdims=True)
   return (out / total).astype(v.dtype)
@@ -162,8 +163,11 @@ def _attend_masked_backward(
   own_row, change_row = (own * row)[..., None], (own_change * row)[..., None]
   dv = column * _weigh(weights, grad) + own_row * grad
   dk = scale * (column * _weigh(change, q) + change_row * q)
-  kept_k = (column * k).swapaxes(2, 3).astype(k.dtype)
-  dq = scale * (_weigh(kept_k, change.astype(k.dtype)).swapaxes(2, 3) + change_row * k)
+  kept_k = (column * k).astype(k.dtype)
+  dq = jnp.einsum(
+    "bhnq,bhnk->bhqk", change.astype(k.dtype), kept_k, preferred_element_type=_wide(k)
+  )
+  dq = scale * (dq + change_row * k)
   by_key = jnp.sum(change, axis=3)  # [b h n]
   dkeep = jnp.sum(by_key - own_change, axis=1)
   dlog_size = jnp.sum(keep[:, None] * by_key + own_change * row, axis=1)

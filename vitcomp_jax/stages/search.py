@@ -333,7 +333,9 @@ def search_loss(
   config: SearchConfig, method: DiffRate, spec: ViTSpec, preprocess: Preprocess
 ) -> LossFn:
   """The task loss of the masked model plus the method's penalty, as a function of the rates."""
-  model = ViT(spec, with_drop_path(method.layers(spec), config.drop_path), config.remat)
+  model = ViT(
+    spec, with_drop_path(method.layers(spec, logits_only=True), config.drop_path), config.remat
+  )
   task_of = task_loss(config, model, preprocess, method.base)
 
   def loss_fn(params, arch, fixed, batch, key, step):
