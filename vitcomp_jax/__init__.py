@@ -2,9 +2,10 @@
 
 `import vitcomp_jax as vc`, then `vc.load`, `vc.apply`, `vc.load_plan`, `vc.count_cost`; the stages
 of a run are `vc.pretrain`, `vc.slim`, `vc.search`, `vc.finetune`, `vc.evaluate`, `vc.benchmark`,
-`vc.compare` and `vc.export`, whose artefacts `vc.load_exported` runs. `vc.schedules` makes the
-layers of ToMe, EViT, DynamicViT and hand-made schedules, `vc.make_plan` a plan of them, and
-`vc.unmerge` brings tokens back to the grid of patches.
+`vc.compare`, `vc.visualize` and `vc.export`, whose artefacts `vc.load_exported` runs.
+`vc.schedules` makes the layers of ToMe, EViT, DynamicViT and hand-made schedules, `vc.make_plan` a
+plan of them, and `vc.unmerge` brings tokens back to the grid of patches. `vc.pictures` draws what a
+model does to images, `vc.figures` whatever a run draws.
 """
 
 import functools
@@ -17,7 +18,7 @@ from vitcomp_jax.exported import Exported, load_exported
 from vitcomp_jax.models.variants import get_spec, list_variants
 from vitcomp_jax.ops.select import unmerge
 from vitcomp_jax.plans import Plan, list_plans, load_plan, make_plan
-from vitcomp_jax.stages import run_stage
+from vitcomp_jax.stages import figures, pictures, run_stage
 
 pretrain = functools.partial(run_stage, "pretrain")
 slim = functools.partial(run_stage, "slim")
@@ -26,6 +27,7 @@ finetune = functools.partial(run_stage, "finetune")
 benchmark = functools.partial(run_stage, "benchmark")
 compare = functools.partial(run_stage, "compare")
 evaluate = functools.partial(run_stage, "evaluate")
+visualize = functools.partial(run_stage, "visualize")
 export = functools.partial(run_stage, "export")
 
 __all__ = [
@@ -40,6 +42,7 @@ __all__ = [
   "default_config",
   "evaluate",
   "export",
+  "figures",
   "finetune",
   "get_spec",
   "list_plans",
@@ -48,9 +51,11 @@ __all__ = [
   "load_exported",
   "load_plan",
   "make_plan",
+  "pictures",
   "pretrain",
   "schedules",
   "search",
   "slim",
   "unmerge",
+  "visualize",
 ]
