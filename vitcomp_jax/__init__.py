@@ -4,8 +4,9 @@
 of a run are `vc.pretrain`, `vc.slim`, `vc.search`, `vc.finetune`, `vc.evaluate`, `vc.benchmark`,
 `vc.compare`, `vc.visualize` and `vc.export`, whose artefacts `vc.load_exported` runs.
 `vc.schedules` makes the layers of ToMe, EViT, DynamicViT and hand-made schedules, `vc.make_plan` a
-plan of them, and `vc.unmerge` brings tokens back to the grid of patches. `vc.pictures` draws what a
-model does to images, `vc.figures` whatever a run draws.
+plan of them, and `vc.unmerge` brings tokens back to the grid of patches. `vc.pictures` draws what
+plans and models do, `vc.figures` whatever else a run has figures of, `vc.published_accuracies` says
+what others measured.
 """
 
 import functools
@@ -19,6 +20,7 @@ from vitcomp_jax.models.variants import get_spec, list_variants
 from vitcomp_jax.ops.select import unmerge
 from vitcomp_jax.plans import Plan, list_plans, load_plan, make_plan
 from vitcomp_jax.stages import figures, pictures, run_stage
+from vitcomp_jax.stages.published import accuracies as published_accuracies
 
 pretrain = functools.partial(run_stage, "pretrain")
 slim = functools.partial(run_stage, "slim")
@@ -53,6 +55,7 @@ __all__ = [
   "make_plan",
   "pictures",
   "pretrain",
+  "published_accuracies",
   "schedules",
   "search",
   "slim",

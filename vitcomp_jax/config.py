@@ -239,7 +239,7 @@ class CompareConfig:
 @dataclasses.dataclass(frozen=True)
 class VisualizeConfig:
   images: CountOrZero = 2  # whose tokens and attention are drawn
-  layers: tuple[Count, ...] = ()  # after which they are drawn, from 1; empty: all, at most 14
+  layers: tuple[Count, ...] = ()  # after which they are drawn, from 1; empty: up to 14
   plans: tuple[str, ...] = ()  # names or paths of plans to draw beside the run's own
   published: bool = True  # draw published figures beside measured ones, where there are some
 

@@ -82,8 +82,9 @@ class Table:
       for first, *rest in self.lines
     )
     return (
-      f'<div class="wide"><table>\n<caption>{_inline(self.caption)}</caption>\n'
-      f"<thead><tr>{heads}</tr></thead>\n<tbody>\n{lines}\n</tbody>\n</table></div>"
+      f"<figure>\n<figcaption>{_inline(self.caption)}</figcaption>\n"
+      f'<div class="wide"><table>\n<thead><tr>{heads}</tr></thead>\n'
+      f"<tbody>\n{lines}\n</tbody>\n</table></div>\n</figure>"
     )
 
 
@@ -113,7 +114,7 @@ class Picture:
     data = base64.b64encode(path.read_bytes()).decode("ascii")
     image = f'<img alt="{html.escape(self.alt)}" src="data:image/{kind};base64,{data}">'
     caption = f"<figcaption>{_inline(self.caption)}</figcaption>"
-    return f"<figure>\n{image}\n{caption}\n</figure>"
+    return f'<figure>\n<div class="wide">{image}</div>\n{caption}\n</figure>'
 
 
 def to_markdown(blocks: Sequence[Block]) -> str:
@@ -150,18 +151,16 @@ body {
 }
 h1 { font-size: 1.7rem; line-height: 1.2; }
 h2 { margin-top: 2.5rem; border-bottom: 1px solid var(--line); font-size: 1.3rem; }
-p, li, figcaption, caption { overflow-wrap: anywhere; }
-.wide { overflow-x: auto; margin: 1rem 0; }
+p, li, figcaption { overflow-wrap: anywhere; }
+.wide { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-caption, figcaption { color: var(--dim); font-size: .9rem; text-align: left; }
-caption { padding-bottom: .4rem; }
+figcaption { padding: .4rem 0; color: var(--dim); font-size: .9rem; }
 th, td { padding: .25rem .7rem; border-bottom: 1px solid var(--line); text-align: right; }
 th:first-child { text-align: left; white-space: nowrap; }
-thead th { vertical-align: bottom; border-bottom-width: 2px; }
+thead th { white-space: nowrap; border-bottom-width: 2px; }
 tbody th { font-weight: 400; }
 figure { margin: 1.5rem 0; break-inside: avoid; }
-img { display: block; max-width: 100%; height: auto; padding: .5rem; background: #fff; }
-figcaption { padding-top: .4rem; }
+img { display: block; max-width: max(100%, 36rem); padding: .5rem; background: #fff; }
 code { font-size: .9em; }
 @media print { body { max-width: none; padding: 0; } .wide { overflow: visible; } }
 </style>

@@ -9,7 +9,7 @@ import numpy as np
 from vitcomp_jax import macs
 from vitcomp_jax.costs import MACS
 from vitcomp_jax.metrics import read_metrics
-from vitcomp_jax.models.reducers import PruneMerge, keep_all
+from vitcomp_jax.models.reducers import BipartiteMerge, PruneMerge, keep_all
 from vitcomp_jax.models.spec import LayerSpec, ViTSpec
 from vitcomp_jax.plans import Plan
 from vitcomp_jax.stages import figures
@@ -54,11 +54,14 @@ def schedules_of(spec: ViTSpec, models: Mapping[str, Layers]) -> dict[str, list[
 
 
 def kept_counts(spec: ViTSpec, layers: Layers) -> list[tuple[int, int]]:
-  """Tokens after pruning and after merging in each layer; equal where there is one reduction."""
+  """Tokens after pruning and after merging in each layer; equal where it does not merge."""
   counts = []
-  for layer, (_, after) in zip(layers, macs.static_counts(spec, layers), strict=True):
+  for layer, (before, after) in zip(layers, macs.static_counts(spec, layers), strict=True):
     r = layer.reduce
-    counts.append((r.prune_keep, r.merge_keep) if isinstance(r, PruneMerge) else (after, after))
+    if isinstance(r, PruneMerge):
+      counts.append((r.prune_keep, r.merge_keep))
+    else:
+      counts.append((before if isinstance(r, BipartiteMerge) else after, after))
   return counts
 
 

@@ -1,7 +1,7 @@
-"""Pictures of what a model does to images."""
+"""What plans and models do, drawn: the tokens they leave, and what becomes of images."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -13,9 +13,11 @@ from vitcomp_jax.api import Params
 from vitcomp_jax.data.transforms import normalize
 from vitcomp_jax.models.layers import Attention
 from vitcomp_jax.models.reducers import keep_all
+from vitcomp_jax.models.spec import ViTSpec
 from vitcomp_jax.models.vit import ViT
 from vitcomp_jax.ops.select import unmerge
-from vitcomp_jax.stages import figures
+from vitcomp_jax.plans import Plan
+from vitcomp_jax.stages import drawing, figures
 from vitcomp_jax.stages.run import preprocess_for
 
 
@@ -54,6 +56,12 @@ def cls_attention(
   """Draws how much attention CLS pays each patch of images; arguments as for `token_maps`."""
   chosen = _named(model, _inside(model, params, images)[1], layers)
   return figures.cls_attention(images, chosen, model.spec.grid, _titles(titles, images), about)
+
+
+def schedules(spec: ViTSpec, plans: Mapping[str, Plan]) -> Figure:
+  """Draws the tokens that each layer leaves under plans, by their names."""
+  models = {name: plan.layers_for(spec) for name, plan in plans.items()}
+  return figures.schedules(drawing.schedules_of(spec, models), spec.num_tokens)
 
 
 def spaced(depth: int, most: int) -> list[int]:

@@ -61,7 +61,8 @@ CAPTIONS = {
   ),
   "token_maps_by_layer": (
     "Images with their tokens after each layer",
-    "The same, layer by layer.",
+    "Which patches share a token (outlined, in their mean colour) and which are pruned (dark), "
+    "after each layer that removes some.",
   ),
   "attention": (
     "Maps of the attention of CLS, one for each layer",
@@ -266,7 +267,9 @@ def _search_blocks(summary: Mapping[str, Any], budget_text: str) -> list[Block]:
   if key == "latency_ms":
     asked += f" for a batch of {summary['batch']} on {summary['device']}, by `latency.json`"
   has_offset = summary.get("offset") is not None
-  by = f", by an offset of {summary['offset']:+.3g} on the expected counts" if has_offset else ""
+  by = (
+    f", by an offset of {summary['offset'] + 0.0:+.3g} on the expected counts" if has_offset else ""
+  )
   lines = [
     f"{summary['steps']:,} steps on {summary['images']:,} images, {summary['minutes']:.1f} minutes",
     f"Budget: {budget_text} ({asked})" if budget_text else f"Budget: {asked}",

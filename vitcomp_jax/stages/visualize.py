@@ -37,7 +37,8 @@ def visualize(run: Run) -> dict[str, Any]:
   measured = evaluate.result_so_far(run)["rows"]
   rows = evaluate.rows_of(run) | _compared(run)
   models = {name: row.layers for name, row in rows.items()}
-  drawing.draw(run, models, measured)
+  # A comparison has drawn its rows itself, among random schedules.
+  drawing.draw(run, models, [] if run.finished("compare") else measured)
   _draw_plans(run, models)
   _draw_published(run, measured)
   _draw_images(run, rows)
@@ -91,6 +92,19 @@ def _draw_published(run: Run, rows: Sequence[Mapping[str, Any]]) -> None:
       figures.save(figure, run.workdir / "figures", "published")
 
 
+def _removing(run: Run, row: Row) -> list[int]:
+  """The layers after which there are fewer tokens than before, from 1."""
+  num_tokens = run.spec.num_tokens
+  left = figures.tokens_left(drawing.kept_counts(run.spec, row.layers), num_tokens)
+  before = [num_tokens, *(after for _, after in left)]
+  return [i for i, (_, after) in enumerate(left, 1) if after < before[i - 1]]
+
+
+def _some(layers: Sequence[int]) -> list[int]:
+  """All layers, or at even distances as many as a figure shows."""
+  return [layers[i - 1] for i in pictures.spaced(len(layers), min(_MOST_LAYERS, len(layers)))]
+
+
 def _draw_images(run: Run, rows: Mapping[str, Row]) -> None:
   """What the plan in force, or the first model that removes tokens, does to a few images."""
   config, folder = run.config.visualize, run.workdir / "figures"
@@ -99,9 +113,11 @@ def _draw_images(run: Run, rows: Mapping[str, Row]) -> None:
     return
   reduced = [name for name, row in rows.items() if drawing.removes(row.layers)]
   name = evaluate.plan_name(run, run.plan) if run.plan else [*reduced, *rows][0]
-  row, layers = rows[name], config.layers or pictures.spaced(run.spec.depth, _MOST_LAYERS)
+  row = rows[name]
   about = f"Model: {name}."
   shown = ViT(run.spec, row.layers), row.params, batch["image"], evaluate.titles(run, batch)
   if name in reduced:
+    layers = config.layers or _some(_removing(run, row))
     figures.save(pictures.token_maps(*shown, layers, about), folder, "token_maps_by_layer")
+  layers = config.layers or _some(range(1, run.spec.depth + 1))
   figures.save(pictures.cls_attention(*shown, layers, about), folder, "attention")

@@ -5,8 +5,8 @@ tell the same, for gray print.
 """
 
 from vitcomp_jax.stages.figures.attention import attention_map, cls_attention
-from vitcomp_jax.stages.figures.schedules import schedules, tokens_left
-from vitcomp_jax.stages.figures.search_curves import search_curves
+from vitcomp_jax.stages.figures.plans import schedules, tokens_left
+from vitcomp_jax.stages.figures.search import search_curves
 from vitcomp_jax.stages.figures.slimming import (
   kept_patches,
   kept_units,
@@ -14,7 +14,7 @@ from vitcomp_jax.stages.figures.slimming import (
   mask_histograms,
 )
 from vitcomp_jax.stages.figures.style import number, save
-from vitcomp_jax.stages.figures.token_maps import paint_groups, token_map, token_maps
+from vitcomp_jax.stages.figures.tokens import paint_groups, token_map, token_maps
 from vitcomp_jax.stages.figures.tradeoff import accuracy_against_gmacs
 
 __all__ = [

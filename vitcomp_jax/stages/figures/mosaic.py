@@ -58,7 +58,7 @@ def mosaic(
       axes.set_axis_off()
   write(_GAP, top_of_foot, "\n".join(wrapped), fontsize=_FOOT, va="top", color="#303030")
   if bar:
-    place = figure.add_axes(box(_GAP, height - _BAR - 4, min(width - 2 * _GAP, 2 * w), 14))
+    place = figure.add_axes(box(2 * _GAP, height - _BAR - 4, min(width - 4 * _GAP, 2 * w), 14))
     colors = figure.colorbar(bar, cax=place, orientation="horizontal", format="%g")
     colors.set_label(bar_label, fontsize=_FOOT, labelpad=1)
     colors.ax.tick_params(labelsize=_FOOT, pad=1)
@@ -67,7 +67,7 @@ def mosaic(
 
 def _shortened(text: str, width: int) -> str:
   """As many characters as stand above a picture."""
-  most = width // 10
+  most = width // 10  # as wide as most letters are
   return text if len(text) <= most else f"{text[: most - 1]}…"
 
 

@@ -42,8 +42,8 @@ def accuracy_against_gmacs(
       method, point = _method(row["name"]), (row["gmacs"], row["top1"])
       methods.setdefault(method, []).append(point)
       labels.append((*point, row["name"], _method_style(method, list(methods))[0]))
-  for index, (source, points) in enumerate((published or {}).items()):
-    color, marker = COLORS[index % (len(COLORS) - 1)], MARKERS[index % len(MARKERS)]
+  for source, points in (published or {}).items():
+    color, marker, size = _method_style(source, list(published or {}))
     axes.plot(
       *columns(sorted(points)),
       label=source,
@@ -51,7 +51,7 @@ def accuracy_against_gmacs(
       linestyle=":",
       linewidth=1,
       marker=marker,
-      markersize=7,
+      markersize=size - 1,
       markerfacecolor="none",
     )
   for index, (method, points) in enumerate(methods.items()):
@@ -85,7 +85,7 @@ def _method(name: str) -> str:
 
 def _method_style(method: str, methods: list[str]) -> tuple[str, str, float]:
   """Colour, marker and its size."""
-  if method == "dense":
+  if method.startswith("dense"):
     return BLACK, "*", 13
-  index = [m for m in methods if m != "dense"].index(method)
+  index = [m for m in methods if not m.startswith("dense")].index(method)
   return COLORS[index % (len(COLORS) - 1)], MARKERS[index % len(MARKERS)], 8

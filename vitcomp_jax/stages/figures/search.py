@@ -36,13 +36,13 @@ def search_curves(
   figure, losses = subplots(width=7.0, height=5.4, rows=2)
   compute = figure.axes[1]
   dot = "." if len(records) <= 60 else ""
-  for key, label, color, line in (
+  for name, what, color, line in (
     ("loss", "loss with the budget term", BLUE, "-"),
     ("task_loss", "task loss", VERMILION, (0, (4, 1.2))),
   ):
-    points = [(r["step"], r[key]) for r in records if r.get(key) is not None]
+    points = [(r["step"], r[name]) for r in records if r.get(name) is not None]
     if points:
-      losses.plot(*columns(points), color=color, ls=line, marker=dot, lw=1.5, label=label)
+      losses.plot(*columns(points), color=color, ls=line, marker=dot, lw=1.5, label=what)
   values = [r[k] for r in records for k in ("loss", "task_loss") if r.get(k) is not None]
   if values and 0 < 20 * min(values) < max(values):
     losses.set_yscale("log")
@@ -60,5 +60,5 @@ def search_curves(
   compute.xaxis.set_major_locator(MaxNLocator(integer=True))
   for axes in (losses, compute):
     if axes.get_legend_handles_labels()[0]:
-      axes.legend(fontsize=SMALL, loc="upper right", framealpha=0.9)
+      axes.legend(fontsize=SMALL, loc="best", framealpha=0.9)
   return figure
