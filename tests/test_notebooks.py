@@ -29,7 +29,7 @@ def test_addresses_are_those_of_setup_py(notebook):
   owner = REPOSITORY.removeprefix("https://github.com/")
   address = f"https://colab.research.google.com/github/{owner}/blob/main/colabs/{notebook.name}"
   assert f"]({address})" in "".join(_cells(notebook, "markdown")[0]["source"])
-  assert f"({address})" in (ROOT / "README.md").read_text()
+  assert f"]: {address}\n" in (ROOT / "README.md").read_text()
   install = "".join(_cells(notebook, "code")[0]["source"])
   assert install.endswith(f"--constraint constraints.txt git+{REPOSITORY}")
   addresses = re.findall(r"github(?:\.com)?/([\w.-]+/[\w.-]+)", notebook.read_text())
