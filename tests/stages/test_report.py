@@ -129,7 +129,8 @@ def test_token_maps(tmp_path, side):
   check(figure, tmp_path)
   texts = [text.get_text() for text in figure.texts]
   heads = ["layer 1: 17 tokens", "layer 3: 5 tokens"]
-  assert texts[:6] == ["boot", *heads, "a shirt with a very l…", *heads]
+  assert texts[:3] == ["boot", *heads] and texts[4:6] == heads
+  assert texts[3].startswith("a shirt with a very l") and texts[3].endswith("…")
 
 
 def test_attention_maps(tmp_path):
