@@ -34,6 +34,7 @@ def test_a_run_with_all_there_is(tmp_path):
   spec = get_spec(TINY)
   other = tmp_path / "other.json"
   save_plan(vc.make_plan(spec, vc.schedules.tome(spec, 3), {"method": "tome"}), other)
+  config.budget.fraction = 0.75
   config.visualize.images, config.visualize.plans = 1, (str(other),)
   config.evaluate.baselines = ("uniform",)
   run = tmp_path / "run"

@@ -80,7 +80,7 @@ _ABSENT = {
     "Published figures: there are some for DeiT, MAE and ViT on ImageNet-1k, none for this model "
     "on these data."
   ),
-  "search": "Search curves: no search of token counts has run here.",
+  "search": "Search curves: this run itself has searched no token counts.",
   "widths": "Widths and masks: no plan of this run is slimmed.",
   "attention": "Pictures of images: `config.visualize.images` is 0, or the data hold none.",
 }
