@@ -302,7 +302,7 @@ def test_the_html_report_is_the_other_one_in_one_file(tmp_path):
   ]
   assert all(image["alt"] for image in page.images)
   assert "http" not in re.sub(r"base64,[^\"]*", "", text) and "url(" not in text
-  assert "Widths and masks: no plan" in text and "Search curves: no" in text
+  assert "Widths and masks: no plan" in text and "Search curves: this run" in text
   assert "Schedules and token maps" not in text
   assert "<code>compare</code>" in text
 
