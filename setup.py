@@ -4,6 +4,9 @@ import pathlib
 
 import setuptools
 
+# The one place of the address; README.md and colabs/ hold copies, which a test compares with it.
+REPOSITORY = "https://github.com/vitcomp-jax/vitcomp_jax"
+
 PACKAGES = setuptools.find_packages(include=["vitcomp_jax", "vitcomp_jax.*"])
 
 REQUIRES = [
@@ -31,8 +34,12 @@ REQUIRES = [
 # jax2onnx 0.13 is the last that does not forbid Orbax 0.12, which it never imports.
 EXPORT_REQUIRES = ["jax2onnx>=0.13", "onnxruntime>=1.24"]
 
+# To run the notebooks in colabs/ outside of Colab.
+NOTEBOOK_REQUIRES = ["ipykernel", "nbclient"]
+
 TEST_REQUIRES = [
   *EXPORT_REQUIRES,
+  *NOTEBOOK_REQUIRES,
   "beartype",
   "hypothesis",
   "import-linter",
@@ -49,6 +56,7 @@ setuptools.setup(
   long_description=pathlib.Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
   long_description_content_type="text/markdown",
   license="Apache-2.0",
+  url=REPOSITORY,
   python_requires=">=3.11",
   # The experiments lie at the top of the checkout, where people look for them.
   package_dir={"vitcomp_jax.configs": "configs"},
@@ -61,6 +69,7 @@ setuptools.setup(
   extras_require={
     "cuda": ["jax[cuda12]"],
     "export": EXPORT_REQUIRES,
+    "notebooks": NOTEBOOK_REQUIRES,
     "test": TEST_REQUIRES,
     "tpu": ["jax[tpu]"],
   },

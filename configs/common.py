@@ -63,7 +63,7 @@ def diffrate_finetuning(
     large: Cut the state up over the devices, and compute in half precision.
   """
   config = imagenet(variant, weights)
-  config.stages = ("finetune", "evaluate")
+  config.stages = ("finetune", "evaluate", "visualize")
   if large:
     config.parallel.mode = "fsdp"
     config.model.dtype = "bfloat16"
@@ -96,7 +96,7 @@ def diffrate_imagenet(
     gmacs: The budget where no argument is given.
   """
   config = imagenet(variant, weights)
-  config.stages = ("search", "evaluate")
+  config.stages = ("search", "evaluate", "visualize")
   config.budget.gmacs = budget(arg, gmacs)
 
   search = config.search
@@ -137,7 +137,7 @@ def vitslim_imagenet(arg: str | None, variant: str, weights: str) -> ml_collecti
     weights: Its weights.
   """
   config = imagenet(variant, weights)
-  config.stages = ("slim", "finetune", "evaluate")
+  config.stages = ("slim", "finetune", "evaluate", "visualize")
   share = budget(arg, 0.7)
   config.slim.budgets = (share, share, 1.0)
   deit_training(config.slim, 50.0)
@@ -165,7 +165,7 @@ def vitslim_mini(
     checkpoint_every: Steps between checkpoints of both.
   """
   config = default_config()
-  config.stages = ("slim", "finetune", "evaluate")
+  config.stages = ("slim", "finetune", "evaluate", "visualize")
   config.model.variant = "vit_mini_patch3_30"
   config.model.weights = "bundled"
   config.data.name = data

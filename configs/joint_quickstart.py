@@ -14,7 +14,7 @@ from vitcomp_jax.configs import vitslim_quickstart
 
 def get_config() -> ml_collections.ConfigDict:
   config = vitslim_quickstart.get_config()
-  config.stages = ("slim", "search", "finetune", "evaluate")
+  config.stages = ("slim", "search", "finetune", "evaluate", "visualize")
   config.slim.budgets = (0.6, 0.6, 1.0)
   config.budget.fraction = 0.4
   # This small model's CLS token does not know what is important; see docs/results.md.

@@ -15,7 +15,7 @@ from vitcomp_jax.config import default_config
 
 def get_config() -> ml_collections.ConfigDict:
   config = default_config()
-  config.stages = ("search", "evaluate")
+  config.stages = ("search", "evaluate", "visualize")
   config.model.variant = "vit_mini_patch3_30"
   config.model.weights = "bundled"
   config.data.name = "bundled"

@@ -2,9 +2,11 @@
 
 `import vitcomp_jax as vc`, then `vc.load`, `vc.apply`, `vc.load_plan`, `vc.count_cost`; the stages
 of a run are `vc.pretrain`, `vc.slim`, `vc.search`, `vc.finetune`, `vc.evaluate`, `vc.benchmark`,
-`vc.compare` and `vc.export`, whose artefacts `vc.load_exported` runs. `vc.schedules` makes the
-layers of ToMe, EViT, DynamicViT and hand-made schedules, `vc.make_plan` a plan of them, and
-`vc.unmerge` brings tokens back to the grid of patches.
+`vc.compare`, `vc.visualize` and `vc.export`, whose artefacts `vc.load_exported` runs.
+`vc.schedules` makes the layers of ToMe, EViT, DynamicViT and hand-made schedules, `vc.make_plan` a
+plan of them, and `vc.unmerge` brings tokens back to the grid of patches. `vc.pictures` draws what
+plans and models do, `vc.figures` whatever else a run has figures of, `vc.published_accuracies` says
+what others measured.
 """
 
 import functools
@@ -17,7 +19,8 @@ from vitcomp_jax.exported import Exported, load_exported
 from vitcomp_jax.models.variants import get_spec, list_variants
 from vitcomp_jax.ops.select import unmerge
 from vitcomp_jax.plans import Plan, list_plans, load_plan, make_plan
-from vitcomp_jax.stages import run_stage
+from vitcomp_jax.stages import figures, pictures, run_stage
+from vitcomp_jax.stages.published import accuracies as published_accuracies
 
 pretrain = functools.partial(run_stage, "pretrain")
 slim = functools.partial(run_stage, "slim")
@@ -26,6 +29,7 @@ finetune = functools.partial(run_stage, "finetune")
 benchmark = functools.partial(run_stage, "benchmark")
 compare = functools.partial(run_stage, "compare")
 evaluate = functools.partial(run_stage, "evaluate")
+visualize = functools.partial(run_stage, "visualize")
 export = functools.partial(run_stage, "export")
 
 __all__ = [
@@ -40,6 +44,7 @@ __all__ = [
   "default_config",
   "evaluate",
   "export",
+  "figures",
   "finetune",
   "get_spec",
   "list_plans",
@@ -48,9 +53,12 @@ __all__ = [
   "load_exported",
   "load_plan",
   "make_plan",
+  "pictures",
   "pretrain",
+  "published_accuracies",
   "schedules",
   "search",
   "slim",
   "unmerge",
+  "visualize",
 ]

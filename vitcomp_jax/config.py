@@ -57,7 +57,15 @@ Baseline = Literal[
   "evit_nofuse",
 ]
 Stage = Literal[
-  "pretrain", "slim", "search", "finetune", "evaluate", "benchmark", "compare", "export"
+  "pretrain",
+  "slim",
+  "search",
+  "finetune",
+  "evaluate",
+  "benchmark",
+  "compare",
+  "visualize",
+  "export",
 ]
 
 
@@ -229,6 +237,14 @@ class CompareConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class VisualizeConfig:
+  images: CountOrZero = 2  # whose tokens and attention are drawn
+  layers: tuple[Count, ...] = ()  # after which they are drawn, from 1; empty: up to 14
+  plans: tuple[str, ...] = ()  # names or paths of plans to draw beside the run's own
+  published: bool = True  # draw published figures beside measured ones, where there are some
+
+
+@dataclasses.dataclass(frozen=True)
 class ExportConfig:
   formats: tuple[Literal["stablehlo", "onnx", "timm"], ...] = ("stablehlo",)  # what is written
   platforms: tuple[Literal["cpu", "cuda", "rocm", "tpu"], ...] = (
@@ -269,6 +285,7 @@ class Config:
   evaluate: EvaluateConfig = EvaluateConfig()
   benchmark: BenchmarkConfig = BenchmarkConfig()
   compare: CompareConfig = CompareConfig()
+  visualize: VisualizeConfig = VisualizeConfig()
   export: ExportConfig = ExportConfig()
   parallel: ParallelConfig = ParallelConfig()
   profile: ProfileConfig = ProfileConfig()

@@ -26,7 +26,7 @@ from vitcomp_jax.exported import load_exported
 from vitcomp_jax.models.variants import get_spec
 from vitcomp_jax.models.vit import ViT
 from vitcomp_jax.plans import load_plan
-from vitcomp_jax.stages.evaluate import draw_token_maps
+from vitcomp_jax.stages import figures, pictures
 from vitcomp_jax.stages.run import Run, preprocess_for, read_json
 
 _BATCH = 32  # images at once
@@ -84,14 +84,15 @@ def _draw(options: argparse.Namespace, classifier: Classifier, images: np.ndarra
   if classifier.model is None:
     raise UserError("command line: --maps needs the model itself; an exported one gives no tokens.")
   for i, (path, image) in enumerate(zip(options.images, images, strict=True), 1):
-    file = options.maps / f"{i}_{pathlib.Path(path).stem}.png"
+    name, layers = f"{i}_{pathlib.Path(path).stem}", pictures.spaced(classifier.model.spec.depth, 4)
     try:
-      draw_token_maps(
-        file, classifier.model, classifier.params, classifier.preprocess, image[None], [path]
+      figure = pictures.token_maps(
+        classifier.model, classifier.params, image[None], [pathlib.Path(path).name], layers
       )
+      figures.save(figure, options.maps, name)
     except OSError as error:
       raise UserError(f"--maps {options.maps}: cannot be written ({error.strerror}).") from error
-    print(f"tokens: {file}")
+    print(f"tokens: {options.maps / name}.png")
 
 
 def _read(path: str) -> PIL.Image.Image:

@@ -46,8 +46,12 @@ def test_a_comparison(tmp_path):
 
   lines = (tmp_path / "run/compare/random@0.7.jsonl").read_text().splitlines()
   assert len(lines) == 3 and result["random"]["0.7"]["schedules"] == 3
-  assert (tmp_path / "run/figures/accuracy.png").exists()
-  assert "tome+finetune@0.7" in (tmp_path / "run/report.md").read_text()
+  cloud = (tmp_path / "run/figures/accuracy.png").read_bytes()
+  page = vc.visualize(config, tmp_path / "run")
+  assert all("tome+finetune@0.7" in p.read_text() for p in (page, page.with_suffix(".md")))
+  figures = {path.stem for path in (tmp_path / "run/figures").iterdir()}
+  assert figures == {"accuracy", "schedule", "token_maps_by_layer", "attention"}
+  assert (tmp_path / "run/figures/accuracy.png").read_bytes() == cloud
 
 
 def _check_again(config, tmp_path, result):

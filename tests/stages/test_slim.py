@@ -63,7 +63,8 @@ def test_a_slimmed_network_is_what_the_masks_leave(tmp_path):
   report = (tmp_path / "report.md").read_text()
   assert "## Slimming" in report and "hidden units" in report and "Tokens after" not in report
   figures = {p.name for p in (tmp_path / "figures").iterdir()}
-  assert figures == {"accuracy.png", "masks.png", "widths.png"}
+  names = ("accuracy", "masks", "units", "widths")
+  assert figures == {f"{name}.{kind}" for name in names for kind in ("png", "svg")}
 
 
 def test_frozen_masks_and_weights_stay(tmp_path):

@@ -16,6 +16,7 @@ from vitcomp_jax.stages import (
   pretrain,
   search,
   slim,
+  visualize,
 )
 from vitcomp_jax.stages.run import Run, open_run
 
@@ -43,6 +44,7 @@ STAGES = {
   "evaluate": Stage(evaluate.check, evaluate.evaluate, evaluate.made),
   "benchmark": Stage(benchmark.check, benchmark.benchmark, benchmark.made),
   "compare": Stage(compare.check, compare.compare, compare.made),
+  "visualize": Stage(visualize.check, visualize.visualize, visualize.made),
   "export": Stage(export.check, export.export, export.made),
 }
 
@@ -72,15 +74,16 @@ def run_stage(
   """Runs one stage from Python.
 
   Args:
-    stage: `pretrain`, `slim`, `search`, `finetune`, `evaluate`, `benchmark`, `compare` or
-      `export`.
+    stage: `pretrain`, `slim`, `search`, `finetune`, `evaluate`, `benchmark`, `compare`,
+      `visualize` or `export`.
     config: A `Config`, or a mapping of its keys such as `default_config()`.
     workdir: Where the run is kept. Stages that build on each other share it.
 
   Returns:
     What the stage writes: `pretrain` and `finetune` the path of the weights, `slim` and `search`
     the `Plan`, `evaluate` and `compare` the content of `result.json`, `benchmark` that of
-    `benchmark.json`, `export` that of `manifest.json`. A finished stage is not run again.
+    `benchmark.json`, `visualize` the path of `report.html`, `export` the content of
+    `manifest.json`. A finished stage is not run again.
   """
   config = config if isinstance(config, Config) else from_config_dict(config)
   return STAGES[stage].made(run_stages(config, pathlib.Path(workdir), (stage,)))

@@ -115,7 +115,8 @@ def compare(run: Run) -> dict[str, Any]:
   }
   write_json(run.workdir / "result.json", result)
   points = [(p["gmacs"], p["top1"]) for c in clouds.values() for p in c]
-  figures.accuracy_against_gmacs(run.workdir / "figures" / "accuracy.png", rows, points)
+  figure = figures.accuracy_against_gmacs(rows, points)
+  figures.save(figure, run.workdir / "figures", "accuracy")
   report.write_comparison(run.workdir, result)
   return result
 

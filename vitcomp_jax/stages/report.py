@@ -1,29 +1,90 @@
-"""The report of a run: `report.md`, what a person reads first. It shows measured figures only."""
+"""The report of a run, `report.md` and `report.html`: what a person reads first.
+
+The table and the text show measured figures only.
+"""
 
 import json
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from vitcomp_jax import processes
 from vitcomp_jax.atomic import write_text
+from vitcomp_jax.stages import document
+from vitcomp_jax.stages.document import Block, Heading, Items, Picture, Table, Text
 from vitcomp_jax.stages.figures import number, tokens_left
 
 CAPTIONS = {
-  "schedule.png": "Tokens that each layer leaves, after pruning and after merging.",
-  "accuracy.png": "Top-1 accuracy against compute, one point per row of the table.",
-  "widths.png": "What each slimmed layer keeps, in percent of the dense one's.",
-  "patches.png": "The patches that each layer keeps (dark), and how many.",
-  "masks.png": (
-    "The values of the soft masks over the steps of the slimming search: how many percent of them "
-    "lie where."
+  "schedule": (
+    "Stair chart of tokens over layers",
+    "Tokens that each layer leaves, after pruning and after merging.",
   ),
-  "search.png": "Loss and compute over the steps of the search; the dashed line is the budget.",
-  "token_maps.png": (
+  "plans": (
+    "Stair chart of tokens over layers, for several plans",
+    "The same for this run's plans beside those that `config.visualize.plans` names.",
+  ),
+  "accuracy": (
+    "Scatter chart of accuracy over GMACs",
+    "Top-1 accuracy against compute, one point per row of the table.",
+  ),
+  "published": (
+    "Scatter chart of accuracy over GMACs, with published points",
+    "The same beside published figures (open markers, dotted), which were not measured here: "
+    "top-1 on ImageNet-1k as their sources state it, with the GMACs that they state, or, where "
+    "they state none, those of this library's counter.",
+  ),
+  "widths": (
+    "Bar chart of kept shares over layers",
+    "What each slimmed layer keeps, in percent of the dense one's.",
+  ),
+  "units": (
+    "Map of kept units, one line for each layer",
+    "The masks after the cut: which dimensions of each head and which hidden units are kept.",
+  ),
+  "patches": (
+    "Maps of kept patches, one for each layer",
+    "The patches that each layer keeps (dark), and how many.",
+  ),
+  "masks": (
+    "Maps of the masks' values over steps",
+    "The values of the soft masks over the steps of the slimming search: how many percent of them "
+    "lie where.",
+  ),
+  "search": (
+    "Line charts of loss and compute over steps",
+    "Loss and compute over the steps of the search; the dashed line is the budget.",
+  ),
+  "token_maps": (
+    "Images with their tokens after a quarter, half, three quarters and all of the layers",
     "What became of the patches of a few images: patches that share a token are painted in their "
-    "mean colour and outlined, pruned ones are dark."
+    "mean colour and outlined, pruned ones are dark.",
+  ),
+  "token_maps_by_layer": (
+    "Images with their tokens after each layer",
+    "Which patches share a token (outlined, in their mean colour) and which are pruned (dark), "
+    "after each layer that removes some.",
+  ),
+  "attention": (
+    "Maps of the attention of CLS, one for each layer",
+    "How much attention CLS pays each patch, from dark blue (little) to yellow (much).",
   ),
 }
-"""What the files in `figures/` show, in the order of the report."""
+"""What the figures in `figures/` are and show, in the order of the report."""
+
+_ABSENT = {
+  "schedule": "Schedules and token maps: no model of this run removes tokens.",
+  "accuracy": (
+    "Accuracy: no row has one; the stages `evaluate` and `compare` measure it, on labelled images."
+  ),
+  "published": (
+    "Published figures: there are some for DeiT, MAE and ViT on ImageNet-1k, none for this model "
+    "on these data."
+  ),
+  "search": "Search curves: this run itself has searched no token counts.",
+  "widths": "Widths and masks: no plan of this run is slimmed.",
+  "attention": "Pictures of images: `config.visualize.images` is 0, or the data hold none.",
+}
+"""Why figures are not there."""
 
 _MISSING = "–"
 _FIGURES = {
@@ -43,8 +104,9 @@ def write_report(
   search_summary: Mapping[str, Any] | None,
   budget_text: str,
   slim_summary: Mapping[str, Any] | None = None,
+  complete: bool = False,
 ) -> None:
-  """Writes `report.md`.
+  """Writes `report.md` and `report.html`.
 
   Args:
     workdir: Where the report goes and `figures/` may be.
@@ -54,27 +116,43 @@ def write_report(
     search_summary: What the search reported, if there was one in this run.
     budget_text: The budget that was asked for; empty: none.
     slim_summary: What the slimming reported, if there was one in this run.
+    complete: Whether all figures are drawn, and those that are not there are to be explained.
   """
-  parts = [_title(result), _rows_table(result["rows"])]
+  blocks = [*_title(result), _rows_table(result["rows"])]
   if search_summary is None and budget_text:
-    parts.append(f"Budget: {budget_text}.")
+    blocks.append(Text(f"Budget: {budget_text}."))
   if slim_summary is not None:
-    parts += ["## Slimming", _slim_text(slim_summary)]
+    blocks += [Heading("Slimming"), _slim_items(slim_summary)]
   if search_summary is not None:
-    parts += ["## Search", _search_text(search_summary, budget_text)]
+    blocks += [Heading("Search"), *_search_blocks(search_summary, budget_text)]
   if plan_json is not None or search_summary is not None:
-    parts += ["## Plan", *_plan_text(plan_json, counts, search_summary)]
+    blocks += [Heading("Plan"), *_plan_blocks(plan_json, counts, search_summary)]
   benchmark = workdir / "benchmark.json"
   if benchmark.exists():
-    parts += ["## Speed", *_speed_text(json.loads(benchmark.read_text()))]
+    blocks += [Heading("Speed"), *_speed_blocks(json.loads(benchmark.read_text()))]
+  _write(workdir, blocks, result, complete)
+
+
+def _write(
+  workdir: pathlib.Path, blocks: list[Block], result: Mapping[str, Any], complete: bool
+) -> None:
+  """Adds what all reports end with, and writes both files."""
   figures = _figures(workdir)
   if figures:
-    parts += ["## Figures", *figures]
-  parts += ["## Versions", _versions(result.get("versions", {}))]
-  write_text(workdir / "report.md", "\n\n".join(part for part in parts if part) + "\n")
+    blocks += [Heading("Figures"), *figures]
+  if complete:
+    there = {figure.name for figure in figures}
+    reasons = [reason for name, reason in _ABSENT.items() if name not in there]
+    blocks += [Heading("Not in this report"), Items(reasons)] if reasons else []
+  versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
+  blocks += [Heading("Versions"), Text(versions)]
+  if processes.is_first():  # The others have no figures to read.
+    write_text(workdir / "report.md", document.to_markdown(blocks))
+    title = f"Results on {result['dataset']}"
+    write_text(workdir / "report.html", document.to_html(title, blocks))
 
 
-def _speed_text(benchmark: Mapping[str, Any]) -> list[str]:
+def _speed_blocks(benchmark: Mapping[str, Any]) -> list[Block]:
   heads = ["model", "batch", "images/s", "spread", "p50 (ms)", "p90 (ms)", "p99 (ms)"]
   heads += ["speed-up", "MACs promise", "of the peak", "memory (MB)", "compiling (s)"]
   predicted = any("predicted_ms" in entry for entry in benchmark["entries"])
@@ -95,11 +173,13 @@ def _speed_text(benchmark: Mapping[str, Any]) -> list[str]:
   )
   if predicted:
     text += " What the search's latency table predicted is to be held against p50."
-  return [_table(heads, lines), text]
+  return [Table("Speed by model and batch size.", heads, lines), Text(text)]
 
 
-def write_comparison(workdir: pathlib.Path, result: Mapping[str, Any]) -> None:
-  """Writes the `report.md` of a comparison, from the content of its result.json."""
+def write_comparison(
+  workdir: pathlib.Path, result: Mapping[str, Any], complete: bool = False
+) -> None:
+  """Writes the report of a comparison, from the content of its result.json."""
   rows = result["rows"]
   dense = rows[0]["gmacs"]
   heads = [
@@ -119,11 +199,11 @@ def write_comparison(workdir: pathlib.Path, result: Mapping[str, Any]) -> None:
     ]
     share = f"{100 * row['gmacs'] / dense:.1f} %"
     lines.append([row["name"], *figures, number(row["gmacs"]), share, f"{row['params_m']:.4g}"])
-  parts = [_title(result), _table(heads, lines)]
-  parts.append(
+  caption = (
     "± is the standard error over the examples; differences from DiffRate are paired, example by "
     "example. DiffRate's figures are means over its seeds."
   )
+  blocks = [*_title(result), Table(caption, heads, lines)]
   for budget, found in result["random"].items():
     line = (
       f"Random schedules at {budget} of the MACs: {found['schedules']:,} on {found['examples']:,} "
@@ -136,9 +216,8 @@ def write_comparison(workdir: pathlib.Path, result: Mapping[str, Any]) -> None:
         f"{100 * found['beaten_by_top1']:.1f} % of them, and by cross-entropy better than "
         f"{100 * found['beaten_by_loss']:.1f} %"
       )
-    parts.append(f"{line}.")
-  parts += ["## Figures", *_figures(workdir), "## Versions", _versions(result["versions"])]
-  write_text(workdir / "report.md", "\n\n".join(parts) + "\n")
+    blocks.append(Text(f"{line}."))
+  _write(workdir, blocks, result, complete)
 
 
 def _with_error(row: Mapping[str, Any], key: str, spec: str) -> str:
@@ -147,22 +226,24 @@ def _with_error(row: Mapping[str, Any], key: str, spec: str) -> str:
   return f"{row[key]:{spec}} ± {row[f'{key}_se']:{spec.removeprefix('+')}}"
 
 
-def _title(result: Mapping[str, Any]) -> str:
-  return (
-    f"# Results on {result['dataset']}\n\n"
-    f"Split `{result['split']}`, {result['examples']:,} examples, on {result['device']}."
-  )
+def _title(result: Mapping[str, Any]) -> list[Block]:
+  split, examples = result["split"], result["examples"]
+  about = f"Split `{split}`, {examples:,} examples, on {result['device']}."
+  return [Heading(f"Results on {result['dataset']}", 1), Text(about)]
 
 
-def _rows_table(rows: Sequence[Mapping[str, Any]]) -> str:
+def _rows_table(rows: Sequence[Mapping[str, Any]]) -> Block:
   """One line per row; a column that no row has is left out."""
+  if not rows:
+    return Text("No model was measured: the stage `evaluate` has not run.")
   dense = next((row.get("gmacs") for row in rows if row["name"] == "dense"), None)
   heads = ["model", *_FIGURES.values(), "GMACs", "of dense", "params (M)"]
   batches = sorted({b for row in rows for b in row.get("images_per_second") or {}}, key=int)
   heads += [f"images/s, batch {batch}" for batch in batches]
   cells = [_row_cells(row, dense, batches) for row in rows]
   shown = [i for i in range(len(heads)) if any(line[i] != _MISSING for line in cells)]
-  return _table([heads[i] for i in shown], [[line[i] for i in shown] for line in cells])
+  caption = "Measured in this run; nothing in it is copied from elsewhere."
+  return Table(caption, [heads[i] for i in shown], [[line[i] for i in shown] for line in cells])
 
 
 def _row_cells(row: Mapping[str, Any], dense: float | None, batches: Sequence[str]) -> list[str]:
@@ -178,15 +259,17 @@ def _row_cells(row: Mapping[str, Any], dense: float | None, batches: Sequence[st
   return cells + [_format(speeds.get(batch), ".1f") for batch in batches]
 
 
-def _search_text(summary: Mapping[str, Any], budget_text: str) -> str:
+def _search_blocks(summary: Mapping[str, Any], budget_text: str) -> list[Block]:
   if "front" in summary:
-    return _front_text(summary["front"])
+    return [_front_table(summary["front"])]
   key, unit = ("latency_ms", "ms") if "latency_ms" in summary else ("gmacs", "GMACs")
   asked = f"{number(summary[f'budget_{key}'])} {unit}"
   if key == "latency_ms":
     asked += f" for a batch of {summary['batch']} on {summary['device']}, by `latency.json`"
   has_offset = summary.get("offset") is not None
-  by = f", by an offset of {summary['offset']:+.3g} on the expected counts" if has_offset else ""
+  by = (
+    f", by an offset of {summary['offset'] + 0.0:+.3g} on the expected counts" if has_offset else ""
+  )
   lines = [
     f"{summary['steps']:,} steps on {summary['images']:,} images, {summary['minutes']:.1f} minutes",
     f"Budget: {budget_text} ({asked})" if budget_text else f"Budget: {asked}",
@@ -194,10 +277,10 @@ def _search_text(summary: Mapping[str, Any], budget_text: str) -> str:
     f"Plan as learnt: {number(summary[f'raw_{key}'])} {unit}",
     f"Plan adjusted to the budget: {number(summary[key])} {unit}{by}",
   ]
-  return "\n".join(f"- {line}" for line in lines)
+  return [Items(lines)]
 
 
-def _front_text(front: Sequence[Mapping[str, Any]]) -> str:
+def _front_table(front: Sequence[Mapping[str, Any]]) -> Table:
   """A search for several budgets, one line for each."""
   heads = ["plan", "budget (GMACs)", "as learnt", "adjusted", "kept step", "its loss"]
   lines = []
@@ -211,7 +294,7 @@ def _front_text(front: Sequence[Mapping[str, Any]]) -> str:
     f"One search for all budgets: {steps:,} steps on {images:,} images, {minutes:.1f} minutes. "
     "Each goes on from the rates of the one before. Below is the last plan; all are in `plans/`."
   )
-  return f"{_table(heads, lines)}\n\n{text}"
+  return Table(text, heads, lines)
 
 
 def _chosen_text(summary: Mapping[str, Any]) -> list[str]:
@@ -226,7 +309,7 @@ def _chosen_text(summary: Mapping[str, Any]) -> list[str]:
   ]
 
 
-def _slim_text(summary: Mapping[str, Any]) -> str:
+def _slim_items(summary: Mapping[str, Any]) -> Items:
   def percent(values: Mapping[str, float]) -> str:
     return ", ".join(f"{kind} {100 * share:.1f} %" for kind, share in values.items())
 
@@ -250,15 +333,15 @@ def _slim_text(summary: Mapping[str, Any]) -> str:
     f"{summary['authors_params_m']:.4g} M parameters",
     summary["timm"],
   ]
-  return "\n".join(f"- {line}" for line in lines)
+  return Items(lines)
 
 
-def _plan_text(
+def _plan_blocks(
   plan_json: Mapping[str, Any] | None,
   counts: Sequence[tuple[int, int]],
   summary: Mapping[str, Any] | None,
-) -> tuple[str, str]:
-  """A line, and a table of the layers: widths if they are slimmed, tokens if some are removed."""
+) -> list[Block]:
+  """A table of the layers: widths if they are slimmed, tokens if some are removed."""
   columns: dict[str, list[str]] = {}
   text = ""
   if plan_json is not None:
@@ -270,9 +353,8 @@ def _plan_text(
     num_tokens = None if plan_json is None else plan_json["num_tokens"]
     columns |= _token_columns(num_tokens, counts, summary)
   layers = map(str, range(1, 1 + len(next(iter(columns.values())))))
-  return text.strip(), _table(
-    ["layer", *columns], list(zip(layers, *columns.values(), strict=True))
-  )
+  lines = list(zip(layers, *columns.values(), strict=True))
+  return [Table(text.strip(), ["layer", *columns], lines)]
 
 
 def _removes(plan_json: Mapping[str, Any] | None) -> bool:
@@ -314,29 +396,14 @@ def _token_columns(
   return columns
 
 
-def _figures(workdir: pathlib.Path) -> list[str]:
+def _figures(workdir: pathlib.Path) -> list[Picture]:
   """The figures that are there, each with its caption."""
-  names = {path.name for path in (workdir / "figures").glob("*.png")}
-  known = [name for name in CAPTIONS if name in names]
-  others = sorted(names - set(known))
-  captions = [CAPTIONS[name] for name in known]
-  captions += [name.removesuffix(".png").replace("_", " ").capitalize() for name in others]
-  pairs = zip(known + others, captions, strict=True)
-  return [f"![{caption}](figures/{name})\n\n*{caption}*" for name, caption in pairs]
-
-
-def _versions(versions: Mapping[str, str]) -> str:
-  return ", ".join(f"{name} {version}" for name, version in versions.items())
-
-
-def _table(heads: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-  """A Markdown table, its columns lined up; numbers to the right."""
-  widths = [max(map(len, column)) for column in zip(heads, *lines, strict=True)]
-  rules = [f":{'-' * (widths[0] - 1)}", *(f"{'-' * (w - 1)}:" for w in widths[1:])]
-  return "\n".join(
-    "| " + " | ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]) + " |"
-    for line in [heads, rules, *lines]
-  )
+  folder = workdir / "figures"
+  names = {path.stem for path in folder.glob("*.png")}
+  known = [(name, *CAPTIONS[name]) for name in CAPTIONS if name in names]
+  others = [(name, name.replace("_", " ").capitalize()) for name in sorted(names - set(CAPTIONS))]
+  known += [(name, words, f"{words}.") for name, words in others]
+  return [Picture(folder, *about) for about in known]
 
 
 def _format(value: float | None, spec: str) -> str:

@@ -1,0 +1,125 @@
+"""What plans and models do, drawn: the tokens they leave, and what becomes of images."""
+
+import functools
+from collections.abc import Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from matplotlib.figure import Figure
+
+from vitcomp_jax.api import Params
+from vitcomp_jax.data.transforms import normalize
+from vitcomp_jax.models.layers import Attention
+from vitcomp_jax.models.reducers import keep_all
+from vitcomp_jax.models.spec import ViTSpec
+from vitcomp_jax.models.vit import ViT
+from vitcomp_jax.ops.select import unmerge
+from vitcomp_jax.plans import Plan
+from vitcomp_jax.stages import drawing, figures
+from vitcomp_jax.stages.run import preprocess_for
+
+
+def token_maps(
+  model: ViT,
+  params: Params,
+  images: np.ndarray,
+  titles: Sequence[str] | None = None,
+  layers: Sequence[int] | None = None,
+  about: str = "",
+) -> Figure:
+  """Draws which patches of images were pruned and which were merged, layer by layer.
+
+  Args:
+    model: With static reducers.
+    params: Its weights.
+    images: uint8[n h w 3].
+    titles: Of the images; none: numbers.
+    layers: After which tokens are drawn, from 1; none: all.
+    about: A sentence to stand below, such as which model it is.
+  """
+  spec, sources = model.spec, _inside(model, params, images)[0]
+  chosen = _named(model, sources, layers)
+  titles = _titles(titles, images)
+  return figures.token_maps(images, chosen, spec.num_prefix, spec.grid, titles, about)
+
+
+def cls_attention(
+  model: ViT,
+  params: Params,
+  images: np.ndarray,
+  titles: Sequence[str] | None = None,
+  layers: Sequence[int] | None = None,
+  about: str = "",
+) -> Figure:
+  """Draws how much attention CLS pays each patch of images; arguments as for `token_maps`."""
+  chosen = _named(model, _inside(model, params, images)[1], layers)
+  return figures.cls_attention(images, chosen, model.spec.grid, _titles(titles, images), about)
+
+
+def schedules(spec: ViTSpec, plans: Mapping[str, Plan]) -> Figure:
+  """Draws the tokens that each layer leaves under plans, by their names."""
+  models = {name: plan.layers_for(spec) for name, plan in plans.items()}
+  return figures.schedules(drawing.schedules_of(spec, models), spec.num_tokens)
+
+
+def spaced(depth: int, most: int) -> list[int]:
+  """So many layers at even distances, from 1; the last one is among them."""
+  return sorted({depth * part // most for part in range(1, most + 1)} - {0})
+
+
+def _named(
+  model: ViT, found: Sequence[np.ndarray], layers: Sequence[int] | None
+) -> dict[str, np.ndarray]:
+  chosen = range(1, model.spec.depth + 1) if layers is None else layers
+  return {f"layer {layer}": found[layer - 1] for layer in chosen}
+
+
+def _titles(titles: Sequence[str] | None, images: np.ndarray) -> Sequence[str]:
+  return titles or [f"image {i}" for i in range(1, len(images) + 1)]
+
+
+def _inside(
+  model: ViT, params: Params, images: np.ndarray
+) -> tuple[list[np.ndarray], list[np.ndarray]]:
+  """Of each layer, the token that holds each patch after it, and CLS's attention to each patch."""
+  found: tuple[list[np.ndarray], list[np.ndarray]]
+  found = jax.device_get(_traced_inside(model, params, jnp.asarray(images)))
+  return found
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _traced_inside(
+  model: ViT, params: Params, images: jax.Array
+) -> tuple[list[jax.Array], list[jax.Array]]:
+  """As `_inside`, i[b p] and f[b p]."""
+  spec = model.spec
+  out, captured = model.apply(
+    {"params": params},
+    normalize(images, preprocess_for(spec)),
+    method="forward",
+    mutable=["intermediates"],
+    capture_intermediates=_is_attention,
+  )
+  sources = [tokens.source for tokens in out.layers]
+  first = jnp.broadcast_to(spec.num_prefix + jnp.arange(spec.num_patches), sources[0].shape)
+  shares = []
+  for i, (layer, before) in enumerate(zip(model.layers, [first, *sources[:-1]], strict=True)):
+    _, stats = captured["intermediates"][f"blocks_{i}"]["attn"]["__call__"][0]
+    # A layer that removes tokens before attention removes none after it.
+    source = before if layer.select == keep_all else sources[i]
+    shares.append(_per_patch(stats.importance("cls"), source))
+  return sources, shares
+
+
+def _is_attention(module: nn.Module, method: str) -> bool:
+  return isinstance(module, Attention) and method == "__call__"
+
+
+def _per_patch(attention: jax.Array, source: jax.Array) -> jax.Array:
+  """The attention that tokens get, f[b n], spread evenly over their patches; -1 where pruned."""
+  tokens = jnp.arange(attention.shape[1], dtype=source.dtype)
+  sizes = jnp.sum(source[:, None] == tokens[None, :, None], axis=2)
+  shares = attention / jnp.maximum(sizes, 1).astype(attention.dtype)
+  return unmerge(shares[..., None], source, fill=-1.0)[..., 0]

@@ -1,0 +1,123 @@
+"""Stage `visualize`: all figures that the run has something for, and the report that holds them."""
+
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from vitcomp_jax import processes
+from vitcomp_jax.errors import UserError
+from vitcomp_jax.models.vit import ViT
+from vitcomp_jax.plans import load_plan
+from vitcomp_jax.stages import drawing, evaluate, figures, pictures, report
+from vitcomp_jax.stages.evaluate import Row
+from vitcomp_jax.stages.published import NUM_CLASSES, accuracies
+from vitcomp_jax.stages.run import Run
+
+_MOST_LAYERS = 14  # with the image itself, three lines of pictures
+
+
+def check(run: Run) -> None:
+  """Refuses what `evaluate` refuses, plans for another model, and layers that do not exist."""
+  evaluate.check(run)
+  for name in run.config.visualize.plans:
+    load_plan(name).layers_for(run.spec)
+  beyond = [layer for layer in run.config.visualize.layers if layer > run.spec.depth]
+  if beyond:
+    raise UserError(
+      f"config.visualize.layers: expected layers from 1 to {run.spec.depth}, got {beyond[0]}."
+    )
+
+
+def visualize(run: Run) -> dict[str, Any]:
+  """Draws the figures, as PNG and SVG, and writes `report.md` and `report.html`.
+
+  Returns:
+    The names of the figures in `figures/`.
+  """
+  measured = evaluate.result_so_far(run)["rows"]
+  rows = evaluate.rows_of(run) | _compared(run)
+  models = {name: row.layers for name, row in rows.items()}
+  # A comparison has drawn its rows itself, among random schedules.
+  drawing.draw(run, models, [] if run.finished("compare") else measured)
+  _draw_plans(run, models)
+  _draw_published(run, measured)
+  _draw_images(run, rows)
+  processes.meet("drawn")
+  _write_report(run)
+  return {"figures": sorted(path.stem for path in (run.workdir / "figures").glob("*.svg"))}
+
+
+def made(run: Run) -> pathlib.Path:
+  """The path of `report.html`."""
+  return run.workdir / "report.html"
+
+
+def _write_report(run: Run) -> None:
+  """The comparison's report, or that of the other stages."""
+  if run.finished("compare") is None:
+    evaluate.write_report(run, complete=True)
+  else:
+    report.write_comparison(run.workdir, evaluate.made(run), complete=True)
+
+
+def _compared(run: Run) -> dict[str, Row]:
+  """What the first seeds of a comparison's searches found, by the names of its rows."""
+  if run.finished("compare") is None:
+    return {}
+  config = run.config
+  folder = pathlib.Path(config.compare.searched or run.workdir / "plans")
+  ending = f"-seed{config.seed}.json"
+  plans = {p.name.removesuffix(ending): p for p in folder.iterdir() if p.name.endswith(ending)}
+  names = [row["name"] for row in evaluate.made(run)["rows"] if row["name"] in plans]
+  layers = {name: load_plan(str(plans[name])).layers_for(run.spec) for name in names}
+  return {name: Row(layers[name], run.dense_params) for name in names}
+
+
+def _draw_plans(run: Run, models: Mapping[str, drawing.Layers]) -> None:
+  """The run's schedules beside those of other plans."""
+  others = {name: load_plan(name).layers_for(run.spec) for name in run.config.visualize.plans}
+  schedules = drawing.schedules_of(run.spec, {**models, **others})
+  if others and schedules:
+    figure = figures.schedules(schedules, run.spec.num_tokens)
+    figures.save(figure, run.workdir / "figures", "plans")
+
+
+def _draw_published(run: Run, rows: Sequence[Mapping[str, Any]]) -> None:
+  """The rows beside what was published of the same model, if they are of the same task."""
+  data = run.eval_data
+  if run.config.visualize.published and data.name != "fake" and data.num_classes == NUM_CLASSES:
+    known = accuracies(run.spec)
+    if known:
+      figure = figures.accuracy_against_gmacs(rows, published=known)
+      figures.save(figure, run.workdir / "figures", "published")
+
+
+def _removing(run: Run, row: Row) -> list[int]:
+  """The layers after which there are fewer tokens than before, from 1."""
+  num_tokens = run.spec.num_tokens
+  left = figures.tokens_left(drawing.kept_counts(run.spec, row.layers), num_tokens)
+  before = [num_tokens, *(after for _, after in left)]
+  return [i for i, (_, after) in enumerate(left, 1) if after < before[i - 1]]
+
+
+def _some(layers: Sequence[int]) -> list[int]:
+  """All layers, or at even distances as many as a figure shows."""
+  return [layers[i - 1] for i in pictures.spaced(len(layers), min(_MOST_LAYERS, len(layers)))]
+
+
+def _draw_images(run: Run, rows: Mapping[str, Row]) -> None:
+  """What the plan in force, or the first model that removes tokens, does to a few images."""
+  config, folder = run.config.visualize, run.workdir / "figures"
+  batch = run.eval_data.sample(config.images) if config.images else None
+  if batch is None or not rows:
+    return
+  reduced = [name for name, row in rows.items() if drawing.removes(row.layers)]
+  name = evaluate.plan_name(run, run.plan) if run.plan else [*reduced, *rows][0]
+  row = rows[name]
+  about = f"Model: {name}."
+  shown = ViT(run.spec, row.layers), row.params, batch["image"], evaluate.titles(run, batch)
+  if name in reduced:
+    layers = config.layers or _some(_removing(run, row))
+    figures.save(pictures.token_maps(*shown, layers, about), folder, "token_maps_by_layer")
+  layers = config.layers or _some(range(1, run.spec.depth + 1))
+  figures.save(pictures.cls_attention(*shown, layers, about), folder, "attention")
