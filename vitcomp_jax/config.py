@@ -395,9 +395,12 @@ def _checked(value: Any, kind: Any, path: str) -> Any:
     is_right = isinstance(value, base) and is_bool == (base is bool) and not is_empty
     if is_right and (known is None or value in known):
       return value
-  raise UserError(
-    f"config.{path}: expected {' or '.join(map(_described, options))}, got {value!r}."
-  )
+  raise UserError(f"config.{path}: expected {accepted(kind)}, got {value!r}.")
+
+
+def accepted(kind: Any) -> str:
+  """In words, what a field of a type may be set to."""
+  return " or ".join(map(_described, _options(kind)))
 
 
 def _options(kind: Any) -> tuple[Any, ...]:
@@ -419,6 +422,8 @@ def _described(option: Any) -> str:
   if option is type(None):
     return "none"
   base, known = _base_and_known(option)
+  if base is tuple:
+    return f"tuple of {accepted(typing.get_args(option)[0])}"
   if isinstance(known, Range):
     return f"{base.__name__} of {known}"
   return base.__name__ if known is None else f"one of {', '.join(known)}"
