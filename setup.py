@@ -31,8 +31,11 @@ REQUIRES = [
 # jax2onnx 0.13 is the last that does not forbid Orbax 0.12, which it never imports.
 EXPORT_REQUIRES = ["jax2onnx>=0.13", "onnxruntime>=1.24"]
 
+DOCS_REQUIRES = ["furo", "latex2mathml", "myst-parser", "sphinx>=8"]
+
 TEST_REQUIRES = [
   *EXPORT_REQUIRES,
+  *DOCS_REQUIRES,
   "beartype",
   "hypothesis",
   "import-linter",
@@ -61,6 +64,7 @@ setuptools.setup(
   install_requires=REQUIRES,
   extras_require={
     "cuda": ["jax[cuda12]"],
+    "docs": DOCS_REQUIRES,
     "export": EXPORT_REQUIRES,
     "test": TEST_REQUIRES,
     "tpu": ["jax[tpu]"],

@@ -7,6 +7,7 @@ operations. The folder is docs/figures unless given.
 import dataclasses
 import pathlib
 import sys
+import textwrap
 from collections.abc import Callable, Sequence
 
 import jax
@@ -56,16 +57,14 @@ def _panels(figure: Figure, count: int, width: float, height: float) -> Sequence
 
 
 def _plain(axes: Axes, title: str, x: str = "", y: str = "") -> None:
-  axes.set_title(title, fontsize=10)
+  axes.set_title(textwrap.fill(title, 28), fontsize=9)
   axes.set_xlabel(x, fontsize=9)
   axes.set_ylabel(y, fontsize=9)
   axes.tick_params(labelsize=8)
   axes.spines[["top", "right"]].set_visible(False)
 
 
-def _tokens_by_layer(
-  axes: Axes, title: str, plans: dict[str, tuple[LayerSpec, ...]], marked: str | None = None
-) -> None:
+def _tokens_by_layer(axes: Axes, title: str, plans: dict[str, tuple[LayerSpec, ...]]) -> None:
   """Tokens that the MLP of each layer sees."""
   styles = zip((BLUE, VERMILION, GREEN, ORANGE, PURPLE), "os^Dv", strict=True)
   for (name, layers), (color, marker) in zip(plans.items(), styles, strict=False):
@@ -74,9 +73,9 @@ def _tokens_by_layer(
     axes.plot(numbers, left, color=color, marker=marker, markersize=4.5, label=name)
   axes.axhline(DEIT.num_tokens, color=GRAY, linewidth=0.9)
   axes.text(12.4, DEIT.num_tokens + 3, "dense", color=GRAY, fontsize=8, ha="right")
-  axes.set(ylim=(0, 218), xticks=range(1, 13))
-  _plain(axes, title, "layer", "tokens after the layer, CLS included")
-  axes.legend(fontsize=8, frameon=False, loc="lower left")
+  axes.set(ylim=(0, 218), xticks=range(1, 13, 1 if len(plans) > 3 else 2))
+  _plain(axes, title, "layer", "tokens after the layer")
+  axes.legend(fontsize=7.5, frameon=False, loc="lower left")
 
 
 def _at_budget(name: str) -> tuple[LayerSpec, ...]:
@@ -93,14 +92,14 @@ def overview(figure: Figure) -> None:
 
 
 def diffrate_figure(figure: Figure) -> None:
-  left, middle, right = _panels(figure, 3, 11.4, 3.5)
+  left, middle, right = _panels(figure, 3, 9.0, 3.0)
   options = diffrate.candidates(DEIT.num_patches, 4)
   logits = jnp.asarray(-(((options - 132) / 26.0) ** 2), jnp.float32)
   expected = diffrate.expected_count(logits, options)
   kept = float(diffrate.kept_count(expected, DEIT.num_patches))
   left.bar(options, jax.nn.softmax(logits), width=3.2, color=BLUE)
   left.axvline(kept, color=VERMILION, linestyle="--")
-  left.text(0, 0.07, f"expectation, rounded up:\n{kept:.0f} tokens", fontsize=8, color=VERMILION)
+  left.text(-4, 0.065, f"expectation,\nrounded up:\n{kept:.0f} tokens", fontsize=8, color=VERMILION)
   left.set_ylim(0, 0.095)
   _plain(left, "1. Probability of each candidate count", "patch tokens kept", "probability")
 
@@ -108,7 +107,7 @@ def diffrate_figure(figure: Figure) -> None:
   ranks = np.arange(DEIT.num_tokens)
   middle.plot(ranks, probability, color=BLUE, label="probability: takes the gradient")
   middle.step(ranks, ranks < kept + 1, color=VERMILION, linestyle="--", label="mask: forward pass")
-  middle.set_ylim(-0.03, 1.35)
+  middle.set_ylim(-0.03, 1.5)
   middle.legend(fontsize=8, frameon=False, loc="upper right")
   _plain(middle, "2. Is the token of this rank kept?", "rank by importance", "kept")
 
@@ -125,13 +124,13 @@ def diffrate_figure(figure: Figure) -> None:
   right.bar(numbers, merged, bottom=after_merging, color=ORANGE, label="merged", hatch="//")
   top = np.array(after_merging) + merged
   right.bar(numbers, pruned, bottom=top, color=PALE, label="pruned", hatch="..")
-  right.set(xticks=numbers, ylim=(0, 250))
-  right.legend(fontsize=8, frameon=False, ncols=3, loc="upper right")
+  right.set(xticks=numbers[::2], ylim=(0, 210))
+  right.legend(fontsize=8, frameon=False, loc="upper right")
   _plain(right, "3. The plan diffrate/deit_small@2.9", "layer", "tokens")
 
 
 def vit_slim_figure(figure: Figure) -> None:
-  left, middle, right = _panels(figure, 3, 11.4, 3.3)
+  left, middle, right = _panels(figure, 3, 9.0, 2.9)
   spec = dataclasses.replace(
     DEIT, name="example", width=24, depth=2, num_heads=3, mlp_dim=8, image_size=(32, 32)
   )
@@ -148,7 +147,7 @@ def vit_slim_figure(figure: Figure) -> None:
   colors = [BLUE if value >= threshold else PALE for value in values]
   left.bar(range(len(values)), values, color=colors, width=0.8)
   left.axhline(threshold, color=VERMILION, linestyle="--")
-  left.text(0, threshold + 0.16, "one threshold for all layers", color=VERMILION, fontsize=8)
+  left.text(0, threshold + 0.05, "one threshold\nfor all layers", color=VERMILION, fontsize=8)
   _plain(left, "1. Factors of all head dimensions, sorted", "head dimension", "factor")
 
   layers, indices = vit_slim.deploy(spec, masks)
@@ -169,7 +168,6 @@ def _kernel(axes: Axes, kept: np.ndarray, head_dim: int, title: str) -> None:
   axes.set(xlim=(-1, 27), ylim=(-1.6, 6.6))
   _plain(axes, title)
   axes.set_axis_off()
-  axes.set_title(title, fontsize=10)
 
 
 def _box(x: float, y: float, width: float, height: float, **style: str) -> Rectangle:
@@ -191,7 +189,7 @@ def tome_figure(figure: Figure) -> None:
     left.plot([source, target], [1, 0], **style)
   for i in range(11):
     color = PALE if i == 0 else (ORANGE if i in joins else BLUE)
-    left.plot(i, 1 - i % 2, "o", color=color, markersize=17)
+    left.plot(i, 1 - i % 2, "o", color=color, markersize=15)
     name = "CLS" if i == 0 else str(i)
     ink = "black" if color != BLUE else "white"
     left.text(i, 1 - i % 2, name, ha="center", va="center", fontsize=8, color=ink)
@@ -228,7 +226,7 @@ def _bundled(spec: ViTSpec, count: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def evit_figure(figure: Figure) -> None:
-  left, middle, right = _panels(figure, 3, 11.4, 3.5)
+  left, middle, right = _panels(figure, 3, 9.0, 3.0)
   layers = tuple(dataclasses.replace(s, reduce=_Importance()) for s in MINI.dense_layers)
   _, params = vc.load(MINI.name, "bundled")
   pixels, images = _bundled(MINI, 3)
@@ -247,7 +245,7 @@ def evit_figure(figure: Figure) -> None:
   source = np.where(np.isin(ranks, order[:keep]), ranks, -1)
   middle.imshow(token_map(pixels[2], source, MINI.grid), interpolation="nearest")
   middle.set_axis_off()
-  middle.set_title("The patches that are kept (others hatched)", fontsize=10)
+  middle.set_title("The patches that are kept\n(others hatched)", fontsize=9)
   rates = {}
   for rate in (0.9, 0.7, 0.5):
     places = (3, 6, 9)
@@ -257,7 +255,7 @@ def evit_figure(figure: Figure) -> None:
 
 
 def dynamicvit_figure(figure: Figure) -> None:
-  left, middle, right = _panels(figure, 3, 11.4, 3.5)
+  left, middle, right = _panels(figure, 3, 9.0, 3.0)
   for axes, title, after in (
     (left, "Training: a draw per token, which masks", "all tokens go on,\nmasked or not"),
     (middle, "Deployed: the highest scores, which select", "the kept tokens go on"),
@@ -288,7 +286,7 @@ def dynamicvit_figure(figure: Figure) -> None:
     axes.text(2.9, 0.35, after, ha="center", va="top", fontsize=8)
     axes.set(xlim=(-0.5, 6.3), ylim=(-0.5, 5.5))
     axes.set_axis_off()
-    axes.set_title(title, fontsize=10)
+    axes.set_title(textwrap.fill(title, 28), fontsize=9)
   plans = {
     f"ratio {ratio}": vc.schedules.dynamicvit(DEIT, (3, 6, 9), [ratio, ratio**2, ratio**3])
     for ratio in (0.9, 0.7, 0.5)

@@ -63,10 +63,12 @@ Stage = Literal[
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-  variant: str = "deit_small_patch16_224"  # timm's name; `vc.list_variants()` names all
+  variant: str = "deit_small_patch16_224"  # name, as timm's; `vc.list_variants()` names all
   weights: str | None = None  # file, hub id `timm/…`, `bundled`, or none: random weights
   plan: str | None = None  # published plan's name or path of a plan.json, for `evaluate`
-  num_classes: CountOrZero | None = None  # none: as many as the data set has
+  num_classes: CountOrZero | None = (
+    None  # outputs of the classifier; none: as many as the data set has
+  )
   image_size: Count | None = None  # pixels; none: the variant's
   antialias: bool | None = None  # of resampled position embeddings; none: as the variant's origin
   dtype: Literal["float32", "bfloat16"] = "float32"  # of the computation; weights stay float32
@@ -131,10 +133,12 @@ class TrainConfig:
 @dataclasses.dataclass(frozen=True)
 class SlimConfig(TrainConfig):
   attn: Literal["dims", "heads", "uniform"] = "dims"  # what a mask of the attention stands for
-  w_attn: PositiveOrZero = 2e-4  # of the L1 norm of the attention's masks; 0: not searched
-  w_mlp: PositiveOrZero = 5e-5  # of the hidden units' masks
-  w_patch: PositiveOrZero = 1e-4  # of the patches' masks
-  mask_learning_rate: Positive | None = None  # of the masks; none: `learning_rate`, as the authors
+  w_attn: PositiveOrZero = 2e-4  # weight of the attention masks' L1 norm; 0: not searched
+  w_mlp: PositiveOrZero = 5e-5  # weight of the L1 norm of the hidden units' masks
+  w_patch: PositiveOrZero = 1e-4  # weight of the L1 norm of the patches' masks
+  mask_learning_rate: Positive | None = (
+    None  # the masks' own; none: `learning_rate`, as the authors
+  )
   mask_weight_decay: PositiveOrZero = 0.0  # of the masks
   # Shares of attention masks, hidden units and patches to keep; none: one share for all that are
   # searched, such that `config.budget` is met.
@@ -235,7 +239,7 @@ class ExportConfig:
     "cpu",
     "cuda",
     "tpu",
-  )  # StableHLO's
+  )  # StableHLO's platforms
   # The model takes uint8 pixels and scales them itself; otherwise normalised floats.
   normalize: bool = True
 
@@ -255,7 +259,7 @@ class ProfileConfig:
 @dataclasses.dataclass(frozen=True)
 class Config:
   stages: tuple[Stage, ...] = ("evaluate",)  # run in this order
-  seed: Annotated[int, Range(0, below=2**32)] = 0  # of everything random
+  seed: Annotated[int, Range(0, below=2**32)] = 0  # seed of everything random
   # Where `python -m vitcomp_jax.main` keeps compiled programs for the next time; none: nowhere.
   compilation_cache: str | None = "~/.cache/vitcomp_jax/xla"
   model: ModelConfig = ModelConfig()
