@@ -14,6 +14,7 @@ import PIL.Image
 import pytest
 import safetensors.numpy
 
+import vitcomp_jax
 from tests.tiny_main import TINY
 from vitcomp_jax import main
 from vitcomp_jax.metrics import read_metrics
@@ -130,6 +131,10 @@ def test_help_names_the_command(capsys):
     main.main(["main", "--help"])
   assert ended.value.code == 0
   assert "--config.KEY=VALUE" in capsys.readouterr().out
+  with pytest.raises(SystemExit) as ended:
+    main.main(["main", "--version"])
+  assert ended.value.code == 0
+  assert capsys.readouterr().out == f"{vitcomp_jax.__version__}\n"
 
 
 @pytest.mark.parametrize(

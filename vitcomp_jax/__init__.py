@@ -8,6 +8,7 @@ layers of ToMe, EViT, DynamicViT and hand-made schedules, `vc.make_plan` a plan 
 """
 
 import functools
+import importlib.metadata
 
 from vitcomp_jax import schedules
 from vitcomp_jax.api import Cost, apply, count_cost, load
@@ -18,6 +19,8 @@ from vitcomp_jax.models.variants import get_spec, list_variants
 from vitcomp_jax.ops.select import unmerge
 from vitcomp_jax.plans import Plan, list_plans, load_plan, make_plan
 from vitcomp_jax.stages import run_stage
+
+__version__ = importlib.metadata.version("vitcomp_jax")
 
 pretrain = functools.partial(run_stage, "pretrain")
 slim = functools.partial(run_stage, "slim")

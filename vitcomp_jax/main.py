@@ -8,6 +8,7 @@ command, the config, the data or the weights, and 1 for anything else.
 
 import argparse
 import difflib
+import importlib.metadata
 import importlib.resources
 import logging
 import pathlib
@@ -95,6 +96,9 @@ def _parse(argv: Sequence[str]) -> tuple[config_lib.Config, pathlib.Path]:
     description=__doc__,
     formatter_class=argparse.RawDescriptionHelpFormatter,
     allow_abbrev=False,
+  )
+  parser.add_argument(
+    "--version", action="version", version=importlib.metadata.version("vitcomp_jax")
   )
   parser.add_argument("--config", metavar="NAME[:ARG]", required=True, help="the experiment")
   parser.add_argument("--workdir", type=pathlib.Path, help="where the run is kept; none: runs/NAME")
