@@ -34,10 +34,14 @@ REQUIRES = [
 # jax2onnx 0.13 is the last that does not forbid Orbax 0.12, which it never imports.
 EXPORT_REQUIRES = ["jax2onnx>=0.13", "onnxruntime>=1.24"]
 
+# To build the documents in docs/.
+DOCS_REQUIRES = ["furo", "latex2mathml", "myst-parser", "sphinx>=8"]
+
 # To run the notebooks in colabs/ outside of Colab.
 NOTEBOOK_REQUIRES = ["ipykernel", "nbclient"]
 
 TEST_REQUIRES = [
+  *DOCS_REQUIRES,
   *EXPORT_REQUIRES,
   *NOTEBOOK_REQUIRES,
   "beartype",
@@ -47,6 +51,7 @@ TEST_REQUIRES = [
   "pytest",
   "pytest-xdist",
   "ruff",
+  "setuptools>=70.1",  # a test makes the wheel
 ]
 
 setuptools.setup(
@@ -68,6 +73,7 @@ setuptools.setup(
   install_requires=REQUIRES,
   extras_require={
     "cuda": ["jax[cuda12]"],
+    "docs": DOCS_REQUIRES,
     "export": EXPORT_REQUIRES,
     "notebooks": NOTEBOOK_REQUIRES,
     "test": TEST_REQUIRES,

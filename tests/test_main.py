@@ -14,6 +14,7 @@ import PIL.Image
 import pytest
 import safetensors.numpy
 
+import vitcomp_jax
 from tests.tiny_main import TINY
 from vitcomp_jax import main
 from vitcomp_jax.metrics import read_metrics
@@ -71,6 +72,7 @@ def _mistakes(tmp: pathlib.Path) -> dict[str, tuple[list[str], str]]:
     "wrong type": (["--config.search.steps=many"], "steps"),
     "unknown stage": (["--config.stages=('train',)"], "config.stages"),
     "no such config": (["--config=configs/nowhere.py"], "nowhere.py"),
+    "a config's name misspelt": (["--config=quickstrt"], "the nearest name is quickstart"),
     "unknown variant": (["--config.model.variant=vit_enormous"], "not known"),
     "wrong plan length": ([evaluate, f"--config.model.plan={short}"], "expected 8 layers"),
     "plan of another depth": ([evaluate, f"--config.model.plan={deep}"], "expected 8 layers"),
@@ -130,6 +132,22 @@ def test_help_names_the_command(capsys):
     main.main(["main", "--help"])
   assert ended.value.code == 0
   assert "--config.KEY=VALUE" in capsys.readouterr().out
+  with pytest.raises(SystemExit) as ended:
+    main.main(["main", "--version"])
+  assert ended.value.code == 0
+  assert capsys.readouterr().out == f"{vitcomp_jax.__version__}\n"
+
+
+@pytest.mark.parametrize(
+  "name", ["front_quickstart", "front_quickstart.py", "configs/front_quickstart.py"]
+)
+def test_a_config_that_ships_goes_by_its_name(name, tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  config, workdir = main._parse(["--config", name])
+  assert config.budget.fractions == (0.9, 0.8, 0.65, 0.5)
+  assert workdir == pathlib.Path("runs/front_quickstart")
+  config, _ = main._parse(["--config", name.replace("front_quickstart", "diffrate_vits") + ":2.3"])
+  assert config.budget.gmacs == 2.3
 
 
 @pytest.mark.parametrize(

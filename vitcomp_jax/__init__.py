@@ -10,6 +10,7 @@ what others measured.
 """
 
 import functools
+import importlib.metadata
 
 from vitcomp_jax import schedules
 from vitcomp_jax.api import Cost, apply, count_cost, load
@@ -21,6 +22,8 @@ from vitcomp_jax.ops.select import unmerge
 from vitcomp_jax.plans import Plan, list_plans, load_plan, make_plan
 from vitcomp_jax.stages import figures, pictures, run_stage
 from vitcomp_jax.stages.published import accuracies as published_accuracies
+
+__version__ = importlib.metadata.version("vitcomp_jax")
 
 pretrain = functools.partial(run_stage, "pretrain")
 slim = functools.partial(run_stage, "slim")

@@ -71,10 +71,12 @@ Stage = Literal[
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-  variant: str = "deit_small_patch16_224"  # timm's name; `vc.list_variants()` names all
+  variant: str = "deit_small_patch16_224"  # name, as timm's; `vc.list_variants()` names all
   weights: str | None = None  # file, hub id `timm/…`, `bundled`, or none: random weights
   plan: str | None = None  # published plan's name or path of a plan.json, for `evaluate`
-  num_classes: CountOrZero | None = None  # none: as many as the data set has
+  num_classes: CountOrZero | None = (
+    None  # outputs of the classifier; none: as many as the data set has
+  )
   image_size: Count | None = None  # pixels; none: the variant's
   antialias: bool | None = None  # of resampled position embeddings; none: as the variant's origin
   dtype: Literal["float32", "bfloat16"] = "float32"  # of the computation; weights stay float32
@@ -139,10 +141,12 @@ class TrainConfig:
 @dataclasses.dataclass(frozen=True)
 class SlimConfig(TrainConfig):
   attn: Literal["dims", "heads", "uniform"] = "dims"  # what a mask of the attention stands for
-  w_attn: PositiveOrZero = 2e-4  # of the L1 norm of the attention's masks; 0: not searched
-  w_mlp: PositiveOrZero = 5e-5  # of the hidden units' masks
-  w_patch: PositiveOrZero = 1e-4  # of the patches' masks
-  mask_learning_rate: Positive | None = None  # of the masks; none: `learning_rate`, as the authors
+  w_attn: PositiveOrZero = 2e-4  # weight of the attention masks' L1 norm; 0: not searched
+  w_mlp: PositiveOrZero = 5e-5  # weight of the L1 norm of the hidden units' masks
+  w_patch: PositiveOrZero = 1e-4  # weight of the L1 norm of the patches' masks
+  mask_learning_rate: Positive | None = (
+    None  # the masks' own; none: `learning_rate`, as the authors
+  )
   mask_weight_decay: PositiveOrZero = 0.0  # of the masks
   # Shares of attention masks, hidden units and patches to keep; none: one share for all that are
   # searched, such that `config.budget` is met.
@@ -251,7 +255,7 @@ class ExportConfig:
     "cpu",
     "cuda",
     "tpu",
-  )  # StableHLO's
+  )  # StableHLO's platforms
   # The model takes uint8 pixels and scales them itself; otherwise normalised floats.
   normalize: bool = True
 
@@ -271,7 +275,7 @@ class ProfileConfig:
 @dataclasses.dataclass(frozen=True)
 class Config:
   stages: tuple[Stage, ...] = ("evaluate",)  # run in this order
-  seed: Annotated[int, Range(0, below=2**32)] = 0  # of everything random
+  seed: Annotated[int, Range(0, below=2**32)] = 0  # seed of everything random
   # Where `python -m vitcomp_jax.main` keeps compiled programs for the next time; none: nowhere.
   compilation_cache: str | None = "~/.cache/vitcomp_jax/xla"
   model: ModelConfig = ModelConfig()
@@ -412,9 +416,12 @@ def _checked(value: Any, kind: Any, path: str) -> Any:
     is_right = isinstance(value, base) and is_bool == (base is bool) and not is_empty
     if is_right and (known is None or value in known):
       return value
-  raise UserError(
-    f"config.{path}: expected {' or '.join(map(_described, options))}, got {value!r}."
-  )
+  raise UserError(f"config.{path}: expected {accepted(kind)}, got {value!r}.")
+
+
+def accepted(kind: Any) -> str:
+  """In words, what a field of a type may be set to."""
+  return " or ".join(map(_described, _options(kind)))
 
 
 def _options(kind: Any) -> tuple[Any, ...]:
@@ -436,6 +443,8 @@ def _described(option: Any) -> str:
   if option is type(None):
     return "none"
   base, known = _base_and_known(option)
+  if base is tuple:
+    return f"tuple of {accepted(typing.get_args(option)[0])}"
   if isinstance(known, Range):
     return f"{base.__name__} of {known}"
   return base.__name__ if known is None else f"one of {', '.join(known)}"

@@ -1,11 +1,15 @@
 """Runs the stages of an experiment, or goes on with them.
 
-The workdir is runs/NAME unless given. Every key of the config can be set by --config.KEY=VALUE; the
+The config is a file, or the name of one that ships with the package, such as quickstart. The
+workdir is runs/NAME unless given. Every key of the config can be set by --config.KEY=VALUE; the
 keys are listed in vitcomp_jax/config.py. The exit status is 0 for done, 2 for a mistake in the
 command, the config, the data or the weights, and 1 for anything else.
 """
 
 import argparse
+import difflib
+import importlib.metadata
+import importlib.resources
 import logging
 import pathlib
 import re
@@ -88,12 +92,15 @@ def _parse(argv: Sequence[str]) -> tuple[config_lib.Config, pathlib.Path]:
   """The config, with what the command line changes of it, and the workdir."""
   parser = _Parser(
     prog="python -m vitcomp_jax.main",
-    usage="%(prog)s --config configs/NAME.py[:ARG] [--workdir DIR] [--config.KEY=VALUE ...]",
+    usage="%(prog)s --config NAME[:ARG] [--workdir DIR] [--config.KEY=VALUE ...]",
     description=__doc__,
     formatter_class=argparse.RawDescriptionHelpFormatter,
     allow_abbrev=False,
   )
-  parser.add_argument("--config", metavar="FILE[:ARG]", required=True, help="the experiment")
+  parser.add_argument(
+    "--version", action="version", version=importlib.metadata.version("vitcomp_jax")
+  )
+  parser.add_argument("--config", metavar="NAME[:ARG]", required=True, help="the experiment")
   parser.add_argument("--workdir", type=pathlib.Path, help="where the run is kept; none: runs/NAME")
   parser.add_argument("--distributed", action="store_true", help=_DISTRIBUTED)
   parser.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 is to be found")
@@ -101,10 +108,10 @@ def _parse(argv: Sequence[str]) -> tuple[config_lib.Config, pathlib.Path]:
   parser.add_argument("--process_id", type=int, help="of this one, from 0")
   known, rest = parser.parse_known_args(argv)
   _initialize(known)
-  file, _, arg = known.config.partition(":")
-  overrides = _overrides(rest)
-  values = config_lib.with_overrides(_read(pathlib.Path(file), arg or None), overrides)
-  workdir = known.workdir or pathlib.Path("runs", pathlib.Path(file).stem)
+  name, _, arg = known.config.partition(":")
+  overrides, file = _overrides(rest), _config_file(name)
+  values = config_lib.with_overrides(_read(file, arg or None), overrides)
+  workdir = known.workdir or pathlib.Path("runs", file.stem)
   return config_lib.from_config_dict(values), workdir
 
 
@@ -150,10 +157,29 @@ def _overrides(arguments: Sequence[str]) -> dict[str, str]:
   return found
 
 
+def _config_file(name: str) -> pathlib.Path:
+  """The file that a path leads to, or that ships with the package under a name.
+
+  `configs/NAME.py` is such a name too, so that the documents' commands need no checkout.
+  """
+  path = pathlib.Path(name)
+  if path.is_file():
+    return path
+  folder = pathlib.Path(str(importlib.resources.files("vitcomp_jax.configs")))
+  shipped = {file.stem: file for file in folder.glob("*.py")}
+  for helper in ("__init__", "common"):
+    del shipped[helper]
+  if path.parent in (pathlib.Path(), pathlib.Path("configs")) and path.stem in shipped:
+    return shipped[path.stem]
+  near = difflib.get_close_matches(path.stem, shipped, n=1, cutoff=0.0)
+  raise UserError(
+    f"--config: expected a file, or the name of a config that ships with the package, got {name!r};"
+    f" the nearest name is {near[0]}."
+  )
+
+
 def _read(path: pathlib.Path, arg: str | None) -> dict[str, Any]:
   """What a config file's `get_config` returns."""
-  if not path.is_file():
-    raise UserError(f"--config: expected a file such as configs/quickstart.py, got {str(path)!r}.")
   try:
     get_config = runpy.run_path(str(path)).get("get_config")
     if get_config is None:
