@@ -526,7 +526,7 @@ def _timm_spec(info: dict[str, Any]) -> ViTSpec:
     width=size["dim"],
     depth=size["depth"],
     num_heads=size["heads"],
-    mlp_dim=4 * size["dim"],
+    mlp_dim=int(info["constructor_options_all"]["mlp_ratio"] * size["dim"]),
     num_classes=info["create_model_kwargs"]["num_classes"],
   )
 
@@ -540,11 +540,15 @@ def _run_timm(fixture: Fixture, spec: ViTSpec, dtype: str, antialias: bool = Tru
 
 def replay_timm(fixture: Fixture) -> None:
   spec = _timm_spec(fixture.info)
+  assert (spec.norm_eps, spec.activation) == (fixture.info["norm_eps"], fixture.info["activation"])
   assert spec.num_prefix == fixture.info["num_prefix_tokens"]
   for dtype, tolerance in _precisions():
     out = _run_timm(fixture, spec, dtype)
     if "logits_f64" in fixture.arrays:
       _close(out.logits, fixture.arrays["logits_f64"], tolerance, fixture.name)
+    if "logits_gelu_tanh_f64" in fixture.arrays:
+      tanh = _run_timm(fixture, dataclasses.replace(spec, activation="gelu_tanh"), dtype)
+      _close(tanh.logits, fixture.arrays["logits_gelu_tanh_f64"], tolerance, fixture.name)
     features = fixture.arrays["features_f64"]
     per_token = features.ndim == 3 and features.shape[1] == spec.num_tokens
     _close(out.tokens.x if per_token else out.features, features, tolerance, fixture.name)
@@ -663,11 +667,14 @@ REPLAYS: dict[str, Callable[[Fixture], None]] = {
   "evit": replay_evit,
   "dynamicvit": replay_dynamicvit,
   "timm_augreg": replay_timm,
+  "timm_clip_gelu": replay_timm,
+  "timm_clip_quickgelu": replay_timm,
   "timm_deit": replay_timm,
   "timm_deit_distilled": replay_timm,
   "timm_dinov2": replay_timm,
   "timm_dinov2_reg4": replay_timm,
   "timm_mae_ft": replay_timm,
   "timm_posembed": replay_timm_posembed,
+  "timm_siglip": replay_timm,
   "vit_slim": replay_vit_slim,
 }

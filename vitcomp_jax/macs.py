@@ -11,10 +11,19 @@ from vitcomp_jax.models.spec import LayerSpec, ViTSpec
 
 
 def embed_macs(spec: ViTSpec) -> int:
-  """Multiply-accumulates of the patch embedding, and of the classifier."""
+  """Multiply-accumulates of the patch embedding and the classifier."""
   heads = 2 if spec.distilled else 1
   patch = spec.num_tokens * spec.width * 3 * spec.patch_size**2
   return patch + heads * spec.width * spec.num_classes
+
+
+def pool_macs(spec: ViTSpec, tokens: Any) -> Any:
+  """Multiply-accumulates of a pooling head that attends to the tokens after the last layer."""
+  if spec.pool != "map":
+    return 0.0
+  return 2.0 * spec.width * (spec.width + spec.mlp_dim) + tokens * (
+    2.0 * spec.width * (spec.width + 1)
+  )
 
 
 def layer_macs(layer: LayerSpec, width: int, at_attention: Any, at_mlp: Any) -> Any:
@@ -45,7 +54,8 @@ def macs(spec: ViTSpec, layers: Sequence[LayerSpec], counts: Sequence[tuple[Any,
   total = sum(
     layer_macs(layer, spec.width, *count) for layer, count in zip(layers, counts, strict=True)
   )
-  return total + float(embed_macs(spec))
+  last = counts[-1][1] if counts else spec.num_tokens
+  return total + pool_macs(spec, last) + float(embed_macs(spec))
 
 
 def static_counts(

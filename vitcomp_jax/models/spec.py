@@ -57,11 +57,15 @@ class ViTSpec:
     num_heads: Heads of a dense layer.
     mlp_dim: Hidden units of a dense layer's MLP.
     num_classes: Outputs of the classifier; 0: none, the model gives features.
+    class_token: Has a CLS token.
     distilled: Has a distillation token, and a second head that is averaged with the first.
     num_registers: Register tokens.
     pos_on_prefix: Position embeddings cover the prefix; otherwise only the patches.
-    pool: `cls`, `cls_dist` (CLS and distillation token), or `size_mean` (mean over patches, each
-      token weighing as much as the patches it stands for; then `fc_norm` instead of `norm`).
+    pool: `cls`, `cls_dist` (CLS and distillation token), `size_mean` (mean over patches, each
+      token weighing as much as the patches it stands for; then `fc_norm` instead of `norm`), or
+      `map` (SigLIP: a learnt query attends to the tokens, by their sizes too).
+    norm_pre: Tokens are normed before the first layer, and the patch embedding has no bias (CLIP).
+    activation: Of every MLP, see `layers.ACTIVATIONS`.
     layer_scale: Learnt per-channel factors on the residual branches (DINOv2).
     norm_eps: Added to the variance in every LayerNorm.
     antialias: Position embeddings for another grid are resampled as timm does; otherwise as
@@ -82,10 +86,13 @@ class ViTSpec:
   num_heads: int
   mlp_dim: int
   num_classes: int = 1000
+  class_token: bool = True
   distilled: bool = False
   num_registers: int = 0
   pos_on_prefix: bool = True
   pool: str = "cls"
+  norm_pre: bool = False
+  activation: str = "gelu"
   layer_scale: bool = False
   norm_eps: float = 1e-6
   antialias: bool = True
@@ -116,7 +123,7 @@ class ViTSpec:
   @property
   def num_prefix(self) -> int:
     """CLS, distillation and register tokens."""
-    return 1 + self.distilled + self.num_registers
+    return self.class_token + self.distilled + self.num_registers
 
   @property
   def num_tokens(self) -> int:

@@ -5,7 +5,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from vitcomp_jax.models.layers import EncoderBlock, PatchEmbed, dense, layer_norm
+from vitcomp_jax.models.layers import (
+  AttentionPool,
+  EncoderBlock,
+  PatchEmbed,
+  dense,
+  layer_norm,
+)
 from vitcomp_jax.models.spec import LayerSpec, ViTSpec
 from vitcomp_jax.models.tokens import Output, Tokens
 
@@ -27,8 +33,9 @@ class ViT(nn.Module):
 
   def setup(self) -> None:
     spec = self.spec
-    self.patch_embed = PatchEmbed(spec.patch_size, spec.width, spec.dtype)
-    self.cls_token = self.param("cls_token", nn.initializers.normal(1e-6), (1, 1, spec.width))
+    self.patch_embed = PatchEmbed(spec.patch_size, spec.width, spec.dtype, not spec.norm_pre)
+    if spec.class_token:
+      self.cls_token = self.param("cls_token", nn.initializers.normal(1e-6), (1, 1, spec.width))
     if spec.distilled:
       self.dist_token = self.param("dist_token", nn.initializers.normal(1e-6), (1, 1, spec.width))
     if spec.num_registers:
@@ -36,11 +43,16 @@ class ViT(nn.Module):
       self.reg_token = self.param("reg_token", nn.initializers.normal(1e-6), shape)
     positions = (1, spec.pos_prefix + spec.num_patches, spec.width)
     self.pos_embed = self.param("pos_embed", _position_init, positions)
+    if spec.norm_pre:
+      self.norm_pre = layer_norm(spec.norm_eps)
     self.blocks = [encoder_block(spec, layer, self.remat) for layer in self.layers]
     if spec.pool == "size_mean":
       self.fc_norm = layer_norm(spec.norm_eps)
     else:
       self.norm = layer_norm(spec.norm_eps)
+    if spec.pool == "map":
+      sizes = spec.num_heads, spec.mlp_dim, spec.width
+      self.attn_pool = AttentionPool(*sizes, spec.norm_eps, spec.dtype, spec.activation)
     if spec.num_classes:
       self.head = dense(spec.num_classes, spec.dtype)
       if spec.distilled:
@@ -81,7 +93,7 @@ class ViT(nn.Module):
     """Patches behind the prefix, with positions."""
     spec, b = self.spec, images.shape[0]
     x = self.patch_embed(images)
-    prefix = [self.cls_token]
+    prefix = [self.cls_token] if spec.class_token else []
     prefix += [self.dist_token] if spec.distilled else []
     prefix += [self.reg_token] if spec.num_registers else []
     prefix = [jnp.broadcast_to(t, (b, *t.shape[1:])).astype(x.dtype) for t in prefix]
@@ -90,6 +102,7 @@ class ViT(nn.Module):
       x = jnp.concatenate([*prefix, x], axis=1) + positions
     else:
       x = jnp.concatenate([*prefix, x + positions], axis=1)
+    x = self.norm_pre(x) if spec.norm_pre else x
     source = jnp.broadcast_to(spec.num_prefix + jnp.arange(spec.num_patches), (b, spec.num_patches))
     return Tokens(x, None, None, source, spec.num_prefix)
 
@@ -99,6 +112,8 @@ class ViT(nn.Module):
       return tokens.x[:, 0]
     if self.spec.pool == "cls_dist":
       return tokens.x[:, :2]
+    if self.spec.pool == "map":
+      return self.attn_pool(tokens)
     return self.fc_norm(size_mean(tokens))
 
   def _classify(self, features: Array) -> Array:
@@ -122,6 +137,7 @@ def encoder_block(spec: ViTSpec, layer: LayerSpec, remat: bool = False) -> Encod
     layer.hidden_gate,
     spec.dtype,
     spec.attention,
+    spec.activation,
   )
 
 

@@ -179,6 +179,37 @@ def _attend_masked_backward(
 _attend_masked.defvjp(_attend_masked_forward, _attend_masked_backward)
 
 
+def attend_one(
+  q: Float[Array, "b h k"],
+  k: Float[Array, "b h n k"],
+  v: Float[Array, "b h n k"],
+  scale: float,
+  log_size: Float[Array, "b n"] | None = None,
+  keep: Float[Array, "b n"] | None = None,
+) -> Float[Array, "b h k"]:
+  """Proportional attention of one query that is no token, such as a pooling head's.
+
+  With `keep`, dropped keys are not seen; gradients still reach `keep` at them, as in `attend`.
+
+  Args:
+    q: The query.
+    k: Keys.
+    v: Values.
+    scale: Factor of the products.
+    log_size: Logarithm of the patches each key stands for; none: all 1.
+    keep: 1 for kept keys, 0 for dropped ones; none: nothing is masked.
+  """
+  logits = _logits(q[:, :, None], k, scale, log_size)
+  if keep is None:
+    weights = jnp.exp(logits - _peak(logits))
+  else:
+    peak = _peak(logits + _hidden(keep < 0.5)[:, None, None])
+    weights = jnp.exp(jnp.minimum(logits - peak, math.log(_LARGEST_WEIGHT)))
+    weights = weights * keep[:, None, None]
+  total = jnp.sum(weights, axis=-1, keepdims=True)
+  return (_weigh(weights, v) / total).astype(v.dtype)[:, :, 0]
+
+
 def cls_attention(
   q: Float[Array, "b h k"],
   k: Float[Array, "b h n k"],
