@@ -7,8 +7,8 @@ from vitcomp_jax.errors import UserError
 from vitcomp_jax.models.variants import VARIANTS, get_spec
 from vitcomp_jax.models.vit import ViT
 
-# timm 1.0.31; CLIP with 1,000 classes, or the outputs that it shares with texts; the MAE models with
-# average pool and 1,000 classes; DINOv2 and SigLIP without classifier.
+# timm 1.0.31; CLIP with 1,000 classes, or the outputs that it shares with texts; the MAE models
+# with average pool and 1,000 classes; DINOv2 and SigLIP without classifier.
 PARAMETERS = {
   "deit_tiny_patch16_224": 5_717_416,
   "deit_tiny_distilled_patch16_224": 5_910_800,

@@ -175,8 +175,11 @@ class SearchConfig:
   granularity: Count = 1  # distance between neighbouring candidate counts
   tile: Count = 1  # the plan's counts are rounded up to multiples of it (8, 16), prefix included
   actions: Literal["both", "prune", "merge"] = "both"  # what a layer may do with its tokens
-  # What tells the important tokens: the attention of CLS, that of all, the values, or chance.
-  importance: Literal["cls", "mean_attention", "value_norm", "random"] = "cls"
+  # What tells the important tokens: the attention of CLS, of the pooling head's query (SigLIP) or
+  # of all, the values, or chance; auto: the first of these that the model has.
+  importance: Literal["auto", "cls", "pool_query", "mean_attention", "value_norm", "random"] = (
+    "auto"
+  )
   init: Literal["merge_first", "zeros"] = "merge_first"  # where the rates start; authors: `zeros`
   budget_weight: PositiveOrZero = 5.0  # lambda of the budget term
   # The budget term counts MACs in units of dense/4.6, or, as the authors', of 1e9.

@@ -76,6 +76,9 @@ class Plan:
           f"{got}; the plan is for {self.variant}."
         )
     _check_counts(self.layers, spec.num_prefix, spec.num_tokens, "plan")
+    for i, layer in enumerate(self.layers):
+      if hasattr(layer.reduce, "importance"):
+        spec.importance(layer.reduce.importance, f"plan: layer {i}: importance")
     pairs = zip(spec.dense_layers, self.layers, strict=True)
     return tuple(layer.apply_to(base) for base, layer in pairs)
 

@@ -23,20 +23,22 @@ _DRAWS = 10_000  # random schedules at once
 _MISSES = 100  # times that many without one near the budget
 
 
-def within(name: str, spec: ViTSpec, target_gmacs: float, importance: str = "cls") -> Layers:
+def within(name: str, spec: ViTSpec, target_gmacs: float, importance: str = "auto") -> Layers:
   """A schedule by name, as strong as a budget asks for.
 
   Args:
     name: One of `SCHEDULES`.
     spec: The model.
     target_gmacs: The budget; the strength that comes nearest is taken.
-    importance: What tells the important tokens of hand-made schedules, see `PruneMerge`.
+    importance: What tells the important tokens of hand-made schedules, see
+      `ViTSpec.importance`.
 
   Raises:
     UserError: For an unknown name, or a budget below what the schedule costs at its strongest.
   """
   if name not in SCHEDULES:
     raise UserError(f"schedule: expected one of {', '.join(SCHEDULES)}, got {name!r}.")
+  importance = spec.importance(importance)
   make = SCHEDULES[name]
   least = macs.static_macs(spec, make(spec, 1.0)) / 1e9
   if target_gmacs < (1 - _TOLERANCE) * least:
@@ -131,7 +133,7 @@ def evit(
     left = math.ceil(rate * (n - spec.num_prefix)) if count is None else count
     reduce: TokenReducer = layer.reduce
     if left < n - spec.num_prefix:
-      reduce = AttentiveSelect(left + spec.num_prefix, fuse)
+      reduce = AttentiveSelect(left + spec.num_prefix, fuse, spec.importance())
     n = reduce.count(n)
     layers.append(dataclasses.replace(layer, reduce=reduce))
   return tuple(layers)
@@ -197,31 +199,29 @@ def compressed_layers(
     first: Whether the first may.
     last: Whether the last may; none: unless the head pools over the patches it leaves.
   """
-  last = spec.pool != "size_mean" if last is None else last
+  last = spec.pool in ("cls", "cls_dist") if last is None else last
   ends = {spec.depth - 1: last, 0: first}
   return tuple(ends.get(i, True) for i in range(spec.depth))
 
 
-def _counted(merges: bool, importance: str = "cls") -> Callable[[ViTSpec, np.ndarray], Layers]:
+def _counted(merges: bool, importance: str = "auto") -> Callable[[ViTSpec, np.ndarray], Layers]:
   """Layers that prune, or merge, to given counts."""
 
   def make(spec: ViTSpec, counts: np.ndarray) -> Layers:
-    kept = iter(counts)
+    kept, metric = iter(counts), spec.importance(importance)
     layers = []
     for layer, compressed in zip(spec.dense_layers, compressed_layers(spec), strict=True):
       if compressed:
         count = int(next(kept))
         prune_keep = spec.num_tokens if merges else count
-        layer = dataclasses.replace(
-          layer, reduce=PruneMerge(prune_keep, count, importance=importance)
-        )
+        layer = dataclasses.replace(layer, reduce=PruneMerge(prune_keep, count, importance=metric))
       layers.append(layer)
     return tuple(layers)
 
   return make
 
 
-def _uniform(merges: bool, importance: str = "cls") -> Callable[[ViTSpec, float], Layers]:
+def _uniform(merges: bool, importance: str = "auto") -> Callable[[ViTSpec, float], Layers]:
   """One count for all layers; where it is no whole number, earlier layers keep one token more."""
   make = _counted(merges, importance)
 
@@ -313,7 +313,7 @@ def random_counts(
     Chen et al., `DiffRate <https://arxiv.org/abs/2305.17997>`_, 2023, Fig. 5.
   """
   rng = np.random.default_rng(seed)
-  compressed = compressed_layers(spec)
+  compressed, importance = compressed_layers(spec), spec.importance()
   everything = spec.num_tokens, spec.num_tokens
   given, found_in = 0, 0
   for drawn in itertools.count():
@@ -331,7 +331,10 @@ def random_counts(
         return
       pairs = iter(kept[index].tolist())
       yield tuple(
-        dataclasses.replace(layer, reduce=PruneMerge(*(next(pairs) if yes else everything)))
+        dataclasses.replace(
+          layer,
+          reduce=PruneMerge(*(next(pairs) if yes else everything), importance=importance),  # type: ignore[misc]
+        )
         for layer, yes in zip(spec.dense_layers, compressed, strict=True)
       )
       given, found_in = given + 1, drawn

@@ -25,6 +25,8 @@ SPECS = {
   "mean": small_spec(pool="size_mean"),
   "distilled": small_spec(distilled=True, pool="cls_dist"),
   "registers": small_spec(num_registers=3, pos_on_prefix=False, layer_scale=True),
+  "clip": small_spec(norm_pre=True, activation="quick_gelu"),
+  "siglip": small_spec(class_token=False, pool="map", activation="gelu_tanh"),
 }
 
 
@@ -32,7 +34,7 @@ def _random_plan(spec, seed):
   rng = np.random.default_rng(seed)
   counts = rng.integers(1, spec.num_patches + 1, (spec.depth, 2)) + spec.num_prefix
   return tuple(
-    dataclasses.replace(layer, reduce=PruneMerge(int(p), int(m)))
+    dataclasses.replace(layer, reduce=PruneMerge(int(p), int(m), importance=spec.importance()))
     for layer, (p, m) in zip(spec.dense_layers, counts, strict=True)
   )
 
@@ -63,7 +65,7 @@ def _together(source):
 
 
 @pytest.mark.parametrize("kind", SPECS)
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", range(3))
 def test_masked_search_equals_static_plan(kind, seed):
   spec = SPECS[kind]
   _check_parity(spec, _random_plan(spec, seed), random_params(spec, seed), seed)
@@ -90,9 +92,9 @@ def _check_parity(spec, layers, params, seed):
   assert counts == [n for _, n in macs.static_counts(spec, layers)]
   spent = method.penalty(spec, variables["arch"], masked, jnp.asarray(0))[1]["gmacs"]
   np.testing.assert_allclose(spent * 1e9, macs.static_macs(spec, layers), rtol=1e-6)
-  # Masked tokens are still there, behind the kept ones.
-  held = np.where(masked.tokens.source < counts[-1], masked.tokens.source, -1)
-  np.testing.assert_array_equal(_together(held), _together(np.asarray(static.tokens.source)))
+  held, expected = np.asarray(masked.tokens.source), np.asarray(static.tokens.source)
+  np.testing.assert_array_equal(_together(held), _together(expected))
+  np.testing.assert_allclose(vc.unmerge(masked.tokens), vc.unmerge(static.tokens), atol=1e-4)
 
 
 def test_authors_clamp_sees_something_else():

@@ -14,9 +14,9 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from vitcomp_jax.costs import MACS, Cost
-from vitcomp_jax.models.reducers import PruneMerge, first_tokens
+from vitcomp_jax.models.reducers import PruneMerge
 from vitcomp_jax.models.spec import LayerSpec, ViTSpec
-from vitcomp_jax.models.tokens import AttentionStats, Aux, Output, Tokens
+from vitcomp_jax.models.tokens import AttentionStats, Aux, Output, Tokens, mark_pruned
 from vitcomp_jax.ops import merge, select
 from vitcomp_jax.ops.straight_through import ste_ceil, ste_mask, ste_min
 from vitcomp_jax.schedules import compressed_layers
@@ -99,6 +99,8 @@ class PruneMergeSearch(nn.Module):
     before = jnp.asarray(n if tokens.num_kept is None else tokens.num_kept, prune_count.dtype)
     pruned = jnp.minimum(before, prune_count)
     keep = tokens.keep * _rank_mask(prune_probability[:n], prune_count, before)[None]
+    rank = jnp.arange(n, dtype=pruned.dtype)[None]
+    tokens = mark_pruned(tokens, (rank >= pruned) & (rank < before))
     if self.granularity[1] <= self.num_patches:
       tokens = self._merged(tokens, merge_count, pruned)
     keep = keep * _rank_mask(merge_probability[:n], merge_count, pruned)[None]
@@ -121,7 +123,7 @@ class PruneMergeSearch(nn.Module):
 
   def _sorted(self, tokens: Tokens, stats: AttentionStats) -> Tokens:
     n = tokens.x.shape[1]
-    importance = stats.importance(self.importance)
+    importance = stats.importance(self.importance, tokens)
     ones = jnp.ones(tokens.x.shape[:2], importance.dtype)
     order = select.importance_order(importance, tokens.num_prefix, n)
     return tokens.replace(
@@ -169,7 +171,10 @@ class PruneMergeMasked(PruneMergeSearch):
 
   def __call__(self, tokens: Tokens, stats: AttentionStats | None) -> tuple[Tokens, Aux]:
     tokens, aux = super().__call__(tokens, stats)
-    return (tokens if self.limit is None else first_tokens(tokens, self.limit)), aux
+    if self.limit is not None:  # The others hold no patches any more.
+      parts = {k: getattr(tokens, k)[:, : self.limit] for k in ("x", "size", "keep")}
+      tokens = tokens.replace(**parts)
+    return tokens, aux
 
   def count(self, n: int) -> int:
     return n if self.limit is None else min(n, self.limit)
@@ -215,7 +220,7 @@ class DiffRate:
     compress_last: May the last layer lose tokens; none: unless the head pools over patches.
     clamp_size: See `PruneMergeSearch`.
     signed_similarity: See `PruneMerge`.
-    importance: See `PruneMerge`.
+    importance: See `ViTSpec.importance`.
     actions: What is learnt: `both`, or `prune` or `merge` alone.
     mask_eps: See `LayerSpec`.
     base: The layers to search on, such as slimmed ones; none: the dense model's.
@@ -233,7 +238,7 @@ class DiffRate:
   compress_last: bool | None = None
   clamp_size: bool = False
   signed_similarity: bool = False
-  importance: str = "cls"
+  importance: str = "auto"
   actions: str = "both"
   mask_eps: float = 0.0
   base: tuple[LayerSpec, ...] | None = None
@@ -264,7 +269,8 @@ class DiffRate:
       limits: Of each layer, the tokens that go on, at least those that are kept; none: all.
     """
     sizes = spec.num_patches, spec.num_prefix
-    options = dict(signed_similarity=self.signed_similarity, importance=self.importance)
+    importance = spec.importance(self.importance)
+    options = dict(signed_similarity=self.signed_similarity, importance=importance)
     return tuple(
       dataclasses.replace(layer, reduce=PruneMergeMasked(*sizes, limit=limit, **options))
       for layer, limit in zip(self._base(spec), limits or [None] * spec.depth, strict=True)
@@ -286,7 +292,7 @@ class DiffRate:
       (self._granularity(spec, compressed, "prune"), self._granularity(spec, compressed, "merge")),
       self.clamp_size,
       self.signed_similarity,
-      self.importance,
+      spec.importance(self.importance),
     )
 
   def _granularity(self, spec: ViTSpec, compressed: bool, action: str) -> int:
@@ -408,16 +414,17 @@ class DiffRate:
 
   def static_layers(self, spec: ViTSpec, expected: np.ndarray) -> tuple[LayerSpec, ...]:
     """Static layers that keep the expected counts, rounded up, to a tile if there is one."""
+    importance = spec.importance(self.importance)
     whole = np.ceil(expected - spec.num_patches * _NOISE)
     counts = np.clip(whole, 1, spec.num_patches).astype(int) + spec.num_prefix
     counts = np.minimum(-(-counts // self.tile) * self.tile, spec.num_tokens)
     return tuple(
-      dataclasses.replace(layer, reduce=self._static(int(p), int(m)))
+      dataclasses.replace(
+        layer,
+        reduce=PruneMerge(int(p), int(m), self.signed_similarity, importance=importance),
+      )
       for layer, (p, m) in zip(self._base(spec), counts, strict=True)
     )
-
-  def _static(self, prune_keep: int, merge_keep: int) -> PruneMerge:
-    return PruneMerge(prune_keep, merge_keep, self.signed_similarity, importance=self.importance)
 
   def smallest(self, spec: ViTSpec) -> float:
     """What the cheapest plan costs: one patch token after each layer that may lose tokens."""

@@ -188,6 +188,12 @@ class AttentionPool(nn.Module):
     """What the head looks for, by head."""
     return self.q(self.latent).reshape(1, self.num_heads, -1)
 
+  def probe(self) -> Float[Array, "h d"]:
+    """The query times the keys' projection: what the head looks for in a normed token."""
+    keys = self.kv.variables["params"]["kernel"][:, : self.width]
+    keys = keys.reshape(self.width, self.num_heads, -1)
+    return self._scale * jnp.einsum("hk,dhk->hd", self.query()[0].astype(keys.dtype), keys)
+
   @property
   def _scale(self) -> float:
     return (self.width // self.num_heads) ** -0.5

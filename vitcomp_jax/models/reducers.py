@@ -5,7 +5,7 @@ import dataclasses
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from vitcomp_jax.models.tokens import AttentionStats, Aux, TokenReducer, Tokens
+from vitcomp_jax.models.tokens import AttentionStats, Aux, TokenReducer, Tokens, take_tokens
 from vitcomp_jax.ops import merge, select
 
 
@@ -31,7 +31,7 @@ class KeepPositions:
   positions: tuple[int, ...]
 
   def __call__(self, tokens: Tokens, stats: AttentionStats | None) -> tuple[Tokens, Aux]:
-    n, prefix = tokens.x.shape[1], tokens.num_prefix
+    prefix = tokens.num_prefix
     patches = jnp.array(self.positions[prefix:], jnp.int32) - prefix
     # Where those patches are by now: earlier layers may have dropped others.
     order = jnp.concatenate(
@@ -41,13 +41,7 @@ class KeepPositions:
       ],
       axis=1,
     )
-    tokens = tokens.replace(
-      x=select.take(tokens.x, order),
-      size=None if tokens.size is None else select.take(tokens.size, order),
-      keep=None if tokens.keep is None else select.take(tokens.keep, order),
-      source=select.follow(tokens.source, order, n),
-    )
-    return tokens, Aux(len(self.positions))
+    return take_tokens(tokens, order), Aux(len(self.positions))
 
   def count(self, n: int) -> int:
     return min(n, len(self.positions))
@@ -84,7 +78,8 @@ class PruneMerge:
     n = tokens.x.shape[1]
     pruned, merged = min(n, self.prune_keep), self.count(n)
     if merged < n or self.always_sort:
-      tokens = take_most_important(tokens, stats.importance(self.importance), pruned)
+      importance = stats.importance(self.importance, tokens)
+      tokens = take_tokens(tokens, select.importance_order(importance, tokens.num_prefix, pruned))
     if merged < pruned:
       tokens = _merge_last(tokens, merged, self.signed_similarity)
     return tokens, Aux(merged)
@@ -130,12 +125,13 @@ class BipartiteMerge:
 class AttentiveSelect:
   """EViT's reduction: keeps the tokens that CLS attends to most, and fuses the others into one.
 
-  The fused token is the sum of the others, each times the attention that CLS pays it; it stands
-  last and is a token like any other from then on.
+  The fused token is the sum of the others, each times its importance, the attention that CLS pays
+  it; it stands last and is a token like any other from then on.
 
   Attributes:
     keep: Tokens that are kept, prefix included, the fused token not.
     fuse: Whether the others are fused; otherwise they are gone.
+    importance: What stands in for the attention of CLS where there is none, see `PruneMerge`.
 
   References:
     Liang et al., `EViT <https://arxiv.org/abs/2202.07800>`_, 2022, Sec. 3.2 and Eq. 4.
@@ -143,18 +139,18 @@ class AttentiveSelect:
 
   keep: int
   fuse: bool = True
+  importance: str = "cls"
 
   def __call__(self, tokens: Tokens, stats: AttentionStats | None) -> tuple[Tokens, Aux]:
     assert stats is not None, "AttentiveSelect needs the attention's statistics"
     n = tokens.x.shape[1]
     if self.keep >= n:
       return tokens, Aux(n)
-    importance = stats.importance("cls")
+    importance = stats.importance(self.importance, tokens)
     order = select.importance_order(importance, tokens.num_prefix, self.keep)
-    x, size = select.take(tokens.x, order), tokens.size
-    size = None if size is None else select.take(size, order)
-    source = select.follow(tokens.source, order, n)
+    kept = take_tokens(tokens, order)
     if self.fuse:
+      x, size = kept.x, kept.size
       dropped = jnp.all(order[:, :, None] != jnp.arange(n)[None, None], axis=1)
       weight = jnp.where(dropped, importance, 0)
       fused = jnp.einsum("bn,bnd->bd", weight.astype(tokens.x.dtype), tokens.x)
@@ -162,31 +158,12 @@ class AttentiveSelect:
       if tokens.size is not None and size is not None:
         gone = jnp.sum(jnp.where(dropped, tokens.size, 0), axis=1, keepdims=True)
         size = jnp.concatenate([size, gone], axis=1)
-      source = jnp.where((source < 0) & (tokens.source >= 0), self.keep, source)
-    return tokens.replace(x=x, size=size, source=source), Aux(self.count(n))
+      source = jnp.where((kept.source < 0) & (tokens.source >= 0), self.keep, kept.source)
+      kept = tokens.replace(x=x, size=size, source=source)
+    return kept, Aux(self.count(n))
 
   def count(self, n: int) -> int:
     return n if self.keep >= n else self.keep + self.fuse
-
-
-def take_most_important(tokens: Tokens, importance: Array, count: int) -> Tokens:
-  """The `count` most important tokens, the most important first."""
-  order = select.importance_order(importance, tokens.num_prefix, count)
-  return tokens.replace(
-    x=select.take(tokens.x, order),
-    size=None if tokens.size is None else select.take(tokens.size, order),
-    source=select.follow(tokens.source, order, tokens.x.shape[1]),
-  )
-
-
-def first_tokens(tokens: Tokens, count: int) -> Tokens:
-  """The first `count` tokens; patches whose token is not among them are pruned."""
-  return tokens.replace(
-    x=tokens.x[:, :count],
-    size=None if tokens.size is None else tokens.size[:, :count],
-    keep=None if tokens.keep is None else tokens.keep[:, :count],
-    source=jnp.where(tokens.source < count, tokens.source, -1),
-  )
 
 
 def _merge_last(tokens: Tokens, keep: int, signed_similarity: bool) -> Tokens:

@@ -6,7 +6,7 @@ import functools
 from vitcomp_jax.errors import UserError
 from vitcomp_jax.models.gates import Gate, open_gate
 from vitcomp_jax.models.reducers import keep_all
-from vitcomp_jax.models.tokens import TokenReducer
+from vitcomp_jax.models.tokens import IMPORTANCES, TokenReducer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,6 +133,27 @@ class ViTSpec:
   def pos_prefix(self) -> int:
     """Rows of the position embeddings that belong to the prefix."""
     return self.num_prefix if self.pos_on_prefix else 0
+
+  def importance(self, asked: str = "auto", where: str = "config.search.importance") -> str:
+    """What tells the important tokens.
+
+    Args:
+      asked: One of `tokens.IMPORTANCES`; or `auto`, the attention of what the head looks at: CLS,
+        the head's own query, or, where it takes a mean, all tokens.
+      where: It stands, for the error.
+
+    Raises:
+      UserError: If the model does not have what is asked for.
+    """
+    there = {"cls": self.class_token, "pool_query": self.pool == "map"}
+    has = [name for name in IMPORTANCES if there.get(name, True)]
+    if asked not in ("auto", *has):
+      part = "CLS token" if asked == "cls" else "query in its head"
+      raise UserError(
+        f"{where}: expected one of auto, {', '.join(has)} for {self.name}, which has no {part}, "
+        f"got {asked}."
+      )
+    return has[0] if asked == "auto" else asked
 
   @functools.cached_property
   def dense_layers(self) -> tuple[LayerSpec, ...]:

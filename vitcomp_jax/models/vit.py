@@ -85,7 +85,8 @@ class ViT(nn.Module):
   def classify(self, tokens: Tokens) -> tuple[Tokens, Array, Array]:
     """The last layer's tokens after the final norm, pooled features and logits."""
     if self.spec.pool != "size_mean":
-      tokens = tokens.replace(x=self.norm(tokens.x))
+      pruned = None if tokens.pruned is None else self.norm(tokens.pruned)
+      tokens = tokens.replace(x=self.norm(tokens.x), pruned=pruned)
     features = self._pool(tokens)
     return tokens, features, self._classify(features)
 
@@ -104,7 +105,15 @@ class ViT(nn.Module):
       x = jnp.concatenate([*prefix, x + positions], axis=1)
     x = self.norm_pre(x) if spec.norm_pre else x
     source = jnp.broadcast_to(spec.num_prefix + jnp.arange(spec.num_patches), (b, spec.num_patches))
-    return Tokens(x, None, None, source, spec.num_prefix)
+    return Tokens(x, None, None, source, spec.num_prefix, probe=self._probe())
+
+  def _probe(self) -> Array | None:
+    """What the pooling head looks for in a token, if a reducer wants to know it."""
+    if not any(getattr(layer.reduce, "importance", None) == "pool_query" for layer in self.layers):
+      return None
+    if self.is_initializing():  # The head has no parameters yet.
+      return jnp.zeros((self.spec.num_heads, self.spec.width))
+    return self.norm.variables["params"]["scale"][None] * self.attn_pool.probe()
 
   def _pool(self, tokens: Tokens) -> Array:
     """[b d], or [b 2 d] with a distillation token, which has a classifier of its own."""

@@ -269,6 +269,32 @@ def mean_attention(
   return last_if_dropped(mean, keep)
 
 
+def probe_attention(
+  x: Float[Array, "b n d"],
+  probe: Float[Array, "h d"],
+  size: Float[Array, "b n"] | None = None,
+  keep: Float[Array, "b n"] | None = None,
+) -> Float[Array, "b n"]:
+  """The attention that a query which is no token pays every token, averaged over the heads.
+
+  Args:
+    x: Tokens; they are standardised first.
+    probe: The query taken through keys and norm, by head, such that its product with a
+      standardised token is that of query and key up to a constant, which a softmax does not see.
+    size: Patches each token stands for; none: all 1.
+    keep: 1 for kept tokens, 0 for dropped ones, which then score below every kept one.
+
+  Returns:
+    Scores in [0, 1]; -1 where dropped.
+  """
+  standard = jax.nn.standardize(x.astype(_wide(x)), epsilon=1e-6)
+  logits = jnp.einsum("hd,bnd->bhn", probe.astype(standard.dtype), standard)
+  if size is not None:
+    logits = logits + jnp.log(size)[:, None]
+  where = None if keep is None else keep[:, None] > 0.5
+  return last_if_dropped(jnp.mean(jax.nn.softmax(logits, axis=-1, where=where), axis=1), keep)
+
+
 def value_norm(
   v: Float[Array, "b h n k"], keep: Float[Array, "b n"] | None = None
 ) -> Float[Array, "b n"]:

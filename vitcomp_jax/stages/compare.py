@@ -50,7 +50,8 @@ def check(run: Run) -> None:
     ("finetuned", config.finetuned, ("diffrate", "vit_slim")),
   ):
     for text in methods:
-      name, _ = _parsed(text, run.config)
+      name, parsed = _parsed(text, run.config)
+      run.spec.importance(parsed.search.importance)  # raises
       if name not in {*SCHEDULES, *more}:
         known = ", ".join((*more, *SCHEDULES))
         raise UserError(f"config.compare.{key}: expected some of {known}, got {text}.")

@@ -38,6 +38,8 @@ def check(run: Run) -> None:
     _check_dense(run, plan)
   elif config.evaluate.baselines and not searches:
     run.target_gmacs  # noqa: B018, raises
+  if config.evaluate.baselines:
+    run.spec.importance(config.search.importance)
   has_searched = "slim" in config.stages or (run.workdir / "searched.safetensors").exists()
   if config.evaluate.masked and not has_searched:
     raise UserError("config.evaluate.masked: expected the stage slim in this run, got none.")

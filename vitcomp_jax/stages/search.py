@@ -301,6 +301,7 @@ def make_method(
     raise UserError(
       f"config.search.granularity: expected 1 to {spec.num_patches}, got {config.granularity}."
     )
+  spec.importance(config.importance)  # raises
   dense = cost.scale * cost.static(spec, spec.dense_layers)
   method = DiffRate(
     target=target,
