@@ -85,7 +85,7 @@ def _check_parity(spec, layers, params, seed):
   masked = forward(spec, method.layers(spec), variables, images)
   static = forward(spec, layers, {"params": params}, images)
   np.testing.assert_allclose(masked.logits, static.logits, rtol=0, atol=1e-5)
-  tried = {"params": params, "arch": method.counts_arch(layers)}
+  tried = {"params": params, "arch": method.counts_arch(spec, layers)}
   given = forward(spec, method.masked_layers(spec), tried, images)
   np.testing.assert_allclose(given.logits, static.logits, rtol=0, atol=1e-5)
   counts = [int(reduced.count) for _, reduced in masked.aux]

@@ -16,8 +16,8 @@ from vitcomp_jax.ops.attention import attend, attend_one
 _kernel_init = nn.initializers.truncated_normal(0.02)
 
 
-def dense(features: int, dtype: str | None) -> nn.Dense:
-  return nn.Dense(features, dtype=dtype, kernel_init=_kernel_init)
+def dense(features: int, dtype: str | None, use_bias: bool = True) -> nn.Dense:
+  return nn.Dense(features, use_bias=use_bias, dtype=dtype, kernel_init=_kernel_init)
 
 
 def layer_norm(epsilon: float) -> nn.LayerNorm:
@@ -106,10 +106,11 @@ class Attention(nn.Module):
   width: int
   dtype: str | None = None
   form: str = "auto"
+  use_bias: bool = True
 
   def setup(self) -> None:
-    self.qkv = dense(3 * self.spec.num_heads * self.spec.head_dim, self.dtype)
-    self.proj = dense(self.width, self.dtype)
+    self.qkv = dense(3 * self.spec.num_heads * self.spec.head_dim, self.dtype, self.use_bias)
+    self.proj = dense(self.width, self.dtype, self.use_bias)
 
   def __call__(
     self, x: Float[Array, "b n d"], size: Array | None, keep: Array | None, gate: Gate = open_gate

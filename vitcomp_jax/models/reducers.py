@@ -62,6 +62,8 @@ class PruneMerge:
     always_sort: Sort by importance even where nothing is removed, as the authors do. It changes
       the order of the tokens and nothing else.
     importance: What tells the important tokens, see `AttentionStats.importance`.
+    whole_sizes: Add joining sizes whole, whatever the similarity, as CAFormer's authors do.
+    first_receives: May the most important token receive; in CAFormer's authors' code it cannot.
 
   References:
     Chen et al., `DiffRate <https://arxiv.org/abs/2305.17997>`_, 2023, Sec. 3.2 and Fig. 3a.
@@ -72,6 +74,8 @@ class PruneMerge:
   signed_similarity: bool = False
   always_sort: bool = False
   importance: str = "cls"
+  whole_sizes: bool = False
+  first_receives: bool = True
 
   def __call__(self, tokens: Tokens, stats: AttentionStats | None) -> tuple[Tokens, Aux]:
     assert stats is not None, "PruneMerge needs the attention's statistics"
@@ -81,11 +85,21 @@ class PruneMerge:
       importance = stats.importance(self.importance, tokens)
       tokens = take_tokens(tokens, select.importance_order(importance, tokens.num_prefix, pruned))
     if merged < pruned:
-      tokens = _merge_last(tokens, merged, self.signed_similarity)
+      tokens = self._merge_last(tokens, merged)
     return tokens, Aux(merged)
 
   def count(self, n: int) -> int:
     return min(n, self.prune_keep, self.merge_keep)
+
+  def _merge_last(self, tokens: Tokens, keep: int) -> Tokens:
+    size = _one_each(tokens) if tokens.size is None else tokens.size
+    first = min(tokens.num_prefix + (not self.first_receives), keep - 1)
+    receiver, weight = merge.receivers(tokens.x, keep, first)
+    weight = weight if self.signed_similarity else jnp.maximum(weight, 0)
+    weight = jnp.ones_like(weight) if self.whole_sizes else weight
+    x, size = merge.merge_tail(tokens.x, size, receiver, weight.astype(size.dtype))
+    source = merge.follow_merge(tokens.source, receiver, keep)
+    return tokens.replace(x=x, size=size, source=source)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,15 +178,6 @@ class AttentiveSelect:
 
   def count(self, n: int) -> int:
     return n if self.keep >= n else self.keep + self.fuse
-
-
-def _merge_last(tokens: Tokens, keep: int, signed_similarity: bool) -> Tokens:
-  size = _one_each(tokens) if tokens.size is None else tokens.size
-  receiver, weight = merge.receivers(tokens.x, keep, tokens.num_prefix)
-  weight = weight if signed_similarity else jnp.maximum(weight, 0)
-  x, size = merge.merge_tail(tokens.x, size, receiver, weight.astype(size.dtype))
-  source = merge.follow_merge(tokens.source, receiver, keep)
-  return tokens.replace(x=x, size=size, source=source)
 
 
 def _one_each(tokens: Tokens) -> Array:

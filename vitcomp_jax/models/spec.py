@@ -2,6 +2,10 @@
 
 import dataclasses
 import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from flax import traverse_util
 
 from vitcomp_jax.errors import UserError
 from vitcomp_jax.models.gates import Gate, open_gate
@@ -62,8 +66,9 @@ class ViTSpec:
     num_registers: Register tokens.
     pos_on_prefix: Position embeddings cover the prefix; otherwise only the patches.
     pool: `cls`, `cls_dist` (CLS and distillation token), `size_mean` (mean over patches, each
-      token weighing as much as the patches it stands for; then `fc_norm` instead of `norm`), or
-      `map` (SigLIP: a learnt query attends to the tokens, by their sizes too).
+      token weighing as much as the patches it stands for; then `fc_norm` instead of `norm`), `mean`
+      (CAFormer: of the tokens), or `map` (SigLIP: a learnt query attends to the tokens, by their
+      sizes too).
     norm_pre: Tokens are normed before the first layer, and the patch embedding has no bias (CLIP).
     activation: Of every MLP, see `layers.ACTIVATIONS`.
     layer_scale: Learnt per-channel factors on the residual branches (DINOv2).
@@ -155,6 +160,57 @@ class ViTSpec:
       )
     return has[0] if asked == "auto" else asked
 
+  @property
+  def starts(self) -> dict[int, int]:
+    """The layers that all tokens enter, whatever was removed before, and how many those are."""
+    return {0: self.num_tokens}
+
+  def tokens_at(self, layer: int) -> int:
+    """Tokens that enter a layer if none was removed."""
+    return self.starts[max(start for start in self.starts if start <= layer)]
+
+  def patches_at(self, layer: int) -> int:
+    """Patch tokens that enter a layer if none was removed."""
+    return self.tokens_at(layer) - self.num_prefix
+
+  def grid_at(self, layer: int) -> tuple[int, int]:
+    """Rows and columns of the patches that a layer knows."""
+    del layer
+    return self.grid
+
+  def width_at(self, layer: int) -> int:
+    """Channels of a layer's tokens."""
+    del layer
+    return self.width
+
+  def layer_path(self, layer: int) -> tuple[str, ...]:
+    """Where a layer's variables are in a tree of all variables."""
+    return (f"blocks_{layer}",)
+
+  def with_tokens(self, num_tokens: int) -> "ViTSpec":
+    """The model for images of another size, that which gives so many tokens."""
+    sides = (self.patch_size, (num_tokens - self.num_prefix) * self.patch_size)
+    return dataclasses.replace(self, image_size=sides)
+
+  @property
+  def fixed_macs(self) -> int:
+    """Multiply-accumulates that no reduction changes: the patch embedding and the classifier."""
+    heads = 2 if self.distilled else 1
+    embedding = self.num_tokens * self.width * 3 * self.patch_size**2
+    return embedding + heads * self.width * self.num_classes
+
+  def check_plain(self, what: str) -> None:
+    """Refuses what only a ViT can do that keeps one sequence of tokens from first to last.
+
+    Raises:
+      UserError: If the model is another.
+    """
+    if len(self.starts) > 1:
+      raise UserError(
+        f"{what}: expected a Vision Transformer, got {self.name}, whose tokens begin anew on the "
+        "way; leave it out."
+      )
+
   @functools.cached_property
   def dense_layers(self) -> tuple[LayerSpec, ...]:
     """The layers as they are before any compression."""
@@ -163,6 +219,16 @@ class ViTSpec:
       self.num_heads, head_dim, self.mlp_dim, head_dim**-0.5, layer_scale=self.layer_scale
     )
     return (layer,) * self.depth
+
+
+def to_tree(spec: ViTSpec, of_layers: Sequence[Any]) -> dict[str, Any]:
+  """What each layer has, as a tree of variables."""
+  return traverse_util.unflatten_dict({spec.layer_path(i): v for i, v in enumerate(of_layers)})
+
+
+def of_layer(spec: ViTSpec, tree: Mapping[str, Any], layer: int) -> Any:
+  """What one layer has in a tree of variables."""
+  return functools.reduce(lambda branch, key: branch[key], spec.layer_path(layer), tree)
 
 
 def with_drop_path(layers: tuple[LayerSpec, ...], rate: float) -> tuple[LayerSpec, ...]:

@@ -9,7 +9,14 @@ from jaxtyping import Array, Float
 
 from vitcomp_jax.ops import attention, select
 
-IMPORTANCES = ("cls", "pool_query", "mean_attention", "value_norm", "random")
+IMPORTANCES = (
+  "cls",
+  "pool_query",
+  "mean_attention",
+  "mean_attention_of_all",
+  "value_norm",
+  "random",
+)
 
 
 class Tokens(flax.struct.PyTreeNode):
@@ -22,6 +29,7 @@ class Tokens(flax.struct.PyTreeNode):
   num_prefix: int = flax.struct.field(pytree_node=False)  # never sorted, merged or removed
   num_kept: Array | None = None  # f[] tokens that are not masked, if as many in every image
   pruned: Array | None = None  # f[b p d] the value that a pruned patch had last; None: none was
+  place: Array | None = None  # i[b p] token that began as each patch; -1 removed; None: not asked
   probe: Array | None = None  # f[h d] what the pooling head looks for in a normed token
 
 
@@ -33,6 +41,7 @@ def take_tokens(tokens: Tokens, order: Array) -> Tokens:
     size=None if tokens.size is None else select.take(tokens.size, order),
     keep=None if tokens.keep is None else select.take(tokens.keep, order),
     source=source,
+    place=None if tokens.place is None else select.follow(tokens.place, order, tokens.x.shape[1]),
     pruned=_last_values(tokens, source) if order.shape[1] < tokens.x.shape[1] else tokens.pruned,
   )
 
@@ -86,8 +95,9 @@ class AttentionStats(flax.struct.PyTreeNode):
       metric: One of `IMPORTANCES`: the attention that CLS pays a token (mean over heads); that
         which the pooling head would pay it if this layer were the last (its query against the keys
         that it makes of the normed tokens behind this attention, mean over heads); the attention
-        that a token receives from all (mean over heads and queries); the length of its values; or
-        random numbers, the same for every image.
+        that a token receives from all (mean over heads and queries), in a search from all that are
+        kept, or, as CAFormer's authors have it, `of_all`, from dropped ones too; the length of its
+        values; or random numbers, the same for every image.
       tokens: Behind this attention.
     """
     q, k, rest = self.q, self.k, (self.scale, self.log_size, self.keep)
@@ -96,8 +106,8 @@ class AttentionStats(flax.struct.PyTreeNode):
     if metric == "pool_query":
       assert tokens.probe is not None, "pool_query needs a pooling head"
       return attention.probe_attention(tokens.x, tokens.probe, tokens.size, tokens.keep)
-    if metric == "mean_attention":
-      return attention.mean_attention(q, k, *rest)
+    if metric.startswith("mean_attention"):
+      return attention.mean_attention(q, k, *rest, metric.endswith("of_all"))
     if metric == "value_norm":
       return attention.value_norm(self.v, self.keep)
     # A prefix of the same numbers for any count, so that masking sees what removing does.

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from vitcomp_jax.errors import UserError
+from vitcomp_jax.models.caformer import caformer
 from vitcomp_jax.models.spec import ViTSpec
 
 _HALF = (0.5, 0.5, 0.5)
@@ -37,6 +38,14 @@ _SIGLIP = {
   "so400m": ((14, (224, 378)), (16, (256, 384, 512))),
   "giantopt": ((16, (256, 384)),),
 }
+
+
+_CAFORMER = (  # blocks and channels of the four stages
+  ("caformer_s18", (3, 3, 9, 3), (64, 128, 320, 512)),
+  ("caformer_s36", (3, 12, 18, 3), (64, 128, 320, 512)),
+  ("caformer_m36", (3, 12, 18, 3), (96, 192, 384, 576)),
+  ("caformer_b36", (3, 12, 18, 3), (128, 256, 512, 768)),
+)
 
 
 def _vit(name: str, size: str, image_size: int, patch_size: int = 16, **options) -> ViTSpec:
@@ -97,6 +106,8 @@ def _build() -> dict[str, ViTSpec]:
     registers = dict(num_registers=4, pos_on_prefix=False)
     specs.append(_vit(f"vit_{size}_patch14_reg4_dinov2", size, 518, 14, **dino, **registers))
   specs += [*_clip(), *_siglip()]
+  for name, depths, dims in _CAFORMER:
+    specs.append(caformer(name, (224, 224), depths, dims, crop_pct=1.0))
   # Fashion-MNIST's 28 pixels padded to 30: 100 patches, as many as compression needs to show.
   specs.append(
     ViTSpec(

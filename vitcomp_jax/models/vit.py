@@ -13,7 +13,7 @@ from vitcomp_jax.models.layers import (
   layer_norm,
 )
 from vitcomp_jax.models.spec import LayerSpec, ViTSpec
-from vitcomp_jax.models.tokens import Output, Tokens
+from vitcomp_jax.models.tokens import Aux, Output, Tokens
 
 _position_init = nn.initializers.truncated_normal(0.02)
 
@@ -75,18 +75,21 @@ class ViT(nn.Module):
       raise ValueError(f"images: expected {self.spec.image_size} pixels, got {images.shape[1:3]}")
     tokens = self.embed(images)
     layers, aux = [], []
-    for block in self.blocks:
-      tokens, reductions = block(tokens)
+    for i in range(len(self.layers)):
+      tokens, reductions = self.encode(i, tokens)
       layers.append(tokens)
       aux.append(reductions)
     tokens, features, logits = self.classify(tokens)
     return Output(logits, features, tokens, tuple(layers), tuple(aux))
 
+  def encode(self, layer: int, tokens: Tokens) -> tuple[Tokens, tuple[Aux, Aux]]:
+    """One layer: the tokens after it, and what its two reductions tell."""
+    return self.blocks[layer](tokens)
+
   def classify(self, tokens: Tokens) -> tuple[Tokens, Array, Array]:
     """The last layer's tokens after the final norm, pooled features and logits."""
     if self.spec.pool != "size_mean":
-      pruned = None if tokens.pruned is None else self.norm(tokens.pruned)
-      tokens = tokens.replace(x=self.norm(tokens.x), pruned=pruned)
+      tokens = normed(tokens, self.norm)
     features = self._pool(tokens)
     return tokens, features, self._classify(features)
 
@@ -133,11 +136,17 @@ class ViT(nn.Module):
     return self.head(features) if self.spec.num_classes else features
 
 
-def encoder_block(spec: ViTSpec, layer: LayerSpec, remat: bool = False) -> EncoderBlock:
+def encoder_block(
+  spec: ViTSpec,
+  layer: LayerSpec,
+  remat: bool = False,
+  width: int | None = None,
+  kind: type[EncoderBlock] = EncoderBlock,
+) -> EncoderBlock:
   """One layer of a model, as a module of its own."""
-  return (nn.remat(EncoderBlock) if remat else EncoderBlock)(
+  return (nn.remat(kind) if remat else kind)(
     layer,
-    spec.width,
+    width or spec.width,
     spec.norm_eps,
     layer.select,
     layer.reduce,
@@ -148,6 +157,12 @@ def encoder_block(spec: ViTSpec, layer: LayerSpec, remat: bool = False) -> Encod
     spec.attention,
     spec.activation,
   )
+
+
+def normed(tokens: Tokens, norm: nn.Module) -> Tokens:
+  """Tokens, and what is left of pruned patches, after a norm."""
+  pruned = None if tokens.pruned is None else norm(tokens.pruned)
+  return tokens.replace(x=norm(tokens.x), pruned=pruned)
 
 
 def size_mean(tokens: Tokens) -> Float[Array, "b d"]:

@@ -247,6 +247,7 @@ def mean_attention(
   scale: float,
   log_size: Float[Array, "b n"] | None = None,
   keep: Float[Array, "b n"] | None = None,
+  of_all: bool = False,
 ) -> Float[Array, "b n"]:
   """The attention that every token receives, averaged over the heads and the kept queries.
 
@@ -256,6 +257,7 @@ def mean_attention(
     scale: Factor of the products.
     log_size: Logarithm of the patches each key stands for; none: all 1.
     keep: 1 for kept tokens, 0 for dropped ones, which then score below every kept one.
+    of_all: Average over dropped queries too, which see the kept keys and themselves.
 
   Returns:
     Scores in [0, 1]; -1 where dropped.
@@ -264,8 +266,9 @@ def mean_attention(
   if keep is None:
     return jnp.mean(jax.nn.softmax(logits, axis=-1), axis=(1, 2))
   kept = keep > 0.5
-  weights = jnp.mean(jax.nn.softmax(logits, axis=-1, where=kept[:, None, None, :]), axis=1)
-  mean = jnp.mean(weights, axis=1, where=kept[:, :, None])
+  seen = kept[:, None] | (jnp.eye(kept.shape[1], dtype=bool)[None] & of_all)
+  weights = jnp.mean(jax.nn.softmax(logits, axis=-1, where=seen[:, None]), axis=1)
+  mean = jnp.mean(weights, axis=1, where=kept[:, :, None] | of_all)
   return last_if_dropped(mean, keep)
 
 

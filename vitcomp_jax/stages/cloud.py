@@ -68,7 +68,7 @@ def _score(
   share what is compiled, and still cost little more than if they were compiled themselves.
   """
   spec, params = run.spec, run.dense_params
-  arch = method.counts_arch(layers)
+  arch = method.counts_arch(spec, layers)
   kept = [after for _, after in macs.static_counts(spec, layers)]
   limits = [min(-(-n // _BUCKET) * _BUCKET, spec.num_tokens) for n in kept]
   tokens = _embed(ViT(spec, method.masked_layers(spec)), run.preprocess, params, images)

@@ -17,6 +17,7 @@ from vitcomp_jax.costs import MACS
 from vitcomp_jax.data.transforms import Preprocess, normalize
 from vitcomp_jax.errors import UserError
 from vitcomp_jax.metrics import read_metrics
+from vitcomp_jax.models.build import build
 from vitcomp_jax.models.reducers import PruneMerge, keep_all
 from vitcomp_jax.models.spec import LayerSpec, ViTSpec
 from vitcomp_jax.models.vit import ViT
@@ -70,7 +71,7 @@ def evaluate(run: Run) -> dict[str, Any]:
   there = {row["name"]: row for row in result["rows"]}
   for name, row in rows.items():
     if not _FIGURES & there.get(name, {}).keys():
-      model = ViT(run.spec, row.layers)
+      model = build(run.spec, row.layers)
       found = measure.outcomes(model, row.params, run, name)
       # A benchmark may have made the row.
       there[name] = measure.row(found, model, name) | there.get(name, {})
@@ -237,7 +238,7 @@ def _draw_sampled_token_maps(run: Run, plan: Plan, path: pathlib.Path) -> None:
   """What the plan did to a few images."""
   data = run.eval_data
   batch = data.sample(run.config.evaluate.token_maps)
-  model = ViT(run.spec, plan.layers_for(run.spec))
+  model = build(run.spec, plan.layers_for(run.spec))
   titles = [data.class_names[label] if data.has_labels else "" for label in batch["label"]]
   draw_token_maps(path, model, run.params, run.preprocess, batch["image"], titles)
 
@@ -264,8 +265,15 @@ def draw_token_maps(
   found = jax.device_get(_sources(model, preprocess, params, jnp.asarray(images)))
   chosen = sorted({spec.depth * part // 4 - 1 for part in (1, 2, 3, 4)} - {-1})
   names = [f"layer {i + 1}" for i in chosen]
-  maps = [found[i] for i in chosen]
+  maps = [_on_first_grid(spec, i, found[i]) for i in chosen]
   figures.token_maps(path, images, maps, spec.num_prefix, spec.grid, names, titles)
+
+
+def _on_first_grid(spec: ViTSpec, layer: int, source: np.ndarray) -> np.ndarray:
+  """A layer's sources for all patches that the first layer knows, each its part of a later one."""
+  (h, w), (rows, columns) = spec.grid, spec.grid_at(layer)
+  places = np.arange(h)[:, None] * rows // h * columns + np.arange(w) * columns // w
+  return source[:, places.ravel()]
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
