@@ -1,16 +1,24 @@
 """Models without a CLS token, and what tells their important tokens."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import PIL.Image
 import pytest
 
 import vitcomp_jax as vc
 from tests.models import random_images, random_params, small_spec
-from vitcomp_jax import macs
+from tests.stages.test_slim import tiny_config
+from vitcomp_jax import macs, predict
+from vitcomp_jax.config import from_config_dict
+from vitcomp_jax.models.caformer import caformer
+from vitcomp_jax.models.variants import VARIANTS
 from vitcomp_jax.models.vit import ViT
 from vitcomp_jax.ops.attention import probe_attention
 from vitcomp_jax.plans import load_plan, make_plan, save_plan
 from vitcomp_jax.schedules import within
+from vitcomp_jax.stages import run_stages
+from vitcomp_jax.stages.run import read_json
 
 MAP = small_spec(class_token=False, pool="map")
 
@@ -36,13 +44,14 @@ def test_the_pooling_heads_query_is_the_heads_own_attention():
   rng = np.random.default_rng(0)
   x = rng.normal(size=(2, 9, MAP.width)).astype(np.float32)
   size = rng.integers(1, 5, (2, 9)).astype(np.float32)
-  keep = np.ones((2, 9), np.float32)
+  keep, ones = np.ones((2, 9), np.float32), np.ones((2, 9), np.float32)
   keep[0, 3:5] = 0
-  expected = pooling_attention(jax.device_get(params), x, size, keep)
-  found = np.asarray(probe_attention(x, tokens.probe, size, keep))
-  np.testing.assert_allclose(found, np.where(keep > 0, expected, -1), atol=1e-6)
-  whole = pooling_attention(jax.device_get(params), x, np.ones_like(size), np.ones_like(keep))
-  np.testing.assert_allclose(probe_attention(x, tokens.probe), whole, atol=1e-6)
+  params = jax.device_get(params)
+  found = probe_attention(*map(jnp.asarray, (x, tokens.probe, size, keep)))
+  expected = np.where(keep > 0, pooling_attention(params, x, size, keep), -1)
+  np.testing.assert_allclose(found, expected, atol=1e-6)
+  found = probe_attention(jnp.asarray(x), tokens.probe)
+  np.testing.assert_allclose(found, pooling_attention(params, x, ones, ones), atol=1e-6)
 
 
 def test_what_a_model_can_do_by_itself():
@@ -82,3 +91,42 @@ def test_a_plan_whose_importance_the_model_lacks(tmp_path):
   (tmp_path / "plan.json").write_text(text)
   with pytest.raises(vc.UserError, match="plan: layer 1: importance: .*no query in its head"):
     load_plan(str(tmp_path / "plan.json")).layers_for(spec)
+
+
+KINDS = {
+  "clip": {"norm_pre": True, "norm_eps": 1e-5, "activation": "quick_gelu"},
+  "siglip": {"class_token": False, "pool": "map", "activation": "gelu_tanh"},
+  "dinov2_reg4": {"num_registers": 4, "pos_on_prefix": False, "layer_scale": True},
+  "caformer": None,
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_from_a_search_to_an_export(kind, tmp_path, monkeypatch, optax_promotion, capsys):
+  options = KINDS[kind]
+  if options is None:
+    spec = caformer("tiny", (96, 96), (1, 1, 3, 3), (8, 8, 32, 32), num_classes=10)
+  else:
+    spec = small_spec(name="tiny", image_size=(30, 30), patch_size=6, num_classes=10, **options)
+  monkeypatch.setitem(VARIANTS, "tiny", spec)
+  config = tiny_config()
+  config.model.variant, config.data.pad = "tiny", (spec.image_size[0] - 28) // 2
+  config.stages = ("search", "evaluate", "export")
+  config.budget.fraction = 0.8 if options else 0.95  # Of CAFormer, convolutions are most.
+  config.evaluate.baselines = ("uniform_merge", "tome", "evit")
+  config.search.importance = "mean_attention" if kind == "dinov2_reg4" else "auto"
+  run = run_stages(from_config_dict(config), tmp_path / "run", config.stages)
+  rows = {row["name"]: row["gmacs"] for row in read_json(tmp_path / "run/result.json")["rows"]}
+  assert set(rows) == {"dense", "diffrate", "uniform_merge", "tome", "evit"}
+  assert all(
+    rows[name] == pytest.approx(rows["diffrate"], rel=0.05) for name in rows if name != "dense"
+  )
+  expected = {"clip": "cls", "siglip": "pool_query"}.get(kind, "mean_attention")
+  assert {layer.reduce.importance for layer in run.layers} == {expected}
+  (artefact,) = read_json(tmp_path / "run/export/manifest.json")["artefacts"]
+  assert artefact["compared"]["differing"] <= 3
+  PIL.Image.new("RGB", (40, 40), "red").save(tmp_path / "image.png")
+  command = ["predict", "--workdir", str(tmp_path / "run"), "--maps", str(tmp_path / "maps")]
+  assert predict.main([*command, str(tmp_path / "image.png")]) == 0
+  assert "%" in capsys.readouterr().out

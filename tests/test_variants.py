@@ -66,6 +66,10 @@ PARAMETERS = {
   "vit_so400m_patch16_siglip_512": 428_772_800,
   "vit_giantopt_patch16_siglip_256": 1_163_168_256,
   "vit_giantopt_patch16_siglip_384": 1_163_659_776,
+  "caformer_s18": 26_341_656,
+  "caformer_s36": 39_297_102,
+  "caformer_m36": 56_204_878,
+  "caformer_b36": 98_753_614,
   # Not timm's: embedding 28·64, CLS 64, positions 101·64, 8 layers of 49,984, norm 128, head 650.
   "vit_mini_patch3_30": 408_970,
 }
@@ -92,7 +96,9 @@ def test_preprocessing(name):
   scales = CLIP if "quickgelu" in name else None if "siglip" in name else scales
   assert (spec.mean, spec.std) == (scales or (HALF if half else IMAGENET))
   larger = spec.image_size[0] > 224 and "siglip" not in name
-  whole = larger or "mini" in name or ("_clip_" in name and "base" not in name)
+  whole = (
+    larger or "mini" in name or "caformer" in name or ("_clip_" in name and "base" not in name)
+  )
   crop = 1.0 if whole else 0.95 if name == "vit_base_patch16_clip_224" else 0.9
   assert spec.crop_pct == crop
   assert spec.interpolation == "bicubic"

@@ -15,7 +15,9 @@ from vitcomp_jax.config import ParallelConfig, SearchConfig
 from vitcomp_jax.data.transforms import Preprocess
 from vitcomp_jax.errors import UserError
 from vitcomp_jax.methods.diffrate import DiffRate, candidates, expected_count, kept_count
+from vitcomp_jax.models.caformer import caformer
 from vitcomp_jax.models.reducers import PruneMerge
+from vitcomp_jax.models.spec import to_tree
 from vitcomp_jax.parallel import Layout
 from vitcomp_jax.stages.search import make_method, search_loss
 from vitcomp_jax.training.step import init_state, make_step, with_rows
@@ -26,13 +28,15 @@ SPECS = {
   "distilled": small_spec(distilled=True, pool="cls_dist"),
   "registers": small_spec(num_registers=3, pos_on_prefix=False, layer_scale=True),
   "clip": small_spec(norm_pre=True, activation="quick_gelu"),
+  "caformer": caformer("tiny", (64, 64), (1, 1, 3, 2), (8, 8, 32, 32), num_classes=7),
   "siglip": small_spec(class_token=False, pool="map", activation="gelu_tanh"),
 }
 
 
 def _random_plan(spec, seed):
   rng = np.random.default_rng(seed)
-  counts = rng.integers(1, spec.num_patches + 1, (spec.depth, 2)) + spec.num_prefix
+  most = np.array([[spec.patches_at(i)] for i in range(spec.depth)])
+  counts = rng.integers(1, most + 1, (spec.depth, 2)) + spec.num_prefix
   return tuple(
     dataclasses.replace(layer, reduce=PruneMerge(int(p), int(m), importance=spec.importance()))
     for layer, (p, m) in zip(spec.dense_layers, counts, strict=True)
@@ -41,20 +45,23 @@ def _random_plan(spec, seed):
 
 def _arch_of(spec, layers):
   """Rates that are sure of a static plan's counts."""
-  options = candidates(spec.num_patches, 1)
 
-  def sure(count):
+  def sure(layer, count):
+    options = candidates(spec.patches_at(layer), 1)
     return jnp.where(options == count - spec.num_prefix, 100.0, 0.0)
 
-  return {
-    f"blocks_{i}": {
-      "reduce": {
-        "prune_logits": sure(layer.reduce.prune_keep),
-        "merge_logits": sure(layer.reduce.merge_keep),
+  return to_tree(
+    spec,
+    [
+      {
+        "reduce": {
+          "prune_logits": sure(i, layer.reduce.prune_keep),
+          "merge_logits": sure(i, layer.reduce.merge_keep),
+        }
       }
-    }
-    for i, layer in enumerate(layers)
-  }
+      for i, layer in enumerate(layers)
+    ],
+  )
 
 
 def _together(source):
