@@ -488,6 +488,7 @@ def replay_diffrate_caformer_search(fixture: Fixture) -> None:
       _authors(settings),
       actions="merge",
       clamp_size=False,
+      mask_follows=False,
       importance="mean_attention_of_all",
       whole_sizes=True,
       first_receives=False,

@@ -194,6 +194,7 @@ class SearchConfig:
   compress_first: bool = False  # may the first layer lose tokens
   compress_last: bool | None = None  # none: as the authors, yes with a CLS head, no with a mean
   clamp_size: bool = False  # the authors' clamp of sizes to 1, which deployment does not have
+  mask_follows: bool = True  # does a sorted token take its mask along (authors' CAFormer: no)
   signed_similarity: bool = False  # the authors' merge weight, which may be negative
   whole_sizes: bool = False  # the authors' merge weight for CAFormer, 1
   first_receives: bool = True  # may the most important token receive (authors' CAFormer: no)

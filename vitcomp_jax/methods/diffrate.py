@@ -73,6 +73,9 @@ class PruneMergeSearch(nn.Module):
       leaves the single candidate that keeps all.
     clamp_size: Clamp sizes to 1 wherever a merge happens, as the authors do while searching (and
       not when deployed).
+    mask_follows: A token takes its mask along when the tokens are sorted. In CAFormer's authors'
+      code the mask stays at its rank: no value differs, as dropped tokens stay behind the kept
+      ones, but a rate gets the gradient of whichever dropped token stands there later.
     signed_similarity: The authors' merge weight, see `PruneMerge`.
     importance: See `PruneMerge`.
     whole_sizes: See `PruneMerge`.
@@ -86,6 +89,7 @@ class PruneMergeSearch(nn.Module):
   num_prefix: int
   granularity: tuple[int, int] = (1, 1)
   clamp_size: bool = False
+  mask_follows: bool = True
   signed_similarity: bool = False
   importance: str = "cls"
   whole_sizes: bool = False
@@ -129,11 +133,12 @@ class PruneMergeSearch(nn.Module):
     n = tokens.x.shape[1]
     importance = stats.importance(self.importance, tokens)
     ones = jnp.ones(tokens.x.shape[:2], importance.dtype)
+    keep = ones if tokens.keep is None else tokens.keep
     order = select.importance_order(importance, tokens.num_prefix, n)
     return tokens.replace(
       x=select.permute(tokens.x, order),
       size=select.take(ones if tokens.size is None else tokens.size, order),
-      keep=select.take(ones if tokens.keep is None else tokens.keep, order),
+      keep=select.take(keep, order) if self.mask_follows else keep,
       source=select.follow(tokens.source, order, n),
       place=None if tokens.place is None else select.follow(tokens.place, order, n),
     )
@@ -226,6 +231,7 @@ class DiffRate:
     compress_first: May the first layer lose tokens.
     compress_last: May the last layer lose tokens; none: unless the head pools over patches.
     clamp_size: See `PruneMergeSearch`.
+    mask_follows: See `PruneMergeSearch`.
     signed_similarity: See `PruneMerge`.
     importance: See `ViTSpec.importance`.
     whole_sizes: See `PruneMerge`.
@@ -246,6 +252,7 @@ class DiffRate:
   compress_first: bool = False
   compress_last: bool | None = None
   clamp_size: bool = False
+  mask_follows: bool = True
   signed_similarity: bool = False
   importance: str = "auto"
   whole_sizes: bool = False
@@ -312,6 +319,7 @@ class DiffRate:
       spec.num_prefix,
       (self._granularity(spec, layer, "prune"), self._granularity(spec, layer, "merge")),
       self.clamp_size,
+      self.mask_follows,
       **self._merging(spec),
     )
 

@@ -89,7 +89,7 @@ class AttentionStats(flax.struct.PyTreeNode):
   scale: float = flax.struct.field(pytree_node=False)  # factor of the products
 
   def importance(self, metric: str, tokens: Tokens) -> Array:
-    """How much each token matters, f[b n]; -1 where masked.
+    """How much each token matters, f[b n]; below 0 where masked.
 
     Args:
       metric: One of `IMPORTANCES`: the attention that CLS pays a token (mean over heads); that

@@ -257,10 +257,11 @@ def mean_attention(
     scale: Factor of the products.
     log_size: Logarithm of the patches each key stands for; none: all 1.
     keep: 1 for kept tokens, 0 for dropped ones, which then score below every kept one.
-    of_all: Average over dropped queries too, which see the kept keys and themselves.
+    of_all: Average over dropped queries too, which see the kept keys and themselves. By what they
+      pay themselves, dropped tokens then have an order of their own.
 
   Returns:
-    Scores in [0, 1]; -1 where dropped.
+    Scores in [0, 1]; below 0 where dropped.
   """
   logits = _logits(q, k, scale, log_size)
   if keep is None:
@@ -269,7 +270,7 @@ def mean_attention(
   seen = kept[:, None] | (jnp.eye(kept.shape[1], dtype=bool)[None] & of_all)
   weights = jnp.mean(jax.nn.softmax(logits, axis=-1, where=seen[:, None]), axis=1)
   mean = jnp.mean(weights, axis=1, where=kept[:, :, None] | of_all)
-  return last_if_dropped(mean, keep)
+  return jnp.where(kept, mean, -1 / mean) if of_all else last_if_dropped(mean, keep)
 
 
 def probe_attention(

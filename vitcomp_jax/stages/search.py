@@ -315,6 +315,7 @@ def make_method(
     compress_first=config.compress_first,
     compress_last=config.compress_last,
     clamp_size=config.clamp_size,
+    mask_follows=config.mask_follows,
     signed_similarity=config.signed_similarity,
     importance=config.importance,
     whole_sizes=config.whole_sizes,
