@@ -4,11 +4,12 @@ import pytest
 
 from vitcomp_jax import api
 from vitcomp_jax.errors import UserError
+from vitcomp_jax.models.build import build
 from vitcomp_jax.models.variants import VARIANTS, get_spec
-from vitcomp_jax.models.vit import ViT
 
-# timm 1.0.31; CLIP with 1,000 classes, or the outputs that it shares with texts; the MAE models
-# with average pool and 1,000 classes; DINOv2 and SigLIP without classifier.
+# The sizes of all parameters of `timm.create_model(name, num_classes=...)`, timm 1.0.31, summed: of
+# CLIP with 1,000 classes, or the outputs that it shares with texts (quickgelu); of the MAE models
+# with `global_pool="avg"` and 1,000 classes; of DINOv2 and SigLIP with none.
 PARAMETERS = {
   "deit_tiny_patch16_224": 5_717_416,
   "deit_tiny_distilled_patch16_224": 5_910_800,
@@ -85,11 +86,12 @@ def test_every_variant_is_listed():
 @pytest.mark.parametrize("name", VARIANTS)
 def test_parameters(name):
   spec = get_spec(name)
-  assert api.count_cost(ViT(spec, spec.dense_layers)).params == PARAMETERS[name]
+  assert api.count_cost(build(spec, spec.dense_layers)).params == PARAMETERS[name]
 
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_preprocessing(name):
+  # Of timm's first weights of that name; of vit_base_patch16_clip_quickgelu_224, of OpenAI's.
   spec = get_spec(name)
   half = name.startswith("vit_") and not ("mae" in name or "dinov2" in name)
   scales = CLIP if "clip" in name and "vit_large_patch14_clip_" not in name else None
