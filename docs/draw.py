@@ -304,7 +304,7 @@ def unmerge_figure(figure: Figure) -> None:
     tokens.append(model.apply({"params": params}, images, method="forward").tokens)
   dense, short = tokens
   prefix = short.num_prefix
-  maps = [vc.unmerge(t.x, t.source) for t in tokens]
+  maps = [vc.unmerge(t) for t in tokens]
   # As it stands in memory: the tokens that are left, row by row, and nothing behind them.
   raw = np.full(dense.x[:, prefix:].shape, np.nan)
   raw[:, : short.x.shape[1] - prefix] = short.x[:, prefix:]

@@ -6,8 +6,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from vitcomp_jax.models.build import build
 from vitcomp_jax.models.spec import LayerSpec, ViTSpec
-from vitcomp_jax.models.vit import ViT
 
 
 def small_spec(**changes: Any) -> ViTSpec:
@@ -31,7 +31,7 @@ def random_params(
   layers: tuple[LayerSpec, ...] | None = None,
 ) -> dict[str, Any]:
   """Weights large enough for attention to be far from even; for the dense layers unless given."""
-  model = ViT(spec, layers or spec.dense_layers)
+  model = build(spec, layers or spec.dense_layers)
   params = model.init(jax.random.key(seed), jnp.zeros((1, *spec.image_size, 3)))["params"]
   leaves, tree = jax.tree.flatten(params)
   keys = jax.random.split(jax.random.key(seed + 1), len(leaves))
@@ -46,5 +46,5 @@ def random_images(spec: ViTSpec, count: int, seed: int = 0) -> jax.Array:
 def forward(
   spec: ViTSpec, layers: tuple[LayerSpec, ...], variables: dict, images: jax.Array
 ) -> Any:
-  model = ViT(spec, layers)
+  model = build(spec, layers)
   return jax.jit(lambda v, x: model.apply(v, x, method="forward"))(variables, images)

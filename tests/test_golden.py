@@ -33,8 +33,10 @@ from vitcomp_jax.methods.diffrate import (
   search_counts,
 )
 from vitcomp_jax.methods.vit_slim import ViTSlim, authors_cost, masked_layers, thresholds
+from vitcomp_jax.models.build import build
+from vitcomp_jax.models.caformer import caformer
 from vitcomp_jax.models.reducers import PruneMerge, keep_all
-from vitcomp_jax.models.spec import LayerSpec, ViTSpec
+from vitcomp_jax.models.spec import LayerSpec, ViTSpec, of_layer, to_tree
 from vitcomp_jax.models.variants import get_spec
 from vitcomp_jax.models.vit import ViT
 from vitcomp_jax.ops.losses import cross_entropy
@@ -150,6 +152,12 @@ def _spec(model: dict[str, Any], pool: str) -> ViTSpec:
   )
 
 
+def _caformer_spec(model: dict[str, Any]) -> ViTSpec:
+  side = (model["img"], model["img"])
+  sizes = tuple(model["depths"]), tuple(model["dims"])
+  return caformer("golden", side, *sizes, num_classes=model["num_classes"])
+
+
 def _images(x: np.ndarray, dtype: str) -> np.ndarray:
   return np.moveaxis(x, -3, -1).astype(dtype)
 
@@ -164,7 +172,7 @@ def _params(fixture: Fixture, model: ViT, dtype: str, antialias: bool = True) ->
   spec = model.spec
   # What a layer does with its tokens behind attention has no weights.
   layers = tuple(dataclasses.replace(layer, reduce=keep_all) for layer in model.layers)
-  expected = _abstract_params(ViT(spec, layers))
+  expected = _abstract_params(build(spec, layers))
   weights = fixture.weights(dtype)
   if spec.pool == "size_mean" and "fc_norm.weight" not in weights:
     weights |= {f"fc_norm.{part}": weights.pop(f"norm.{part}") for part in ("weight", "bias")}
@@ -236,6 +244,45 @@ def _check_hidden(layers: tuple, case: dict[str, np.ndarray], name: str) -> None
   """The tokens after those layers of which the fixture has them."""
   for key in (k for k in case if k.startswith("hidden/")):
     _close(layers[int(key[7:])].x, case[key], HIDDEN, f"{name} {key}")
+
+
+def replay_diffrate_caformer_eval(fixture: Fixture) -> None:
+  spec = _caformer_spec(fixture.info["model"])
+  for name, info in fixture.info["cases"].items():
+    case = fixture.case(name)
+    layers = _caformer_layers(spec, case["merge_kept"])
+    assert macs.static_macs(spec, layers) == case["flops"], name
+    assert [n for _, n in macs.static_counts(spec, layers)] == info["tokens_after_block"], name
+    for dtype, tolerance in _precisions():
+      model = build(spec, layers)
+      params = _params(fixture, model, dtype)
+      out = _forward(model, params, _images(case["x"], dtype))
+      _close(out.logits, case["logits_f64"], tolerance, name)
+      _close(out.layers[-1].x, case["final_tokens"], HIDDEN, name)
+      sizes = [_sizes(t.size, t.x.shape[:2]) for t in out.layers]
+      _close(np.concatenate(sizes, axis=1), case["size_per_block"], F32, name)
+      last = spec.depths[2] - 1
+      source = np.asarray(out.layers[last].source)
+      np.testing.assert_array_equal(source, case["source_end_of_stage2_argmax"], err_msg=name)
+      _check_restored(model, params, out.layers[last], case, name)
+
+
+def _caformer_layers(spec: ViTSpec, merge: np.ndarray) -> tuple[LayerSpec, ...]:
+  """What the authors run where tokens are removed."""
+  options = dict(whole_sizes=True, first_receives=False, always_sort=True)
+  return tuple(
+    dataclasses.replace(
+      layer,
+      reduce=PruneMerge(spec.tokens_at(i), int(m), importance="mean_attention", **options),
+    )
+    for i, (layer, m) in enumerate(zip(spec.dense_layers, merge, strict=True))
+  )
+
+
+def _check_restored(model: ViT, params: dict, tokens: Any, case: dict, name: str) -> None:
+  """The grid between the stages."""
+  restored = jax.jit(lambda p, t: model.apply({"params": p}, t, method="restore"))(params, tokens)
+  _close(np.moveaxis(restored, -1, 1), case["stage2_uncompressed"], HIDDEN, name)
 
 
 def replay_tome(fixture: Fixture) -> None:
@@ -373,6 +420,27 @@ def _by_key(arch: dict[str, Any], kind: str) -> dict[str, np.ndarray]:
   }
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _searched(
+  model: ViT, method: DiffRate, arch: Any, params: Any, images: jax.Array, labels: jax.Array
+) -> Any:
+  """The task's loss and the budget's, what they are made of, and the gradients of both.
+
+  The weights are arguments, since XLA would spend minutes on computing with constants.
+  """
+  spec = model.spec
+
+  def terms(arch):
+    out = model.apply({"params": params, "arch": arch}, images, method="forward")
+    penalty = method.penalty(spec, arch, out, jnp.asarray(0))[0] / method.budget_weight
+    flops = macs.macs(spec, spec.dense_layers, search_counts(spec, out))
+    return (cross_entropy(out.logits, labels), penalty), (out, flops)
+
+  found, pull, more = jax.vjp(terms, arch, has_aux=True)
+  one, zero = (jnp.asarray(value, found[0].dtype) for value in (1, 0))
+  return found, more, pull((one, zero))[0], pull((zero, one))[0]
+
+
 def _check_search(
   fixture: Fixture,
   spec: ViTSpec,
@@ -387,20 +455,8 @@ def _check_search(
   arch = _arch(case, "selected_probability", spec.depth, dtype)
   images, labels = jnp.asarray(_images(case["x"], dtype)), jnp.asarray(case["y"], jnp.int32)
 
-  def terms(arch, params, images):
-    out = model.apply({"params": params, "arch": arch}, images, method="forward")
-    penalty = method.penalty(spec, arch, out, jnp.asarray(0))[0] / method.budget_weight
-    flops = macs.macs(spec, spec.dense_layers, search_counts(spec, out))
-    return (cross_entropy(out.logits, labels), penalty), (out, flops)
-
-  # The weights are arguments, since XLA would spend minutes on computing with constants.
-  @jax.jit
-  def both(arch, params, images):
-    found, pull, more = jax.vjp(lambda a: terms(a, params, images), arch, has_aux=True)
-    one, zero = (jnp.asarray(value, found[0].dtype) for value in (1, 0))
-    return found, more, pull((one, zero))[0], pull((zero, one))[0]
-
-  (loss, spent), (out, flops), task_grads, budget_grads = both(arch, params, images)
+  found = _searched(model, method, arch, params, images, labels)
+  (loss, spent), (out, flops), task_grads, budget_grads = found
   _close(out.logits, case["logits_f64"], tolerance, name)
   _close(loss, case["loss_ce"], F32, name)
   _close(spent, case["loss_flops"], F32 * max(1, float(case["loss_flops"])), name)
@@ -422,6 +478,81 @@ def _check_search(
   _check_gradients(_by_key(task_grads, "grad_ce_f64"), case, 1e-4 if dtype == "float32" else 1e-5)
   _check_gradients(_by_key(budget_grads, "grad_flops"), case, 1e-4)
   _check_modules(spec, method, arch, case)
+
+
+def replay_diffrate_caformer_search(fixture: Fixture) -> None:
+  spec = _caformer_spec(fixture.info["model"])
+  for name, settings in fixture.info["cases"].items():
+    case = fixture.case(name)
+    method = dataclasses.replace(
+      _authors(settings),
+      actions="merge",
+      clamp_size=False,
+      mask_follows=False,
+      importance="mean_attention_of_all",
+      whole_sizes=True,
+      first_receives=False,
+    )
+    for dtype, tolerance in _precisions():
+      _check_caformer_search(fixture, spec, method, case, settings, dtype, tolerance, name)
+    learnt = method.deploy(spec, _merge_arch(spec, method, case, "float32"))
+    layers = _caformer_layers(spec, case["merge_kept_num"])
+    assert [l.reduce.merge_keep for l in learnt] == [l.reduce.merge_keep for l in layers], name
+    assert macs.static_macs(spec, learnt) == macs.static_macs(spec, layers) == case["flops"], name
+    model = build(spec, layers)
+    params = _params(fixture, model, "float32")
+    out = _forward(model, params, _images(case["x"], "float32"))
+    _close(out.logits, case["eval_logits"], F32, f"{name} eval_logits")
+
+
+def _merge_arch(spec: ViTSpec, method: DiffRate, case: dict, dtype: str) -> dict[str, Any]:
+  """The authors' logits; there is nothing to choose in pruning."""
+  start = dataclasses.replace(method, init="zeros").initial_arch(spec)
+  layers = [of_layer(spec, start, i)["reduce"] for i in range(spec.depth)]
+  logits = [case[f"selected_probability/{i}"] for i in range(spec.depth)]
+  kept = jax.tree.map(lambda x: jnp.asarray(x, dtype), layers)
+  return to_tree(
+    spec,
+    [
+      {"reduce": layer | {"merge_logits": jnp.asarray(x, dtype)}}
+      for layer, x in zip(kept, logits, strict=True)
+    ],
+  )
+
+
+def _check_caformer_search(
+  fixture: Fixture,
+  spec: ViTSpec,
+  method: DiffRate,
+  case: dict[str, np.ndarray],
+  settings: dict[str, Any],
+  dtype: str,
+  tolerance: float,
+  name: str,
+) -> None:
+  model = build(spec, method.layers(spec))
+  params, arch = _params(fixture, model, dtype), _merge_arch(spec, method, case, dtype)
+  images, labels = jnp.asarray(_images(case["x"], dtype)), jnp.asarray(case["y"], jnp.int32)
+  found = _searched(model, method, arch, params, images, labels)
+  (loss, spent), (out, flops), task_grads, budget_grads = found
+  _close(out.logits, case["logits_f64"], tolerance, name)
+  _close(loss, case["loss_ce"], F32, name)
+  _close(spent, case["loss_flops"], F32, name)
+  _close(flops, case["flops"], 1e-6 * float(case["flops"]), f"{name} flops")
+  entered = [0, *(int(reduced.count) for _, reduced in out.aux)]
+  entered = [spec.starts.get(i, n) for i, n in enumerate(entered[:-1])]
+  assert entered == settings["valid"], name
+  for i, tokens in enumerate(out.layers):
+    keep = np.asarray(tokens.keep)
+    _close(keep, case[f"mask/{i}"], 1e-6, f"{name} mask {i}")
+    _close(keep * tokens.size, keep * case[f"size/{i}"], F32, f"{name} size {i}")
+  _check_restored(model, params, out.layers[spec.depths[2] - 1], case, name)
+  for grads, kind in ((task_grads, "grad_ce_f64"), (budget_grads, "grad_flops")):
+    found = {
+      f"{kind}/{i}": np.asarray(of_layer(spec, grads, i)["reduce"]["merge_logits"])
+      for i in range(spec.depth)
+    }
+    _check_gradients(found, case, 1e-4)
 
 
 def _check_gradients(found: dict[str, np.ndarray], case: dict, relative: float) -> None:
@@ -526,7 +657,7 @@ def _timm_spec(info: dict[str, Any]) -> ViTSpec:
     width=size["dim"],
     depth=size["depth"],
     num_heads=size["heads"],
-    mlp_dim=4 * size["dim"],
+    mlp_dim=int(info["constructor_options_all"]["mlp_ratio"] * size["dim"]),
     num_classes=info["create_model_kwargs"]["num_classes"],
   )
 
@@ -540,11 +671,15 @@ def _run_timm(fixture: Fixture, spec: ViTSpec, dtype: str, antialias: bool = Tru
 
 def replay_timm(fixture: Fixture) -> None:
   spec = _timm_spec(fixture.info)
+  assert (spec.norm_eps, spec.activation) == (fixture.info["norm_eps"], fixture.info["activation"])
   assert spec.num_prefix == fixture.info["num_prefix_tokens"]
   for dtype, tolerance in _precisions():
     out = _run_timm(fixture, spec, dtype)
     if "logits_f64" in fixture.arrays:
       _close(out.logits, fixture.arrays["logits_f64"], tolerance, fixture.name)
+    if "logits_gelu_tanh_f64" in fixture.arrays:
+      tanh = _run_timm(fixture, dataclasses.replace(spec, activation="gelu_tanh"), dtype)
+      _close(tanh.logits, fixture.arrays["logits_gelu_tanh_f64"], tolerance, fixture.name)
     features = fixture.arrays["features_f64"]
     per_token = features.ndim == 3 and features.shape[1] == spec.num_tokens
     _close(out.tokens.x if per_token else out.features, features, tolerance, fixture.name)
@@ -655,6 +790,8 @@ def _check_cut(
 
 
 REPLAYS: dict[str, Callable[[Fixture], None]] = {
+  "diffrate_caformer_eval": replay_diffrate_caformer_eval,
+  "diffrate_caformer_search": replay_diffrate_caformer_search,
   "diffrate_eval": replay_diffrate_eval,
   "diffrate_search": replay_diffrate_search,
   "diffrate_mae_eval": lambda fixture: replay_diffrate_eval(fixture, "size_mean"),
@@ -663,11 +800,14 @@ REPLAYS: dict[str, Callable[[Fixture], None]] = {
   "evit": replay_evit,
   "dynamicvit": replay_dynamicvit,
   "timm_augreg": replay_timm,
+  "timm_clip_gelu": replay_timm,
+  "timm_clip_quickgelu": replay_timm,
   "timm_deit": replay_timm,
   "timm_deit_distilled": replay_timm,
   "timm_dinov2": replay_timm,
   "timm_dinov2_reg4": replay_timm,
   "timm_mae_ft": replay_timm,
   "timm_posembed": replay_timm_posembed,
+  "timm_siglip": replay_timm,
   "vit_slim": replay_vit_slim,
 }

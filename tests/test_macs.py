@@ -44,6 +44,8 @@ def test_dense(variant, gmacs):
     "deit_tiny_distilled_patch16_224",
     "vit_base_patch16_224.mae",
     "vit_small_patch14_reg4_dinov2",
+    "vit_base_patch16_clip_quickgelu_224",
+    "vit_base_patch16_siglip_224",
   ],
 )
 def test_dense_is_the_products_of_the_traced_model(variant):

@@ -51,10 +51,6 @@ def test_there_are_31_published_plans():
 def test_a_published_plan(name):
   plan = load_plan(name)
   assert plan.made_by["source"] == "DiffRate, arXiv 2305.17997"
-  if plan.variant == "caformer_s36":
-    assert len(plan.layers) == 21
-    assert all(layer.reduce.prune_keep >= layer.reduce.merge_keep for layer in plan.layers)
-    return
   spec = get_spec(plan.variant)
   assert macs.static_macs(spec, plan.layers_for(spec)) / 1e9 == pytest.approx(plan.gmacs, abs=1e-6)
 
@@ -72,7 +68,7 @@ def test_a_plan_for_a_model_that_is_not_here():
     load_plan("diffrate/caformer_s36@5.6").layers_for(get_spec("deit_small_patch16_224"))
 
 
-@pytest.mark.parametrize("name", [n for n in list_plans() if "caformer" not in n])
+@pytest.mark.parametrize("name", list_plans())
 def test_json_round_trip_of_a_published_plan(name):
   plan = load_plan(name)
   again = parse_plan(json.loads(json.dumps(plan.to_json())))

@@ -4,10 +4,12 @@ import pytest
 
 from vitcomp_jax import api
 from vitcomp_jax.errors import UserError
+from vitcomp_jax.models.build import build
 from vitcomp_jax.models.variants import VARIANTS, get_spec
-from vitcomp_jax.models.vit import ViT
 
-# timm 1.0.31; the MAE models with average pool and 1,000 classes, DINOv2 without classifier.
+# The sizes of all parameters of `timm.create_model(name, num_classes=...)`, timm 1.0.31, summed: of
+# CLIP with 1,000 classes, or the outputs that it shares with texts (quickgelu); of the MAE models
+# with `global_pool="avg"` and 1,000 classes; of DINOv2 and SigLIP with none.
 PARAMETERS = {
   "deit_tiny_patch16_224": 5_717_416,
   "deit_tiny_distilled_patch16_224": 5_910_800,
@@ -34,10 +36,46 @@ PARAMETERS = {
   "vit_base_patch14_reg4_dinov2": 86_582_016,
   "vit_large_patch14_dinov2": 304_367_616,
   "vit_large_patch14_reg4_dinov2": 304_370_688,
+  "vit_base_patch32_clip_224": 88_225_000,
+  "vit_base_patch32_clip_256": 88_236_520,
+  "vit_base_patch32_clip_384": 88_297_960,
+  "vit_base_patch16_clip_224": 86_568_424,
+  "vit_base_patch16_clip_384": 86_860_264,
+  "vit_large_patch14_clip_224": 304_204_776,
+  "vit_large_patch14_clip_336": 304_532_456,
+  "vit_huge_patch14_clip_224": 632_047_080,
+  "vit_huge_patch14_clip_336": 632_456_680,
+  "vit_huge_patch14_clip_378": 632_652_520,
+  "vit_base_patch32_clip_quickgelu_224": 87_849_728,
+  "vit_base_patch16_clip_quickgelu_224": 86_193_152,
+  "vit_large_patch14_clip_quickgelu_224": 303_966_976,
+  "vit_large_patch14_clip_quickgelu_336": 304_294_656,
+  "vit_huge_patch14_clip_quickgelu_224": 632_077_824,
+  "vit_huge_patch14_clip_quickgelu_378": 632_683_264,
+  "vit_base_patch32_siglip_256": 94_552_320,
+  "vit_base_patch16_siglip_224": 92_884_224,
+  "vit_base_patch16_siglip_256": 92_930_304,
+  "vit_base_patch16_siglip_384": 93_176_064,
+  "vit_base_patch16_siglip_512": 93_520_128,
+  "vit_large_patch16_siglip_256": 315_956_224,
+  "vit_large_patch16_siglip_384": 316_283_904,
+  "vit_large_patch16_siglip_512": 316_742_656,
+  "vit_so400m_patch14_siglip_224": 427_680_704,
+  "vit_so400m_patch14_siglip_378": 428_225_600,
+  "vit_so400m_patch16_siglip_256": 427_888_064,
+  "vit_so400m_patch16_siglip_384": 428_256_704,
+  "vit_so400m_patch16_siglip_512": 428_772_800,
+  "vit_giantopt_patch16_siglip_256": 1_163_168_256,
+  "vit_giantopt_patch16_siglip_384": 1_163_659_776,
+  "caformer_s18": 26_341_656,
+  "caformer_s36": 39_297_102,
+  "caformer_m36": 56_204_878,
+  "caformer_b36": 98_753_614,
   # Not timm's: embedding 28·64, CLS 64, positions 101·64, 8 layers of 49,984, norm 128, head 650.
   "vit_mini_patch3_30": 408_970,
 }
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 
 
@@ -48,16 +86,23 @@ def test_every_variant_is_listed():
 @pytest.mark.parametrize("name", VARIANTS)
 def test_parameters(name):
   spec = get_spec(name)
-  assert api.count_cost(ViT(spec, spec.dense_layers)).params == PARAMETERS[name]
+  assert api.count_cost(build(spec, spec.dense_layers)).params == PARAMETERS[name]
 
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_preprocessing(name):
+  # Of timm's first weights of that name; of vit_base_patch16_clip_quickgelu_224, of OpenAI's.
   spec = get_spec(name)
-  augreg = name.startswith("vit_") and not ("mae" in name or "dinov2" in name)
-  whole = spec.image_size[0] == 384 or "dinov2" in name or "mini" in name
-  assert (spec.mean, spec.std) == (HALF if augreg else IMAGENET)
-  assert spec.crop_pct == (1.0 if whole else 0.9)
+  half = name.startswith("vit_") and not ("mae" in name or "dinov2" in name)
+  scales = CLIP if "clip" in name and "vit_large_patch14_clip_" not in name else None
+  scales = CLIP if "quickgelu" in name else None if "siglip" in name else scales
+  assert (spec.mean, spec.std) == (scales or (HALF if half else IMAGENET))
+  larger = spec.image_size[0] > 224 and "siglip" not in name
+  whole = (
+    larger or "mini" in name or "caformer" in name or ("_clip_" in name and "base" not in name)
+  )
+  crop = 1.0 if whole else 0.95 if name == "vit_base_patch16_clip_224" else 0.9
+  assert spec.crop_pct == crop
   assert spec.interpolation == "bicubic"
 
 

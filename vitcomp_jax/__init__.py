@@ -17,8 +17,8 @@ from vitcomp_jax.api import Cost, apply, count_cost, load
 from vitcomp_jax.config import default_config
 from vitcomp_jax.errors import UserError
 from vitcomp_jax.exported import Exported, load_exported
+from vitcomp_jax.models.tokens import unmerge
 from vitcomp_jax.models.variants import get_spec, list_variants
-from vitcomp_jax.ops.select import unmerge
 from vitcomp_jax.plans import Plan, list_plans, load_plan, make_plan
 from vitcomp_jax.stages import figures, pictures, run_stage
 from vitcomp_jax.stages.published import accuracies as published_accuracies

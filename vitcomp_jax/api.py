@@ -17,6 +17,7 @@ from vitcomp_jax.convert import files
 from vitcomp_jax.convert.slicing import LayerIndex, slice_params
 from vitcomp_jax.convert.timm import port
 from vitcomp_jax.errors import UserError
+from vitcomp_jax.models.build import build
 from vitcomp_jax.models.predictor import PredictorSelect
 from vitcomp_jax.models.reducers import keep_all
 from vitcomp_jax.models.spec import LayerSpec, ViTSpec
@@ -55,7 +56,7 @@ def load(
   plan = load_plan(os.fspath(plan)) if isinstance(plan, str | os.PathLike) else plan
   layers = plan.layers_for(spec) if plan else spec.dense_layers
   weights = None if weights is None else os.fspath(weights)
-  return ViT(spec, layers), load_params(
+  return build(spec, layers), load_params(
     spec, layers, weights, indices=plan.indices if plan else None
   )
 
@@ -83,7 +84,7 @@ def load_params(
       ones.
   """
   if weights is None:
-    model, images = ViT(spec, layers), jnp.zeros((1, *spec.image_size, 3))
+    model, images = build(spec, layers), jnp.zeros((1, *spec.image_size, 3))
     return dict(jax.jit(model.init)(jax.random.key(seed), images)["params"])
   initial = None
   if fresh_head and spec.num_classes:
@@ -96,7 +97,7 @@ def load_params(
   is_cut = indices is None or _has_widths(state, layers)
   params = port(
     state,
-    abstract_params(ViT(spec, layers if is_cut else spec.dense_layers)),
+    abstract_params(build(spec, layers if is_cut else spec.dense_layers)),
     grid=spec.grid,
     prefix_positions=spec.pos_prefix,
     antialias=spec.antialias,

@@ -187,8 +187,17 @@ class SearchConfig:
   granularity: Count = 1  # distance between neighbouring candidate counts
   tile: Count = 1  # the plan's counts are rounded up to multiples of it (8, 16), prefix included
   actions: Literal["both", "prune", "merge"] = "both"  # what a layer may do with its tokens
-  # What tells the important tokens: the attention of CLS, that of all, the values, or chance.
-  importance: Literal["cls", "mean_attention", "value_norm", "random"] = "cls"
+  # What tells the important tokens: the attention of CLS, of the pooling head's query (SigLIP) or
+  # of all, the values, or chance; auto: the first of these that the model has.
+  importance: Literal[
+    "auto",
+    "cls",
+    "pool_query",
+    "mean_attention",
+    "mean_attention_of_all",  # CAFormer's authors: the attention of masked tokens too
+    "value_norm",
+    "random",
+  ] = "auto"
   init: Literal["merge_first", "zeros"] = "merge_first"  # where the rates start; authors: `zeros`
   budget_weight: PositiveOrZero = 5.0  # lambda of the budget term
   # The budget term counts MACs in units of dense/4.6, or, as the authors', of 1e9.
@@ -197,7 +206,10 @@ class SearchConfig:
   compress_first: bool = False  # may the first layer lose tokens
   compress_last: bool | None = None  # none: as the authors, yes with a CLS head, no with a mean
   clamp_size: bool = False  # the authors' clamp of sizes to 1, which deployment does not have
+  mask_follows: bool = True  # does a sorted token take its mask along (authors' CAFormer: no)
   signed_similarity: bool = False  # the authors' merge weight, which may be negative
+  whole_sizes: bool = False  # the authors' merge weight for CAFormer, 1
+  first_receives: bool = True  # may the most important token receive (authors' CAFormer: no)
   mask_eps: PositiveOrZero = 0.0  # smoothing of the masked softmax (authors: 1e-6)
   drop_path: Rate = 0.0  # stochastic depth while searching (authors: 0.1)
   remat: bool = False  # compute activations again in the backward pass, to save memory

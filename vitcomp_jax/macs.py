@@ -10,11 +10,13 @@ from typing import Any
 from vitcomp_jax.models.spec import LayerSpec, ViTSpec
 
 
-def embed_macs(spec: ViTSpec) -> int:
-  """Multiply-accumulates of the patch embedding, and of the classifier."""
-  heads = 2 if spec.distilled else 1
-  patch = spec.num_tokens * spec.width * 3 * spec.patch_size**2
-  return patch + heads * spec.width * spec.num_classes
+def pool_macs(spec: ViTSpec, tokens: Any) -> Any:
+  """Multiply-accumulates of a pooling head that attends to the tokens after the last layer."""
+  if spec.pool != "map":
+    return 0.0
+  return 2.0 * spec.width * (spec.width + spec.mlp_dim) + tokens * (
+    2.0 * spec.width * (spec.width + 1)
+  )
 
 
 def layer_macs(layer: LayerSpec, width: int, at_attention: Any, at_mlp: Any) -> Any:
@@ -43,24 +45,23 @@ def macs(spec: ViTSpec, layers: Sequence[LayerSpec], counts: Sequence[tuple[Any,
     Chen et al., `DiffRate <https://arxiv.org/abs/2305.17997>`_, 2023, Eq. 8.
   """
   total = sum(
-    layer_macs(layer, spec.width, *count) for layer, count in zip(layers, counts, strict=True)
+    layer_macs(layer, spec.width_at(i), *count)
+    for i, (layer, count) in enumerate(zip(layers, counts, strict=True))
   )
-  return total + float(embed_macs(spec))
+  last = counts[-1][1] if counts else spec.num_tokens
+  return total + pool_macs(spec, last) + float(spec.fixed_macs)
 
 
-def static_counts(
-  spec: ViTSpec, layers: Sequence[LayerSpec], num_tokens: int | None = None
-) -> list[tuple[int, int]]:
+def static_counts(spec: ViTSpec, layers: Sequence[LayerSpec]) -> list[tuple[int, int]]:
   """Tokens at attention and at the MLP of each layer, for static reducers.
 
   Args:
     spec: The model.
     layers: Its layers.
-    num_tokens: Tokens before the first layer; none: the model's.
   """
-  counts, n = [], num_tokens or spec.num_tokens
-  for layer in layers:
-    at_attention = layer.select.count(n)
+  counts, n = [], 0
+  for i, layer in enumerate(layers):
+    at_attention = layer.select.count(spec.starts.get(i, n))
     n = layer.reduce.count(at_attention)
     counts.append((at_attention, n))
   return counts

@@ -75,7 +75,12 @@ class Plan:
           f"plan: expected {expected} {what} for {spec.name} at {spec.image_size[0]} pixels, got "
           f"{got}; the plan is for {self.variant}."
         )
-    _check_counts(self.layers, spec.num_prefix, spec.num_tokens, "plan")
+    _check_counts(self.layers, spec, "plan")
+    for i, layer in enumerate(self.layers):
+      if layer.select != reducers.keep_all:
+        spec.check_plain(f"plan: layer {i}: select")
+      if hasattr(layer.reduce, "importance"):
+        spec.importance(layer.reduce.importance, f"plan: layer {i}: importance")
     pairs = zip(spec.dense_layers, self.layers, strict=True)
     return tuple(layer.apply_to(base) for base, layer in pairs)
 
@@ -246,7 +251,7 @@ def parse_plan(values: Any, where: str = "plan") -> Plan:
   layers = []
   for i, layer in enumerate(values["layers"]):
     layers.append(_parse_layer(layer, spec.dense_layers[i], f"{where}: layer {i}"))
-  _check_counts(layers, spec.num_prefix, num_tokens, where)
+  _check_counts(layers, spec.with_tokens(num_tokens), where)
   if 0 < sum(layer.index is not None for layer in layers) < len(layers):
     raise UserError(f"{where}: expected {' and '.join(_INDICES)} in every layer or in none.")
   gmacs = _gmacs(spec, num_tokens, layers)
@@ -259,9 +264,7 @@ def _gmacs(spec: ViTSpec, num_tokens: int, plan_layers: Sequence[PlanLayer]) -> 
   """Counts for the plan's own image size, which may not be the variant's."""
   bases = zip(spec.dense_layers, plan_layers, strict=True)
   layers = tuple(layer.apply_to(base) for base, layer in bases)
-  counts = macs.static_counts(spec, layers, num_tokens)
-  resize = (num_tokens - spec.num_tokens) * spec.width * 3 * spec.patch_size**2
-  return (float(macs.macs(spec, layers, counts)) + resize) / 1e9
+  return macs.static_macs(spec.with_tokens(num_tokens), layers) / 1e9
 
 
 def _is_near(value: Any, counted: float) -> bool:
@@ -402,12 +405,12 @@ def _reducer_json(reducer: TokenReducer) -> dict[str, Any]:
   return {"type": kind, **shown}
 
 
-def _check_counts(
-  layers: Sequence[PlanLayer], num_prefix: int, num_tokens: int, where: str
-) -> None:
+def _check_counts(layers: Sequence[PlanLayer], spec: ViTSpec, where: str) -> None:
   """Kept counts must leave the prefix and a patch token; rising counts are the authors' right."""
-  n, least = num_tokens, num_prefix + 1
+  num_prefix, num_tokens = spec.num_prefix, spec.num_tokens
+  n, least = 0, num_prefix + 1
   for index, layer in enumerate(layers):
+    n = spec.starts.get(index, n)
     at = f"{where}: layer {index}"
     if isinstance(layer.select, reducers.KeepPositions):
       _check_positions(layer.select.positions, num_prefix, num_tokens, at)
@@ -451,8 +454,10 @@ def _published() -> dict[str, dict[str, Any]]:
 def _from_published(name: str) -> Plan:
   entry = _published()[name]
   made_by = {k: v for k, v in entry.items() if k in ("source", "published")}
-  # CAFormer's authors only merge; an unpruned layer keeps all tokens of its stage.
-  prune_keep = entry["prune_keep"] or [196] * 18 + [49] * 3
+  # CAFormer's authors only merge, by whole sizes.
+  spec, merges = get_spec(entry["variant"]), entry["prune_keep"] is None
+  prune_keep = [spec.tokens_at(i) for i in range(spec.depth)] if merges else entry["prune_keep"]
+  reduce = functools.partial(reducers.PruneMerge, importance=spec.importance(), whole_sizes=merges)
   keeps = zip(prune_keep, entry["merge_keep"], strict=True)
-  layers = tuple(PlanLayer(reduce=reducers.PruneMerge(p, m)) for p, m in keeps)
+  layers = tuple(PlanLayer(reduce=reduce(p, m)) for p, m in keeps)
   return Plan(entry["variant"], entry["num_tokens"], layers, entry["gmacs"], made_by)

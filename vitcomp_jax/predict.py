@@ -23,6 +23,7 @@ from vitcomp_jax.data import class_names, sources
 from vitcomp_jax.data.transforms import Preprocess, evaluation_image, normalize
 from vitcomp_jax.errors import UserError
 from vitcomp_jax.exported import load_exported
+from vitcomp_jax.models.build import build
 from vitcomp_jax.models.variants import get_spec
 from vitcomp_jax.models.vit import ViT
 from vitcomp_jax.plans import load_plan
@@ -141,7 +142,7 @@ def _from_run(workdir: pathlib.Path) -> Classifier:
   names = class_names.readable(run.eval_data.class_names)
   if len(names) != run.spec.num_classes:
     names = class_names.guess(run.spec.num_classes)
-  return _of(ViT(run.spec, run.layers), run.params, run.eval_data.pre, names)
+  return _of(build(run.spec, run.layers), run.params, run.eval_data.pre, names)
 
 
 def _from_weights(variant: str | None, weights: str | None, plan: str | None) -> Classifier:
@@ -158,7 +159,7 @@ def _from_weights(variant: str | None, weights: str | None, plan: str | None) ->
   bundled = weights == "bundled"
   names = sources.make_source("bundled", None, None, (1, 1), 0).class_names if bundled else ()
   return _of(
-    ViT(spec, layers), params, preprocess_for(spec), names or class_names.guess(spec.num_classes)
+    build(spec, layers), params, preprocess_for(spec), names or class_names.guess(spec.num_classes)
   )
 
 

@@ -23,20 +23,22 @@ _DRAWS = 10_000  # random schedules at once
 _MISSES = 100  # times that many without one near the budget
 
 
-def within(name: str, spec: ViTSpec, target_gmacs: float, importance: str = "cls") -> Layers:
+def within(name: str, spec: ViTSpec, target_gmacs: float, importance: str = "auto") -> Layers:
   """A schedule by name, as strong as a budget asks for.
 
   Args:
     name: One of `SCHEDULES`.
     spec: The model.
     target_gmacs: The budget; the strength that comes nearest is taken.
-    importance: What tells the important tokens of hand-made schedules, see `PruneMerge`.
+    importance: What tells the important tokens of hand-made schedules, see
+      `ViTSpec.importance`.
 
   Raises:
     UserError: For an unknown name, or a budget below what the schedule costs at its strongest.
   """
   if name not in SCHEDULES:
     raise UserError(f"schedule: expected one of {', '.join(SCHEDULES)}, got {name!r}.")
+  importance = spec.importance(importance)
   make = SCHEDULES[name]
   least = macs.static_macs(spec, make(spec, 1.0)) / 1e9
   if target_gmacs < (1 - _TOLERANCE) * least:
@@ -97,8 +99,11 @@ def tome(spec: ViTSpec, r: int | Sequence[float], prop_attn: bool = True) -> Lay
     prop_attn: Whether merged tokens weigh as much as their patches in attention; ToMe's authors do
       without for MAE.
   """
-  layers, n = [], spec.num_tokens
-  for layer, asked in zip(spec.dense_layers, tome_counts(r, spec.depth), strict=True):
+  layers, n = [], 0
+  for i, (layer, asked) in enumerate(
+    zip(spec.dense_layers, tome_counts(r, spec.depth), strict=True)
+  ):
+    n = spec.starts.get(i, n)
     remove = min(asked, (n - spec.num_prefix) // 2)
     n -= remove
     reduce = BipartiteMerge(remove) if remove else layer.reduce
@@ -124,14 +129,15 @@ def evit(
   References:
     Liang et al., `EViT <https://arxiv.org/abs/2202.07800>`_, 2022, Sec. 3.
   """
-  layers, n = [], spec.num_tokens
-  for layer, rate, count in zip(
-    spec.dense_layers, keep_rate, tokens or [None] * spec.depth, strict=True
+  layers, n = [], 0
+  for i, (layer, rate, count) in enumerate(
+    zip(spec.dense_layers, keep_rate, tokens or [None] * spec.depth, strict=True)
   ):
+    n = spec.starts.get(i, n)
     left = math.ceil(rate * (n - spec.num_prefix)) if count is None else count
     reduce: TokenReducer = layer.reduce
     if left < n - spec.num_prefix:
-      reduce = AttentiveSelect(left + spec.num_prefix, fuse)
+      reduce = AttentiveSelect(left + spec.num_prefix, fuse, spec.importance())
     n = reduce.count(n)
     layers.append(dataclasses.replace(layer, reduce=reduce))
   return tuple(layers)
@@ -151,8 +157,9 @@ def evit_warmup(spec: ViTSpec, layers: Layers, steps: int) -> list[tuple[int, La
   Returns:
     The first step of each phase, and its layers.
   """
-  rates, n = [], spec.num_tokens
-  for layer in layers:
+  rates, n = [], 0
+  for i, layer in enumerate(layers):
+    n = spec.starts.get(i, n)
     kept = layer.reduce.keep if isinstance(layer.reduce, AttentiveSelect) else n
     rates.append(min(1.0, (kept - spec.num_prefix) / (n - spec.num_prefix)))
     n = layer.reduce.count(n)
@@ -180,6 +187,7 @@ def dynamicvit(spec: ViTSpec, places: Sequence[int], ratios: Sequence[float]) ->
   References:
     Rao et al., `DynamicViT <https://arxiv.org/abs/2106.02034>`_, 2021, Sec. 3.
   """
+  spec.check_plain("dynamicvit")
   layers = list(spec.dense_layers)
   for place, ratio in zip(places, ratios, strict=True):
     keep = max(int(spec.num_patches * ratio), 1) + spec.num_prefix
@@ -198,37 +206,45 @@ def compressed_layers(
     last: Whether the last may; none: unless the head pools over the patches it leaves.
   """
   last = not spec.pools_patches if last is None else last
-  ends = {spec.depth - 1: last, 0: first}
+  starts = [*spec.starts, spec.depth]
+  ends = dict.fromkeys((start - 1 for start in starts[1:]), last)
+  ends |= dict.fromkeys(starts[:-1], first)
   return tuple(ends.get(i, True) for i in range(spec.depth))
 
 
-def _counted(merges: bool, importance: str = "cls") -> Callable[[ViTSpec, np.ndarray], Layers]:
+def _counted(merges: bool, importance: str = "auto") -> Callable[[ViTSpec, np.ndarray], Layers]:
   """Layers that prune, or merge, to given counts."""
 
   def make(spec: ViTSpec, counts: np.ndarray) -> Layers:
-    kept = iter(counts)
+    kept, metric = iter(counts), spec.importance(importance)
     layers = []
-    for layer, compressed in zip(spec.dense_layers, compressed_layers(spec), strict=True):
+    for i, (layer, compressed) in enumerate(
+      zip(spec.dense_layers, compressed_layers(spec), strict=True)
+    ):
       if compressed:
         count = int(next(kept))
-        prune_keep = spec.num_tokens if merges else count
-        layer = dataclasses.replace(
-          layer, reduce=PruneMerge(prune_keep, count, importance=importance)
-        )
+        prune_keep = spec.tokens_at(i) if merges else count
+        layer = dataclasses.replace(layer, reduce=PruneMerge(prune_keep, count, importance=metric))
       layers.append(layer)
     return tuple(layers)
 
   return make
 
 
-def _uniform(merges: bool, importance: str = "cls") -> Callable[[ViTSpec, float], Layers]:
+def _patches(spec: ViTSpec) -> np.ndarray:
+  """Patch tokens of each layer that may lose some, if none is removed."""
+  compressed = enumerate(compressed_layers(spec))
+  return np.array([spec.patches_at(i) for i, yes in compressed if yes])
+
+
+def _uniform(merges: bool, importance: str = "auto") -> Callable[[ViTSpec, float], Layers]:
   """One count for all layers; where it is no whole number, earlier layers keep one token more."""
   make = _counted(merges, importance)
 
   def at(spec: ViTSpec, strength: float) -> Layers:
-    depth = sum(compressed_layers(spec))
-    count = spec.num_tokens - strength * (spec.num_patches - 1)
-    return make(spec, np.floor(count + 1 - np.arange(1, depth + 1) / depth))
+    patches = _patches(spec)
+    count = spec.num_prefix + patches - strength * (patches - 1)
+    return make(spec, np.floor(count + 1 - np.arange(1, patches.size + 1) / patches.size))
 
   return at
 
@@ -238,10 +254,10 @@ def _linear(merges: bool) -> Callable[[ViTSpec, float], Layers]:
   make = _counted(merges)
 
   def at(spec: ViTSpec, strength: float) -> Layers:
-    depth = sum(compressed_layers(spec))
-    removed = strength * (spec.num_patches - 1) * np.arange(1, depth + 1)
+    patches = _patches(spec)
+    removed = strength * (patches - 1) * np.arange(1, patches.size + 1)
     least = spec.num_prefix + 1
-    return make(spec, np.maximum(np.round(spec.num_tokens - removed), least))
+    return make(spec, np.maximum(np.round(spec.num_prefix + patches - removed), least))
 
   return at
 
@@ -255,7 +271,7 @@ def _tome(power: float) -> Callable[[ViTSpec, float], Layers]:
     removed = np.round(strength * spec.num_patches / 2 * np.cumsum(weights))
     # MAE's authors of ToMe do without proportional attention.
     r = np.diff(removed, prepend=0).astype(int).tolist()
-    return tome(spec, r, prop_attn=not spec.pools_patches)
+    return tome(spec, r, prop_attn=spec.pool != "size_mean")
 
   return at
 
@@ -313,7 +329,7 @@ def random_counts(
     Chen et al., `DiffRate <https://arxiv.org/abs/2305.17997>`_, 2023, Fig. 5.
   """
   rng = np.random.default_rng(seed)
-  compressed = compressed_layers(spec)
+  compressed, importance = compressed_layers(spec), spec.importance()
   everything = spec.num_tokens, spec.num_tokens
   given, found_in = 0, 0
   for drawn in itertools.count():
@@ -331,7 +347,10 @@ def random_counts(
         return
       pairs = iter(kept[index].tolist())
       yield tuple(
-        dataclasses.replace(layer, reduce=PruneMerge(*(next(pairs) if yes else everything)))
+        dataclasses.replace(
+          layer,
+          reduce=PruneMerge(*(next(pairs) if yes else everything), importance=importance),  # type: ignore[misc]
+        )
         for layer, yes in zip(spec.dense_layers, compressed, strict=True)
       )
       given, found_in = given + 1, drawn

@@ -37,7 +37,7 @@ IGNORED = (
   "decoder_pred.*",
   "pre_logits.*",  # ImageNet-21k: a layer that timm dropped; the heads behind it are all zero
 )
-HEADS = ("head", "head_dist")
+HEADS = ("head", "head_dist", "head.fc.fc2")  # the last layers of classifiers
 MAX_LISTED = 10  # names per kind in an error
 
 _TO_FLAX = {2: (1, 0), 4: (2, 3, 1, 0)}
@@ -193,6 +193,12 @@ def _from_upstream(state: State, shapes: Mapping[str, Shape]) -> dict[str, np.nd
     state["reg_token"] = state.pop("register_tokens")
     state["cls_token"] = state["cls_token"] + positions[:, :1]
     state["pos_embed"] = positions[:, 1:]
+  if "downsample_layers.0.conv.weight" in state:
+    state = {_caformer_name(name): array for name, array in state.items()}
+    # On a grid, timm has projections as convolutions of single places.
+    for name in (name for name in state if name in shapes and state[name].ndim == 2):
+      if shapes[name] == (*state[name].shape, 1, 1):
+        state[name] = state[name].reshape(shapes[name])
   # DynamicViT counts its prediction modules; here each stands in the layer that it precedes.
   places = sorted({int(name.split(".")[1]) for name in shapes if ".select." in name})
   modules = {f"score_predictor.{i}.": f"blocks.{place}.select." for i, place in enumerate(places)}
@@ -204,25 +210,37 @@ def _from_upstream(state: State, shapes: Mapping[str, Shape]) -> dict[str, np.nd
   return state
 
 
+def _caformer_name(name: str) -> str:
+  """timm's name of what CAFormer's authors, and DiffRate's, call otherwise."""
+  name = re.sub(r"^downsample_layers\.0\.(post_)?", "stem.", name)
+  name = re.sub(r"^downsample_layers\.(\d+)\.(pre_)?", r"stages.\1.downsample.", name)
+  name = re.sub(r"^stages\.(\d+)\.(\d+)\.", r"stages.\1.blocks.\2.", name)
+  return re.sub(r"^norm\.", "head.norm.", re.sub(r"^head\.", "head.fc.", name))
+
+
 def _fit_heads(
   state: State, shapes: Mapping[str, Shape], fresh: State | None
 ) -> dict[str, np.ndarray]:
   """Drops the classifier, or takes a fresh one, where the model wants that."""
   wanted = [head for head in HEADS if f"{head}.weight" in shapes]
   if not wanted:
-    return {name: array for name, array in state.items() if _module(name) not in HEADS}
+    return {
+      name: array
+      for name, array in state.items()
+      if _owner(name) not in HEADS and not name.startswith("head.fc.")
+    }
   if fresh is None:
     return dict(state)
 
   def fits(head: str) -> bool:
     # Part of a classifier is a damaged file, which the check at the end reports.
-    parts = [array for name, array in state.items() if _module(name) == head]
+    parts = [array for name, array in state.items() if _owner(name) == head]
     return bool(parts) and all(a.shape[:1] == shapes[f"{head}.weight"][:1] for a in parts)
 
   if all(fits(head) for head in wanted):
     return dict(state)
-  kept = {name: array for name, array in state.items() if _module(name) not in wanted}
-  return kept | {name: array for name, array in fresh.items() if _module(name) in wanted}
+  kept = {name: array for name, array in state.items() if _owner(name) not in wanted}
+  return kept | {name: array for name, array in fresh.items() if _owner(name) in wanted}
 
 
 def _fit_pretraining(
@@ -290,6 +308,11 @@ def _listed(items: Sequence[str]) -> str:
 def _module(name: str) -> str:
   """The outermost module of a parameter."""
   return name.split(".", 1)[0]
+
+
+def _owner(name: str) -> str:
+  """The innermost module of a parameter."""
+  return name.rpartition(".")[0]
 
 
 def _join_indices(modules: Sequence[str]) -> list[str]:

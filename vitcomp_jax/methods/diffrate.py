@@ -15,8 +15,8 @@ from jaxtyping import Array, Float
 
 from vitcomp_jax.costs import MACS, Cost
 from vitcomp_jax.models.reducers import PruneMerge
-from vitcomp_jax.models.spec import LayerSpec, ViTSpec
-from vitcomp_jax.models.tokens import AttentionStats, Aux, Output, Tokens, first_tokens
+from vitcomp_jax.models.spec import LayerSpec, ViTSpec, of_layer, to_tree
+from vitcomp_jax.models.tokens import AttentionStats, Aux, Output, Tokens, mark_pruned
 from vitcomp_jax.ops import merge, select
 from vitcomp_jax.ops.straight_through import ste_ceil, ste_mask, ste_min
 from vitcomp_jax.schedules import compressed_layers
@@ -73,8 +73,13 @@ class PruneMergeSearch(nn.Module):
       leaves the single candidate that keeps all.
     clamp_size: Clamp sizes to 1 wherever a merge happens, as the authors do while searching (and
       not when deployed).
+    mask_follows: A token takes its mask along when the tokens are sorted. In CAFormer's authors'
+      code the mask stays at its rank: no value differs, as dropped tokens stay behind the kept
+      ones, but a rate gets the gradient of whichever dropped token stands there later.
     signed_similarity: The authors' merge weight, see `PruneMerge`.
     importance: See `PruneMerge`.
+    whole_sizes: See `PruneMerge`.
+    first_receives: See `PruneMerge`.
 
   References:
     Chen et al., `DiffRate <https://arxiv.org/abs/2305.17997>`_, 2023, Sec. 3.3 and Eq. 4-7.
@@ -84,8 +89,11 @@ class PruneMergeSearch(nn.Module):
   num_prefix: int
   granularity: tuple[int, int] = (1, 1)
   clamp_size: bool = False
+  mask_follows: bool = True
   signed_similarity: bool = False
   importance: str = "cls"
+  whole_sizes: bool = False
+  first_receives: bool = True
 
   @nn.compact
   def __call__(self, tokens: Tokens, stats: AttentionStats | None) -> tuple[Tokens, Aux]:
@@ -98,6 +106,8 @@ class PruneMergeSearch(nn.Module):
     before = self._before(tokens, prune_count.dtype)
     pruned = jnp.minimum(before, prune_count)
     keep = tokens.keep * _rank_mask(prune_probability[:n], prune_count, before)[None]
+    rank = jnp.arange(n, dtype=pruned.dtype)[None]
+    tokens = mark_pruned(tokens, (rank >= pruned) & (rank < before))
     if self.granularity[1] <= self.num_patches:
       tokens = self._merged(tokens, merge_count, pruned)
     keep = keep * _rank_mask(merge_probability[:n], merge_count, pruned)[None]
@@ -125,14 +135,16 @@ class PruneMergeSearch(nn.Module):
 
   def _sorted(self, tokens: Tokens, stats: AttentionStats) -> Tokens:
     n = tokens.x.shape[1]
-    importance = stats.importance(self.importance)
+    importance = stats.importance(self.importance, tokens)
     ones = jnp.ones(tokens.x.shape[:2], importance.dtype)
+    keep = ones if tokens.keep is None else tokens.keep
     order = select.importance_order(importance, tokens.num_prefix, n)
     return tokens.replace(
       x=select.permute(tokens.x, order),
       size=select.take(ones if tokens.size is None else tokens.size, order),
-      keep=select.take(ones if tokens.keep is None else tokens.keep, order),
+      keep=select.take(keep, order) if self.mask_follows else keep,
       source=select.follow(tokens.source, order, n),
+      place=None if tokens.place is None else select.follow(tokens.place, order, n),
     )
 
   def _merged(self, tokens: Tokens, start: Array, stop: Array) -> Tokens:
@@ -140,9 +152,11 @@ class PruneMergeSearch(nn.Module):
     assert tokens.size is not None
     rank = jnp.arange(tokens.x.shape[1], dtype=start.dtype)[None]
     joins = (rank >= start) & (rank < stop)
-    receives = (rank >= tokens.num_prefix) & (rank < start)
+    first = jnp.minimum(tokens.num_prefix + (not self.first_receives), start - 1)
+    receives = (rank >= first) & (rank < start)
     scores = jnp.where(receives[:, None], merge.similarity(tokens.x, tokens.x), -jnp.inf)
     receiver, weight = merge.best(scores)
+    weight = jnp.ones_like(weight) if self.whole_sizes else weight
     weight = jnp.where(joins, weight, 0).astype(tokens.size.dtype)
     weight = weight if self.signed_similarity else jnp.maximum(weight, 0)
     joined = merge.joins(receiver, rank.size, tokens.x.dtype)
@@ -183,7 +197,10 @@ class PruneMergeMasked(PruneMergeSearch):
 
   def __call__(self, tokens: Tokens, stats: AttentionStats | None) -> tuple[Tokens, Aux]:
     tokens, aux = super().__call__(tokens, stats)
-    return (tokens if self.limit is None else first_tokens(tokens, self.limit)), aux
+    if self.limit is not None:  # The others hold no patches any more.
+      parts = {k: getattr(tokens, k)[:, : self.limit] for k in ("x", "size", "keep")}
+      tokens = tokens.replace(**parts)
+    return tokens, aux
 
   def count(self, n: int) -> int:
     return n if self.limit is None else min(n, self.limit)
@@ -228,8 +245,11 @@ class DiffRate:
     compress_first: May the first layer lose tokens.
     compress_last: May the last layer lose tokens; none: unless the head pools over patches.
     clamp_size: See `PruneMergeSearch`.
+    mask_follows: See `PruneMergeSearch`.
     signed_similarity: See `PruneMerge`.
-    importance: See `PruneMerge`.
+    importance: See `ViTSpec.importance`.
+    whole_sizes: See `PruneMerge`.
+    first_receives: See `PruneMerge`.
     actions: What is learnt: `both`, or `prune` or `merge` alone.
     mask_eps: See `LayerSpec`.
     base: The layers to search on, such as slimmed ones; none: the dense model's.
@@ -246,8 +266,11 @@ class DiffRate:
   compress_first: bool = False
   compress_last: bool | None = None
   clamp_size: bool = False
+  mask_follows: bool = True
   signed_similarity: bool = False
-  importance: str = "cls"
+  importance: str = "auto"
+  whole_sizes: bool = False
+  first_receives: bool = True
   actions: str = "both"
   mask_eps: float = 0.0
   base: tuple[LayerSpec, ...] | None = None
@@ -270,12 +293,12 @@ class DiffRate:
         gradients are the same.
     """
     layers = [
-      dataclasses.replace(layer, reduce=self._reducer(spec, compressed), mask_eps=self.mask_eps)
-      for layer, compressed in zip(self._base(spec), self.is_compressed(spec), strict=True)
+      dataclasses.replace(layer, reduce=self._reducer(spec, i), mask_eps=self.mask_eps)
+      for i, layer in enumerate(self._base(spec))
     ]
     if logits_only and not spec.pools_patches:
-      whole = self._reducer(spec, self.is_compressed(spec)[-1])
-      counts = PruneMergeCounts(spec.num_patches, spec.num_prefix, whole.granularity)
+      whole = self._reducer(spec, spec.depth - 1)
+      counts = PruneMergeCounts(whole.num_patches, whole.num_prefix, whole.granularity)
       layers[-1] = dataclasses.replace(layers[-1], reduce=counts, queries=spec.num_prefix)
     return tuple(layers)
 
@@ -288,45 +311,56 @@ class DiffRate:
       spec: The model.
       limits: Of each layer, the tokens that go on, at least those that are kept; none: all.
     """
-    sizes = spec.num_patches, spec.num_prefix
-    options = dict(signed_similarity=self.signed_similarity, importance=self.importance)
+    options = self._merging(spec)
+    reducers = [
+      PruneMergeMasked(spec.patches_at(i), spec.num_prefix, limit=limit, **options)
+      for i, limit in enumerate(limits or [None] * spec.depth)
+    ]
     return tuple(
-      dataclasses.replace(layer, reduce=PruneMergeMasked(*sizes, limit=limit, **options))
-      for layer, limit in zip(self._base(spec), limits or [None] * spec.depth, strict=True)
+      dataclasses.replace(layer, reduce=reducer)
+      for layer, reducer in zip(self._base(spec), reducers, strict=True)
     )
 
-  def counts_arch(self, layers: tuple[LayerSpec, ...]) -> dict[str, Any]:
+  def _merging(self, spec: ViTSpec) -> dict[str, Any]:
+    """The options that a search and its plan have in common."""
+    return {
+      "signed_similarity": self.signed_similarity,
+      "importance": spec.importance(self.importance),
+      "whole_sizes": self.whole_sizes,
+      "first_receives": self.first_receives,
+    }
+
+  def counts_arch(self, spec: ViTSpec, layers: tuple[LayerSpec, ...]) -> dict[str, Any]:
     """A plan's counts, for `masked_layers`."""
     reducers = [layer.reduce for layer in layers]
     assert all(isinstance(reducer, PruneMerge) for reducer in reducers)
-    return {
-      f"blocks_{i}": {"reduce": {k: jnp.float32(getattr(reducer, k)) for k in _KEEPS}}
-      for i, reducer in enumerate(reducers)
-    }
-
-  def _reducer(self, spec: ViTSpec, compressed: bool) -> PruneMergeSearch:
-    return PruneMergeSearch(
-      spec.num_patches,
-      spec.num_prefix,
-      (self._granularity(spec, compressed, "prune"), self._granularity(spec, compressed, "merge")),
-      self.clamp_size,
-      self.signed_similarity,
-      self.importance,
+    return to_tree(
+      spec, [{"reduce": {k: jnp.float32(getattr(r, k)) for k in _KEEPS}} for r in reducers]
     )
 
-  def _granularity(self, spec: ViTSpec, compressed: bool, action: str) -> int:
+  def _reducer(self, spec: ViTSpec, layer: int) -> PruneMergeSearch:
+    return PruneMergeSearch(
+      spec.patches_at(layer),
+      spec.num_prefix,
+      (self._granularity(spec, layer, "prune"), self._granularity(spec, layer, "merge")),
+      self.clamp_size,
+      self.mask_follows,
+      **self._merging(spec),
+    )
+
+  def _granularity(self, spec: ViTSpec, layer: int, action: str) -> int:
     """Where no token may be lost, there is the single candidate that keeps all."""
-    learns = compressed and self.actions in ("both", action)
-    return self.granularity if learns else spec.num_patches + 1
+    learns = self.is_compressed(spec)[layer] and self.actions in ("both", action)
+    return self.granularity if learns else spec.patches_at(layer) + 1
 
   def _candidates(self, spec: ViTSpec) -> list[dict[str, np.ndarray]]:
     """The candidates of each layer, by the name of their logits."""
     return [
       {
-        f"{action}_logits": candidates(spec.num_patches, self._granularity(spec, yes, action))
+        f"{action}_logits": candidates(spec.patches_at(i), self._granularity(spec, i, action))
         for action in ("prune", "merge")
       }
-      for yes in self.is_compressed(spec)
+      for i in range(spec.depth)
     ]
 
   def penalty(
@@ -374,16 +408,16 @@ class DiffRate:
   def _sloped_arch(self, spec: ViTSpec, prune: float, merge: float) -> dict[str, Any]:
     """Logits that rise by a slope from no token kept to all."""
     slopes = {"prune_logits": prune, "merge_logits": merge}
-    arch = {}
+    arch = []
     for i, layer in enumerate(self._candidates(spec)):
-      logits = {name: slopes[name] * c / spec.num_patches for name, c in layer.items()}
-      arch[f"blocks_{i}"] = {"reduce": {k: jnp.asarray(v, jnp.float32) for k, v in logits.items()}}
-    return arch
+      logits = {name: slopes[name] * c / spec.patches_at(i) for name, c in layer.items()}
+      arch.append({"reduce": {k: jnp.asarray(v, jnp.float32) for k, v in logits.items()}})
+    return to_tree(spec, arch)
 
   def traced_counts(self, spec: ViTSpec, arch: Mapping[str, Any]) -> Array:
     """`expected_counts` inside of a step, f32[layers 2]."""
     rows = [
-      expected_count(arch[f"blocks_{i}"]["reduce"][name], options)
+      expected_count(of_layer(spec, arch, i)["reduce"][name], options)
       for i, layer in enumerate(self._candidates(spec))
       for name, options in layer.items()
     ]
@@ -393,7 +427,7 @@ class DiffRate:
     """Expected kept patch tokens, float64[layers 2]: after pruning and after merging."""
     return np.array(
       [
-        [_expectation(arch[f"blocks_{i}"]["reduce"][name], options) for name, options in o.items()]
+        [_expectation(of_layer(spec, arch, i)["reduce"][k], options) for k, options in o.items()]
         for i, o in enumerate(self._candidates(spec))
       ]
     )
@@ -433,20 +467,18 @@ class DiffRate:
 
   def static_layers(self, spec: ViTSpec, expected: np.ndarray) -> tuple[LayerSpec, ...]:
     """Static layers that keep the expected counts, rounded up, to a tile if there is one."""
-    whole = np.ceil(expected - spec.num_patches * _NOISE)
-    counts = np.clip(whole, 1, spec.num_patches).astype(int) + spec.num_prefix
-    counts = np.minimum(-(-counts // self.tile) * self.tile, spec.num_tokens)
+    options, patches = self._merging(spec), _patches(spec)
+    whole = np.ceil(expected - patches * _NOISE)
+    counts = np.clip(whole, 1, patches).astype(int) + spec.num_prefix
+    counts = np.minimum(-(-counts // self.tile) * self.tile, patches + spec.num_prefix)
     return tuple(
-      dataclasses.replace(layer, reduce=self._static(int(p), int(m)))
+      dataclasses.replace(layer, reduce=PruneMerge(int(p), int(m), **options))
       for layer, (p, m) in zip(self._base(spec), counts, strict=True)
     )
 
-  def _static(self, prune_keep: int, merge_keep: int) -> PruneMerge:
-    return PruneMerge(prune_keep, merge_keep, self.signed_similarity, importance=self.importance)
-
   def smallest(self, spec: ViTSpec) -> float:
     """What the cheapest plan costs: one patch token after each layer that may lose tokens."""
-    least = np.where(np.array(self.is_compressed(spec))[:, None], 1, spec.num_patches)
+    least = np.where(np.array(self.is_compressed(spec))[:, None], 1, _patches(spec))
     return self.cost.static(spec, self.static_layers(spec, np.repeat(least, 2, axis=1)))
 
 
@@ -454,7 +486,13 @@ def search_counts(spec: ViTSpec, out: Output) -> list[tuple[Array, Array]]:
   """Traced tokens at attention and at the MLP of each layer; each layer's count takes the gradient
   of its own MLP and of the next layer's attention."""
   after = [jnp.asarray(reduced.count) for _, reduced in out.aux]
-  return list(zip([jnp.asarray(float(spec.num_tokens)), *after], after, strict=False))
+  starts = {i: jnp.asarray(float(n)) for i, n in spec.starts.items()}
+  return [(starts[i] if i in starts else after[i - 1], n) for i, n in enumerate(after)]
+
+
+def _patches(spec: ViTSpec) -> np.ndarray:
+  """Patch tokens of each layer if none is removed, [layers 1]."""
+  return np.array([[spec.patches_at(i)] for i in range(spec.depth)])
 
 
 def _expectation(logits: Array | np.ndarray, options: np.ndarray) -> float:

@@ -2,6 +2,7 @@
 
 import functools
 import math
+from collections.abc import Callable
 
 import flax.linen as nn
 import jax
@@ -11,13 +12,13 @@ from jaxtyping import Array, Float
 from vitcomp_jax.models.gates import Gate, open_gate
 from vitcomp_jax.models.spec import LayerSpec
 from vitcomp_jax.models.tokens import AttentionStats, Aux, TokenReducer, Tokens, first_tokens
-from vitcomp_jax.ops.attention import attend
+from vitcomp_jax.ops.attention import attend, attend_one
 
 _kernel_init = nn.initializers.truncated_normal(0.02)
 
 
-def dense(features: int, dtype: str | None) -> nn.Dense:
-  return nn.Dense(features, dtype=dtype, kernel_init=_kernel_init)
+def dense(features: int, dtype: str | None, use_bias: bool = True) -> nn.Dense:
+  return nn.Dense(features, use_bias=use_bias, dtype=dtype, kernel_init=_kernel_init)
 
 
 class LayerNorm(nn.Module):
@@ -77,11 +78,12 @@ class PatchEmbed(nn.Module):
   patch_size: int
   width: int
   dtype: str | None = None
+  use_bias: bool = True
 
   @nn.compact
   def __call__(self, images: Float[Array, "b h w 3"]) -> Float[Array, "b p d"]:
     p = self.patch_size
-    return _PatchProjection(p, self.width, self.dtype, name="proj")(images)
+    return _PatchProjection(p, self.width, self.dtype, self.use_bias, name="proj")(images)
 
 
 class _PatchProjection(nn.Module):
@@ -90,17 +92,20 @@ class _PatchProjection(nn.Module):
   patch_size: int
   width: int
   dtype: str | None
+  use_bias: bool
 
   @nn.compact
   def __call__(self, images: Array) -> Array:
     p = self.patch_size
     b, h, w, c = images.shape
     kernel = self.param("kernel", _kernel_init, (p, p, c, self.width))
-    bias = self.param("bias", nn.initializers.zeros, (self.width,))
+    zeros = nn.initializers.zeros
+    bias = self.param("bias", zeros, (self.width,)) if self.use_bias else None
     patches = images.reshape(b, h // p, p, w // p, p, c).transpose(0, 1, 3, 2, 4, 5)
     patches = patches.reshape(b, (h // p) * (w // p), p * p * c)
     patches, kernel, bias = nn.dtypes.promote_dtype(patches, kernel, bias, dtype=self.dtype)
-    return patches @ kernel.reshape(p * p * c, self.width) + bias[None, None]
+    y = patches @ kernel.reshape(p * p * c, self.width)
+    return y if bias is None else y + bias[None, None]
 
 
 @jax.custom_vjp
@@ -133,6 +138,18 @@ def _normal_cdf(x: Array) -> Array:
   return 0.5 * (1 + jax.lax.erf(x * math.sqrt(0.5)))
 
 
+def quick_gelu(x: Array) -> Array:
+  """OpenAI's stand-in for GELU, x times the logistic function of 1.702 x."""
+  return x * jax.nn.sigmoid(1.702 * x)
+
+
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+  "gelu": gelu,
+  "gelu_tanh": jax.nn.gelu,
+  "quick_gelu": quick_gelu,
+}
+
+
 class Attention(nn.Module):
   """Multi-head self-attention with one fused projection to queries, keys and values."""
 
@@ -140,10 +157,11 @@ class Attention(nn.Module):
   width: int
   dtype: str | None = None
   form: str = "auto"
+  use_bias: bool = True
 
   def setup(self) -> None:
-    self.qkv = dense(3 * self.spec.num_heads * self.spec.head_dim, self.dtype)
-    self.proj = dense(self.width, self.dtype)
+    self.qkv = dense(3 * self.spec.num_heads * self.spec.head_dim, self.dtype, self.use_bias)
+    self.proj = dense(self.width, self.dtype, self.use_bias)
 
   def __call__(
     self, x: Float[Array, "b n d"], size: Array | None, keep: Array | None, gate: Gate = open_gate
@@ -164,18 +182,79 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
-  """Two projections with an exact GELU between them."""
+  """Two projections with an activation between them."""
 
   mlp_dim: int
   width: int
   dtype: str | None = None
+  activation: str = "gelu"
 
   def setup(self) -> None:
     self.fc1 = dense(self.mlp_dim, self.dtype)
     self.fc2 = dense(self.width, self.dtype)
 
   def __call__(self, x: Float[Array, "b n d"], gate: Gate = open_gate) -> Float[Array, "b n d"]:
-    return self.fc2(gate(gelu(self.fc1(x))))
+    return self.fc2(gate(ACTIVATIONS[self.activation](self.fc1(x))))
+
+
+class AttentionPool(nn.Module):
+  """SigLIP's head: a learnt query attends to all tokens, and an MLP follows.
+
+  A token weighs as much as the patches it stands for, and nothing where it is masked.
+
+  Attributes:
+    num_heads: Of the query; the width is divided among them.
+    mlp_dim: Hidden units of the MLP.
+    width: Channels of a token.
+    norm_eps: As in the layers.
+    dtype: As in the layers.
+    activation: As in the layers.
+
+  References:
+    Zhai et al., `SigLIP <https://arxiv.org/abs/2303.15343>`_, 2023.
+  """
+
+  num_heads: int
+  mlp_dim: int
+  width: int
+  norm_eps: float
+  dtype: str | None = None
+  activation: str = "gelu"
+
+  def setup(self) -> None:
+    latent_init = nn.initializers.truncated_normal(self.width**-0.5)
+    self.latent = self.param("latent", latent_init, (1, 1, self.width))
+    self.q, self.kv = dense(self.width, self.dtype), dense(2 * self.width, self.dtype)
+    self.proj = dense(self.width, self.dtype)
+    self.norm = LayerNorm(self.norm_eps)
+    self.mlp = Mlp(self.mlp_dim, self.width, self.dtype, self.activation)
+
+  def __call__(self, tokens: Tokens) -> Float[Array, "b d"]:
+    k, v = (self._by_head(part) for part in jnp.split(self.kv(tokens.x), 2, axis=-1))
+    q = jnp.broadcast_to(self.query().astype(k.dtype), (k.shape[0], *k.shape[1::2]))
+    log_size = None if tokens.size is None else jnp.log(tokens.size)
+    y = attend_one(q, k, v, self._scale, log_size, tokens.keep)
+    y = self.proj(y.reshape(y.shape[0], self.width))
+    return y + self.mlp(self.norm(y)[:, None])[:, 0]
+
+  def query(self) -> Float[Array, "1 h k"]:
+    """What the head looks for, by head."""
+    return self.q(self.latent).reshape(1, self.num_heads, -1)
+
+  def probe(self) -> Float[Array, "h d"]:
+    """The query times the keys' projection: what the head looks for in a normed token."""
+    keys = self.kv.variables["params"]["kernel"][:, : self.width]
+    keys = keys.reshape(self.width, self.num_heads, -1)
+    return self._scale * jnp.einsum("hk,dhk->hd", self.query()[0].astype(keys.dtype), keys)
+
+  @property
+  def _scale(self) -> float:
+    return (self.width // self.num_heads) ** -0.5
+
+  @nn.nowrap
+  def _by_head(self, x: Array) -> Array:
+    """[b n d] -> [b h n k]"""
+    return x.reshape(*x.shape[:2], self.num_heads, -1).swapaxes(1, 2)
 
 
 class LayerScale(nn.Module):
@@ -203,12 +282,13 @@ class EncoderBlock(nn.Module):
   hidden_gate: Gate
   dtype: str | None = None
   attention: str = "auto"
+  activation: str = "gelu"
 
   def setup(self) -> None:
     self.norm1 = LayerNorm(self.norm_eps)
     self.attn = Attention(self.spec, self.width, self.dtype, self.attention)
     self.norm2 = LayerNorm(self.norm_eps)
-    self.mlp = Mlp(self.spec.mlp_dim, self.width, self.dtype)
+    self.mlp = Mlp(self.spec.mlp_dim, self.width, self.dtype, self.activation)
     if self.spec.layer_scale:
       self.ls1, self.ls2 = LayerScale(self.width), LayerScale(self.width)
 

@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from vitcomp_jax.models.tokens import AttentionStats, Aux, Tokens
+from vitcomp_jax.models.tokens import AttentionStats, Aux, Tokens, mark_pruned, take_tokens
 from vitcomp_jax.ops import select
 
 _kernel_init = nn.initializers.truncated_normal(0.02)
@@ -61,12 +61,7 @@ class PredictorSelect(_Predictor):
       return tokens, Aux(n)
     score = jnp.concatenate([ones[:, :prefix].astype(score.dtype), score], axis=1)
     order = select.importance_order(score, prefix, self.keep)
-    tokens = tokens.replace(
-      x=select.take(tokens.x, order),
-      size=None if tokens.size is None else select.take(tokens.size, order),
-      source=select.follow(tokens.source, order, n),
-    )
-    return tokens, Aux(self.keep)
+    return take_tokens(tokens, order), Aux(self.keep)
 
   def count(self, n: int) -> int:
     return min(n, self.keep)
@@ -90,7 +85,9 @@ class PredictorMask(_Predictor):
     hard = (soft > 0.5).astype(soft.dtype)
     decision = hard - jax.lax.stop_gradient(soft) + soft
     keep = jnp.concatenate([ones[:, :prefix], decision], axis=1) * before
-    return tokens.replace(keep=keep), Aux(jnp.sum(jax.lax.stop_gradient(keep)) / len(keep))
+    dropped = jax.lax.stop_gradient(keep < 0.5)
+    tokens = mark_pruned(tokens, dropped).replace(keep=keep)
+    return tokens, Aux(jnp.sum(jax.lax.stop_gradient(keep)) / len(keep))
 
   def count(self, n: int) -> int:
     """All tokens stay, masked or not."""

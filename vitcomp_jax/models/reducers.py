@@ -5,7 +5,7 @@ import dataclasses
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from vitcomp_jax.models.tokens import AttentionStats, Aux, TokenReducer, Tokens
+from vitcomp_jax.models.tokens import AttentionStats, Aux, TokenReducer, Tokens, take_tokens
 from vitcomp_jax.ops import merge, select
 
 
@@ -31,7 +31,7 @@ class KeepPositions:
   positions: tuple[int, ...]
 
   def __call__(self, tokens: Tokens, stats: AttentionStats | None) -> tuple[Tokens, Aux]:
-    n, prefix = tokens.x.shape[1], tokens.num_prefix
+    prefix = tokens.num_prefix
     patches = jnp.array(self.positions[prefix:], jnp.int32) - prefix
     # Where those patches are by now: earlier layers may have dropped others.
     order = jnp.concatenate(
@@ -41,13 +41,7 @@ class KeepPositions:
       ],
       axis=1,
     )
-    tokens = tokens.replace(
-      x=select.take(tokens.x, order),
-      size=None if tokens.size is None else select.take(tokens.size, order),
-      keep=None if tokens.keep is None else select.take(tokens.keep, order),
-      source=select.follow(tokens.source, order, n),
-    )
-    return tokens, Aux(len(self.positions))
+    return take_tokens(tokens, order), Aux(len(self.positions))
 
   def count(self, n: int) -> int:
     return min(n, len(self.positions))
@@ -68,6 +62,8 @@ class PruneMerge:
     always_sort: Sort by importance even where nothing is removed, as the authors do. It changes
       the order of the tokens and nothing else.
     importance: What tells the important tokens, see `AttentionStats.importance`.
+    whole_sizes: Add joining sizes whole, whatever the similarity, as CAFormer's authors do.
+    first_receives: May the most important token receive; in CAFormer's authors' code it cannot.
 
   References:
     Chen et al., `DiffRate <https://arxiv.org/abs/2305.17997>`_, 2023, Sec. 3.2 and Fig. 3a.
@@ -78,19 +74,32 @@ class PruneMerge:
   signed_similarity: bool = False
   always_sort: bool = False
   importance: str = "cls"
+  whole_sizes: bool = False
+  first_receives: bool = True
 
   def __call__(self, tokens: Tokens, stats: AttentionStats | None) -> tuple[Tokens, Aux]:
     assert stats is not None, "PruneMerge needs the attention's statistics"
     n = tokens.x.shape[1]
     pruned, merged = min(n, self.prune_keep), self.count(n)
     if merged < n or self.always_sort:
-      tokens = take_most_important(tokens, stats.importance(self.importance), pruned)
+      importance = stats.importance(self.importance, tokens)
+      tokens = take_tokens(tokens, select.importance_order(importance, tokens.num_prefix, pruned))
     if merged < pruned:
-      tokens = _merge_last(tokens, merged, self.signed_similarity)
+      tokens = self._merge_last(tokens, merged)
     return tokens, Aux(merged)
 
   def count(self, n: int) -> int:
     return min(n, self.prune_keep, self.merge_keep)
+
+  def _merge_last(self, tokens: Tokens, keep: int) -> Tokens:
+    size = _one_each(tokens) if tokens.size is None else tokens.size
+    first = min(tokens.num_prefix + (not self.first_receives), keep - 1)
+    receiver, weight = merge.receivers(tokens.x, keep, first)
+    weight = weight if self.signed_similarity else jnp.maximum(weight, 0)
+    weight = jnp.ones_like(weight) if self.whole_sizes else weight
+    x, size = merge.merge_tail(tokens.x, size, receiver, weight.astype(size.dtype))
+    source = merge.follow_merge(tokens.source, receiver, keep)
+    return tokens.replace(x=x, size=size, source=source)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,12 +139,13 @@ class BipartiteMerge:
 class AttentiveSelect:
   """EViT's reduction: keeps the tokens that CLS attends to most, and fuses the others into one.
 
-  The fused token is the sum of the others, each times the attention that CLS pays it; it stands
-  last and is a token like any other from then on.
+  The fused token is the sum of the others, each times its importance, the attention that CLS pays
+  it; it stands last and is a token like any other from then on.
 
   Attributes:
     keep: Tokens that are kept, prefix included, the fused token not.
     fuse: Whether the others are fused; otherwise they are gone.
+    importance: What stands in for the attention of CLS where there is none, see `PruneMerge`.
 
   References:
     Liang et al., `EViT <https://arxiv.org/abs/2202.07800>`_, 2022, Sec. 3.2 and Eq. 4.
@@ -143,18 +153,18 @@ class AttentiveSelect:
 
   keep: int
   fuse: bool = True
+  importance: str = "cls"
 
   def __call__(self, tokens: Tokens, stats: AttentionStats | None) -> tuple[Tokens, Aux]:
     assert stats is not None, "AttentiveSelect needs the attention's statistics"
     n = tokens.x.shape[1]
     if self.keep >= n:
       return tokens, Aux(n)
-    importance = stats.importance("cls")
+    importance = stats.importance(self.importance, tokens)
     order = select.importance_order(importance, tokens.num_prefix, self.keep)
-    x, size = select.take(tokens.x, order), tokens.size
-    size = None if size is None else select.take(size, order)
-    source = select.follow(tokens.source, order, n)
+    kept = take_tokens(tokens, order)
     if self.fuse:
+      x, size = kept.x, kept.size
       dropped = jnp.all(order[:, :, None] != jnp.arange(n)[None, None], axis=1)
       weight = jnp.where(dropped, importance, 0)
       fused = jnp.einsum("bn,bnd->bd", weight.astype(tokens.x.dtype), tokens.x)
@@ -162,30 +172,12 @@ class AttentiveSelect:
       if tokens.size is not None and size is not None:
         gone = jnp.sum(jnp.where(dropped, tokens.size, 0), axis=1, keepdims=True)
         size = jnp.concatenate([size, gone], axis=1)
-      source = jnp.where((source < 0) & (tokens.source >= 0), self.keep, source)
-    return tokens.replace(x=x, size=size, source=source), Aux(self.count(n))
+      source = jnp.where((kept.source < 0) & (tokens.source >= 0), self.keep, kept.source)
+      kept = tokens.replace(x=x, size=size, source=source)
+    return kept, Aux(self.count(n))
 
   def count(self, n: int) -> int:
     return n if self.keep >= n else self.keep + self.fuse
-
-
-def take_most_important(tokens: Tokens, importance: Array, count: int) -> Tokens:
-  """The `count` most important tokens, the most important first."""
-  order = select.importance_order(importance, tokens.num_prefix, count)
-  return tokens.replace(
-    x=select.take(tokens.x, order),
-    size=None if tokens.size is None else select.take(tokens.size, order),
-    source=select.follow(tokens.source, order, tokens.x.shape[1]),
-  )
-
-
-def _merge_last(tokens: Tokens, keep: int, signed_similarity: bool) -> Tokens:
-  size = _one_each(tokens) if tokens.size is None else tokens.size
-  receiver, weight = merge.receivers(tokens.x, keep, tokens.num_prefix)
-  weight = weight if signed_similarity else jnp.maximum(weight, 0)
-  x, size = merge.merge_tail(tokens.x, size, receiver, weight.astype(size.dtype))
-  source = merge.follow_merge(tokens.source, receiver, keep)
-  return tokens.replace(x=x, size=size, source=source)
 
 
 def _one_each(tokens: Tokens) -> Array:

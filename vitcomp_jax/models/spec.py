@@ -2,11 +2,15 @@
 
 import dataclasses
 import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from flax import traverse_util
 
 from vitcomp_jax.errors import UserError
 from vitcomp_jax.models.gates import Gate, open_gate
 from vitcomp_jax.models.reducers import keep_all
-from vitcomp_jax.models.tokens import TokenReducer
+from vitcomp_jax.models.tokens import IMPORTANCES, TokenReducer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,11 +64,16 @@ class ViTSpec:
     num_heads: Heads of a dense layer.
     mlp_dim: Hidden units of a dense layer's MLP.
     num_classes: Outputs of the classifier; 0: none, the model gives features.
+    class_token: Has a CLS token.
     distilled: Has a distillation token, and a second head that is averaged with the first.
     num_registers: Register tokens.
     pos_on_prefix: Position embeddings cover the prefix; otherwise only the patches.
-    pool: `cls`, `cls_dist` (CLS and distillation token), or `size_mean` (mean over patches, each
-      token weighing as much as the patches it stands for; then `fc_norm` instead of `norm`).
+    pool: `cls`, `cls_dist` (CLS and distillation token), `size_mean` (mean over patches, each
+      token weighing as much as the patches it stands for; then `fc_norm` instead of `norm`), `mean`
+      (CAFormer: of the tokens), or `map` (SigLIP: a learnt query attends to the tokens, by their
+      sizes too).
+    norm_pre: Tokens are normed before the first layer, and the patch embedding has no bias (CLIP).
+    activation: Of every MLP, see `layers.ACTIVATIONS`.
     layer_scale: Learnt per-channel factors on the residual branches (DINOv2).
     norm_eps: Added to the variance in every LayerNorm.
     antialias: Position embeddings for another grid are resampled as timm does; otherwise as
@@ -85,10 +94,13 @@ class ViTSpec:
   num_heads: int
   mlp_dim: int
   num_classes: int = 1000
+  class_token: bool = True
   distilled: bool = False
   num_registers: int = 0
   pos_on_prefix: bool = True
   pool: str = "cls"
+  norm_pre: bool = False
+  activation: str = "gelu"
   layer_scale: bool = False
   norm_eps: float = 1e-6
   antialias: bool = True
@@ -119,7 +131,7 @@ class ViTSpec:
   @property
   def num_prefix(self) -> int:
     """CLS, distillation and register tokens."""
-    return 1 + self.distilled + self.num_registers
+    return self.class_token + self.distilled + self.num_registers
 
   @property
   def num_tokens(self) -> int:
@@ -128,12 +140,84 @@ class ViTSpec:
   @property
   def pools_patches(self) -> bool:
     """Whether the head reads the patch tokens; otherwise the prefix."""
-    return self.pool == "size_mean"
+    return self.pool not in ("cls", "cls_dist")
 
   @property
   def pos_prefix(self) -> int:
     """Rows of the position embeddings that belong to the prefix."""
     return self.num_prefix if self.pos_on_prefix else 0
+
+  def importance(self, asked: str = "auto", where: str = "config.search.importance") -> str:
+    """What tells the important tokens.
+
+    Args:
+      asked: One of `tokens.IMPORTANCES`; or `auto`, the attention of what the head looks at: CLS,
+        the head's own query, or, where it takes a mean, all tokens.
+      where: It stands, for the error.
+
+    Raises:
+      UserError: If the model does not have what is asked for.
+    """
+    there = {"cls": self.class_token, "pool_query": self.pool == "map"}
+    has = [name for name in IMPORTANCES if there.get(name, True)]
+    if asked not in ("auto", *has):
+      part = "CLS token" if asked == "cls" else "query in its head"
+      raise UserError(
+        f"{where}: expected one of auto, {', '.join(has)} for {self.name}, which has no {part}, "
+        f"got {asked}."
+      )
+    return has[0] if asked == "auto" else asked
+
+  @property
+  def starts(self) -> dict[int, int]:
+    """The layers that all tokens enter, whatever was removed before, and how many those are."""
+    return {0: self.num_tokens}
+
+  def tokens_at(self, layer: int) -> int:
+    """Tokens that enter a layer if none was removed."""
+    return self.starts[max(start for start in self.starts if start <= layer)]
+
+  def patches_at(self, layer: int) -> int:
+    """Patch tokens that enter a layer if none was removed."""
+    return self.tokens_at(layer) - self.num_prefix
+
+  def grid_at(self, layer: int) -> tuple[int, int]:
+    """Rows and columns of the patches that a layer knows."""
+    del layer
+    return self.grid
+
+  def width_at(self, layer: int) -> int:
+    """Channels of a layer's tokens."""
+    del layer
+    return self.width
+
+  def layer_path(self, layer: int) -> tuple[str, ...]:
+    """Where a layer's variables are in a tree of all variables."""
+    return (f"blocks_{layer}",)
+
+  def with_tokens(self, num_tokens: int) -> "ViTSpec":
+    """The model for images of another size, that which gives so many tokens."""
+    sides = (self.patch_size, (num_tokens - self.num_prefix) * self.patch_size)
+    return dataclasses.replace(self, image_size=sides)
+
+  @property
+  def fixed_macs(self) -> int:
+    """Multiply-accumulates that no reduction changes: the patch embedding and the classifier."""
+    heads = 2 if self.distilled else 1
+    embedding = self.num_tokens * self.width * 3 * self.patch_size**2
+    return embedding + heads * self.width * self.num_classes
+
+  def check_plain(self, what: str) -> None:
+    """Refuses what only a ViT can do that keeps one sequence of tokens from first to last.
+
+    Raises:
+      UserError: If the model is another.
+    """
+    if len(self.starts) > 1:
+      raise UserError(
+        f"{what}: expected a Vision Transformer, got {self.name}, whose tokens begin anew on the "
+        "way; leave it out."
+      )
 
   @functools.cached_property
   def dense_layers(self) -> tuple[LayerSpec, ...]:
@@ -143,6 +227,16 @@ class ViTSpec:
       self.num_heads, head_dim, self.mlp_dim, head_dim**-0.5, layer_scale=self.layer_scale
     )
     return (layer,) * self.depth
+
+
+def to_tree(spec: ViTSpec, of_layers: Sequence[Any]) -> dict[str, Any]:
+  """What each layer has, as a tree of variables."""
+  return traverse_util.unflatten_dict({spec.layer_path(i): v for i, v in enumerate(of_layers)})
+
+
+def of_layer(spec: ViTSpec, tree: Mapping[str, Any], layer: int) -> Any:
+  """What one layer has in a tree of variables."""
+  return functools.reduce(lambda branch, key: branch[key], spec.layer_path(layer), tree)
 
 
 def with_drop_path(layers: tuple[LayerSpec, ...], rate: float) -> tuple[LayerSpec, ...]:

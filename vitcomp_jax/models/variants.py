@@ -2,25 +2,86 @@
 
 import dataclasses
 import difflib
+from collections.abc import Iterator
 from typing import Any
 
 from vitcomp_jax.errors import UserError
+from vitcomp_jax.models.caformer import caformer
 from vitcomp_jax.models.spec import ViTSpec
 
 _HALF = (0.5, 0.5, 0.5)
-_SIZES = {  # width, depth, heads
-  "tiny": (192, 12, 3),
-  "small": (384, 12, 6),
-  "base": (768, 12, 12),
-  "large": (1024, 24, 16),
-  "huge": (1280, 32, 16),
+_CLIP_MEAN, _CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+_SIZES = {  # width, depth, heads, hidden units
+  "tiny": (192, 12, 3, 768),
+  "small": (384, 12, 6, 1536),
+  "base": (768, 12, 12, 3072),
+  "large": (1024, 24, 16, 4096),
+  "so400m": (1152, 27, 16, 4304),
+  "huge": (1280, 32, 16, 5120),
+  "giantopt": (1536, 40, 16, 6144),
+}
+# Patch, sides, and share of the resized image that evaluation keeps.
+_CLIP = {
+  "base": ((32, 224, 0.9), (32, 256, 1.0), (32, 384, 1.0), (16, 224, 0.95), (16, 384, 1.0)),
+  "large": ((14, 224, 1.0), (14, 336, 1.0)),
+  "huge": ((14, 224, 1.0), (14, 336, 1.0), (14, 378, 1.0)),
+}
+# With the outputs that image and text have in common, which the head makes.
+_CLIP_QUICKGELU = {
+  "base": ((32, 224, 0.9, 512), (16, 224, 0.9, 512)),
+  "large": ((14, 224, 1.0, 768), (14, 336, 1.0, 768)),
+  "huge": ((14, 224, 1.0, 1024), (14, 378, 1.0, 1024)),
+}
+_SIGLIP = {
+  "base": ((32, (256,)), (16, (224, 256, 384, 512))),
+  "large": ((16, (256, 384, 512)),),
+  "so400m": ((14, (224, 378)), (16, (256, 384, 512))),
+  "giantopt": ((16, (256, 384)),),
 }
 
 
+_CAFORMER = (  # blocks and channels of the four stages
+  ("caformer_s18", (3, 3, 9, 3), (64, 128, 320, 512)),
+  ("caformer_s36", (3, 12, 18, 3), (64, 128, 320, 512)),
+  ("caformer_m36", (3, 12, 18, 3), (96, 192, 384, 576)),
+  ("caformer_b36", (3, 12, 18, 3), (128, 256, 512, 768)),
+)
+
+
 def _vit(name: str, size: str, image_size: int, patch_size: int = 16, **options) -> ViTSpec:
-  width, depth, heads = _SIZES[size]
+  width, depth, heads, hidden = _SIZES[size]
   side = (image_size, image_size)
-  return ViTSpec(name, side, patch_size, width, depth, heads, 4 * width, **options)
+  return ViTSpec(name, side, patch_size, width, depth, heads, hidden, **options)
+
+
+def _clip() -> Iterator[ViTSpec]:
+  """CLIP's vision towers: as fine-tuned for ImageNet, and OpenAI's with their own activation."""
+  clip = dict(norm_pre=True, norm_eps=1e-5)
+  for size, sides in _CLIP.items():
+    # LAION's large model came with other scales.
+    scales = (_HALF, _HALF) if size == "large" else (_CLIP_MEAN, _CLIP_STD)
+    for patch, side, crop in sides:
+      options = dict(clip, mean=scales[0], std=scales[1], crop_pct=crop)
+      yield _vit(f"vit_{size}_patch{patch}_clip_{side}", size, side, patch, **options)
+  for size, towers in _CLIP_QUICKGELU.items():
+    for patch, side, crop, outputs in towers:
+      options = dict(clip, mean=_CLIP_MEAN, std=_CLIP_STD, crop_pct=crop, activation="quick_gelu")
+      name = f"vit_{size}_patch{patch}_clip_quickgelu_{side}"
+      yield _vit(name, size, side, patch, num_classes=outputs, **options)
+
+
+def _siglip() -> Iterator[ViTSpec]:
+  """SigLIP's vision towers, which have no classifier."""
+  options = dict(num_classes=0, class_token=False, pool="map", mean=_HALF, std=_HALF)
+  for size, patches in _SIGLIP.items():
+    for patch, sides in patches:
+      for side in sides:
+        # timm has the older ones with the exact GELU, though all were trained with the other.
+        tanh = patch == 32 or (size, side) == ("large", 512) or size == "giantopt"
+        tanh |= (size, patch) == ("so400m", 16)
+        activation = "gelu_tanh" if tanh else "gelu"
+        name = f"vit_{size}_patch{patch}_siglip_{side}"
+        yield _vit(name, size, side, patch, activation=activation, **options)
 
 
 def _build() -> dict[str, ViTSpec]:
@@ -44,6 +105,9 @@ def _build() -> dict[str, ViTSpec]:
     specs.append(_vit(f"vit_{size}_patch14_dinov2", size, 518, 14, **dino))
     registers = dict(num_registers=4, pos_on_prefix=False)
     specs.append(_vit(f"vit_{size}_patch14_reg4_dinov2", size, 518, 14, **dino, **registers))
+  specs += [*_clip(), *_siglip()]
+  for name, depths, dims in _CAFORMER:
+    specs.append(caformer(name, (224, 224), depths, dims, crop_pct=1.0))
   # Fashion-MNIST's 28 pixels padded to 30: 100 patches, as many as compression needs to show.
   specs.append(
     ViTSpec(

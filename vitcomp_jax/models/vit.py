@@ -5,9 +5,15 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from vitcomp_jax.models.layers import EncoderBlock, LayerNorm, PatchEmbed, dense
+from vitcomp_jax.models.layers import (
+  AttentionPool,
+  EncoderBlock,
+  LayerNorm,
+  PatchEmbed,
+  dense,
+)
 from vitcomp_jax.models.spec import LayerSpec, ViTSpec
-from vitcomp_jax.models.tokens import Output, Tokens
+from vitcomp_jax.models.tokens import Aux, Output, Tokens
 
 _position_init = nn.initializers.truncated_normal(0.02)
 
@@ -27,8 +33,9 @@ class ViT(nn.Module):
 
   def setup(self) -> None:
     spec = self.spec
-    self.patch_embed = PatchEmbed(spec.patch_size, spec.width, spec.dtype)
-    self.cls_token = self.param("cls_token", nn.initializers.normal(1e-6), (1, 1, spec.width))
+    self.patch_embed = PatchEmbed(spec.patch_size, spec.width, spec.dtype, not spec.norm_pre)
+    if spec.class_token:
+      self.cls_token = self.param("cls_token", nn.initializers.normal(1e-6), (1, 1, spec.width))
     if spec.distilled:
       self.dist_token = self.param("dist_token", nn.initializers.normal(1e-6), (1, 1, spec.width))
     if spec.num_registers:
@@ -36,11 +43,16 @@ class ViT(nn.Module):
       self.reg_token = self.param("reg_token", nn.initializers.normal(1e-6), shape)
     positions = (1, spec.pos_prefix + spec.num_patches, spec.width)
     self.pos_embed = self.param("pos_embed", _position_init, positions)
+    if spec.norm_pre:
+      self.norm_pre = LayerNorm(spec.norm_eps)
     self.blocks = [encoder_block(spec, layer, self.remat) for layer in self.layers]
     if spec.pool == "size_mean":
       self.fc_norm = LayerNorm(spec.norm_eps)
     else:
       self.norm = LayerNorm(spec.norm_eps)
+    if spec.pool == "map":
+      sizes = spec.num_heads, spec.mlp_dim, spec.width
+      self.attn_pool = AttentionPool(*sizes, spec.norm_eps, spec.dtype, spec.activation)
     if spec.num_classes:
       self.head = dense(spec.num_classes, spec.dtype)
       if spec.distilled:
@@ -63,17 +75,21 @@ class ViT(nn.Module):
       raise ValueError(f"images: expected {self.spec.image_size} pixels, got {images.shape[1:3]}")
     tokens = self.embed(images)
     layers, aux = [], []
-    for block in self.blocks:
-      tokens, reductions = block(tokens)
+    for i in range(len(self.layers)):
+      tokens, reductions = self.encode(i, tokens)
       layers.append(tokens)
       aux.append(reductions)
     tokens, features, logits = self.classify(tokens)
     return Output(logits, features, tokens, tuple(layers), tuple(aux))
 
+  def encode(self, layer: int, tokens: Tokens) -> tuple[Tokens, tuple[Aux, Aux]]:
+    """One layer: the tokens after it, and what its two reductions tell."""
+    return self.blocks[layer](tokens)
+
   def classify(self, tokens: Tokens) -> tuple[Tokens, Array, Array]:
     """The last layer's tokens after the final norm, pooled features and logits."""
     if self.spec.pool != "size_mean":
-      tokens = tokens.replace(x=self.norm(tokens.x))
+      tokens = normed(tokens, self.norm)
     features = self._pool(tokens)
     return tokens, features, self._classify(features)
 
@@ -81,7 +97,7 @@ class ViT(nn.Module):
     """Patches behind the prefix, with positions."""
     spec, b = self.spec, images.shape[0]
     x = self.patch_embed(images)
-    prefix = [self.cls_token]
+    prefix = [self.cls_token] if spec.class_token else []
     prefix += [self.dist_token] if spec.distilled else []
     prefix += [self.reg_token] if spec.num_registers else []
     prefix = [jnp.broadcast_to(t, (b, *t.shape[1:])).astype(x.dtype) for t in prefix]
@@ -90,8 +106,17 @@ class ViT(nn.Module):
       x = jnp.concatenate([*prefix, x], axis=1) + positions
     else:
       x = jnp.concatenate([*prefix, x + positions], axis=1)
+    x = self.norm_pre(x) if spec.norm_pre else x
     source = jnp.broadcast_to(spec.num_prefix + jnp.arange(spec.num_patches), (b, spec.num_patches))
-    return Tokens(x, None, None, source, spec.num_prefix)
+    return Tokens(x, None, None, source, spec.num_prefix, probe=self._probe())
+
+  def _probe(self) -> Array | None:
+    """What the pooling head looks for in a token, if a reducer wants to know it."""
+    if not any(getattr(layer.reduce, "importance", None) == "pool_query" for layer in self.layers):
+      return None
+    if self.is_initializing():  # The head has no parameters yet.
+      return jnp.zeros((self.spec.num_heads, self.spec.width))
+    return self.norm.variables["params"]["scale"][None] * self.attn_pool.probe()
 
   def _pool(self, tokens: Tokens) -> Array:
     """[b d], or [b 2 d] with a distillation token, which has a classifier of its own."""
@@ -99,6 +124,8 @@ class ViT(nn.Module):
       return tokens.x[:, 0]
     if self.spec.pool == "cls_dist":
       return tokens.x[:, :2]
+    if self.spec.pool == "map":
+      return self.attn_pool(tokens)
     return self.fc_norm(size_mean(tokens))
 
   def _classify(self, features: Array) -> Array:
@@ -109,11 +136,17 @@ class ViT(nn.Module):
     return self.head(features) if self.spec.num_classes else features
 
 
-def encoder_block(spec: ViTSpec, layer: LayerSpec, remat: bool = False) -> EncoderBlock:
+def encoder_block(
+  spec: ViTSpec,
+  layer: LayerSpec,
+  remat: bool = False,
+  width: int | None = None,
+  kind: type[EncoderBlock] = EncoderBlock,
+) -> EncoderBlock:
   """One layer of a model, as a module of its own."""
-  return (nn.remat(EncoderBlock) if remat else EncoderBlock)(
+  return (nn.remat(kind) if remat else kind)(
     layer,
-    spec.width,
+    width or spec.width,
     spec.norm_eps,
     layer.select,
     layer.reduce,
@@ -122,7 +155,14 @@ def encoder_block(spec: ViTSpec, layer: LayerSpec, remat: bool = False) -> Encod
     layer.hidden_gate,
     spec.dtype,
     spec.attention,
+    spec.activation,
   )
+
+
+def normed(tokens: Tokens, norm: nn.Module) -> Tokens:
+  """Tokens, and what is left of pruned patches, after a norm."""
+  pruned = None if tokens.pruned is None else norm(tokens.pruned)
+  return tokens.replace(x=norm(tokens.x), pruned=pruned)
 
 
 def size_mean(tokens: Tokens) -> Float[Array, "b d"]:

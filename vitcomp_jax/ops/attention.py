@@ -183,6 +183,37 @@ def _attend_masked_backward(
 _attend_masked.defvjp(_attend_masked_forward, _attend_masked_backward)
 
 
+def attend_one(
+  q: Float[Array, "b h k"],
+  k: Float[Array, "b h n k"],
+  v: Float[Array, "b h n k"],
+  scale: float,
+  log_size: Float[Array, "b n"] | None = None,
+  keep: Float[Array, "b n"] | None = None,
+) -> Float[Array, "b h k"]:
+  """Proportional attention of one query that is no token, such as a pooling head's.
+
+  With `keep`, dropped keys are not seen; gradients still reach `keep` at them, as in `attend`.
+
+  Args:
+    q: The query.
+    k: Keys.
+    v: Values.
+    scale: Factor of the products.
+    log_size: Logarithm of the patches each key stands for; none: all 1.
+    keep: 1 for kept keys, 0 for dropped ones; none: nothing is masked.
+  """
+  logits = _logits(q[:, :, None], k, scale, log_size)
+  if keep is None:
+    weights = jnp.exp(logits - _peak(logits))
+  else:
+    peak = _peak(logits + _hidden(keep < 0.5)[:, None, None])
+    weights = jnp.exp(jnp.minimum(logits - peak, math.log(_LARGEST_WEIGHT)))
+    weights = weights * keep[:, None, None]
+  total = jnp.sum(weights, axis=-1, keepdims=True)
+  return (_weigh(weights, v) / total).astype(v.dtype)[:, :, 0]
+
+
 def cls_attention(
   q: Float[Array, "b h k"],
   k: Float[Array, "b h n k"],
@@ -220,6 +251,7 @@ def mean_attention(
   scale: float,
   log_size: Float[Array, "b n"] | None = None,
   keep: Float[Array, "b n"] | None = None,
+  of_all: bool = False,
 ) -> Float[Array, "b n"]:
   """The attention that every token receives, averaged over the heads and the kept queries.
 
@@ -229,17 +261,46 @@ def mean_attention(
     scale: Factor of the products.
     log_size: Logarithm of the patches each key stands for; none: all 1.
     keep: 1 for kept tokens, 0 for dropped ones, which then score below every kept one.
+    of_all: Average over dropped queries too, which see the kept keys and themselves. By what they
+      pay themselves, dropped tokens then have an order of their own.
 
   Returns:
-    Scores in [0, 1]; -1 where dropped.
+    Scores in [0, 1]; below 0 where dropped.
   """
   logits = _logits(q, k, scale, log_size)
   if keep is None:
     return jnp.mean(jax.nn.softmax(logits, axis=-1), axis=(1, 2))
   kept = keep > 0.5
-  weights = jnp.mean(jax.nn.softmax(logits, axis=-1, where=kept[:, None, None, :]), axis=1)
-  mean = jnp.mean(weights, axis=1, where=kept[:, :, None])
-  return last_if_dropped(mean, keep)
+  seen = kept[:, None] | (jnp.eye(kept.shape[1], dtype=bool)[None] & of_all)
+  weights = jnp.mean(jax.nn.softmax(logits, axis=-1, where=seen[:, None]), axis=1)
+  mean = jnp.mean(weights, axis=1, where=kept[:, :, None] | of_all)
+  return jnp.where(kept, mean, -1 / mean) if of_all else last_if_dropped(mean, keep)
+
+
+def probe_attention(
+  x: Float[Array, "b n d"],
+  probe: Float[Array, "h d"],
+  size: Float[Array, "b n"] | None = None,
+  keep: Float[Array, "b n"] | None = None,
+) -> Float[Array, "b n"]:
+  """The attention that a query which is no token pays every token, averaged over the heads.
+
+  Args:
+    x: Tokens; they are standardised first.
+    probe: The query taken through keys and norm, by head, such that its product with a
+      standardised token is that of query and key up to a constant, which a softmax does not see.
+    size: Patches each token stands for; none: all 1.
+    keep: 1 for kept tokens, 0 for dropped ones, which then score below every kept one.
+
+  Returns:
+    Scores in [0, 1]; -1 where dropped.
+  """
+  standard = jax.nn.standardize(x.astype(_wide(x)), epsilon=1e-6)
+  logits = jnp.einsum("hd,bnd->bhn", probe.astype(standard.dtype), standard)
+  if size is not None:
+    logits = logits + jnp.log(size)[:, None]
+  where = None if keep is None else keep[:, None] > 0.5
+  return last_if_dropped(jnp.mean(jax.nn.softmax(logits, axis=-1, where=where), axis=1), keep)
 
 
 def value_norm(

@@ -19,20 +19,20 @@ def _unit(x: Array) -> Array:
 
 
 def receivers(
-  x: Float[Array, "b n d"], keep: int, num_prefix: int
+  x: Float[Array, "b n d"], keep: int, first: int
 ) -> tuple[Int[Array, "b s"], Float[Array, "b s"]]:
   """The most similar kept token of each token past the first `keep`.
 
   Args:
     x: Tokens, most important first, the prefix in front.
     keep: Tokens that remain, prefix included.
-    num_prefix: Tokens at the front that never receive.
+    first: The first token that may receive; the prefix never does.
 
   Returns:
-    The receiver's position, in [num_prefix, keep), and the cosine similarity.
+    The receiver's position, in [first, keep), and the cosine similarity.
   """
-  receiver, score = best(similarity(x[:, keep:], x[:, num_prefix:keep]))
-  return receiver + num_prefix, score
+  receiver, score = best(similarity(x[:, keep:], x[:, first:keep]))
+  return receiver + first, score
 
 
 def best(scores: Float[Array, "b s t"]) -> tuple[Int[Array, "b s"], Float[Array, "b s"]]:

@@ -51,23 +51,6 @@ def _permute_backward(order: Array, grad: Array) -> tuple[Array, None]:
 permute.defvjp(_permute_forward, _permute_backward)
 
 
-def unmerge(
-  x: Float[Array, "b n d"], source: Int[Array, "b p"], fill: float = 0.0
-) -> Float[Array, "b p d"]:
-  """Tokens back on the full grid of patches.
-
-  Args:
-    x: Tokens.
-    source: Token that holds each patch; -1: pruned.
-    fill: What pruned patches get.
-
-  Returns:
-    Of each patch, row by row, the token that it became a part of.
-  """
-  found = take(x, jnp.maximum(source, 0))
-  return jnp.where((source >= 0)[..., None], found, jnp.asarray(fill, x.dtype))
-
-
 def follow(
   source: Int[Array, "b p"], order: Int[Array, "b c"], num_tokens: int
 ) -> Int[Array, "b p"]:

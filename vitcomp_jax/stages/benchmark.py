@@ -13,6 +13,7 @@ from vitcomp_jax.api import Params, count_cost
 from vitcomp_jax.atomic import write_json
 from vitcomp_jax.costs import Latency
 from vitcomp_jax.errors import UserError
+from vitcomp_jax.models.build import build
 from vitcomp_jax.models.vit import ViT
 from vitcomp_jax.stages import evaluate
 from vitcomp_jax.stages.run import Run, environment, read_json
@@ -39,11 +40,11 @@ def benchmark(run: Run) -> dict[str, Any]:
   config = run.config.benchmark
   models = {}
   if run.config.evaluate.dense:
-    models["dense"] = ViT(run.spec, run.spec.dense_layers), run.dense_params
+    models["dense"] = build(run.spec, run.spec.dense_layers), run.dense_params
   for name, plan in run.front.items():
-    models[name] = ViT(run.spec, plan.layers_for(run.spec)), run.params_before_finetune
+    models[name] = build(run.spec, plan.layers_for(run.spec)), run.params_before_finetune
   if run.plan:
-    models[evaluate.plan_name(run, run.plan)] = ViT(run.spec, run.layers), run.params
+    models[evaluate.plan_name(run, run.plan)] = build(run.spec, run.layers), run.params
   batches = set(config.batch_sizes)
   if run.config.budget.latency_ms is not None:
     batches.add(run.config.budget.latency_batch)

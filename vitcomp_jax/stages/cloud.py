@@ -68,10 +68,10 @@ def _score(
   share what is compiled, and still cost little more than if they were compiled themselves.
   """
   spec, params = run.spec, run.dense_params
-  arch = method.counts_arch(layers)
+  arch = method.counts_arch(spec, layers)
   kept = [after for _, after in macs.static_counts(spec, layers)]
   limits = [min(-(-n // _BUCKET) * _BUCKET, spec.num_tokens) for n in kept]
-  tokens = _embed(spec, run.preprocess, params, images)
+  tokens = _embed(ViT(spec, method.masked_layers(spec)), run.preprocess, params, images)
   for i, layer in enumerate(method.masked_layers(spec, limits)):
     variables = {"params": params[f"blocks_{i}"], "arch": arch[f"blocks_{i}"]}
     tokens = _block(spec, layer, variables, tokens)
@@ -79,9 +79,9 @@ def _score(
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _embed(spec: ViTSpec, preprocess: Preprocess, params: Params, images: jax.Array) -> Tokens:
+def _embed(model: ViT, preprocess: Preprocess, params: Params, images: jax.Array) -> Tokens:
   images = normalize(images, preprocess)
-  return ViT(spec, spec.dense_layers).apply({"params": params}, images, method="embed")
+  return model.apply({"params": params}, images, method="embed")
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

@@ -25,8 +25,8 @@ from vitcomp_jax.config import (
   with_overrides,
 )
 from vitcomp_jax.errors import UserError
+from vitcomp_jax.models.build import build
 from vitcomp_jax.models.spec import LayerSpec
-from vitcomp_jax.models.vit import ViT
 from vitcomp_jax.plans import load_plan, make_plan, save_plan
 from vitcomp_jax.schedules import SCHEDULES, within
 from vitcomp_jax.stages import cloud, evaluate, figures, finetune, measure, report, search, slim
@@ -50,7 +50,8 @@ def check(run: Run) -> None:
     ("finetuned", config.finetuned, ("diffrate", "vit_slim")),
   ):
     for text in methods:
-      name, _ = _parsed(text, run.config)
+      name, parsed = _parsed(text, run.config)
+      run.spec.importance(parsed.search.importance)  # raises
       if name not in {*SCHEDULES, *more}:
         known = ", ".join((*more, *SCHEDULES))
         raise UserError(f"config.compare.{key}: expected some of {known}, got {text}.")
@@ -58,6 +59,8 @@ def check(run: Run) -> None:
         raise UserError(
           "config.compare.methods: dynamicvit has to be trained; name it in `finetuned`."
         )
+  if config.random_schedules:
+    run.spec.check_plain("config.compare.random_schedules")
   if config.random_schedules and jax.process_count() > 1:
     raise UserError(
       "config.compare.random_schedules: expected 0 with several processes; measure them in one."
@@ -212,7 +215,7 @@ def _row(
   ]
   mean = {key: np.mean([f[key] for f in found], axis=0) for key in found[0]}
   _save(_folder(run) / f"{name}.mean.npz", mean)
-  row = measure.row(mean, ViT(run.spec, models[0][0]), name)
+  row = measure.row(mean, build(run.spec, models[0][0]), name)
   row |= {f"{key}_se": _standard_error(mean[key]) for key in _PAIRED}
   if len(models) > 1:
     row["top1_of_seeds"] = [round(float(f["top1"].mean()), 4) for f in found]
@@ -234,7 +237,7 @@ def _outcomes(run: Run, name: str, layers: tuple[LayerSpec, ...], params: Params
   """Measured once, then kept."""
   path = _folder(run) / f"{name}.npz"
   if not path.exists():
-    _save(path, measure.outcomes(ViT(run.spec, layers), params, run, name))
+    _save(path, measure.outcomes(build(run.spec, layers), params, run, name))
   with np.load(path) as arrays:
     return dict(arrays)
 

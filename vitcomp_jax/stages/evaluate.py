@@ -7,9 +7,9 @@ from vitcomp_jax.api import Params
 from vitcomp_jax.atomic import write_json
 from vitcomp_jax.data.loader import Batch
 from vitcomp_jax.errors import UserError
+from vitcomp_jax.models.build import build
 from vitcomp_jax.models.reducers import keep_all
 from vitcomp_jax.models.spec import LayerSpec
-from vitcomp_jax.models.vit import ViT
 from vitcomp_jax.plans import Plan
 from vitcomp_jax.schedules import within
 from vitcomp_jax.stages import drawing, figures, measure, pictures, report
@@ -28,6 +28,8 @@ def check(run: Run) -> None:
     _check_dense(run, plan)
   elif config.evaluate.baselines and not searches:
     run.target_gmacs  # noqa: B018, raises
+  if config.evaluate.baselines:
+    run.spec.importance(config.search.importance)
   has_searched = "slim" in config.stages or (run.workdir / "searched.safetensors").exists()
   if config.evaluate.masked and not has_searched:
     raise UserError("config.evaluate.masked: expected the stage slim in this run, got none.")
@@ -58,7 +60,7 @@ def evaluate(run: Run) -> dict[str, Any]:
   there = {row["name"]: row for row in result["rows"]}
   for name, row in rows.items():
     if not _FIGURES & there.get(name, {}).keys():
-      model = ViT(run.spec, row.layers)
+      model = build(run.spec, row.layers)
       found = measure.outcomes(model, row.params, run, name)
       # A benchmark may have made the row.
       there[name] = measure.row(found, model, name) | there.get(name, {})
@@ -167,7 +169,7 @@ def write_report(run: Run, complete: bool = False) -> None:
 
 def _draw_token_maps(run: Run, plan: Plan) -> None:
   """What the plan did to a few images, at four depths."""
-  data, model = run.eval_data, ViT(run.spec, plan.layers_for(run.spec))
+  data, model = run.eval_data, build(run.spec, plan.layers_for(run.spec))
   batch = data.sample(run.config.evaluate.token_maps)
   figure = pictures.token_maps(
     model, run.params, batch["image"], titles(run, batch), pictures.spaced(run.spec.depth, 4)

@@ -20,8 +20,8 @@ from vitcomp_jax.convert import files
 from vitcomp_jax.data import class_names
 from vitcomp_jax.data.transforms import normalize
 from vitcomp_jax.errors import UserError
+from vitcomp_jax.models.build import build
 from vitcomp_jax.models.reducers import KeepAll, KeepPositions
-from vitcomp_jax.models.vit import ViT
 from vitcomp_jax.stages.run import Run, environment, for_timm
 
 _IMAGES = 64  # on which every artefact is compared with the model
@@ -82,7 +82,7 @@ def made(run: Run) -> dict[str, Any]:
 def _manifest(run: Run) -> dict[str, Any]:
   """What the artefacts have in common."""
   spec, data, config = run.spec, run.eval_data, run.config.export
-  cost = api.count_cost(ViT(spec, run.layers))
+  cost = api.count_cost(build(spec, run.layers))
   known = data.name != "fake" and data.num_classes == spec.num_classes > 0
   return {
     "format": exported.FORMAT,
@@ -120,7 +120,7 @@ def _function(run: Run) -> Callable[[Array], Array]:
   """What is exported: from images, as they come, to logits; the weights are constants of it."""
   # cuDNN's kernel is a custom call, which no other platform has and no format may hold.
   spec = dataclasses.replace(run.spec, attention="xla")
-  model, params, preprocess = ViT(spec, run.layers), run.params, run.preprocess
+  model, params, preprocess = build(spec, run.layers), run.params, run.preprocess
   scales = run.config.export.normalize
 
   def logits(images: Array) -> Array:
@@ -186,7 +186,7 @@ def _check_onnx(run: Run) -> None:
       f"{where}: expected config.model.dtype float32, which ONNX Runtime has on every platform, "
       f"got {run.config.model.dtype}."
     )
-  size = 4 * api.count_cost(ViT(run.spec, run.layers)).params
+  size = 4 * api.count_cost(build(run.spec, run.layers)).params
   if size > _LARGEST_ONNX:
     raise UserError(
       f"{where}: expected weights that one ONNX file holds (2 GB), got {size / 1e9:.3g} GB."
@@ -229,7 +229,7 @@ def _compare(run: Run, name: str, path: pathlib.Path) -> dict[str, Any]:
   # Another format's own runtime is here to be compared on the CPU, in full precision.
   device = None if name == "stablehlo" else jax.local_devices(backend="cpu")[0]
   with jax.default_device(device):
-    expected = np.asarray(api.apply(ViT(run.spec, run.layers), run.params, normal), np.float32)
+    expected = np.asarray(api.apply(build(run.spec, run.layers), run.params, normal), np.float32)
     if name == "timm":
       got = _timm_outputs(run, path, normal)
     else:
@@ -256,4 +256,4 @@ def _timm_outputs(run: Run, path: pathlib.Path, images: np.ndarray) -> np.ndarra
   """The outputs of the weights as timm computes, which scales by the slimmed head's size."""
   layers = tuple(dataclasses.replace(l, qk_scale=l.head_dim**-0.5) for l in run.layers)
   params = api.load_params(run.spec, layers, str(path), fresh_head=False)
-  return np.asarray(api.apply(ViT(run.spec, layers), params, images), np.float32)
+  return np.asarray(api.apply(build(run.spec, layers), params, images), np.float32)

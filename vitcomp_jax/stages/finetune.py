@@ -10,8 +10,8 @@ from vitcomp_jax.config import TrainConfig
 from vitcomp_jax.convert import files
 from vitcomp_jax.data.mixing import training_inputs
 from vitcomp_jax.methods import dynamicvit
+from vitcomp_jax.models.build import build
 from vitcomp_jax.models.spec import LayerSpec, with_drop_path
-from vitcomp_jax.models.vit import ViT
 from vitcomp_jax.ops import losses
 from vitcomp_jax.schedules import evit_warmup
 from vitcomp_jax.stages.run import Run, write_for_timm
@@ -119,7 +119,7 @@ def _loss(
 ) -> LossFn:
   spec, distill = run.spec, run.config.distill
   trained = with_drop_path(dynamicvit.training_layers(layers), config.drop_path)
-  model, dense = ViT(spec, trained), ViT(spec, spec.dense_layers)
+  model, dense = build(spec, trained), build(spec, spec.dense_layers)
   places = dynamicvit.places(layers)
 
   def loss_fn(params, arch, fixed, batch, key, step):

@@ -13,6 +13,7 @@ import numpy as np
 from vitcomp_jax.api import Params, count_cost
 from vitcomp_jax.data.transforms import Preprocess, normalize
 from vitcomp_jax.metrics import progress
+from vitcomp_jax.models.build import build
 from vitcomp_jax.models.vit import ViT
 from vitcomp_jax.ops import losses
 from vitcomp_jax.stages.run import Run
@@ -80,7 +81,7 @@ def _compare(
 ) -> Mapping[str, jax.Array]:
   """How far the outputs are from the dense model's."""
   images = normalize(images, preprocess)
-  dense = ViT(model.spec, model.spec.dense_layers)
+  dense = build(model.spec, model.spec.dense_layers)
   out = model.apply({"params": params}, images, method="forward")
   teacher = dense.apply({"params": dense_params}, images, method="forward")
 

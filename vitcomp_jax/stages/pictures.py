@@ -13,9 +13,8 @@ from vitcomp_jax.api import Params
 from vitcomp_jax.data.transforms import normalize
 from vitcomp_jax.models.layers import Attention
 from vitcomp_jax.models.reducers import keep_all
-from vitcomp_jax.models.spec import ViTSpec
+from vitcomp_jax.models.spec import ViTSpec, of_layer
 from vitcomp_jax.models.vit import ViT
-from vitcomp_jax.ops.select import unmerge
 from vitcomp_jax.plans import Plan
 from vitcomp_jax.stages import drawing, figures
 from vitcomp_jax.stages.run import preprocess_for
@@ -53,7 +52,12 @@ def cls_attention(
   layers: Sequence[int] | None = None,
   about: str = "",
 ) -> Figure:
-  """Draws how much attention CLS pays each patch of images; arguments as for `token_maps`."""
+  """Draws how much attention CLS, or without it the mean token, pays each patch of images.
+
+  Arguments as for `token_maps`.
+  """
+  if shown_attention(model.spec) != "cls":
+    about += " There is no CLS token: attention from all tokens."
   chosen = _named(model, _inside(model, params, images)[1], layers)
   return figures.cls_attention(images, chosen, model.spec.grid, _titles(titles, images), about)
 
@@ -102,15 +106,32 @@ def _traced_inside(
     mutable=["intermediates"],
     capture_intermediates=_is_attention,
   )
-  sources = [tokens.source for tokens in out.layers]
-  first = jnp.broadcast_to(spec.num_prefix + jnp.arange(spec.num_patches), sources[0].shape)
-  shares = []
-  for i, (layer, before) in enumerate(zip(model.layers, [first, *sources[:-1]], strict=True)):
-    _, stats = captured["intermediates"][f"blocks_{i}"]["attn"]["__call__"][0]
+  sources, shares = [], []
+  for i, (layer, tokens) in enumerate(zip(model.layers, out.layers, strict=True)):
+    if i in spec.starts:
+      patches = spec.num_prefix + jnp.arange(spec.patches_at(i))
+      before = jnp.broadcast_to(patches, (images.shape[0], patches.size))
+    (attention,) = of_layer(spec, captured["intermediates"], i).values()
+    _, stats = attention["__call__"][0]
     # A layer that removes tokens before attention removes none after it.
-    source = before if layer.select == keep_all else sources[i]
-    shares.append(_per_patch(stats.importance("cls"), source))
+    held = before if layer.select == keep_all else tokens.source
+    share = _per_patch(stats.importance(shown_attention(spec), tokens), held)
+    sources.append(_on_first_grid(spec, i, tokens.source))
+    shares.append(_on_first_grid(spec, i, share))
+    before = tokens.source
   return sources, shares
+
+
+def _on_first_grid(spec: ViTSpec, layer: int, values: jax.Array) -> jax.Array:
+  """A layer's values for all patches that the first layer knows, each its part of a later one."""
+  (h, w), (rows, columns) = spec.grid, spec.grid_at(layer)
+  places = np.arange(h)[:, None] * rows // h * columns + np.arange(w) * columns // w
+  return values[:, places.ravel()]
+
+
+def shown_attention(spec: ViTSpec) -> str:
+  """Whose attention is drawn: that of CLS, or, where there is none, the mean of all."""
+  return "cls" if spec.class_token else "mean_attention"
 
 
 def _is_attention(module: nn.Module, method: str) -> bool:
@@ -122,4 +143,5 @@ def _per_patch(attention: jax.Array, source: jax.Array) -> jax.Array:
   tokens = jnp.arange(attention.shape[1], dtype=source.dtype)
   sizes = jnp.sum(source[:, None] == tokens[None, :, None], axis=2)
   shares = attention / jnp.maximum(sizes, 1).astype(attention.dtype)
-  return unmerge(shares[..., None], source, fill=-1.0)[..., 0]
+  held = jnp.take_along_axis(shares, jnp.maximum(source, 0), axis=1)
+  return jnp.where(source >= 0, held, -1.0)

@@ -174,7 +174,7 @@ class Run:
       return latency.read(kept)
     compiled = self.config.compilation_cache
     cache = pathlib.Path(compiled).expanduser().parent / "latency" if compiled else None
-    importance = self.config.search.importance
+    importance = self.spec.importance(self.config.search.importance)
     return latency.table(self.spec, budget.latency_batch, importance, cache)
 
   @functools.cached_property

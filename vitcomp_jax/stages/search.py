@@ -19,6 +19,7 @@ from vitcomp_jax.data.transforms import Preprocess
 from vitcomp_jax.errors import UserError
 from vitcomp_jax.methods.diffrate import REFERENCE_GMACS, DiffRate
 from vitcomp_jax.metrics import read_metrics
+from vitcomp_jax.models.build import build
 from vitcomp_jax.models.reducers import PruneMerge, keep_all
 from vitcomp_jax.models.spec import LayerSpec, ViTSpec, with_drop_path
 from vitcomp_jax.models.tokens import Output
@@ -72,6 +73,7 @@ def check(run: Run) -> None:
 
 def _check_latency(run: Run) -> None:
   """Refuses what no latency table is measured for."""
+  run.spec.check_plain("config.budget.latency_ms")
   if run.base_plan is not None or "slim" in run.config.stages:
     raise UserError(
       "config.budget.latency_ms: expected a search on the dense model, got one on slimmed layers; "
@@ -232,7 +234,7 @@ def _best(
   passed[last] = learnt
   steps = sorted(passed)
   picked = [steps[i * (len(steps) - 1) // _TRIED] for i in range(_TRIED + 1)]
-  model = ViT(spec, method.masked_layers(spec))
+  model = build(spec, method.masked_layers(spec))
   task_of = task_loss(config, model, run.preprocess, method.base)
 
   @jax.jit
@@ -246,7 +248,7 @@ def _best(
   placed = [run.layout.put_batch(batch) for batch in batches]
   measured = []
   for step in dict.fromkeys(picked):
-    arch = method.counts_arch(method.deploy_within(spec, passed[step])[0])
+    arch = method.counts_arch(spec, method.deploy_within(spec, passed[step])[0])
     variables = run.layout.put({"params": run.params, "arch": arch})
     # One by one: with many programs under way XLA's CPU devices may wait for each other for good.
     found = [float(run.layout.get(loss(variables, batch))) for batch in placed]
@@ -301,6 +303,7 @@ def make_method(
     raise UserError(
       f"config.search.granularity: expected 1 to {spec.num_patches}, got {config.granularity}."
     )
+  spec.importance(config.importance)  # raises
   dense = cost.scale * cost.static(spec, spec.dense_layers)
   method = DiffRate(
     target=target,
@@ -312,8 +315,11 @@ def make_method(
     compress_first=config.compress_first,
     compress_last=config.compress_last,
     clamp_size=config.clamp_size,
+    mask_follows=config.mask_follows,
     signed_similarity=config.signed_similarity,
     importance=config.importance,
+    whole_sizes=config.whole_sizes,
+    first_receives=config.first_receives,
     actions=config.actions,
     mask_eps=config.mask_eps,
     tile=config.tile,
@@ -333,9 +339,8 @@ def search_loss(
   config: SearchConfig, method: DiffRate, spec: ViTSpec, preprocess: Preprocess
 ) -> LossFn:
   """The task loss of the masked model plus the method's penalty, as a function of the rates."""
-  model = ViT(
-    spec, with_drop_path(method.layers(spec, logits_only=True), config.drop_path), config.remat
-  )
+  layers = method.layers(spec, logits_only=True)
+  model = build(spec, with_drop_path(layers, config.drop_path), config.remat)
   task_of = task_loss(config, model, preprocess, method.base)
 
   def loss_fn(params, arch, fixed, batch, key, step):
@@ -362,7 +367,7 @@ def task_loss(
     base: Layers of the model that keeps all tokens; none: dense ones.
   """
   spec = model.spec
-  whole = ViT(spec, base or spec.dense_layers)
+  whole = build(spec, base or spec.dense_layers)
 
   def task_of(variables, batch, key):
     smoothing = config.label_smoothing

@@ -26,6 +26,7 @@ _BISECTIONS = 40
 
 def check(run: Run) -> None:
   """Refuses a plan to start from, budgets that make no sense, and data without labels."""
+  run.spec.check_plain("stage slim")
   run.check_trainable("slim")
   run.check_batches("slim")
   if run.config.model.plan:

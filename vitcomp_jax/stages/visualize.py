@@ -6,7 +6,7 @@ from typing import Any
 
 from vitcomp_jax import processes
 from vitcomp_jax.errors import UserError
-from vitcomp_jax.models.vit import ViT
+from vitcomp_jax.models.build import build
 from vitcomp_jax.plans import load_plan
 from vitcomp_jax.stages import drawing, evaluate, figures, pictures, report
 from vitcomp_jax.stages.evaluate import Row
@@ -115,7 +115,7 @@ def _draw_images(run: Run, rows: Mapping[str, Row]) -> None:
   name = evaluate.plan_name(run, run.plan) if run.plan else [*reduced, *rows][0]
   row = rows[name]
   about = f"Model: {name}."
-  shown = ViT(run.spec, row.layers), row.params, batch["image"], evaluate.titles(run, batch)
+  shown = build(run.spec, row.layers), row.params, batch["image"], evaluate.titles(run, batch)
   if name in reduced:
     layers = config.layers or _some(_removing(run, row))
     figures.save(pictures.token_maps(*shown, layers, about), folder, "token_maps_by_layer")

@@ -1,0 +1,391 @@
+"""CAFormer: two stages of convolutions, then two of attention, whose layers may lose tokens.
+
+Yu et al., `MetaFormer Baselines for Vision <https://arxiv.org/abs/2210.13452>`_, 2022.
+"""
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from vitcomp_jax.errors import UserError
+from vitcomp_jax.models.layers import Attention, EncoderBlock, LayerNorm, dense
+from vitcomp_jax.models.spec import LayerSpec, ViTSpec
+from vitcomp_jax.models.tokens import Aux, Tokens, unmerge
+from vitcomp_jax.models.vit import ViT, encoder_block, normed
+from vitcomp_jax.ops import select
+
+_HEAD_DIM = 32
+_STEM_KERNEL, _KERNEL, _MIXER_KERNEL = 7, 3, 7
+_HEAD_EPS = 1e-5  # PyTorch's default, unlike the other norms'
+_kernel_init = nn.initializers.truncated_normal(0.02)
+
+
+@dataclasses.dataclass(frozen=True)
+class CAFormerSpec(ViTSpec):
+  """A CAFormer as a ViT whose tokens convolutions make, and make fewer once more on the way.
+
+  Its layers are those with attention, of both such stages one after the other; `patch_size` is the
+  side of what a token of the first one stands for, and `width` what the head sees.
+
+  Attributes:
+    depths: Blocks of the four stages.
+    dims: Channels of the four stages.
+  """
+
+  depths: tuple[int, ...] = ()
+  dims: tuple[int, ...] = ()
+
+  @property
+  def starts(self) -> dict[int, int]:
+    return {0: self.num_patches, self.depths[2]: math.prod(self._last_grid)}
+
+  @property
+  def _last_grid(self) -> tuple[int, int]:
+    return (self.grid[0] - 1) // 2 + 1, (self.grid[1] - 1) // 2 + 1
+
+  def grid_at(self, layer: int) -> tuple[int, int]:
+    return self.grid if layer < self.depths[2] else self._last_grid
+
+  def width_at(self, layer: int) -> int:
+    return self.dims[2 if layer < self.depths[2] else 3]
+
+  def layer_path(self, layer: int) -> tuple[str, ...]:
+    first = self.depths[2]
+    return (
+      ("stages_2", f"blocks_{layer}")
+      if layer < first
+      else (
+        "stages_3",
+        f"blocks_{layer - first}",
+      )
+    )
+
+  def with_tokens(self, num_tokens: int) -> "CAFormerSpec":
+    side = math.isqrt(num_tokens)
+    if side**2 != num_tokens:
+      raise UserError(
+        f"plan: expected a square number of tokens for {self.name}, got {num_tokens}."
+      )
+    return dataclasses.replace(self, image_size=(side * self.patch_size,) * 2)
+
+  @functools.cached_property
+  def dense_layers(self) -> tuple[LayerSpec, ...]:
+    widths = [self.width_at(i) for i in range(self.depth)]
+    return tuple(LayerSpec(w // _HEAD_DIM, _HEAD_DIM, 4 * w, _HEAD_DIM**-0.5) for w in widths)
+
+  @property
+  def fixed_macs(self) -> int:
+    """All convolutions, and the head as DiffRate's authors count it, 8·C for each class."""
+    patches = self.num_patches
+    positions = (16 * patches, 4 * patches, patches, math.prod(self._last_grid))
+    total, channels, kernel = 8 * self.dims[3] * self.num_classes, 3, _STEM_KERNEL
+    for n, width in zip(positions, self.dims, strict=True):
+      total += n * width * kernel**2 * channels
+      channels, kernel = width, _KERNEL
+    for n, width, depth in zip(positions[:2], self.dims[:2], self.depths[:2], strict=True):
+      total += depth * n * (12 * width**2 + 2 * _MIXER_KERNEL**2 * width)
+    return total
+
+
+def caformer(
+  name: str, image_size: tuple[int, int], depths: tuple[int, ...], dims: tuple[int, ...], **options
+) -> CAFormerSpec:
+  """A spec from what tells CAFormers apart."""
+  return CAFormerSpec(
+    name,
+    image_size,
+    patch_size=16,
+    width=dims[3],
+    depth=depths[2] + depths[3],
+    num_heads=dims[3] // _HEAD_DIM,
+    mlp_dim=4 * dims[3],
+    class_token=False,
+    pool="mean",
+    depths=depths,
+    dims=dims,
+    **options,
+  )
+
+
+class CAFormer(ViT):
+  """A CAFormer; `layers` says what each layer with attention is and what it removes.
+
+  Where the last stage begins, merged and pruned tokens go back to their places, so that it can
+  convolve them; all of its tokens are there anew.
+  """
+
+  spec: CAFormerSpec
+
+  def setup(self) -> None:
+    spec, first = self.spec, self.spec.depths[2]
+    self.stem = _Stem(spec.dims[0], spec.norm_eps, spec.dtype)
+    stages: list[Any] = [
+      _ConvStage(width, depth, stage > 0, spec.norm_eps, spec.dtype)
+      for stage, (width, depth) in enumerate(zip(spec.dims[:2], spec.depths[:2], strict=True))
+    ]
+    parts = self.layers[:first], self.layers[first:]
+    stages += [
+      _AttentionStage(spec, spec.dims[2 + i], part, self.remat) for i, part in enumerate(parts)
+    ]
+    self.stages = stages
+    self.head = _Head(spec.width, spec.num_classes, spec.norm_eps, spec.dtype)
+
+  def embed(self, images: Array) -> Tokens:
+    """The tokens of the first stage with attention."""
+    x = self.stem(images)
+    for stage in self.stages[:2]:
+      x = stage(x)
+    return _tokens_of(self.stages[2].downsample(x))
+
+  def encode(self, layer: int, tokens: Tokens) -> tuple[Tokens, tuple[Aux, Aux]]:
+    first = self.spec.depths[2]
+    if layer < first:
+      return self.stages[2].blocks[layer](tokens)
+    if layer == first:
+      tokens = _tokens_of(self.stages[3].downsample.conv(self.restore(tokens)))
+    return self.stages[3].blocks[layer - first](tokens)
+
+  def restore(self, tokens: Tokens) -> Float[Array, "b h w d"]:
+    """All places of the grid before the last stage, normed for its convolution.
+
+    A masked token is replaced by what removing it would leave in its place, with a gradient to the
+    mask.
+    """
+    tokens = normed(tokens, self.stages[3].downsample.norm)
+    x = unmerge(tokens)
+    if tokens.keep is not None:
+      assert tokens.place is not None
+      own = select.take(tokens.x, tokens.place)
+      keep = select.take(tokens.keep, tokens.place)[..., None].astype(x.dtype)
+      x = keep * own + (1 - keep) * x
+    return x.reshape(x.shape[0], *self.spec.grid, x.shape[2])
+
+  def classify(self, tokens: Tokens) -> tuple[Tokens, Array, Array]:
+    """The last layer's tokens, the normed mean of those that are not masked, and logits."""
+    keep = jnp.ones(tokens.x.shape[:2]) if tokens.keep is None else tokens.keep
+    keep = keep[..., None].astype(tokens.x.dtype)
+    features, logits = self.head(jnp.sum(keep * tokens.x, axis=1) / jnp.sum(keep, axis=1))
+    return tokens, features, logits
+
+
+def _tokens_of(x: Float[Array, "b h w d"]) -> Tokens:
+  """A grid as tokens of which none is removed yet."""
+  x = x.reshape(x.shape[0], -1, x.shape[3])
+  place = jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2])
+  return Tokens(x, None, None, place, 0, place=place)
+
+
+class _AttentionBlock(EncoderBlock):
+  """A layer with attention: no biases, StarReLU, and learnt factors on the residual stream."""
+
+  def setup(self) -> None:
+    self.norm1, self.norm2 = _norm(self.norm_eps), _norm(self.norm_eps)
+    self.token_mixer = Attention(self.spec, self.width, self.dtype, self.attention, use_bias=False)
+    self.mlp = _StarMlp(self.spec.mlp_dim, self.width, False, self.dtype)
+    self.res_scale1, self.res_scale2 = _Scale(self.width), _Scale(self.width)
+
+  def __call__(self, tokens: Tokens) -> tuple[Tokens, tuple[Aux, Aux]]:
+    tokens, selected = self.select(tokens, None)
+    y, stats = self.token_mixer(self.norm1(tokens.x), tokens.size, tokens.keep)
+    tokens = tokens.replace(x=self.res_scale1(tokens.x) + self._drop_path(y))
+    tokens, reduced = self.reduce(tokens, stats)
+    y = self._drop_path(self.mlp(self.norm2(tokens.x)))
+    return tokens.replace(x=self.res_scale2(tokens.x) + y), (selected, reduced)
+
+
+class _AttentionStage(nn.Module):
+  spec: CAFormerSpec
+  width: int
+  layers: tuple[LayerSpec, ...]
+  remat: bool
+
+  def setup(self) -> None:
+    spec = self.spec
+    self.downsample = _Downsample(self.width, spec.norm_eps, spec.dtype)
+    kind = _AttentionBlock
+    self.blocks = [
+      encoder_block(spec, layer, self.remat, self.width, kind) for layer in self.layers
+    ]
+
+
+class _ConvStage(nn.Module):
+  width: int
+  depth: int
+  downsamples: bool
+  norm_eps: float
+  dtype: str | None
+
+  def setup(self) -> None:
+    if self.downsamples:
+      self.downsample = _Downsample(self.width, self.norm_eps, self.dtype)
+    self.blocks = [_ConvBlock(self.width, self.norm_eps, self.dtype) for _ in range(self.depth)]
+
+  def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b i j d"]:
+    x = self.downsample(x) if self.downsamples else x
+    for block in self.blocks:
+      x = block(x)
+    return x
+
+
+class _ConvBlock(nn.Module):
+  width: int
+  norm_eps: float
+  dtype: str | None
+
+  def setup(self) -> None:
+    self.norm1, self.norm2 = _norm(self.norm_eps), _norm(self.norm_eps)
+    self.token_mixer = _SeparableConv(self.width, self.dtype)
+    self.mlp = _StarMlp(4 * self.width, self.width, True, self.dtype)
+
+  def __call__(self, x: Float[Array, "b h w d"]) -> Float[Array, "b h w d"]:
+    x = x + self.token_mixer(self.norm1(x))
+    return x + self.mlp(self.norm2(x))
+
+
+class _SeparableConv(nn.Module):
+  """MobileNet's: to twice the channels, a convolution of each channel alone, and back."""
+
+  width: int
+  dtype: str | None
+
+  def setup(self) -> None:
+    wide = 2 * self.width
+    self.pwconv1 = _Linear(wide, True, self.dtype)
+    self.act1 = _StarReLU()
+    self.dwconv = _conv(
+      wide, _MIXER_KERNEL, 1, self.dtype, feature_group_count=wide, use_bias=False
+    )
+    self.pwconv2 = _Linear(self.width, True, self.dtype)
+
+  def __call__(self, x: Float[Array, "b h w d"]) -> Float[Array, "b h w d"]:
+    return self.pwconv2(self.dwconv(self.act1(self.pwconv1(x))))
+
+
+class _StarMlp(nn.Module):
+  mlp_dim: int
+  width: int
+  on_grid: bool
+  dtype: str | None
+
+  def setup(self) -> None:
+    self.fc1 = _Linear(self.mlp_dim, self.on_grid, self.dtype)
+    self.act = _StarReLU()
+    self.fc2 = _Linear(self.width, self.on_grid, self.dtype)
+
+  def __call__(self, x: Float[Array, "... d"]) -> Float[Array, "... d"]:
+    return self.fc2(self.act(self.fc1(x)))
+
+
+class _Linear(nn.Module):
+  """A projection without bias; timm has it as a convolution of single places where on a grid."""
+
+  features: int
+  on_grid: bool
+  dtype: str | None
+
+  @nn.compact
+  def __call__(self, x: Float[Array, "... c"]) -> Float[Array, "... d"]:
+    shape = (x.shape[-1], self.features)
+    kernel = self.param("kernel", _kernel_init, (1, 1, *shape) if self.on_grid else shape)
+    x, kernel = nn.dtypes.promote_dtype(x, kernel, dtype=self.dtype)
+    return x @ kernel.reshape(shape)
+
+
+class _StarReLU(nn.Module):
+  """s·relu(x)² + b with learnt s and b."""
+
+  @nn.compact
+  def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
+    scale = self.param("scale", nn.initializers.ones, (1,))
+    bias = self.param("bias", nn.initializers.zeros, (1,))
+    return scale.astype(x.dtype)[0] * jnp.square(jax.nn.relu(x)) + bias.astype(x.dtype)[0]
+
+
+class _Scale(nn.Module):
+  width: int
+
+  @nn.compact
+  def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
+    scale = self.param("scale", nn.initializers.ones, (self.width,))
+    return x * scale.astype(x.dtype)[None, None]
+
+
+class _Stem(nn.Module):
+  width: int
+  norm_eps: float
+  dtype: str | None
+
+  def setup(self) -> None:
+    self.conv = _conv(self.width, _STEM_KERNEL, 4, self.dtype)
+    self.norm = _norm(self.norm_eps)
+
+  def __call__(self, images: Float[Array, "b h w c"]) -> Float[Array, "b i j d"]:
+    return self.norm(self.conv(images))
+
+
+class _Downsample(nn.Module):
+  width: int
+  norm_eps: float
+  dtype: str | None
+
+  def setup(self) -> None:
+    self.norm = _norm(self.norm_eps)
+    self.conv = _conv(self.width, _KERNEL, 2, self.dtype)
+
+  def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b i j d"]:
+    return self.conv(self.norm(x))
+
+
+class _Head(nn.Module):
+  width: int
+  num_classes: int
+  norm_eps: float
+  dtype: str | None
+
+  def setup(self) -> None:
+    self.norm = LayerNorm(self.norm_eps)
+    if self.num_classes:
+      self.fc = _Classifier(4 * self.width, self.num_classes, self.dtype)
+
+  def __call__(self, x: Float[Array, "b d"]) -> tuple[Float[Array, "b d"], Float[Array, "b c"]]:
+    """Features, and logits, which are the features without a classifier."""
+    x = self.norm(x)
+    return x, self.fc(x) if self.num_classes else x
+
+
+class _Classifier(nn.Module):
+  mlp_dim: int
+  num_classes: int
+  dtype: str | None
+
+  def setup(self) -> None:
+    self.fc1 = dense(self.mlp_dim, self.dtype)
+    self.norm = LayerNorm(_HEAD_EPS)
+    self.fc2 = dense(self.num_classes, self.dtype)
+
+  def __call__(self, x: Float[Array, "b d"]) -> Float[Array, "b c"]:
+    return self.fc2(self.norm(jnp.square(jax.nn.relu(self.fc1(x)))))
+
+
+def _norm(epsilon: float) -> nn.LayerNorm:
+  return nn.LayerNorm(epsilon=epsilon, use_bias=False, use_fast_variance=False)
+
+
+def _conv(width: int, kernel: int, stride: int, dtype: str | None, **options: Any) -> nn.Conv:
+  # The stem is padded by 2, all others by half of their kernel.
+  padding = [(2 if stride == 4 else kernel // 2,) * 2] * 2
+  return nn.Conv(
+    width,
+    (kernel, kernel),
+    stride,
+    padding,
+    dtype=dtype,
+    kernel_init=_kernel_init,
+    **options,
+  )
