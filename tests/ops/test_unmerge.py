@@ -9,10 +9,8 @@ import numpy as np
 import pytest
 
 import vitcomp_jax as vc
-from tests.models import random_images, small_spec
+from tests.models import random_images, random_params, small_spec
 from vitcomp_jax import macs
-from vitcomp_jax.api import abstract_params
-from vitcomp_jax.models.build import build
 from vitcomp_jax.models.tokens import Tokens
 from vitcomp_jax.models.vit import ViT
 from vitcomp_jax.schedules import SCHEDULES, within
@@ -44,13 +42,6 @@ class Spy:
     return getattr(self.inner, "importance", None)
 
 
-def random_weights(spec, layers):
-  """From the shapes alone, as to run an initialisation takes longer than all else here."""
-  rng = np.random.default_rng(0)
-  shapes = abstract_params(build(spec, layers))
-  return jax.tree.map(lambda x: jnp.asarray(rng.normal(0, 0.5, x.shape), x.dtype), shapes)
-
-
 def run(spec, layers, params):
   """The tokens after each layer, and what every reduction behind attention saw."""
   seen = []
@@ -71,7 +62,7 @@ def run(spec, layers, params):
 def test_every_patch_shows_its_token_or_its_last_value(name, prefix):
   spec = small_spec(**PREFIXES[prefix])
   layers = within(name, spec, 0.6 * macs.static_macs(spec, spec.dense_layers) / 1e9)
-  out, seen = run(spec, layers, random_weights(spec, layers))
+  out, seen = run(spec, layers, random_params(spec, noise=0.5, layers=layers))
   expected = np.zeros((2, spec.num_patches, spec.width), np.float32)
   for x, before, after in seen:
     for b, p in np.argwhere((before >= 0) & (after < 0)):
@@ -85,9 +76,9 @@ def test_every_patch_shows_its_token_or_its_last_value(name, prefix):
 def test_pruned_patches_are_normed_like_the_others():
   spec = small_spec()
   layers = within("uniform", spec, 0.6 * macs.static_macs(spec, spec.dense_layers) / 1e9)
-  out, _ = run(spec, layers, random_weights(spec, layers))
+  out, _ = run(spec, layers, random_params(spec, noise=0.5, layers=layers))
   assert np.any(np.asarray(out.tokens.source) < 0)
-  params = random_weights(spec, layers)["norm"]
+  params = random_params(spec, noise=0.5, layers=layers)["norm"]
   x = np.asarray(vc.unmerge(out.layers[-1]))
   normed = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-6)
   expected = normed * np.asarray(params["scale"]) + np.asarray(params["bias"])
@@ -105,7 +96,7 @@ def test_nothing_removed_is_the_identity(num_prefix):
 def test_dynamicvit_prunes_before_attention():
   spec = small_spec()
   layers = within("dynamicvit", spec, 0.6 * macs.static_macs(spec, spec.dense_layers) / 1e9)
-  out, _ = run(spec, layers, random_weights(spec, layers))
+  out, _ = run(spec, layers, random_params(spec, noise=0.5, layers=layers))
   place = next(i for i, layer in enumerate(layers) if layer.select != spec.dense_layers[0].select)
   gone = np.asarray(out.layers[place].source) < 0
   assert gone.any() and out.layers[place - 1].pruned is None
