@@ -92,7 +92,7 @@ def test_the_cloud_is_what_the_static_schedules_give(tmp_path):
     ("methods", ("best",), "config.compare.methods: expected some of diffrate, uniform"),
     ("methods", ("diffrate[",), r"such as diffrate\[importance=cls\], got 'diffrate\['"),
     ("methods", ("tome[impotance=cls]",), "did you mean config.search.importance"),
-    ("methods", ("tome[importance=best]",), "config.search.importance: expected one of cls"),
+    ("methods", ("tome[importance=best]",), "config.search.importance: expected one of auto, cls"),
     ("searched", "nowhere", r"expected plans diffrate@0.8-seed\*.json in nowhere, got none"),
     ("methods", ("dynamicvit",), "dynamicvit has to be trained"),
     ("finetuned", ("fastest",), "config.compare.finetuned: expected some of diffrate, vit_slim"),
