@@ -26,15 +26,8 @@ from vitcomp_jax.models.spec import LayerSpec, ViTSpec
 from vitcomp_jax.models.tokens import AttentionStats, Aux, Tokens
 from vitcomp_jax.models.vit import ViT
 from vitcomp_jax.ops import merge
-from vitcomp_jax.stages.figures import (
-  BLUE,
-  GRAY,
-  GREEN,
-  ORANGE,
-  PURPLE,
-  VERMILION,
-  token_map,
-)
+from vitcomp_jax.stages.figures import token_map
+from vitcomp_jax.stages.figures.style import BLUE, GRAY, GREEN, ORANGE, PURPLE, VERMILION
 from vitcomp_jax.stages.run import preprocess_for
 
 DEIT = vc.get_spec("deit_small_patch16_224")
@@ -211,7 +204,7 @@ class _Importance:
 
   def __call__(self, tokens: Tokens, stats: AttentionStats | None) -> tuple[Tokens, Aux]:
     assert stats is not None
-    return tokens, Aux(stats.importance("cls"))
+    return tokens, Aux(stats.importance("cls", tokens))
 
   def count(self, n: int) -> int:
     return n
