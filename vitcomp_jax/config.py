@@ -74,9 +74,8 @@ class ModelConfig:
   variant: str = "deit_small_patch16_224"  # name, as timm's; `vc.list_variants()` names all
   weights: str | None = None  # file, hub id `timm/…`, `bundled`, or none: random weights
   plan: str | None = None  # published plan's name or path of a plan.json, for `evaluate`
-  num_classes: CountOrZero | None = (
-    None  # outputs of the classifier; none: as many as the data set has
-  )
+  # Outputs of the classifier; none: as many as the data set has.
+  num_classes: CountOrZero | None = None
   image_size: Count | None = None  # pixels; none: the variant's
   antialias: bool | None = None  # of resampled position embeddings; none: as the variant's origin
   dtype: Literal["float32", "bfloat16"] = "float32"  # of the computation; weights stay float32
@@ -144,9 +143,8 @@ class SlimConfig(TrainConfig):
   w_attn: PositiveOrZero = 2e-4  # weight of the attention masks' L1 norm; 0: not searched
   w_mlp: PositiveOrZero = 5e-5  # weight of the L1 norm of the hidden units' masks
   w_patch: PositiveOrZero = 1e-4  # weight of the L1 norm of the patches' masks
-  mask_learning_rate: Positive | None = (
-    None  # the masks' own; none: `learning_rate`, as the authors
-  )
+  # The masks' own; none: `learning_rate`, as the authors.
+  mask_learning_rate: Positive | None = None
   mask_weight_decay: PositiveOrZero = 0.0  # of the masks
   # Shares of attention masks, hidden units and patches to keep; none: one share for all that are
   # searched, such that `config.budget` is met.

@@ -57,14 +57,8 @@ class CAFormerSpec(ViTSpec):
 
   def layer_path(self, layer: int) -> tuple[str, ...]:
     first = self.depths[2]
-    return (
-      ("stages_2", f"blocks_{layer}")
-      if layer < first
-      else (
-        "stages_3",
-        f"blocks_{layer - first}",
-      )
-    )
+    stage, place = (2, layer) if layer < first else (3, layer - first)
+    return f"stages_{stage}", f"blocks_{place}"
 
   def with_tokens(self, num_tokens: int) -> "CAFormerSpec":
     side = math.isqrt(num_tokens)

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 
 from vitcomp_jax.models.gates import Gate, open_gate
 from vitcomp_jax.models.spec import LayerSpec
-from vitcomp_jax.models.tokens import AttentionStats, Aux, TokenReducer, Tokens, first_tokens
+from vitcomp_jax.models.tokens import AttentionStats, Aux, TokenReducer, Tokens, take_tokens
 from vitcomp_jax.ops.attention import attend, attend_one
 
 _kernel_init = nn.initializers.truncated_normal(0.02)
@@ -297,7 +297,8 @@ class EncoderBlock(nn.Module):
     x = self.token_gate(self.norm1(tokens.x))
     y, stats = self.attn(x, tokens.size, tokens.keep, self.head_gate)
     y = self.ls1(y) if self.spec.layer_scale else y
-    tokens = tokens if self.spec.queries is None else first_tokens(tokens, self.spec.queries)
+    if self.spec.queries is not None:
+      tokens = take_tokens(tokens, jnp.tile(jnp.arange(self.spec.queries), (y.shape[0], 1)))
     tokens = tokens.replace(x=tokens.x + self._drop_path(y))
     tokens, reduced = self.reduce(tokens, stats)
     y = self.mlp(self.token_gate(self.norm2(tokens.x)), self.hidden_gate)

@@ -78,16 +78,6 @@ def unmerge(tokens: Tokens) -> Float[Array, "b p d"]:
   return jnp.where((tokens.source >= 0)[..., None], held, tokens.pruned)
 
 
-def first_tokens(tokens: Tokens, count: int) -> Tokens:
-  """The first `count` tokens; patches whose token is not among them are pruned."""
-  return tokens.replace(
-    x=tokens.x[:, :count],
-    size=None if tokens.size is None else tokens.size[:, :count],
-    keep=None if tokens.keep is None else tokens.keep[:, :count],
-    source=jnp.where(tokens.source < count, tokens.source, -1),
-  )
-
-
 class AttentionStats(flax.struct.PyTreeNode):
   """What a reducer may want to know of a layer's attention; what none asks for is not computed."""
 

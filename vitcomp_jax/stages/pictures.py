@@ -56,7 +56,7 @@ def cls_attention(
 
   Arguments as for `token_maps`.
   """
-  if shown_attention(model.spec) != "cls":
+  if _shown_attention(model.spec) != "cls":
     about += " There is no CLS token: attention from all tokens."
   chosen = _named(model, _inside(model, params, images)[1], layers)
   return figures.cls_attention(images, chosen, model.spec.grid, _titles(titles, images), about)
@@ -115,7 +115,7 @@ def _traced_inside(
     _, stats = attention["__call__"][0]
     # A layer that removes tokens before attention removes none after it.
     held = before if layer.select == keep_all else tokens.source
-    share = _per_patch(stats.importance(shown_attention(spec), tokens), held)
+    share = _per_patch(stats.importance(_shown_attention(spec), tokens), held)
     sources.append(_on_first_grid(spec, i, tokens.source))
     shares.append(_on_first_grid(spec, i, share))
     before = tokens.source
@@ -129,7 +129,7 @@ def _on_first_grid(spec: ViTSpec, layer: int, values: jax.Array) -> jax.Array:
   return values[:, places.ravel()]
 
 
-def shown_attention(spec: ViTSpec) -> str:
+def _shown_attention(spec: ViTSpec) -> str:
   """Whose attention is drawn: that of CLS, or, where there is none, the mean of all."""
   return "cls" if spec.class_token else "mean_attention"
 
