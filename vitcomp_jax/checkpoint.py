@@ -7,6 +7,7 @@ import pathlib
 import sys
 import traceback
 import types
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -160,12 +161,15 @@ def _first_line(error: Exception) -> str:
 
 @functools.cache
 def _silence_background_threads() -> None:
-  """Keeps Orbax's threads from printing the tracebacks of errors that are raised as well.
+  """Keeps Orbax's threads from printing what belongs to errors that are raised as well.
 
   It stays for the rest of the process: a thread may still print after the error was raised.
   """
   for name in ("absl", "asyncio"):
     logging.getLogger(name).addFilter(lambda record: not _is_orbax_traceback(record))
+  # Of the arrays that fail together, those which are not begun are forgotten.
+  forgotten = r"coroutine '\w*(serialize|_read_)\S*' was never awaited"
+  warnings.filterwarnings("ignore", forgotten, RuntimeWarning)
   show = sys.unraisablehook
 
   def show_others(unraisable: Any) -> None:
