@@ -33,6 +33,7 @@ from vitcomp_jax.config import from_config_dict
 from vitcomp_jax.convert.timm import to_timm
 from vitcomp_jax.data.transforms import normalize
 from vitcomp_jax.models.reducers import PruneMerge
+from vitcomp_jax.models.tokens import AttentionStats, Aux, TokenReducer, Tokens
 from vitcomp_jax.models.vit import ViT
 from vitcomp_jax.stages import search, timing
 from vitcomp_jax.stages.run import Run, environment
@@ -42,6 +43,7 @@ BATCH = 16
 PARTS = {
   "dense": {BATCH: ("dense eager", "dense compiled"), 1: ("dense eager",)},
   "plan": {BATCH: ("plan eager",), 1: ("plan eager",)},
+  "sliced": {BATCH: (), 1: ()},
   "search": {BATCH: ("search", "search without weight gradients")},
 }
 # Measured apart, on our side alone, and in few rounds: a forward pass takes seconds.
@@ -51,6 +53,25 @@ ALL = (*PARTS, "mae_h")
 
 _ALIKE = 1e-2  # the largest relative distance of PyTorch's outputs from ours
 _ADAM_B1 = 0.9
+
+
+@dataclasses.dataclass(frozen=True)
+class FirstTokens:
+  """Keeps the first tokens, as many as another reducer: what it costs to choose and merge them is
+  what this one does not do."""
+
+  like: TokenReducer
+
+  def __call__(self, tokens: Tokens, stats: AttentionStats | None) -> tuple[Tokens, Aux]:
+    n, keep = tokens.x.shape[1], self.count(tokens.x.shape[1])
+    if keep < n:
+      x = tokens.x[:, :keep]
+      # Any sizes that XLA cannot foresee: attention takes them into account as under the plan.
+      tokens = tokens.replace(x=x, size=1 + abs(x[..., 0]), source=tokens.source.clip(max=keep - 1))
+    return tokens, Aux(keep)
+
+  def count(self, n: int) -> int:
+    return self.like.count(n)
 
 
 @dataclasses.dataclass
@@ -209,7 +230,9 @@ def compare(
   """
   counts = plan_counts(run, plan)
   spec, params = run.spec, run.params
-  models = {"dense": spec.dense_layers, "plan": plan.layers_for(spec)}
+  dense, planned = spec.dense_layers, plan.layers_for(spec)
+  sliced = tuple(dataclasses.replace(p, reduce=FirstTokens(p.reduce)) for p in planned)
+  models = {"dense": dense, "plan": planned, "sliced": sliced}
   arrays = {"images": _to_torch(timing.noise(spec, BATCH))}
   if "search" in parts:
     steps = Search(run)
@@ -262,18 +285,23 @@ def ratios(subjects: Sequence[Any]) -> dict[str, float | None]:
   median = {(s.name, s.batch): statistics.median(s.seconds) for s in subjects}
   eager, compiled = (median.get((f"torch {way}", BATCH)) for way in PARTS["dense"][BATCH])
   fastest = min((s for s in (eager, compiled) if s), default=None)
-  dense, plan, step = (median.get((f"jax {part}", BATCH)) for part in PARTS)
-  dense_1, plan_1 = (median.get((f"jax {part}", 1)) for part in ("dense", "plan"))
+  dense, plan, sliced, step = (median.get((f"jax {part}", BATCH)) for part in PARTS)
+  dense_1, plan_1, sliced_1 = (median.get((f"jax {part}", 1)) for part in PARTS if part != "search")
   mae_h = (median.get((f"jax mae_h {name}", MAE_H_BATCH)) for name in ("dense", "plan"))
 
   def over(above: float | None, below: float | None) -> float | None:
     return round(above / below, 4) if above and below else None
+
+  def saved(some: float | None, whole: float | None) -> float | None:
+    return round(1 - some / whole, 4) if some and whole else None
 
   return {
     "dense_over_torch": over(fastest, dense),
     "plan_over_dense": over(dense, plan),
     "plan_over_dense_batch1": over(dense_1, plan_1),
     "plan_over_torch_dense": over(fastest, plan),
+    "reduction_share": saved(sliced, plan),
+    "reduction_share_batch1": saved(sliced_1, plan_1),
     "search_time_over_dense_time": over(step, dense),
     "search_over_torch": over(median.get(("torch search", BATCH)), step),
     "mae_h_plan_over_dense": over(*mae_h),

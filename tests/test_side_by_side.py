@@ -31,13 +31,16 @@ def command(tmp_path, monkeypatch):
 
 def test_our_side(command, tmp_path, capsys):
   path = tmp_path / "found.json"
-  options = ["--torch-python", "none", "--only", "plan,search", "--json", str(path)]
+  options = ["--torch-python", "none", "--only", "plan,sliced,search", "--json", str(path)]
   assert TOOL["main"]([*command, *options]) == 0
   found = json.loads(path.read_text())
   rows = [(entry["name"], entry["batch"]) for entry in found["entries"]]
-  assert rows == [("jax plan", 16), ("jax plan", 1), ("jax search", 16)]
+  ours = [("jax plan", 16), ("jax plan", 1), ("jax sliced", 16), ("jax sliced", 1)]
+  assert rows == [*ours, ("jax search", 16)]
   assert all(e["timings"] >= 3 and e["median_ms"] > 0 for e in found["entries"])
-  assert found["machine"]["cpu"] and not any(found["ratios"].values())
+  assert found["machine"]["cpu"]
+  measured = {name for name, ratio in found["ratios"].items() if ratio is not None}
+  assert measured == {"reduction_share", "reduction_share_batch1"}
   printed = capsys.readouterr().out
   assert "jax search" in printed and "search_over_torch" in printed
 
@@ -51,6 +54,8 @@ def test_ratios_are_of_medians():
     ("torch dense eager", 1): 0.1,
     ("jax plan", 16): 1.0,
     ("jax plan", 1): 0.2,
+    ("jax sliced", 16): 0.75,
+    ("jax sliced", 1): 0.15,
     ("jax search", 16): 5.0,
     ("torch search", 16): 10.0,
     ("torch search without weight gradients", 16): 8.0,
@@ -63,6 +68,8 @@ def test_ratios_are_of_medians():
     "plan_over_dense": 2.0,
     "plan_over_dense_batch1": 3.0,
     "plan_over_torch_dense": 3.0,
+    "reduction_share": 0.25,
+    "reduction_share_batch1": 0.25,
     "search_time_over_dense_time": 2.5,
     "search_over_torch": 2.0,
     "mae_h_plan_over_dense": 1.5,
