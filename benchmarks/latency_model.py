@@ -12,6 +12,8 @@ import dataclasses
 import json
 import pathlib
 import statistics
+import sys
+from collections.abc import Sequence
 
 import jax
 import numpy as np
@@ -35,7 +37,7 @@ def random_plan(spec: ViTSpec, rng: np.random.Generator) -> tuple[LayerSpec, ...
   )
 
 
-def main() -> None:
+def main(argv: Sequence[str]) -> None:
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument("--variant", default="deit_small_patch16_224")
   parser.add_argument("--batch", type=int, default=16, help="images at once")
@@ -43,8 +45,15 @@ def main() -> None:
   parser.add_argument("--rounds", type=int, default=7)
   parser.add_argument("--seed", type=int, default=0)
   parser.add_argument("--json", type=pathlib.Path)
-  known = parser.parse_args()
-  spec, rng = vc.get_spec(known.variant), np.random.default_rng(known.seed)
+  known = parser.parse_args(argv)
+  if min(known.batch, known.plans, known.rounds) < 1:
+    parser.error("--batch, --plans and --rounds: expected at least 1.")
+  try:
+    spec = vc.get_spec(known.variant)
+    spec.check_plain("--variant")
+  except vc.UserError as error:
+    parser.error(str(error))
+  rng = np.random.default_rng(known.seed)
   params = vc.load(known.variant)[1]
   parts = latency.programs(spec, known.batch, "cls")
   layers = {"dense": spec.dense_layers}
@@ -77,4 +86,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-  main()
+  main(sys.argv[1:])

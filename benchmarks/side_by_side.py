@@ -378,6 +378,8 @@ def main(argv: Sequence[str]) -> int:
   try:
     if unknown := set(parts) - set(ALL):
       raise vc.UserError(f"--only: expected some of {', '.join(ALL)}, got {min(unknown)!r}.")
+    if known.rounds < 1:
+      raise vc.UserError(f"--rounds: expected at least 1, got {known.rounds}.")
     if known.json and not known.json.absolute().parent.is_dir():
       raise vc.UserError(f"--json: expected a file in a folder that is there, got {known.json}.")
     if python:

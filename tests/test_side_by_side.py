@@ -90,6 +90,7 @@ def test_other_mistakes(command, tmp_path, capsys):
   none = ["--torch-python", "none"]
   for options, said in (
     (["--only", "dense,plam"], "got 'plam'"),
+    (["--rounds", "0"], "at least 1, got 0"),
     (["--json", str(tmp_path / "no" / "f.json")], "a folder that is there"),
     (["--variant", "deit_small_patch16_224"], "expected 12 layers"),
   ):

@@ -112,8 +112,8 @@ class BudgetConfig:
   fraction: float | None = None  # of the dense model's MACs, in (0, 1]
   # The same, falling: one search walks down all of them, and makes a plan for each.
   fractions: tuple[float, ...] | None = None
-  gmacs: float | None = None  # in 1e9 multiply-accumulates per image
-  latency_ms: float | None = None  # of a batch on the device that searches; for `search` alone
+  gmacs: Positive | None = None  # in 1e9 multiply-accumulates per image
+  latency_ms: Positive | None = None  # of a batch on the device that searches; for `search` alone
   latency_batch: Count = 1  # images in that batch
 
 
