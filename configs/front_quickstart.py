@@ -21,5 +21,7 @@ def get_config() -> ml_collections.ConfigDict:
   config = quickstart.get_config()
   config.budget.fraction = None
   config.budget.fractions = (0.9, 0.8, 0.65, 0.5)
+  # A third of the steps of a search alone: which of its plans is kept matters more.
+  config.search.choose_images = 3072
   config.evaluate.baselines = ("uniform_merge",)
   return config
