@@ -12,6 +12,7 @@ from tests.stages.test_slim import tiny_config, tiny_variant  # noqa: F401
 from vitcomp_jax import macs, schedules
 from vitcomp_jax.convert import files
 from vitcomp_jax.models.variants import get_spec
+from vitcomp_jax.plans import make_plan, save_plan
 
 _METHODS = ("diffrate", "uniform[importance=value_norm]", "tome")
 
@@ -40,9 +41,9 @@ def test_a_comparison(tmp_path):
   folder = tmp_path / "run/compare/outcomes"
   ours, theirs = (np.load(folder / f"{n}@0.7.mean.npz")["loss"] for n in ("diffrate", "tome"))
   difference = theirs - ours
-  assert rows["tome@0.7"]["loss_over_diffrate"] == pytest.approx(difference.mean(), abs=1e-6)
+  assert rows["tome@0.7"]["loss_over_reference"] == pytest.approx(difference.mean(), abs=1e-6)
   error = difference.std(ddof=1) / np.sqrt(len(difference))
-  assert rows["tome@0.7"]["loss_over_diffrate_se"] == pytest.approx(error, abs=1e-6)
+  assert rows["tome@0.7"]["loss_over_reference_se"] == pytest.approx(error, abs=1e-6)
 
   lines = (tmp_path / "run/compare/random@0.7.jsonl").read_text().splitlines()
   assert len(lines) == 3 and result["random"]["0.7"]["schedules"] == 3
@@ -62,6 +63,24 @@ def _check_again(config, tmp_path, result):
   again = vc.compare(config, tmp_path / "again")
   assert again["rows"] == result["rows"][: len(again["rows"])] and len(again["rows"]) == 4
   assert not list((tmp_path / "again/compare").glob("*/config.json"))
+
+
+def test_without_a_search_the_first_plan_is_the_reference(tmp_path):
+  config = tiny_config()
+  spec = get_spec(config.model.variant, num_classes=10)
+  layers = schedules.within("uniform", spec, 0.8 * macs.static_macs(spec, spec.dense_layers) / 1e9)
+  plan = tmp_path / "mine.json"
+  save_plan(make_plan(spec, layers, {"method": "uniform"}), plan)
+  config.model.weights = str(tmp_path / "w.safetensors")
+  files.write(random_params(spec), config.model.weights)
+  config.compare.plans, config.compare.methods = (str(plan),), ("tome",)
+  config.compare.budgets, config.compare.random_schedules = (0.8,), 0
+  rows = {row["name"]: row for row in vc.compare(config, tmp_path / "run")["rows"]}
+  assert list(rows) == ["dense", str(plan), "tome@0.8"]
+  mine, tome = rows[str(plan)], rows["tome@0.8"]
+  assert "reference" not in mine and tome["reference"] == str(plan)
+  assert tome["loss_over_reference"] == pytest.approx(tome["loss"] - mine["loss"], abs=1e-5)
+  assert f"the references are {plan}" in (tmp_path / "run/report.md").read_text()
 
 
 def test_the_cloud_is_what_the_static_schedules_give(tmp_path):

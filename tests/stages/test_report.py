@@ -201,7 +201,7 @@ def test_report_has_each_row_once_and_all_that_was_measured(tmp_path):
   (tmp_path / "figures").mkdir()
   for name in ("schedule.png", "schedule.svg", "own_drawing.png"):
     (tmp_path / "figures" / name).write_text(name)
-  report.write_report(tmp_path, {**RESULT, "rows": rows}, PLAN_JSON, PLAN, SUMMARY, "70 % of dense")
+  report.write_report(tmp_path, {**RESULT, "rows": rows}, PLAN_JSON, PLAN, SUMMARY)
   text = (tmp_path / "report.md").read_text(encoding="utf-8")
   lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()]
   for row in rows:
@@ -213,7 +213,7 @@ def test_report_has_each_row_once_and_all_that_was_measured(tmp_path):
   for part in (
     "1,000 examples",
     "1 x cpu",
-    "70 % of dense (2.800 GMACs)",
+    "Budget: 2.800 GMACs",
     "-1",
     "19,200",
     "jax 0.9",
@@ -225,7 +225,7 @@ def test_report_has_each_row_once_and_all_that_was_measured(tmp_path):
 
 def test_report_leaves_out_what_is_not_there(tmp_path):
   rows = [{"name": "diffrate", "top1": 90.5, "loss": 0.3, "gmacs": 0.0359}]
-  report.write_report(tmp_path, {**RESULT, "rows": rows}, None, [], None, "")
+  report.write_report(tmp_path, {**RESULT, "rows": rows}, None, [], None)
   text = (tmp_path / "report.md").read_text(encoding="utf-8")
   for absent in ("figures/", "Search", "Plan", "top-5", "of dense", "images/s", "params", "None"):
     assert absent not in text
@@ -233,7 +233,7 @@ def test_report_leaves_out_what_is_not_there(tmp_path):
 
 
 def test_report_of_a_given_plan(tmp_path):
-  report.write_report(tmp_path, RESULT, PLAN_JSON, PLAN, None, "")
+  report.write_report(tmp_path, RESULT, PLAN_JSON, PLAN, None)
   text = (tmp_path / "report.md").read_text(encoding="utf-8")
   lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()]
   assert [lines[i] for i in range(len(lines)) if lines[i][:1] in (["1"], ["2"], ["3"])] == [
@@ -246,7 +246,7 @@ def test_report_of_a_given_plan(tmp_path):
 
 def test_report_of_a_search_without_an_offset(tmp_path):
   summary = {key: value for key, value in SUMMARY.items() if key != "offset"}
-  report.write_report(tmp_path, RESULT, PLAN_JSON, PLAN, summary, "")
+  report.write_report(tmp_path, RESULT, PLAN_JSON, PLAN, summary)
   text = (tmp_path / "report.md").read_text(encoding="utf-8")
   assert "adjusted to the budget: 2.795 GMACs\n" in text and "offset" not in text
 
@@ -290,7 +290,7 @@ def test_the_html_report_is_the_other_one_in_one_file(tmp_path):
   for name in ("schedule.png", "schedule.svg", "own_drawing.png"):
     (tmp_path / "figures" / name).write_text(name)
   result = {**RESULT, "rows": rows}
-  report.write_report(tmp_path, result, PLAN_JSON, PLAN, SUMMARY, "", None, complete=True)
+  report.write_report(tmp_path, result, PLAN_JSON, PLAN, SUMMARY, None, complete=True)
   text = (tmp_path / "report.html").read_text(encoding="utf-8")
   page = _Page(text)
   markdown = (tmp_path / "report.md").read_text(encoding="utf-8").splitlines()
@@ -308,7 +308,7 @@ def test_the_html_report_is_the_other_one_in_one_file(tmp_path):
 
 
 def test_a_report_of_nothing(tmp_path):
-  report.write_report(tmp_path, {**RESULT, "rows": []}, None, [], None, "", complete=True)
+  report.write_report(tmp_path, {**RESULT, "rows": []}, None, [], None, complete=True)
   for name in ("report.md", "report.html"):
     text = (tmp_path / name).read_text(encoding="utf-8")
     assert "No model was measured" in text and "no model of this run removes tokens" in text

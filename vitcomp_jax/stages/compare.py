@@ -97,11 +97,13 @@ def compare(run: Run) -> dict[str, Any]:
   rows = [_row(run, "dense", [(spec.dense_layers, run.dense_params)])]
   for name in config.plans:
     layers = load_plan(name).layers_for(spec)
-    rows.append(_row(run, name.replace("/", ":"), [(layers, run.dense_params)]))
+    rows.append(_row(run, name, [(layers, run.dense_params)]))
+  searches = _REFERENCE in config.methods or not config.plans
   for budget in config.budgets:
+    reference = f"{_REFERENCE}@{budget:g}" if searches else config.plans[0]
     for method in config.methods:
       models = _off_the_shelf(run, method, budget)
-      rows.append(_row(run, f"{method}@{budget:g}", models, f"{_REFERENCE}@{budget:g}"))
+      rows.append(_row(run, f"{method}@{budget:g}", models, reference))
   for method in config.finetuned:
     name = f"+finetune@{config.finetune_budget:g}"
     rows.append(_row(run, method + name, [_trained(run, method)], _REFERENCE + name))
@@ -205,7 +207,7 @@ def _gmacs(run: Run, budget: float) -> float:
 def _row(
   run: Run, name: str, models: Sequence[Model], reference: str | None = None
 ) -> dict[str, Any]:
-  """Means over examples and seeds, their standard errors, and the paired distance from a row.
+  """Means over examples and seeds, their standard errors, and the paired difference from a row.
 
   The standard error is that of the examples: what other test images would have changed.
   """
@@ -214,18 +216,19 @@ def _row(
     for i, model in enumerate(models)
   ]
   mean = {key: np.mean([f[key] for f in found], axis=0) for key in found[0]}
-  _save(_folder(run) / f"{name}.mean.npz", mean)
+  _save(_path(run, f"{name}.mean"), mean)
   row = measure.row(mean, build(run.spec, models[0][0]), name)
   row |= {f"{key}_se": _standard_error(mean[key]) for key in _PAIRED}
   if len(models) > 1:
     row["top1_of_seeds"] = [round(float(f["top1"].mean()), 4) for f in found]
-  path = _folder(run) / f"{reference}.mean.npz"
+  path = _path(run, f"{reference}.mean")
   if reference and reference != name and path.exists():
+    row["reference"] = reference
     with np.load(path) as other:
       for key in _PAIRED:
         difference = mean[key] - other[key]
-        row[f"{key}_over_{_REFERENCE}"] = round(float(difference.mean()), 6)
-        row[f"{key}_over_{_REFERENCE}_se"] = _standard_error(difference)
+        row[f"{key}_over_reference"] = round(float(difference.mean()), 6)
+        row[f"{key}_over_reference_se"] = _standard_error(difference)
   return row
 
 
@@ -235,7 +238,7 @@ def _standard_error(values: np.ndarray) -> float:
 
 def _outcomes(run: Run, name: str, layers: tuple[LayerSpec, ...], params: Params) -> Outcomes:
   """Measured once, then kept."""
-  path = _folder(run) / f"{name}.npz"
+  path = _path(run, name)
   if not path.exists():
     _save(path, measure.outcomes(build(run.spec, layers), params, run, name))
   with np.load(path) as arrays:
@@ -248,8 +251,9 @@ def _save(path: pathlib.Path, arrays: Mapping[str, np.ndarray]) -> None:
   processes.meet(f"saved {path.name}")  # or another process would look for it too early
 
 
-def _folder(run: Run) -> pathlib.Path:
-  return _made(run.workdir / "compare" / "outcomes")
+def _path(run: Run, name: str) -> pathlib.Path:
+  """Where the outcomes of a row are; a plan's name may be a path itself."""
+  return _made(run.workdir / "compare" / "outcomes") / f"{name.replace('/', ':')}.npz"
 
 
 def _made(folder: pathlib.Path) -> pathlib.Path:
@@ -264,7 +268,7 @@ def _rank(run: Run, budget: float, points: Sequence[Mapping[str, float]]) -> dic
   summary: dict[str, Any] = {"schedules": len(points), "examples": examples}
   for key, found in values.items():
     summary[key] = {q: round(float(np.quantile(found, q)), 4) for q in (0.01, 0.5, 0.99)}
-  path = _folder(run) / f"{_REFERENCE}@{budget:g}.mean.npz"
+  path = _path(run, f"{_REFERENCE}@{budget:g}.mean")
   if path.exists():
     with np.load(path) as arrays:
       mine = {key: float(arrays[key][:examples].mean()) for key in _PAIRED}

@@ -158,13 +158,11 @@ def write_report(run: Run, complete: bool = False) -> None:
   """
   plan, summary = run.plan, run.finished("search")
   kept = drawing.kept_counts(run.spec, run.layers) if plan else []
-  given = plan and not (summary or run.finished("slim"))
-  budget = f"{plan.gmacs:.4g} GMACs" if plan and given else ""
   plan_json = plan.to_json() if plan else None
   slimming = run.finished("slim")
   complete = complete or run.finished("visualize") is not None
   result = result_so_far(run)
-  report.write_report(run.workdir, result, plan_json, kept, summary, budget, slimming, complete)
+  report.write_report(run.workdir, result, plan_json, kept, summary, slimming, complete)
 
 
 def _draw_token_maps(run: Run, plan: Plan) -> None:

@@ -102,7 +102,6 @@ def write_report(
   plan_json: Mapping[str, Any] | None,
   counts: Sequence[tuple[int, int]],
   search_summary: Mapping[str, Any] | None,
-  budget_text: str,
   slim_summary: Mapping[str, Any] | None = None,
   complete: bool = False,
 ) -> None:
@@ -114,17 +113,14 @@ def write_report(
     plan_json: The content of plan.json, if there is a plan.
     counts: Tokens after pruning and after merging in each layer of the plan.
     search_summary: What the search reported, if there was one in this run.
-    budget_text: The budget that was asked for; empty: none.
     slim_summary: What the slimming reported, if there was one in this run.
     complete: Whether all figures are drawn, and those that are not there are to be explained.
   """
   blocks = [*_title(result), _rows_table(result["rows"])]
-  if search_summary is None and budget_text:
-    blocks.append(Text(f"Budget: {budget_text}."))
   if slim_summary is not None:
     blocks += [Heading("Slimming"), _slim_items(slim_summary)]
   if search_summary is not None:
-    blocks += [Heading("Search"), *_search_blocks(search_summary, budget_text)]
+    blocks += [Heading("Search"), *_search_blocks(search_summary)]
   if plan_json is not None or search_summary is not None:
     blocks += [Heading("Plan"), *_plan_blocks(plan_json, counts, search_summary)]
   benchmark = workdir / "benchmark.json"
@@ -186,23 +182,26 @@ def write_comparison(
     "model",
     "top-1 (%)",
     "cross-entropy",
-    "top-1 over diffrate",
-    "cross-entropy over diffrate",
+    "top-1 over reference",
+    "cross-entropy over reference",
   ]
   heads += ["GMACs", "of dense", "params (M)"]
   lines = []
   for row in rows:
     figures = [_with_error(row, "top1", ".2f"), _with_error(row, "loss", ".4f")]
     figures += [
-      _with_error(row, "top1_over_diffrate", "+.2f"),
-      _with_error(row, "loss_over_diffrate", "+.4f"),
+      _with_error(row, "top1_over_reference", "+.2f"),
+      _with_error(row, "loss_over_reference", "+.4f"),
     ]
     share = f"{100 * row['gmacs'] / dense:.1f} %"
     lines.append([row["name"], *figures, number(row["gmacs"]), share, f"{row['params_m']:.4g}"])
-  caption = (
-    "± is the standard error over the examples; differences from DiffRate are paired, example by "
-    "example. DiffRate's figures are means over its seeds."
-  )
+  caption = "± is the standard error over the examples."
+  if references := list(dict.fromkeys(row["reference"] for row in rows if "reference" in row)):
+    caption += (
+      f" Differences are paired, example by example; the references are {', '.join(references)}."
+    )
+  if any("top1_of_seeds" in row for row in rows):
+    caption += " What was searched with several seeds is their mean."
   blocks = [*_title(result), Table(caption, heads, lines)]
   for budget, found in result["random"].items():
     line = (
@@ -259,7 +258,7 @@ def _row_cells(row: Mapping[str, Any], dense: float | None, batches: Sequence[st
   return cells + [_format(speeds.get(batch), ".1f") for batch in batches]
 
 
-def _search_blocks(summary: Mapping[str, Any], budget_text: str) -> list[Block]:
+def _search_blocks(summary: Mapping[str, Any]) -> list[Block]:
   if "front" in summary:
     return [_front_table(summary["front"])]
   key, unit = ("latency_ms", "ms") if "latency_ms" in summary else ("gmacs", "GMACs")
@@ -272,7 +271,7 @@ def _search_blocks(summary: Mapping[str, Any], budget_text: str) -> list[Block]:
   )
   lines = [
     f"{summary['steps']:,} steps on {summary['images']:,} images, {summary['minutes']:.1f} minutes",
-    f"Budget: {budget_text} ({asked})" if budget_text else f"Budget: {asked}",
+    f"Budget: {asked}",
     *_chosen_text(summary),
     f"Plan as learnt: {number(summary[f'raw_{key}'])} {unit}",
     f"Plan adjusted to the budget: {number(summary[key])} {unit}{by}",
