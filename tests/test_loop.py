@@ -1,6 +1,7 @@
-"""The loop around the step: a loss that is not finite, and profiles."""
+"""The loop around the step: what ends it early, and profiles."""
 
 import json
+import signal
 
 import numpy as np
 import pytest
@@ -8,6 +9,8 @@ import pytest
 import vitcomp_jax as vc
 from tests.stages.test_slim import tiny_config, tiny_variant  # noqa: F401
 from vitcomp_jax.convert import files
+from vitcomp_jax.stages.run import Run
+from vitcomp_jax.training.preemption import Preemption
 
 
 def test_a_loss_that_is_not_finite_stops_and_tells_what_led_to_it(tmp_path, monkeypatch):
@@ -25,6 +28,39 @@ def test_a_loss_that_is_not_finite_stops_and_tells_what_led_to_it(tmp_path, monk
   assert len(failure["indices"]) == 16 and len(np.unique(failure["indices"])) == 16
   folders = [p.name for p in (tmp_path / "run/checkpoints/finetune").iterdir()]
   assert max(int(name) for name in folders if name.isdigit()) == failure["checkpoint"]
+
+
+@pytest.mark.parametrize("why", ["Ctrl-C", "a corrupt image"])
+def test_what_ends_it_early_loses_no_step(why, tmp_path, monkeypatch):
+  """Though a checkpoint is far away: the same command goes on where it was."""
+  config = tiny_config()
+  config.budget.fraction, config.search.choose_images = 0.8, 0
+  alone = vc.search(config, tmp_path / "alone")
+  batches = Run.train_batches
+
+  def ending(run, size, start):
+    for step, batch in enumerate(batches(run, size, start), start + 1):
+      if start == 0 and step == 3:
+        if why == "a corrupt image":
+          raise vc.UserError("Corrupt image")
+        signal.raise_signal(signal.SIGINT)
+      yield batch
+
+  monkeypatch.setattr(Run, "train_batches", ending)
+  expected = {"Ctrl-C": KeyboardInterrupt, "a corrupt image": vc.UserError}[why]
+  with pytest.raises(expected, match="ended at step 3 of" if why == "Ctrl-C" else "Corrupt"):
+    vc.search(config, tmp_path / "cut")
+  done = 3 if why == "Ctrl-C" else 2
+  assert (tmp_path / f"cut/checkpoints/search/{done}").is_dir()
+  assert vc.search(config, tmp_path / "cut") == alone
+
+
+def test_the_second_interrupt_ends_it_at_once():
+  with Preemption() as preemption, pytest.raises(KeyboardInterrupt):
+    signal.raise_signal(signal.SIGINT)
+    assert preemption.reached(1)
+    signal.raise_signal(signal.SIGINT)
+  assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_a_profile_is_written(tmp_path):

@@ -193,7 +193,7 @@ def test_a_corrupt_image_is_named(tmp_path):
   stopped = _run(tmp_path / "stop", *options, *QUICK[:6])
   assert stopped.returncode == 2 and str(broken) in stopped.stderr, stopped.stderr
   skipping = [*options, *QUICK[:6], "--config.data.on_error=skip"]
-  skipped = _run(tmp_path / "skip", *skipping)
+  skipped = _run(tmp_path / "stop", *skipping)
   assert skipped.returncode == 0, skipped.stderr
 
 
@@ -227,6 +227,17 @@ def test_another_config_in_the_same_workdir_is_refused(tmp_path, capsys):
   assert main.main(_command(tmp_path, *options)[2:]) == 0
   assert main.main(_command(tmp_path, *options, "--config.seed=1")[2:]) == 2
   assert "config.seed: 0 there, 1 here" in capsys.readouterr().err
+  # But for further stages, and the old command after that.
+  more = "--config.stages=('evaluate','visualize')"
+  for changed in (more, more, options[0]):
+    assert main.main(_command(tmp_path, *options, changed)[2:]) == 0
+  assert json.loads((tmp_path / "config.json").read_text())["config"]["stages"] == [
+    "evaluate",
+    "visualize",
+  ]
+  (tmp_path / "report.html").unlink()
+  assert main.main(_command(tmp_path, *options, "--config.stages=('visualize',)")[2:]) == 2
+  assert "config.stages: ['evaluate', 'visualize'] there" in capsys.readouterr().err
   (tmp_path / "config.json").unlink()
   assert main.main(_command(tmp_path, *options)[2:]) == 2
   assert "config.json is gone" in capsys.readouterr().err

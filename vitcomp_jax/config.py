@@ -480,7 +480,7 @@ def _listed(value: Any) -> Any:
 
 
 # What does not change a run's outcome, and so may change while it is under way.
-_FREE = ("parallel", "profile", "data.workers", "compilation_cache")
+_FREE = ("parallel", "profile", "data.workers", "data.on_error", "compilation_cache")
 
 
 def differing_keys(old: Mapping[str, Any], new: Mapping[str, Any], path: str = "") -> list[str]:

@@ -3,13 +3,14 @@
 The config is a file, or the name of one that ships with the package, such as quickstart. The
 workdir is runs/NAME unless given. Every key of the config can be set by --config.KEY=VALUE; the
 keys are listed in vitcomp_jax/config.py. The exit status is 0 for done, 2 for a mistake in the
-command, the config, the data or the weights, and 1 for anything else.
+command, the config, the data or the weights, 130 after Ctrl-C, and 1 for anything else.
 """
 
 import argparse
 import difflib
 import importlib.metadata
 import importlib.resources
+import inspect
 import logging
 import pathlib
 import re
@@ -49,8 +50,9 @@ def main(argv: Sequence[str]) -> int:
     _keep_compiled(config.compilation_cache)
     run_stages(config, workdir, config.stages)
     logging.info("done: %s", workdir)
-  except KeyboardInterrupt:
-    return _say("interrupted; the same command goes on from the last checkpoint.", 130)
+  except KeyboardInterrupt as why:
+    saved = f"{why}, and is saved" if str(why) else "what has a checkpoint is saved"
+    return _say(f"interrupted; {saved}: the same command goes on from there.", 130)
   except Preempted as why:
     return _say(f"{why}, as it was asked to; everything is saved, the same command goes on.", 0)
   except Exception as error:
@@ -171,10 +173,11 @@ def _config_file(name: str) -> pathlib.Path:
     del shipped[helper]
   if path.parent in (pathlib.Path(), pathlib.Path("configs")) and path.stem in shipped:
     return shipped[path.stem]
-  near = difflib.get_close_matches(path.stem, shipped, n=1, cutoff=0.0)
+  near = difflib.get_close_matches(path.stem, shipped, n=1)
+  hint = f"the nearest name is {near[0]}" if near else f"these ship: {', '.join(sorted(shipped))}"
   raise UserError(
     f"--config: expected a file, or the name of a config that ships with the package, got {name!r};"
-    f" the nearest name is {near[0]}."
+    f" {hint}."
   )
 
 
@@ -184,6 +187,8 @@ def _read(path: pathlib.Path, arg: str | None) -> dict[str, Any]:
     get_config = runpy.run_path(str(path)).get("get_config")
     if get_config is None:
       raise UserError(f"{path}: expected a function get_config, got none.")
+    if arg and not inspect.signature(get_config).parameters:
+      raise UserError(f"--config: {path.name} takes nothing behind a colon, got {arg!r}.")
     config = get_config(arg) if arg else get_config()
   except UserError:
     raise

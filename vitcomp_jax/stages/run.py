@@ -38,7 +38,7 @@ class Run:
   workdir: pathlib.Path
 
   def begin(self) -> None:
-    """Records the config in the workdir, which is made if need be.
+    """Records the config in the workdir, which is made if need be, or the stages that it got since.
 
     Raises:
       UserError: If the folder cannot be written.
@@ -46,6 +46,10 @@ class Run:
     path = self.workdir / "config.json"
     processes.meet("open")  # Whether it is there is asked before it is written.
     if path.exists():
+      found = read_json(path)
+      if len(found["config"]["stages"]) < len(self.config.stages):
+        found["config"]["stages"] = list(self.config.stages)
+        write_json(path, found)
       return
     values = {"config": config_lib.to_dict(self.config), "git_commit": _git_commit()}
     try:
@@ -199,20 +203,19 @@ class Run:
     if shares is not None and not (shares and sorted(set(shares), reverse=True) == list(shares)):
       raise UserError(f"config.budget.fractions: expected falling shares, got {shares}.")
     dense = self.cost.static(self.spec, self.spec.dense_layers)
-    if shares is not None:
-      targets = {f"@{share:g}": share * dense for share in shares}
-    elif budget.fraction is not None:
-      targets = {"": budget.fraction * dense}
-    else:
-      targets = {"": float(given[self.cost.key])}
-    for target in targets.values():
-      if not 0 < target <= dense:
+    ((kind, asked),) = given.items()
+    most, what = 1.0, "of the dense model"
+    if kind == self.cost.key:
+      most, what = dense, f"{self.cost.unit}, what the dense model takes"
+    for value in shares or (asked,):
+      if not 0 < value <= most:
         raise UserError(
-          f"config.budget: expected more than 0 and at most the dense model's {dense:.4g} "
-          f"{self.cost.unit}{'' if given.get('latency_ms') else ' (fraction 1)'}, got "
-          f"{target:.4g}."
+          f"config.budget.{kind}: expected more than 0 and at most {most:.4g} {what}, got "
+          f"{value:g}."
         )
-    return targets
+    if shares is not None:
+      return {f"@{share:g}": share * dense for share in shares}
+    return {"": asked * dense if kind == "fraction" else asked}
 
   @property
   def target_gmacs(self) -> float:
@@ -348,6 +351,10 @@ def open_run(config: Config, workdir: pathlib.Path) -> Run:
     )
   if path.name in names:
     made_with = read_json(path).get("config", {})
+    # A run may be given further stages, and then be called by its old name.
+    known = min(len(made_with.get("stages", ())), len(values["stages"]))
+    if made_with.get("stages", ())[:known] == values["stages"][:known]:
+      made_with = made_with | {"stages": values["stages"]}
     differing = config_lib.differing_keys(made_with, values)
     if differing:
       raise UserError(

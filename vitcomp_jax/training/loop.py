@@ -1,6 +1,7 @@
 """The loop around the step: batches in, figures and checkpoints out, resumable anywhere."""
 
 import dataclasses
+import logging
 import math
 import pathlib
 import resource
@@ -18,7 +19,7 @@ from vitcomp_jax.checkpoint import Checkpointer
 from vitcomp_jax.errors import UserError
 from vitcomp_jax.metrics import MetricsWriter
 from vitcomp_jax.parallel import Layout
-from vitcomp_jax.training.preemption import Preempted, Preemption
+from vitcomp_jax.training.preemption import Preemption
 from vitcomp_jax.training.step import StepFn, TrainState
 
 
@@ -64,8 +65,10 @@ def train(
     The state after the last step, and the seconds spent, earlier sittings included.
 
   Raises:
-    Preempted: If the process was asked to end; a checkpoint is written before.
-    UserError: If the loss is not finite; what led to it is in `failure.json`.
+    Preempted, KeyboardInterrupt: If the process was asked to end, or Ctrl-C was pressed; a
+      checkpoint is written before.
+    UserError: If the loss is not finite; what led to it is in `failure.json`. Or if the data cannot
+      be read, after a checkpoint.
   """
   state, fixed = layout.put_state(task.state), layout.put_state(task.fixed)
   with (
@@ -74,12 +77,19 @@ def train(
   ):
     restored = checkpoints.restore(state)
     done, state = restored if restored else (0, state)
+    logging.info("%s: steps %d to %d; the first is compiled", task.stage, done + 1, task.steps)
     watch = _LossWatch(task.stage, workdir, checkpoints)
     with MetricsWriter(workdir, task.stage, done, task.steps) as metrics:
       iterator, clock = task.batches(done), _Clock()
       for step in range(done + 1, task.steps + 1):
         clock.begin_input()
-        batch = next(iterator)
+        try:
+          batch = next(iterator)
+        except UserError:  # a corrupt image, say: what was learnt is not lost with it
+          if step - 1 != (checkpoints.latest_step() or 0):
+            watch.check()
+            checkpoints.save(step - 1, state)
+          raise
         clock.end_input(len(batch["label"]) * jax.process_count())
         if traced and step == traced[0]:
           jax.profiler.start_trace(str(workdir / "profile"))
@@ -104,7 +114,7 @@ def train(
           watch.check()
           checkpoints.save(step, state)
         if stops and not is_last:
-          raise Preempted(f"stage {task.stage} ended at step {step} of {task.steps}")
+          preemption.end(f"stage {task.stage} ended at step {step} of {task.steps}")
       return state, metrics.seconds
 
 
