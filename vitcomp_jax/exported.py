@@ -67,12 +67,14 @@ def load_exported(path: str | os.PathLike[str]) -> Exported:
   """Loads an exported model.
 
   Args:
-    path: The folder `export` of a run, or `model.stablehlo` or `model.onnx` in it.
+    path: A run, its folder `export`, or `model.stablehlo` or `model.onnx` in that.
 
   Raises:
     UserError: If it is not there, is not what the manifest says, or cannot be run here.
   """
   path = pathlib.Path(path)
+  if (path / "export").is_dir():  # a run
+    path = path / "export"
   folder = path if path.is_dir() else path.parent
   manifest = read_manifest(folder)
   entries = {entry["file"]: entry for entry in manifest["artefacts"]}
@@ -100,7 +102,8 @@ def read_manifest(folder: pathlib.Path) -> dict[str, Any]:
   try:
     manifest = json.loads(path.read_text(encoding="utf-8"))
   except (OSError, ValueError) as error:
-    raise UserError(f"{path} cannot be read ({error}); expected an export's folder.") from error
+    why = error.strerror if isinstance(error, OSError) else error
+    raise UserError(f"{path}: expected an export's folder, got none ({why}).") from error
   if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
     raise UserError(f'{path}: expected a JSON object with "format": "{FORMAT}".')
   if manifest.get("version") != VERSION:

@@ -286,11 +286,16 @@ def _check_shapes(found: Mapping[str, Shape], expected: Mapping[str, Shape]) -> 
   """Raises a UserError of one line that lists every kind of difference."""
   missing = [f"{name} {shape}" for name, shape in expected.items() if name not in found]
   extra = [f"{name} {shape}" for name, shape in found.items() if name not in expected]
-  misshapen = [
-    f"{name} (expected {shape}, got {found[name]})"
-    for name, shape in expected.items()
-    if name in found and found[name] != shape
-  ]
+  differing = [name for name in expected if name in found and found[name] != expected[name]]
+  heads = [name for name in differing if found[name][1:] == expected[name][1:]]
+  heads = [name for name in heads if _owner(name) in HEADS]
+  if heads and heads == differing and not missing and not extra:
+    raise UserError(
+      f"weights do not fit the model: they know {found[heads[0]][0]} classes, the model has "
+      f"{expected[heads[0]][0]}. Give weights for the data's classes, or train a head by the stage "
+      "pretrain."
+    )
+  misshapen = [f"{name} (expected {expected[name]}, got {found[name]})" for name in differing]
   kinds = {"missing": missing, "unexpected": extra, "misshapen": misshapen}
   found_faults = [f"{len(v)} {kind}: {_listed(v)}" for kind, v in kinds.items() if v]
   if found_faults:

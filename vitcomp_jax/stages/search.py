@@ -198,7 +198,8 @@ def _deployed(run: Run, suffix: str, arch: Mapping[str, Any], seconds: float) ->
     **where,
   }
   for each in (MACS, cost):
-    summary |= {f"raw_{each.key}": each.static(spec, raw), each.key: each.static(spec, layers)}
+    found = {f"raw_{each.key}": raw, each.key: layers}
+    summary |= {key: round(each.static(spec, of), 6) for key, of in found.items()}
   return summary | {
     "offset": round(offset, 3),
     "chosen_step": step,
@@ -326,11 +327,12 @@ def make_method(
     base=base,
     cost=cost,
   )
-  smallest = method.smallest(spec)
+  smallest, whole = method.smallest(spec), cost.static(spec, spec.dense_layers)
   if target < smallest:
     raise UserError(
-      f"config.budget: expected at least {smallest:.4g} {cost.unit}, what the smallest plan of "
-      f"{spec.name} costs, got {target:.4g}."
+      f"config.budget: expected at least {smallest:.4g} {cost.unit} (fraction "
+      f"{smallest / whole:.3g}), what the smallest plan of {spec.name} costs, got {target:.4g} "
+      f"(fraction {target / whole:.3g})."
     )
   return method
 

@@ -37,6 +37,8 @@ def mask_histograms(records: Sequence[Mapping[str, Any]], limits: Sequence[float
     shares /= shares.sum(axis=1, keepdims=True)
     steps = [0, *(r["step"] for r in found)]
     edges = np.linspace(limits[0], limits[1], shares.shape[1] + 1)
+    filled = np.flatnonzero(shares.any(axis=0))
+    axes.set_ylim(edges[filled[0]], edges[filled[-1] + 1])
     mesh = axes.pcolormesh(steps, edges, 100 * shares.T, cmap="Blues", norm=LogNorm(0.1, 100))
     figure.colorbar(mesh, ax=axes, label="share (%)", format="%g", pad=0.02)
     name_axes(axes, "step" if kind == kinds[-1] else "", f"masks: {names[kind]}")

@@ -42,8 +42,8 @@ def token_maps(
   return mosaic(
     blocks,
     f"{about} Orange: outlines of tokens that stand for several patches, in their mean colour "
-    "(parts of one token may lie apart). Gray: patches with a token of their own. Dark, hatched: "
-    "pruned.",
+    "(parts of one token may lie apart). Gray: patches with a token of their own."
+    f"{' Dark, hatched: pruned.' if any((s < 0).any() for s in sources.values()) else ''}".strip(),
   )
 
 
