@@ -194,10 +194,9 @@ def load_plan(name: str) -> Plan:
     return _from_published(name)
   path = pathlib.Path(name)
   if not path.is_file():
-    near = ", ".join(difflib.get_close_matches(name, _published(), n=3, cutoff=0.0))
-    raise UserError(
-      f"plan: expected a file or a published plan, got {name!r}; published ones near it: {near}."
-    )
+    near = ", ".join(difflib.get_close_matches(name, _published(), n=3))
+    hint = f"published ones near it: {near}" if near else "list_plans() names the published ones"
+    raise UserError(f"plan: expected a file or a published plan, got {name!r}; {hint}.")
   try:
     values = json.loads(path.read_text())
   except (ValueError, RecursionError) as error:

@@ -150,14 +150,18 @@ def _write_stablehlo(run: Run, path: pathlib.Path) -> dict[str, Any]:
 def _write_onnx(run: Run, path: pathlib.Path) -> dict[str, Any]:
   import jax2onnx
 
-  for name in ("jax2onnx", "onnx_ir"):  # They tell of plugins and shapes that are not needed here.
-    logging.getLogger(name).setLevel(logging.ERROR)
   function, images, output = _function(run), _abstract_images(run), _output(run)["name"]
+  before = logging.root.manager.disable
+  logging.disable(
+    logging.WARNING
+  )  # It tells of its arguments, and of plugins that it goes without.
   try:
     model = jax2onnx.to_onnx(function, [images], input_names=["images"], output_names=[output])
   except Exception as error:  # Many unrelated types, for what it does not know.
     what = str(error).strip().splitlines()[0]
     raise UserError(f"config.export.formats: onnx: jax2onnx cannot convert it: {what}") from error
+  finally:
+    logging.disable(before)
   with replacing(path) as temporary:
     temporary.write_bytes(model.SerializeToString())
   versions = {name: importlib.metadata.version(name) for name in ("jax2onnx", "onnxruntime")}

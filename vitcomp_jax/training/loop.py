@@ -68,7 +68,7 @@ def train(
     Preempted, KeyboardInterrupt: If the process was asked to end, or Ctrl-C was pressed; a
       checkpoint is written before.
     UserError: If the loss is not finite; what led to it is in `failure.json`. Or if the data cannot
-      be read, after a checkpoint.
+      be read, after a checkpoint where one process does it all.
   """
   state, fixed = layout.put_state(task.state), layout.put_state(task.fixed)
   with (
@@ -86,7 +86,8 @@ def train(
         try:
           batch = next(iterator)
         except UserError:  # a corrupt image, say: what was learnt is not lost with it
-          if step - 1 != (checkpoints.latest_step() or 0):
+          # Several processes would have to save together, and the others know nothing of it.
+          if jax.process_count() == 1 and step - 1 != (checkpoints.latest_step() or 0):
             watch.check()
             checkpoints.save(step - 1, state)
           raise
