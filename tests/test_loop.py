@@ -30,8 +30,16 @@ def test_a_loss_that_is_not_finite_stops_and_tells_what_led_to_it(tmp_path, monk
   assert max(int(name) for name in folders if name.isdigit()) == failure["checkpoint"]
 
 
+@pytest.fixture
+def foreground():
+  """Ctrl-C means something; in the background it may be ignored, these tests being there or not."""
+  before = signal.signal(signal.SIGINT, signal.default_int_handler)
+  yield
+  signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize("why", ["Ctrl-C", "a corrupt image"])
-def test_what_ends_it_early_loses_no_step(why, tmp_path, monkeypatch):
+def test_what_ends_it_early_loses_no_step(why, tmp_path, monkeypatch, foreground):
   """Though a checkpoint is far away: the same command goes on where it was."""
   config = tiny_config()
   config.budget.fraction, config.search.choose_images = 0.8, 0
@@ -55,12 +63,19 @@ def test_what_ends_it_early_loses_no_step(why, tmp_path, monkeypatch):
   assert vc.search(config, tmp_path / "cut") == alone
 
 
-def test_the_second_interrupt_ends_it_at_once():
+def test_the_second_interrupt_ends_it_at_once(foreground):
   with Preemption() as preemption, pytest.raises(KeyboardInterrupt):
     signal.raise_signal(signal.SIGINT)
     assert preemption.reached(1)
     signal.raise_signal(signal.SIGINT)
   assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_what_is_ignored_stays_ignored(foreground):
+  signal.signal(signal.SIGINT, signal.SIG_IGN)
+  with Preemption() as preemption:
+    signal.raise_signal(signal.SIGINT)
+    assert not preemption.reached(1)
 
 
 def test_a_profile_is_written(tmp_path):

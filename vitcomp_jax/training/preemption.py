@@ -52,7 +52,8 @@ class Preemption:
     # Only a main thread may take signals.
     if jax.process_count() == 1 and threading.current_thread() is threading.main_thread():
       for number in (signal.SIGTERM, signal.SIGINT):
-        self._before[number] = signal.signal(number, self._note)
+        if signal.getsignal(number) != signal.SIG_IGN:  # as of a job in the background
+          self._before[number] = signal.signal(number, self._note)
     return self
 
   def __exit__(self, *_: Any) -> None:
