@@ -285,9 +285,9 @@ def ratios(subjects: Sequence[Any]) -> dict[str, float | None]:
   median = {(s.name, s.batch): statistics.median(s.seconds) for s in subjects}
   eager, compiled = (median.get((f"torch {way}", BATCH)) for way in PARTS["dense"][BATCH])
   fastest = min((s for s in (eager, compiled) if s), default=None)
-  dense, plan, sliced, step = (median.get((f"jax {part}", BATCH)) for part in PARTS)
-  dense_1, plan_1, sliced_1 = (median.get((f"jax {part}", 1)) for part in PARTS if part != "search")
-  mae_h = (median.get((f"jax mae_h {name}", MAE_H_BATCH)) for name in ("dense", "plan"))
+
+  def ours(name: str, batch: int = BATCH) -> float | None:
+    return median.get((f"jax {name}", batch))
 
   def over(above: float | None, below: float | None) -> float | None:
     return round(above / below, 4) if above and below else None
@@ -296,15 +296,17 @@ def ratios(subjects: Sequence[Any]) -> dict[str, float | None]:
     return round(1 - some / whole, 4) if some and whole else None
 
   return {
-    "dense_over_torch": over(fastest, dense),
-    "plan_over_dense": over(dense, plan),
-    "plan_over_dense_batch1": over(dense_1, plan_1),
-    "plan_over_torch_dense": over(fastest, plan),
-    "reduction_share": saved(sliced, plan),
-    "reduction_share_batch1": saved(sliced_1, plan_1),
-    "search_time_over_dense_time": over(step, dense),
-    "search_over_torch": over(median.get(("torch search", BATCH)), step),
-    "mae_h_plan_over_dense": over(*mae_h),
+    "dense_over_torch": over(fastest, ours("dense")),
+    "plan_over_dense": over(ours("dense"), ours("plan")),
+    "plan_over_dense_batch1": over(ours("dense", 1), ours("plan", 1)),
+    "plan_over_torch_dense": over(fastest, ours("plan")),
+    "reduction_share": saved(ours("sliced"), ours("plan")),
+    "reduction_share_batch1": saved(ours("sliced", 1), ours("plan", 1)),
+    "search_time_over_dense_time": over(ours("search"), ours("dense")),
+    "search_over_torch": over(median.get(("torch search", BATCH)), ours("search")),
+    "mae_h_plan_over_dense": over(
+      ours("mae_h dense", MAE_H_BATCH), ours("mae_h plan", MAE_H_BATCH)
+    ),
   }
 
 

@@ -26,7 +26,8 @@ from vitcomp_jax.models.spec import LayerSpec, ViTSpec
 from vitcomp_jax.models.tokens import AttentionStats, Aux, Tokens
 from vitcomp_jax.models.vit import ViT
 from vitcomp_jax.ops import merge
-from vitcomp_jax.stages.figures import token_map
+from vitcomp_jax.stages import drawing
+from vitcomp_jax.stages.figures import token_map, tokens_left
 from vitcomp_jax.stages.figures.style import BLUE, GRAY, GREEN, ORANGE, PURPLE, VERMILION
 from vitcomp_jax.stages.run import preprocess_for
 
@@ -104,18 +105,14 @@ def diffrate_figure(figure: Figure) -> None:
   middle.legend(fontsize=8, frameon=False, loc="upper right")
   _plain(middle, "2. Is the token of this rank kept?", "rank by importance", "kept")
 
-  layers = PLAN.layers_for(DEIT)
-  n, after_pruning, after_merging = DEIT.num_tokens, [], []
-  for layer in layers:
-    after_pruning.append(min(n, layer.reduce.prune_keep))
-    n = layer.reduce.count(n)
-    after_merging.append(n)
+  counts = drawing.kept_counts(DEIT, PLAN.layers_for(DEIT))
+  after_pruning, after_merging = np.transpose(tokens_left(counts, DEIT.num_tokens))
   numbers = np.arange(1, DEIT.depth + 1)
   before = np.array([DEIT.num_tokens, *after_merging[:-1]])
-  pruned, merged = before - after_pruning, np.array(after_pruning) - after_merging
+  pruned, merged = before - after_pruning, after_pruning - after_merging
   right.bar(numbers, after_merging, color=BLUE, label="go on")
   right.bar(numbers, merged, bottom=after_merging, color=ORANGE, label="merged", hatch="//")
-  top = np.array(after_merging) + merged
+  top = after_merging + merged
   right.bar(numbers, pruned, bottom=top, color=PALE, label="pruned", hatch="..")
   right.set(xticks=numbers[::2], ylim=(0, 210))
   right.legend(fontsize=8, frameon=False, loc="upper right")

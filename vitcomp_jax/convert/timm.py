@@ -287,13 +287,14 @@ def _check_shapes(found: Mapping[str, Shape], expected: Mapping[str, Shape]) -> 
   missing = [f"{name} {shape}" for name, shape in expected.items() if name not in found]
   extra = [f"{name} {shape}" for name, shape in found.items() if name not in expected]
   differing = [name for name in expected if name in found and found[name] != expected[name]]
-  heads = [name for name in differing if found[name][1:] == expected[name][1:]]
-  heads = [name for name in heads if _owner(name) in HEADS]
-  if heads and heads == differing and not missing and not extra:
+  only_classes = all(
+    _owner(name) in HEADS and found[name][1:] == expected[name][1:] for name in differing
+  )
+  if differing and only_classes and not missing and not extra:
+    theirs, ours = (shapes[differing[0]][0] for shapes in (found, expected))
     raise UserError(
-      f"weights do not fit the model: they know {found[heads[0]][0]} classes, the model has "
-      f"{expected[heads[0]][0]}. Give weights for the data's classes, or train a head by the stage "
-      "pretrain."
+      f"weights do not fit the model: they know {theirs} classes, the model has "
+      f"{ours}. Give weights for the data's classes, or train a head by the stage pretrain."
     )
   misshapen = [f"{name} (expected {expected[name]}, got {found[name]})" for name in differing]
   kinds = {"missing": missing, "unexpected": extra, "misshapen": misshapen}

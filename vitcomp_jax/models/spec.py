@@ -51,6 +51,11 @@ class LayerSpec:
   drop_path: float = 0.0
 
 
+def removes_tokens(layers: Sequence[LayerSpec]) -> bool:
+  """Whether any layer removes tokens, before or after its attention."""
+  return any((layer.select, layer.reduce) != (keep_all, keep_all) for layer in layers)
+
+
 @dataclasses.dataclass(frozen=True)
 class ViTSpec:
   """A Vision Transformer without its layers' compression.

@@ -9,8 +9,8 @@ import numpy as np
 from vitcomp_jax import macs
 from vitcomp_jax.costs import MACS
 from vitcomp_jax.metrics import read_metrics
-from vitcomp_jax.models.reducers import BipartiteMerge, PruneMerge, keep_all
-from vitcomp_jax.models.spec import LayerSpec, ViTSpec
+from vitcomp_jax.models.reducers import BipartiteMerge, PruneMerge
+from vitcomp_jax.models.spec import LayerSpec, ViTSpec, removes_tokens
 from vitcomp_jax.plans import Plan
 from vitcomp_jax.stages import figures
 from vitcomp_jax.stages.run import Run
@@ -38,17 +38,12 @@ def draw(run: Run, models: Mapping[str, Layers], rows: Sequence[Mapping[str, Any
     figures.save(figures.accuracy_against_gmacs(rows), folder, "accuracy")
 
 
-def removes(layers: Layers) -> bool:
-  """Whether a layer removes tokens."""
-  return any((layer.select, layer.reduce) != (keep_all, keep_all) for layer in layers)
-
-
 def schedules_of(spec: ViTSpec, models: Mapping[str, Layers]) -> dict[str, list[tuple[int, int]]]:
   """The counts of the models that remove tokens, each schedule once."""
   schedules: dict[str, list[tuple[int, int]]] = {}
   for name, layers in models.items():
     counts = kept_counts(spec, layers)
-    if removes(layers) and counts not in schedules.values():
+    if removes_tokens(layers) and counts not in schedules.values():
       schedules[name] = counts
   return schedules
 

@@ -9,7 +9,7 @@ from vitcomp_jax.data.loader import Batch
 from vitcomp_jax.errors import UserError
 from vitcomp_jax.models.build import build
 from vitcomp_jax.models.reducers import keep_all
-from vitcomp_jax.models.spec import LayerSpec
+from vitcomp_jax.models.spec import LayerSpec, removes_tokens
 from vitcomp_jax.plans import Plan
 from vitcomp_jax.schedules import within
 from vitcomp_jax.stages import drawing, figures, measure, pictures, report
@@ -67,7 +67,7 @@ def evaluate(run: Run) -> dict[str, Any]:
       result |= {"rows": list(there.values()), "examples": len(next(iter(found.values())))}
       write_json(run.workdir / "result.json", result)
   drawing.draw(run, {name: row.layers for name, row in rows.items()}, result["rows"])
-  if run.plan and drawing.removes(run.layers) and run.config.evaluate.token_maps:
+  if run.plan and removes_tokens(run.layers) and run.config.evaluate.token_maps:
     _draw_token_maps(run, run.plan)
   write_report(run)
   return result

@@ -152,9 +152,8 @@ def _write_onnx(run: Run, path: pathlib.Path) -> dict[str, Any]:
 
   function, images, output = _function(run), _abstract_images(run), _output(run)["name"]
   before = logging.root.manager.disable
-  logging.disable(
-    logging.WARNING
-  )  # It tells of its arguments, and of plugins that it goes without.
+  # It tells of its arguments, and of plugins that it goes without.
+  logging.disable(logging.WARNING)
   try:
     model = jax2onnx.to_onnx(function, [images], input_names=["images"], output_names=[output])
   except Exception as error:  # Many unrelated types, for what it does not know.

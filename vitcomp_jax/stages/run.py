@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import importlib.metadata
 import json
+import operator
 import pathlib
 import reprlib
 import subprocess
@@ -20,8 +21,7 @@ from vitcomp_jax.convert import files, timm_slimmed
 from vitcomp_jax.costs import MACS, Cost
 from vitcomp_jax.data import loader, transforms
 from vitcomp_jax.errors import UserError
-from vitcomp_jax.models.reducers import keep_all
-from vitcomp_jax.models.spec import LayerSpec, ViTSpec
+from vitcomp_jax.models.spec import LayerSpec, ViTSpec, removes_tokens
 from vitcomp_jax.models.variants import get_spec
 from vitcomp_jax.parallel import Layout
 from vitcomp_jax.plans import Plan, load_plan
@@ -296,7 +296,7 @@ def for_timm(run: Run, layers: Sequence[LayerSpec], params: api.Params) -> tuple
     UserError: If timm's model cannot hold the network.
   """
   spec, indices = run.spec, run.plan.indices if run.plan else None
-  if any(layer.select != keep_all or layer.reduce != keep_all for layer in layers):
+  if removes_tokens(layers):
     raise UserError("timm's VisionTransformer does not remove tokens")
   if not indices:
     return params, f"timm.safetensors is for timm's {spec.name}"
@@ -352,8 +352,8 @@ def open_run(config: Config, workdir: pathlib.Path) -> Run:
   if path.name in names:
     made_with = read_json(path).get("config", {})
     # A run may be given further stages, and then be called by its old name.
-    known = min(len(made_with.get("stages", ())), len(values["stages"]))
-    if made_with.get("stages", ())[:known] == values["stages"][:known]:
+    before = made_with.get("stages")
+    if before and all(map(operator.eq, before, values["stages"])):
       made_with = made_with | {"stages": values["stages"]}
     differing = config_lib.differing_keys(made_with, values)
     if differing:

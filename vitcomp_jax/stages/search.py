@@ -20,8 +20,8 @@ from vitcomp_jax.errors import UserError
 from vitcomp_jax.methods.diffrate import REFERENCE_GMACS, DiffRate
 from vitcomp_jax.metrics import read_metrics
 from vitcomp_jax.models.build import build
-from vitcomp_jax.models.reducers import PruneMerge, keep_all
-from vitcomp_jax.models.spec import LayerSpec, ViTSpec, with_drop_path
+from vitcomp_jax.models.reducers import PruneMerge
+from vitcomp_jax.models.spec import LayerSpec, ViTSpec, removes_tokens, with_drop_path
 from vitcomp_jax.models.tokens import Output
 from vitcomp_jax.models.vit import ViT
 from vitcomp_jax.ops import losses
@@ -269,7 +269,7 @@ def _base(run: Run) -> tuple[LayerSpec, ...]:
   if run.base_plan is None:
     return run.spec.dense_layers
   layers = run.base_plan.layers_for(run.spec)
-  if any(layer.select != keep_all or layer.reduce != keep_all for layer in layers):
+  if removes_tokens(layers):
     raise _no_positions()
   return layers
 
@@ -305,13 +305,14 @@ def make_method(
       f"config.search.granularity: expected 1 to {spec.num_patches}, got {config.granularity}."
     )
   spec.importance(config.importance)  # raises
-  dense = cost.scale * cost.static(spec, spec.dense_layers)
+  dense = cost.static(spec, spec.dense_layers)
+  unit = cost.scale * dense / REFERENCE_GMACS if config.budget_scale == "relative" else 1e9
   method = DiffRate(
     target=target,
     granularity=config.granularity,
     init=config.init,
     budget_weight=config.budget_weight,
-    budget_unit=dense / REFERENCE_GMACS if config.budget_scale == "relative" else 1e9,
+    budget_unit=unit,
     warmup_steps=config.warmup_steps,
     compress_first=config.compress_first,
     compress_last=config.compress_last,
@@ -327,12 +328,12 @@ def make_method(
     base=base,
     cost=cost,
   )
-  smallest, whole = method.smallest(spec), cost.static(spec, spec.dense_layers)
+  smallest = method.smallest(spec)
   if target < smallest:
     raise UserError(
       f"config.budget: expected at least {smallest:.4g} {cost.unit} (fraction "
-      f"{smallest / whole:.3g}), what the smallest plan of {spec.name} costs, got {target:.4g} "
-      f"(fraction {target / whole:.3g})."
+      f"{smallest / dense:.3g}), what the smallest plan of {spec.name} costs, got {target:.4g} "
+      f"(fraction {target / dense:.3g})."
     )
   return method
 

@@ -7,6 +7,7 @@ from typing import Any
 from vitcomp_jax import processes
 from vitcomp_jax.errors import UserError
 from vitcomp_jax.models.build import build
+from vitcomp_jax.models.spec import removes_tokens
 from vitcomp_jax.plans import load_plan
 from vitcomp_jax.stages import drawing, evaluate, figures, pictures, report
 from vitcomp_jax.stages.evaluate import Row
@@ -111,7 +112,7 @@ def _draw_images(run: Run, rows: Mapping[str, Row]) -> None:
   batch = run.eval_data.sample(config.images) if config.images else None
   if batch is None or not rows:
     return
-  reduced = [name for name, row in rows.items() if drawing.removes(row.layers)]
+  reduced = [name for name, row in rows.items() if removes_tokens(row.layers)]
   name = evaluate.plan_name(run, run.plan) if run.plan else [*reduced, *rows][0]
   row = rows[name]
   about = f"Model: {name}."

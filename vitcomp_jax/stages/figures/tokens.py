@@ -39,12 +39,13 @@ def token_maps(
     ]
     for i, (title, image) in enumerate(zip(titles, images, strict=True))
   ]
-  return mosaic(
-    blocks,
+  foot = (
     f"{about} Orange: outlines of tokens that stand for several patches, in their mean colour "
     "(parts of one token may lie apart). Gray: patches with a token of their own."
-    f"{' Dark, hatched: pruned.' if any((s < 0).any() for s in sources.values()) else ''}".strip(),
   )
+  if any((source < 0).any() for source in sources.values()):
+    foot += " Dark, hatched: pruned."
+  return mosaic(blocks, foot.strip())
 
 
 def _count(source: np.ndarray, num_prefix: int) -> int:
