@@ -33,6 +33,8 @@ class Range:
     return self.least <= value <= self.most and self.above < value < self.below
 
   def __str__(self) -> str:
+    if self == Range():
+      return "any finite value"
     words = ("at least", self.least), ("more than", self.above), ("at most", self.most)
     bounds = (*words, ("less than", self.below))
     return " and ".join(f"{word} {bound:g}" for word, bound in bounds if math.isfinite(bound))
@@ -40,6 +42,7 @@ class Range:
 
 Count = Annotated[int, Range(1)]
 CountOrZero = Annotated[int, Range(0)]
+Finite = Annotated[float, Range()]
 Positive = Annotated[float, Range(above=0)]
 PositiveOrZero = Annotated[float, Range(0)]
 Share = Annotated[float, Range(0, most=1)]
@@ -91,9 +94,22 @@ class DataConfig:
   eval_split: str | None = None  # none: `validation`, `val` or `test`, whichever is there
   train_examples: Count | None = None  # use only this many training images (drawn by seed)
   eval_examples: Count | None = None  # use only this many evaluation images (drawn by seed)
+  # Names of the model's outputs, which say what a class folder is: a file with one name per line, or
+  # `imagenet1k`; none: the weights' own names, or WordNet ids, or else the order of the folders.
+  classes: str | None = None
+  # Of class folders where no names say more: `sorted` as torchvision (1, 10, 2), `natural` as timm
+  # (1, 2, 10); none: sorted, with a warning where the two differ.
+  class_order: Literal["sorted", "natural"] | None = None
   pad: CountOrZero = 0  # pixels of zeros added on every side before anything else
-  # Share of the resized image that is kept; none: the variant's.
+  # Share of the resized image that is kept; none: the weights'. So are the next four.
   crop_pct: Annotated[float, Range(above=0, most=1)] | None = None
+  crop_mode: Literal["center", "squash", "border"] | None = None  # as timm's
+  interpolation: Literal["bicubic", "bilinear", "lanczos", "nearest"] | None = None  # of resizing
+  mean: tuple[Finite, ...] | None = None  # of red, green and blue, which are in [0, 1]
+  std: tuple[Positive, ...] | None = None  # their standard deviations
+  # Turn images as their EXIF tag says, as viewers do; none: as for the weights' training (timm and
+  # torchvision leave them as stored).
+  exif_orientation: bool | None = None
   # Of training images: nothing, mirrored and moved by 2 pixels, a random crop mirrored, or that and
   # RandAugment (m9, mstd0.5, inc1).
   augment: Literal["none", "flip_shift", "crop_flip", "rand_augment"] = "none"
@@ -109,9 +125,9 @@ class DataConfig:
 class BudgetConfig:
   """One of `fraction`, `fractions`, `gmacs` and `latency_ms`."""
 
-  fraction: float | None = None  # of the dense model's MACs, in (0, 1]
+  fraction: Finite | None = None  # of the dense model's MACs, in (0, 1]
   # The same, falling: one search walks down all of them, and makes a plan for each.
-  fractions: tuple[float, ...] | None = None
+  fractions: tuple[Finite, ...] | None = None
   gmacs: Positive | None = None  # in 1e9 multiply-accumulates per image
   latency_ms: Positive | None = None  # of a batch on the device that searches; for `search` alone
   latency_batch: Count = 1  # images in that batch

@@ -15,9 +15,12 @@ import PIL.ImageOps
 from vitcomp_jax.errors import UserError
 
 AUGMENTS = ("none", "flip_shift", "crop_flip", "rand_augment")
+CROP_MODES = ("center", "squash", "border")
 _RESAMPLING = {
   "bicubic": PIL.Image.Resampling.BICUBIC,
   "bilinear": PIL.Image.Resampling.BILINEAR,
+  "lanczos": PIL.Image.Resampling.LANCZOS,
+  "nearest": PIL.Image.Resampling.NEAREST,
 }
 
 Array = TypeVar("Array")
@@ -32,8 +35,11 @@ class Preprocess:
     mean: Of the red, green and blue values, which are in [0, 1].
     std: Their standard deviations.
     crop_pct: Share of the resized image's side that the central crop keeps.
-    interpolation: `bicubic` or `bilinear`.
+    interpolation: `bicubic`, `bilinear`, `lanczos` or `nearest`.
     pad: Pixels of zeros added on every side before anything else.
+    crop_mode: `center` resizes the shorter side and crops the centre; `squash` resizes both sides
+      and crops the centre; `border` resizes the longer side and fills up with the mean.
+    exif_orientation: Whether images are turned as their EXIF tag says.
   """
 
   image_size: tuple[int, int]
@@ -42,12 +48,16 @@ class Preprocess:
   crop_pct: float
   interpolation: str
   pad: int = 0
+  crop_mode: str = "center"
+  exif_orientation: bool = False
 
   def __post_init__(self) -> None:
     if self.interpolation not in _RESAMPLING:
       raise UserError(
         f"interpolation: expected one of {tuple(_RESAMPLING)}, got {self.interpolation!r}."
       )
+    if self.crop_mode not in CROP_MODES:
+      raise UserError(f"crop_mode: expected one of {CROP_MODES}, got {self.crop_mode!r}.")
     if not 0 < self.crop_pct <= 1:
       raise UserError(f"config.data.crop_pct: expected a number in (0, 1], got {self.crop_pct}.")
     if self.pad < 0:

@@ -87,6 +87,10 @@ class ViTSpec:
     std: Of the input channels, in [0, 1].
     crop_pct: Share of the resized image that evaluation keeps.
     interpolation: Of evaluation's resizing.
+    crop_mode: How evaluation crops, see `data.Preprocess`.
+    exif_orientation: Whether images are turned as their EXIF tag says.
+    class_names: Of the classifier's outputs, in order; empty: not known. Equal models may differ in
+      them.
     dtype: Of the computation; None: that of inputs and weights.
     attention: Which form of attention computes it, see `ops.attention.attend`.
   """
@@ -113,6 +117,9 @@ class ViTSpec:
   std: tuple[float, float, float] = (0.229, 0.224, 0.225)
   crop_pct: float = 0.9
   interpolation: str = "bicubic"
+  crop_mode: str = "center"
+  exif_orientation: bool = False
+  class_names: tuple[str, ...] = dataclasses.field(default=(), compare=False)
   dtype: str | None = None
   attention: str = "auto"
 

@@ -329,7 +329,13 @@ def write_for_timm(run: Run, layers: Sequence[LayerSpec], params: api.Params) ->
 def preprocess_for(spec: ViTSpec) -> transforms.Preprocess:
   """What a variant's weights expect to be done to every image."""
   return transforms.Preprocess(
-    spec.image_size, spec.mean, spec.std, spec.crop_pct, spec.interpolation
+    spec.image_size,
+    spec.mean,
+    spec.std,
+    spec.crop_pct,
+    spec.interpolation,
+    crop_mode=spec.crop_mode,
+    exif_orientation=spec.exif_orientation,
   )
 
 
