@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from vitcomp_jax.convert import files
+from vitcomp_jax.convert import description, files
 from vitcomp_jax.convert.timm import check, to_flax
 from vitcomp_jax.errors import UserError
 
@@ -110,8 +110,63 @@ def test_directory(tmp_path):
 def test_unknown_kind(tmp_path):
   path = tmp_path / "weights.msgpack"
   path.write_bytes(b"1")
-  refused(path, r"unknown kind; expected .*\.safetensors")
-  refused("weights", "unknown kind")
+  refused(path, "unknown kind; expected the content of a safetensors")
+  refused("weights", "weights weights are not there; expected a file, or a hub id")
+
+
+@pytest.mark.parametrize("name", ["w.safetensors", "w.bin", "w.ckpt", "w.pth.tar", "checkpoint"])
+def test_the_content_says_what_a_file_is(tmp_path, name):
+  path = tmp_path / name
+  safetensors.numpy.save_file(STATE, path, {"grid": "2x3"})
+  assert_state(files.read(str(path)))
+  assert files.read_metadata(str(path)) == {"grid": "2x3"}
+  archive = pathlib.Path(__file__).with_name("augreg_google.npz")
+  path.write_bytes(archive.read_bytes())
+  assert files.read(str(path)).keys() == files.read(str(archive)).keys()
+
+
+@pytest.mark.parametrize(
+  "prefix", ["module.", "_orig_mod.", "model.", "_orig_mod.module.", "model.module._orig_mod."]
+)
+def test_what_a_wrapper_puts_before_all_names_is_removed(tmp_path, prefix):
+  path = tmp_path / "w.safetensors"
+  safetensors.numpy.save_file({prefix + name: array for name, array in STATE.items()}, path)
+  assert_state(files.read(str(path)))
+  assert files.describe(str(path)).shapes == {"head.weight": (2, 3), "head.bias": (2,)}
+
+
+def test_a_prefix_of_some_names_stays_and_is_named(tmp_path):
+  path = tmp_path / "w.safetensors"
+  mixed = {"model.head.weight": STATE["head.weight"], "head.bias": STATE["head.bias"]}
+  safetensors.numpy.save_file(mixed, path)
+  assert files.read(str(path)).keys() == mixed.keys()
+  with pytest.raises(UserError, match="1 names would fit without 'model.'"):
+    check(to_flax(files.read(str(path))), to_flax(STATE))
+
+
+def test_weights_describe_themselves(tmp_path):
+  path = str(tmp_path / "w.safetensors")
+  preprocess = {"mean": (0.1, 0.2, 0.3), "std": (1.0, 1.0, 1.0), "crop_pct": 0.9}
+  preprocess |= {"crop_mode": "squash", "interpolation": "bilinear", "exif_orientation": True}
+  metadata = description.metadata("mine", ("cat", "dog"), (8, 12), (2, 3), preprocess)
+  files.write(PARAMS, path, metadata)
+  found = files.describe(path)
+  assert (found.variant, found.num_classes, found.class_names) == ("mine", 2, ("cat", "dog"))
+  assert (found.image_size, found.grid) == ((8, 12), (2, 3))
+  assert found.preprocess == preprocess
+  files.write(PARAMS, path, metadata | {description.KEY: "{}"})
+  with pytest.raises(UserError, match="expected metadata as this library writes it"):
+    files.describe(path)
+  three = description.metadata("mine", ("cat", "dog", "eel"), (8, 12), (2, 3), preprocess)
+  files.write(PARAMS, path, three)
+  with pytest.raises(UserError, match="expected names of their 2 classes, got 3"):
+    files.describe(path)
+
+
+def test_weights_of_others_say_their_shapes():
+  found = files.describe(str(pathlib.Path(__file__).with_name("augreg_google.npz")))
+  assert found.num_classes == found.shapes["head.weight"][0] > 0
+  assert (found.variant, found.class_names, found.grid) == (None, (), None)
 
 
 def make_hub_cache(root, hub_id=HUB_ID):
@@ -215,12 +270,31 @@ def load_torch(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("suffix", files.TORCH_SUFFIXES)
-@pytest.mark.parametrize("keys", [(), ("model",), ("state_dict",), ("model", "state_dict")])
+@pytest.mark.parametrize("keys", [(), *[(key,) for key in files.NESTED], ("model", "state_dict")])
 def test_reads_pytorch_files(load_torch, keys, suffix):
   checkpoint = {name: Tensor(array) for name, array in STATE.items()}
   for key in reversed(keys):
     checkpoint = {key: checkpoint, "epoch": 3}
   assert_state(load_torch(checkpoint, suffix))
+
+
+@pytest.mark.parametrize("averaged", ["state_dict_ema", "model_ema"])
+@pytest.mark.parametrize("plain", ["state_dict", "model"])
+def test_averaged_weights_go_first_and_the_log_says_so(load_torch, averaged, plain, caplog):
+  caplog.set_level("INFO")
+  others = {name: Tensor(array + 1) for name, array in STATE.items()}
+  weights = {name: Tensor(array) for name, array in STATE.items()}
+  assert_state(load_torch({plain: others, averaged: weights, "optimizer": {}}))
+  assert f"read what is under {averaged}, not {plain}, optimizer" in caplog.text
+
+
+def test_what_is_no_tensor_is_left_out_and_named(load_torch, caplog):
+  caplog.set_level("INFO")
+  weights = {name: Tensor(array) for name, array in STATE.items()}
+  assert_state(load_torch(weights | {"epoch": 3, "args": None}))
+  assert "left out what is no tensor: epoch, args" in caplog.text
+  with pytest.raises(UserError, match="got weights, step; convert"):
+    load_torch({"weights": weights, "step": 3})
 
 
 def test_pytorch_half_precision(load_torch):

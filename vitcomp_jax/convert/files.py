@@ -1,10 +1,13 @@
 """Reading weights from files and the Hugging Face hub, and writing them."""
 
 import argparse
+import contextlib
 import importlib
+import logging
 import pickle
 import re
-from collections.abc import Callable, Mapping
+import zipfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,25 +18,33 @@ import safetensors.numpy
 
 from vitcomp_jax.atomic import replacing
 from vitcomp_jax.convert import augreg
+from vitcomp_jax.convert.description import Description
+from vitcomp_jax.convert.description import describe as describe_metadata
 from vitcomp_jax.convert.timm import to_timm
 from vitcomp_jax.errors import UserError
 
 HUB_PREFIX = "hf-hub:"
 HUB_FILE = "model.safetensors"
-TORCH_SUFFIXES = (".pth", ".pt", ".bin")
+TORCH_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt", ".tar")
 SUFFIXES = (".safetensors", *TORCH_SUFFIXES, ".npz")
-# Training checkpoints keep the weights under one of these.
-NESTED = ("model", "state_dict")
+# Training checkpoints keep the weights under one of these; averaged ones go first, as in timm.
+NESTED = ("state_dict_ema", "model_ema", "state_dict", "model")
+# What wrappers (DistributedDataParallel, torch.compile, Lightning) put before every name.
+PREFIXES = ("module.", "_orig_mod.", "model.")
 
 
 def read(weights: str, cache_dir: str | None = None) -> dict[str, np.ndarray]:
   """Reads weights of any kind, with timm's (or the authors') names and PyTorch's layout.
 
+  A file's content says what kind it is, whatever its name. Of a training checkpoint the weights in
+  effect are read, averaged ones first; the log says which. A prefix that a wrapper put before every
+  name is removed.
+
   Args:
-    weights: A `.safetensors` file, a PyTorch `.pth`, `.pt` or `.bin` file (PyTorch has to be
-      installed), an AugReg `.npz` file, or the id of a Hugging Face repository such as
-      `timm/deit_small_patch16_224.fb_in1k`, with or without `hf-hub:` in front. A repository
-      that is in the local cache is taken from there, without network.
+    weights: A safetensors file, a PyTorch file such as `.pth`, `.pt`, `.bin`, `.ckpt` or `.pth.tar`
+      (PyTorch has to be installed), an AugReg `.npz` file, or the id of a Hugging Face repository
+      such as `timm/deit_small_patch16_224.fb_in1k`, with or without `hf-hub:` in front. A
+      repository that is in the local cache is taken from there, without network.
     cache_dir: The hub's cache; None: the usual one.
 
   Returns:
@@ -43,12 +54,32 @@ def read(weights: str, cache_dir: str | None = None) -> dict[str, np.ndarray]:
     UserError: If the weights are not there, or damaged, or of an unknown kind.
   """
   path = locate(weights, cache_dir)
-  if path.stat().st_size == 0:
-    raise UserError(f"weights {path} are an empty file; fetch or write them again.")
-  state = _READERS[path.suffix](path)
+  state = _READERS[_kind(path)](path)
   if not state:
     raise UserError(f"weights {path} hold no tensors; expected those of a Vision Transformer.")
-  return {name: _widen(array) for name, array in state.items()}
+  names = _without_prefixes(state)
+  return {names[name]: _widen(array) for name, array in state.items()}
+
+
+def describe(weights: str, cache_dir: str | None = None) -> Description:
+  """Reads what weights say of themselves; of a safetensors file the header alone.
+
+  Args:
+    weights: As for `read`.
+    cache_dir: As for `read`.
+
+  Raises:
+    UserError: As `read`, and if what they say is damaged.
+  """
+  path = locate(weights, cache_dir)
+  if _kind(path) != "safetensors":
+    shapes = {name: array.shape for name, array in read(weights, cache_dir).items()}
+    return describe_metadata(weights, shapes, {})
+  with _opened(path) as file:
+    shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    names = _without_prefixes(shapes)
+    shapes = {names[name]: shape for name, shape in shapes.items()}
+    return describe_metadata(weights, shapes, file.metadata() or {})
 
 
 def read_metadata(weights: str, cache_dir: str | None = None) -> dict[str, str]:
@@ -65,11 +96,18 @@ def read_metadata(weights: str, cache_dir: str | None = None) -> dict[str, str]:
     UserError: If the weights are not there or damaged.
   """
   path = locate(weights, cache_dir)
-  if path.suffix != ".safetensors":
+  if _kind(path) != "safetensors":
     return {}
+  with _opened(path) as file:
+    return dict(file.metadata() or {})
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+  """A safetensors file, of which nothing is read yet but its header."""
   try:
     with safetensors.safe_open(path, framework="np") as file:
-      return dict(file.metadata() or {})
+      yield file
   except (safetensors.SafetensorError, OSError) as error:
     raise _damaged(path, error) from error
 
@@ -105,7 +143,7 @@ def locate(weights: str, cache_dir: str | None = None) -> Path:
     cache_dir: As for `read`.
 
   Returns:
-    A file with a known suffix.
+    A file.
 
   Raises:
     UserError: If there is no such file.
@@ -116,16 +154,54 @@ def locate(weights: str, cache_dir: str | None = None) -> Path:
     return _from_hub(hub_id, cache_dir)
   if path.is_dir():
     raise UserError(f"weights {weights} are a directory; give one of the files in it.")
-  if path.suffix in SUFFIXES and not path.exists():
-    raise UserError(f"weights {weights} are not there; check the path.")
-  if path.suffix in SUFFIXES:
+  if path.exists():
     return path
-  if not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", weights):
+  if path.suffix not in SUFFIXES and re.fullmatch(r"[\w.-]+/[\w.-]+", weights):
     return _from_hub(hub_id, cache_dir)
   raise UserError(
-    f"weights {weights} are of an unknown kind; expected a file that ends in "
-    f"{', '.join(SUFFIXES)}, or a hub id such as timm/deit_small_patch16_224.fb_in1k."
+    f"weights {weights} are not there; expected a file, or a hub id such as "
+    "timm/deit_small_patch16_224.fb_in1k: check the path."
   )
+
+
+def _kind(path: Path) -> str:
+  """What a file is by its content; by its suffix where the content tells nothing.
+
+  Raises:
+    UserError: If it is empty, or of no known kind.
+  """
+  with path.open("rb") as file:
+    head = file.read(9)
+  if not head:
+    raise UserError(f"weights {path} are an empty file; fetch or write them again.")
+  if head[:2] == b"PK":  # a zip archive: NumPy's or PyTorch's
+    try:
+      names = zipfile.ZipFile(path).namelist()
+    except zipfile.BadZipFile as error:
+      raise _damaged(path, error) from error
+    return "npz" if any(name.endswith(".npy") for name in names) else "torch"
+  if head[:2] == b"\x80\x02":  # a pickle of protocol 2, in which PyTorch wrote before it used zip
+    return "torch"
+  if head[8:] == b"{" or path.suffix == ".safetensors":
+    return "safetensors"
+  if path.suffix in SUFFIXES:
+    return "npz" if path.suffix == ".npz" else "torch"
+  raise UserError(
+    f"weights {path} are of an unknown kind; expected the content of a safetensors, PyTorch or "
+    ".npz file."
+  )
+
+
+def _without_prefixes(names: Iterable[str]) -> dict[str, str]:
+  """Names without the prefixes that all of them share, by what they were."""
+  found = {name: name for name in names}
+  while prefix := next((p for p in PREFIXES if _all_start(found.values(), p)), None):
+    found = {name: new.removeprefix(prefix) for name, new in found.items()}
+  return found
+
+
+def _all_start(names: Iterable[str], prefix: str) -> bool:
+  return all(name.startswith(prefix) for name in names)
 
 
 def _from_hub(hub_id: str, cache_dir: str | None) -> Path:
@@ -182,16 +258,28 @@ def _read_torch(path: Path) -> dict[str, np.ndarray]:
   # What else PyTorch raises depends on where the damage is.
   except Exception as error:
     raise _damaged(path, error) from error
-  for key in NESTED:
-    if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
-      state = state[key]
-  tensors = isinstance(state, Mapping) and all(torch.is_tensor(v) for v in state.values())
+  state = _in_effect(state, path)
+  tensors = {name: value for name, value in state.items() if torch.is_tensor(value)}
   if not tensors:
     raise UserError(
-      f"weights {path}: expected tensors by name, alone or under {' or '.join(NESTED)}, got "
-      "something else; convert them to .safetensors."
+      f"weights {path}: expected tensors by name, alone or under one of {', '.join(NESTED)}, got "
+      f"{', '.join(map(str, state)) or 'something else'}; convert them to .safetensors."
     )
-  return {name: _from_torch(torch, tensor) for name, tensor in state.items()}
+  if others := [str(name) for name in state if name not in tensors]:
+    logging.info("weights %s: left out what is no tensor: %s", path, ", ".join(others))
+  return {name: _from_torch(torch, tensor) for name, tensor in tensors.items()}
+
+
+def _in_effect(checkpoint: Any, path: Path) -> Mapping[str, Any]:
+  """The part of a training checkpoint that holds the weights in effect; empty for what has none."""
+  state, keys = checkpoint if isinstance(checkpoint, Mapping) else {}, []
+  while key := next((k for k in NESTED if isinstance(state.get(k), Mapping)), None):
+    others = [str(k) for k in state if k != key]
+    keys.append(f"{key}, not {', '.join(others)}" if others else key)
+    state = state[key]
+  if keys:
+    logging.info("weights %s: read what is under %s", path, "; there under ".join(keys))
+  return state
 
 
 def _from_torch(torch: Any, tensor: Any) -> np.ndarray:
@@ -233,7 +321,7 @@ def _line(error: Exception) -> str:
 
 
 _READERS: dict[str, Callable[[Path], dict[str, np.ndarray]]] = {
-  ".safetensors": _read_safetensors,
-  ".npz": _read_npz,
-  **dict.fromkeys(TORCH_SUFFIXES, _read_torch),
+  "safetensors": _read_safetensors,
+  "npz": _read_npz,
+  "torch": _read_torch,
 }
