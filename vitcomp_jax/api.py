@@ -3,6 +3,8 @@
 import dataclasses
 import functools
 import importlib.resources
+import logging
+import math
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,15 +15,16 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from vitcomp_jax import macs
-from vitcomp_jax.convert import files
+from vitcomp_jax.convert import description, files
+from vitcomp_jax.convert.description import Description
 from vitcomp_jax.convert.slicing import LayerIndex, slice_params
-from vitcomp_jax.convert.timm import port
+from vitcomp_jax.convert.timm import port, without_head
 from vitcomp_jax.errors import UserError
 from vitcomp_jax.models.build import build
 from vitcomp_jax.models.predictor import PredictorSelect
 from vitcomp_jax.models.reducers import keep_all
 from vitcomp_jax.models.spec import LayerSpec, ViTSpec
-from vitcomp_jax.models.variants import get_spec
+from vitcomp_jax.models.variants import VARIANTS, get_spec
 from vitcomp_jax.models.vit import ViT
 from vitcomp_jax.plans import Plan, load_plan
 
@@ -35,30 +38,120 @@ def load(
   num_classes: int | None = None,
   image_size: int | tuple[int, int] | None = None,
 ) -> tuple[ViT, Params]:
-  """A model and its parameters.
+  """Loads a model and its parameters.
 
   Args:
     variant: timm's name.
-    weights: A file, a hub id `timm/…`, `bundled`, or none: random weights.
-    plan: A plan, a published plan's name or the path of a plan.json; none: dense.
-    num_classes: 0 gives the pooled features; another number than the weights' a fresh head;
-      none: the variant's.
-    image_size: Side of a square, or height and width, in pixels; none: the variant's. Position
-      embeddings are resampled.
+    weights: A file, a hub id `timm/…`, `bundled`, or None: random weights.
+    plan: A plan, a published plan's name or the path of a plan.json; None: dense.
+    num_classes: Outputs of the classifier. None: the weights', and so is their classifier; weights
+      without one give the pooled features, and a warning says so. 0: the pooled features, without
+      the weights' classifier. Another number than the weights': a fresh, random classifier, which
+      has to be trained; a warning says so.
+    image_size: Side of a square, or height and width, in pixels; None: the weights'. Position
+      embeddings of another grid are resampled.
 
   Returns:
-    An ordinary Flax module, and its parameter tree.
+    An ordinary Flax module, and its parameter tree. `model.spec` has the class names and the
+    preprocessing, as far as the weights say them.
 
   Raises:
     UserError: If variant, weights and plan are not there or do not fit each other.
   """
-  spec = get_spec(variant, num_classes, image_size)
+  weights = None if weights is None else os.fspath(weights)
+  spec = spec_for(variant, weights, num_classes, image_size)
   plan = load_plan(os.fspath(plan)) if isinstance(plan, str | os.PathLike) else plan
   layers = plan.layers_for(spec) if plan else spec.dense_layers
-  weights = None if weights is None else os.fspath(weights)
+  indices = plan.indices if plan else None
+  fresh_head = num_classes is not None
   return build(spec, layers), load_params(
-    spec, layers, weights, indices=plan.indices if plan else None
+    spec, layers, weights, fresh_head=fresh_head, indices=indices
   )
+
+
+def spec_for(
+  variant: str,
+  weights: str | None = None,
+  num_classes: int | None = None,
+  image_size: int | tuple[int, int] | None = None,
+  dtype: str | None = None,
+) -> ViTSpec:
+  """Returns a variant's spec with what its weights say of themselves; reads no weight.
+
+  Args:
+    variant: timm's name.
+    weights: As for `load`.
+    num_classes: As for `load`.
+    image_size: As for `load`.
+    dtype: Of the computation; None: that of inputs and weights.
+
+  Raises:
+    UserError: For an unknown variant, or weights that are not there or were written for another.
+  """
+  spec = get_spec(variant, num_classes, image_size, dtype)
+  if weights is None:
+    return spec
+  about = files.describe(_located(spec, weights))
+  _check_variant(spec, about)
+  changes: dict[str, Any] = dict(about.preprocess)
+  if num_classes is None:
+    changes["num_classes"] = about.num_classes
+  if num_classes in (None, about.num_classes):
+    changes["class_names"] = about.class_names
+  if num_classes is None and not about.num_classes:
+    logging.warning("weights %s: they have no classifier, so the model gives features", weights)
+  size = about.image_size or _square_size(spec, about)
+  if image_size is None and size is not None:
+    changes["image_size"] = size
+    if size != spec.image_size:
+      logging.info("weights %s: they are for images of %d x %d pixels", weights, *size)
+  return dataclasses.replace(spec, **changes)
+
+
+# What a spec says of images, classes and computation, and not of the weights' meaning.
+_FREE_FIELDS = {"name", "image_size", "num_classes", "class_names", "dtype", "attention"}
+_FREE_FIELDS |= {"mean", "std", "crop_pct", "crop_mode", "interpolation", "exif_orientation"}
+_FREE_FIELDS |= {"antialias"}
+
+
+def _check_variant(spec: ViTSpec, about: Description) -> None:
+  """Refuses weights of an architecture whose tensors look alike but mean something else."""
+  theirs = VARIANTS.get(about.variant or "")
+  if theirs is None:
+    return
+  values, mine = dataclasses.asdict(theirs), dataclasses.asdict(spec)
+  for name in values.keys() - _FREE_FIELDS:
+    if values[name] != mine.get(name):
+      raise UserError(
+        f"weights {about.source}: expected weights of {spec.name} ({name} {mine.get(name)}), got "
+        f"those of {theirs.name} ({values[name]}); give that variant, or other weights."
+      )
+
+
+def _square_size(spec: ViTSpec, about: Description) -> tuple[int, int] | None:
+  """The image size of position embeddings on a square; None: they are on none."""
+  rows = about.shapes.get("pos_embed", (1, 0, 0))[1]
+  # DINOv2's authors have a row for CLS even where registers stand beside it.
+  patches = rows - spec.pos_prefix - ("register_tokens" in about.shapes)
+  side = math.isqrt(max(patches, 0))
+  return (side * spec.patch_size,) * 2 if patches > 0 and side**2 == patches else None
+
+
+def save(spec: ViTSpec, params: Params, path: str | os.PathLike[str]) -> None:
+  """Writes weights as safetensors with timm's names, and what they say of themselves beside them.
+
+  Args:
+    spec: The model's: its name, class names, image size and preprocessing are written.
+    params: Its parameters.
+    path: Where to; folders are made.
+
+  Raises:
+    UserError: If the file cannot be written.
+  """
+  metadata = description.metadata(
+    spec.name, spec.class_names, spec.image_size, spec.grid, vars(spec)
+  )
+  files.write(params, os.fspath(path), metadata)
 
 
 def load_params(
@@ -66,7 +159,7 @@ def load_params(
   layers: tuple[LayerSpec, ...],
   weights: str | None,
   seed: int = 0,
-  fresh_head: bool = True,
+  fresh_head: bool = False,
   indices: Sequence[LayerIndex] | None = None,
   fresh_predictors: bool = False,
 ) -> Params:
@@ -77,7 +170,8 @@ def load_params(
     layers: Its layers.
     weights: As for `load`.
     seed: Of what is random.
-    fresh_head: Whether weights for another number of classes are taken, with a random head.
+    fresh_head: Whether weights for another number of classes, or for classes of other names, are
+      taken, with a random head; a warning says so.
     indices: Which units slimmed layers keep; the weights may be the slimmed network's, or the dense
       one's, which are then cut.
     fresh_predictors: Whether weights without DynamicViT's prediction modules are taken, with random
@@ -86,11 +180,10 @@ def load_params(
   if weights is None:
     model, images = build(spec, layers), jnp.zeros((1, *spec.image_size, 3))
     return dict(jax.jit(model.init)(jax.random.key(seed), images)["params"])
-  initial = None
-  if fresh_head and spec.num_classes:
-    random = load_params(spec, layers, None, seed)
-    initial = {k: v for k, v in random.items() if k in ("head", "head_dist", "fc_norm")}
-  state = files.read(bundled_weights(spec) if weights == "bundled" else weights)
+  weights = _located(spec, weights)
+  state, about = files.read(weights), files.describe(weights)
+  if fresh_head and about.class_names and spec.class_names not in ((), about.class_names):
+    state = without_head(state)
   predictors: Params = {}
   if not any(".select." in name or name.startswith("score_predictor.") for name in state):
     layers, predictors = _split_predictors(spec, layers, seed, fresh_predictors)
@@ -101,7 +194,8 @@ def load_params(
     grid=spec.grid,
     prefix_positions=spec.pos_prefix,
     antialias=spec.antialias,
-    initial=initial,
+    old_grid=about.grid,
+    initial=functools.partial(load_params, spec, layers, None, seed) if fresh_head else None,
   )
   broken = [
     ".".join(key.key for key in path)
@@ -154,6 +248,11 @@ def abstract_params(model: ViT) -> Params:
   """The shapes of a model's parameters."""
   images = jax.ShapeDtypeStruct((1, *model.spec.image_size, 3), jnp.float32)
   return dict(jax.eval_shape(model.init, jax.random.key(0), images)["params"])
+
+
+def _located(spec: ViTSpec, weights: str) -> str:
+  """The weights that a user names, `bundled` as the file that ships."""
+  return bundled_weights(spec) if weights == "bundled" else weights
 
 
 def bundled_weights(spec: ViTSpec) -> str:

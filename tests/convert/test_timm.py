@@ -158,7 +158,9 @@ def test_port_of_fitting_weights_changes_nothing(name):
 def test_port_resamples_positions(prefix, grid, antialias):
   state = draw(vit(prefix + 4))
   rows = prefix + grid[0] * grid[1]
-  got = fit(state, vit(rows), grid, prefix, antialias=antialias)
+  # As many patches on another grid are told by their grid alone.
+  old_grid = (2, 2) if grid == (1, 4) else None
+  got = fit(state, vit(rows), grid, prefix, antialias=antialias, old_grid=old_grid)
   want = resample_positions(state["pos_embed"], prefix, (2, 2), grid, antialias)
   assert_same(got, state | {"pos_embed": want})
 
@@ -170,11 +172,20 @@ def test_port_resamples_from_a_non_square_grid_that_is_named():
   np.testing.assert_array_equal(got["pos_embed"], want)
 
 
+def test_port_keeps_positions_whose_count_fits_unless_their_grid_is_known(caplog):
+  caplog.set_level("INFO")
+  state = draw(vit(5))
+  assert_same(fit(state, vit(5), (1, 4)), state)
+  assert not caplog.records
+  got = fit(state, vit(5), (1, 4), old_grid=(4, 1))
+  want = resample_positions(state["pos_embed"], 1, (4, 1), (1, 4), True)
+  np.testing.assert_array_equal(got["pos_embed"], want)
+  assert "of 4 x 1 patches resampled to 1 x 4" in caplog.text
+
+
 def test_port_keeps_non_square_positions_of_the_same_grid():
   state = draw(vit(7))
   assert_same(fit(state, vit(7), (2, 3)), state)
-  state = draw(vit(5))
-  assert_same(fit(state, vit(5), (1, 4), old_grid=(1, 4)), state)
 
 
 def test_port_reports_positions_of_no_known_grid():
@@ -195,14 +206,14 @@ def test_fresh_classifier(heads, held):
   state = draw(vit(heads=heads if held else ()))
   shapes = vit(heads=heads, classes=7)
   fresh = draw(shapes, seed=1)
-  got = fit(state, shapes, initial=to_flax(fresh))
+  got = fit(state, shapes, initial=lambda: to_flax(fresh))
   want = {name: (fresh if name.startswith("head") else state)[name] for name in shapes}
   assert_same(got, want)
 
 
 def test_fitting_classifier_is_kept_although_a_fresh_one_is_there():
   state = draw(vit())
-  assert_same(fit(state, vit(), initial=to_flax(draw(vit(), seed=1))), state)
+  assert_same(fit(state, vit(), initial=lambda: to_flax(draw(vit(), seed=1))), state)
 
 
 def test_other_number_of_classes_is_refused_unless_fresh_is_allowed():
@@ -214,7 +225,7 @@ def test_half_a_classifier_is_a_damaged_file():
   state = draw(vit())
   del state["head.bias"]
   with pytest.raises(UserError, match=r"1 missing: head\.bias"):
-    fit(state, vit(), initial=to_flax(draw(vit(), seed=1)))
+    fit(state, vit(), initial=lambda: to_flax(draw(vit(), seed=1)))
 
 
 def test_distilled_weights_do_not_fit_the_plain_model():
@@ -237,7 +248,7 @@ def test_mae_pretraining_weights_with_fresh_classifier():
   state = draw(vit(heads=()) | MAE_DECODER)
   shapes = vit(last="fc_norm")
   fresh = draw(shapes, seed=1)
-  got = fit(state, shapes, initial=to_flax(fresh))
+  got = fit(state, shapes, initial=lambda: to_flax(fresh))
   new = ("head", "fc_norm")
   assert_same(got, {n: (fresh if n.startswith(new) else state)[n] for n in shapes})
 
@@ -250,7 +261,7 @@ def test_mae_pretraining_weights_without_fresh_classifier(heads):
 
 def test_mae_pretraining_weights_need_a_classifier_to_train():
   with pytest.raises(UserError, match="pre-training"):
-    fit(draw(vit(heads=())), vit(last="fc_norm", heads=()), initial={})
+    fit(draw(vit(heads=())), vit(last="fc_norm", heads=()), initial=dict)
 
 
 def test_pre_logits_are_left_out():

@@ -13,9 +13,11 @@ fused kernel with timm's order of rows (q, k, v; each head by head).
 """
 
 import fnmatch
+import functools
+import logging
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -26,6 +28,7 @@ from vitcomp_jax.errors import UserError
 Params = dict[str, Any]
 State = Mapping[str, np.ndarray]
 Shape = tuple[int, ...]
+Fresh = Callable[[], State] | None  # makes initial parameters under timm's names
 
 # What upstream files hold beside the classifier; nothing else is ever left out unasked.
 IGNORED = (
@@ -142,15 +145,17 @@ def port(
   prefix_positions: int,
   antialias: bool = True,
   old_grid: tuple[int, int] | None = None,
-  initial: Mapping[str, Any] | None = None,
+  initial: Callable[[], Mapping[str, Any]] | None = None,
 ) -> Params:
   """Fits weights under timm's (or the authors') names to a model.
 
-  Position embeddings of another grid are resampled. A model without classifier drops the
-  weights' classifier. With `initial`, a classifier for another number of classes, or none in
-  the weights, is taken from there; so is `fc_norm` of MAE's pre-training weights, which have
-  none. The authors' DINOv2 weights with registers hold the position of the CLS token apart
-  from it; it is added in, as timm does.
+  Position embeddings of another grid are resampled; those of as many patches as the model has
+  are taken as they are, unless `old_grid` says that their rows and columns are others. A model
+  without classifier drops the weights' classifier. With `initial`, a classifier for another
+  number of classes, or none in the weights, is taken from there; so is `fc_norm` of MAE's
+  pre-training weights, which have none. The log says what is dropped, fresh or resampled. The
+  authors' DINOv2 weights with registers hold the position of the CLS token apart from it; it is
+  added in, as timm does.
 
   Args:
     state: Arrays by name, in PyTorch's layout, as `files.read` gives them.
@@ -158,9 +163,10 @@ def port(
     grid: The model's patches per column and per row (height, width).
     prefix_positions: Leading rows of the model's `pos_embed` that belong to no patch.
     antialias: How positions are resampled, see `resample_positions`.
-    old_grid: The grid of the weights; None: square.
-    initial: Initial parameters, at least of `head`, `head_dist` and `fc_norm` where the model
-      has them; None: the weights have to bring everything.
+    old_grid: The grid of the weights; None: the model's where that has as many patches,
+      otherwise square.
+    initial: Makes initial parameters, at least of `head`, `head_dist` and `fc_norm` where the
+      model has them; called where they are needed. None: the weights have to bring everything.
 
   Returns:
     The Flax parameter tree, in the weights' precision.
@@ -169,7 +175,7 @@ def port(
     UserError: If the weights do not fit.
   """
   shapes = timm_shapes(expected)
-  fresh = to_timm(initial) if initial is not None else None
+  fresh = None if initial is None else functools.cache(lambda: to_timm(initial()))
   fitted = _from_upstream(state, shapes)
   fitted = _fit_heads(fitted, shapes, fresh)
   fitted = _fit_pretraining(fitted, shapes, fresh)
@@ -218,17 +224,23 @@ def _caformer_name(name: str) -> str:
   return re.sub(r"^norm\.", "head.norm.", re.sub(r"^head\.", "head.fc.", name))
 
 
-def _fit_heads(
-  state: State, shapes: Mapping[str, Shape], fresh: State | None
-) -> dict[str, np.ndarray]:
+def without_head(state: State) -> dict[str, np.ndarray]:
+  """Leaves out the classifier."""
+  return {
+    name: array
+    for name, array in state.items()
+    if _owner(name) not in HEADS and not name.startswith("head.fc.")
+  }
+
+
+def _fit_heads(state: State, shapes: Mapping[str, Shape], fresh: Fresh) -> dict[str, np.ndarray]:
   """Drops the classifier, or takes a fresh one, where the model wants that."""
   wanted = [head for head in HEADS if f"{head}.weight" in shapes]
   if not wanted:
-    return {
-      name: array
-      for name, array in state.items()
-      if _owner(name) not in HEADS and not name.startswith("head.fc.")
-    }
+    left = without_head(state)
+    if len(left) < len(state):
+      logging.info("weights: left out their classifier, as the model gives features")
+    return left
   if fresh is None:
     return dict(state)
 
@@ -239,12 +251,17 @@ def _fit_heads(
 
   if all(fits(head) for head in wanted):
     return dict(state)
+  logging.warning(
+    "weights: their classifier (%s) is replaced by a random one of %d classes, to be trained",
+    ", ".join(str(len(a)) for n, a in state.items() if n == f"{wanted[0]}.weight") or "none",
+    shapes[f"{wanted[0]}.weight"][0],
+  )
   kept = {name: array for name, array in state.items() if _owner(name) not in wanted}
-  return kept | {name: array for name, array in fresh.items() if _owner(name) in wanted}
+  return kept | {name: array for name, array in fresh().items() if _owner(name) in wanted}
 
 
 def _fit_pretraining(
-  state: State, shapes: Mapping[str, Shape], fresh: State | None
+  state: State, shapes: Mapping[str, Shape], fresh: Fresh
 ) -> dict[str, np.ndarray]:
   """Replaces the norm of MAE's pre-training by a fresh norm of pooled features.
 
@@ -260,7 +277,7 @@ def _fit_pretraining(
       "and norm.bias; give fine-tuned weights, or num_classes for a fresh classifier to train."
     )
   kept = {name: array for name, array in state.items() if _module(name) != "norm"}
-  return kept | {name: array for name, array in fresh.items() if _module(name) == "fc_norm"}
+  return kept | {name: array for name, array in fresh().items() if _module(name) == "fc_norm"}
 
 
 def _fit_positions(
@@ -276,9 +293,12 @@ def _fit_positions(
     return positions
   patches = positions.shape[1] - prefix
   side = math.isqrt(max(patches, 0))
-  old_grid = old_grid or (side, side)
-  if patches <= 0 or old_grid[0] * old_grid[1] != patches:
+  old_grid = old_grid or (grid if math.prod(grid) == patches else (side, side))
+  if patches <= 0 or math.prod(old_grid) != patches:
     return positions
+  if old_grid != grid:
+    sizes = (*old_grid, *grid)
+    logging.info("weights: position embeddings of %d x %d patches resampled to %d x %d", *sizes)
   return resample_positions(positions, prefix, old_grid, grid, antialias)
 
 
@@ -296,14 +316,28 @@ def _check_shapes(found: Mapping[str, Shape], expected: Mapping[str, Shape]) -> 
       f"weights do not fit the model: they know {theirs} classes, the model has "
       f"{ours}. Give weights for the data's classes, or train a head by the stage pretrain."
     )
+  hint = _prefix_hint(found, expected)
   misshapen = [f"{name} (expected {expected[name]}, got {found[name]})" for name in differing]
   kinds = {"missing": missing, "unexpected": extra, "misshapen": misshapen}
   found_faults = [f"{len(v)} {kind}: {_listed(v)}" for kind, v in kinds.items() if v]
   if found_faults:
     raise UserError(
       f"weights do not fit the model: {'; '.join(found_faults)}. "
-      "Give weights of this variant, or the variant of these weights."
+      f"{hint}Give weights of this variant, or the variant of these weights."
     )
+
+
+def _prefix_hint(found: Iterable[str], expected: Container[str]) -> str:
+  """A sentence on names that would fit without what stands before them."""
+  extra = [name for name in found if name not in expected]
+  for prefix in {name.partition(".")[0] + "." for name in extra}:
+    count = sum(name.startswith(prefix) and name.removeprefix(prefix) in expected for name in extra)
+    if count:
+      return (
+        f"{count} names would fit without {prefix!r}, which is removed only where all names begin "
+        "with it and a usual wrapper puts it there: rename them. "
+      )
+  return ""
 
 
 def _listed(items: Sequence[str]) -> str:
