@@ -94,7 +94,7 @@ class DataConfig:
   eval_split: str | None = None  # none: `validation`, `val` or `test`, whichever is there
   train_examples: Count | None = None  # use only this many training images (drawn by seed)
   eval_examples: Count | None = None  # use only this many evaluation images (drawn by seed)
-  # Names of the model's outputs, which say what a class folder is: a file with one name per line, or
+  # Names of the model's outputs, which say what a class folder is: a file, one name per line, or
   # `imagenet1k`; none: the weights' own names, or WordNet ids, or else the order of the folders.
   classes: str | None = None
   # Of class folders where no names say more: `sorted` as torchvision (1, 10, 2), `natural` as timm

@@ -24,7 +24,6 @@ from vitcomp_jax.data.transforms import Preprocess, evaluation_image, normalize
 from vitcomp_jax.errors import UserError
 from vitcomp_jax.exported import load_exported
 from vitcomp_jax.models.build import build
-from vitcomp_jax.models.variants import get_spec
 from vitcomp_jax.models.vit import ViT
 from vitcomp_jax.plans import load_plan
 from vitcomp_jax.stages import figures, pictures
@@ -139,10 +138,7 @@ def _from_run(workdir: pathlib.Path) -> Classifier:
   left = [stage for stage in run.config.stages if run.finished(stage) is None]
   if left:
     raise UserError(f"--workdir {workdir}: expected a finished run, got no end of {left[0]}.")
-  names = class_names.readable(run.eval_data.class_names)
-  if len(names) != run.spec.num_classes:
-    names = class_names.guess(run.spec.num_classes)
-  return _of(build(run.spec, run.layers), run.params, run.eval_data.pre, names)
+  return _of(build(run.spec, run.layers), run.params, run.eval_data.pre, run.class_names)
 
 
 def _from_weights(variant: str | None, weights: str | None, plan: str | None) -> Classifier:
@@ -152,22 +148,16 @@ def _from_weights(variant: str | None, weights: str | None, plan: str | None) ->
     raise UserError(
       "command line: expected --weights with --plan or --variant, or --workdir, or --exported."
     )
-  spec = get_spec(name)
-  layers = found.layers_for(spec) if found else spec.dense_layers
-  indices = found.indices if found else None
-  params = api.load_params(spec, layers, weights, fresh_head=False, indices=indices)
-  bundled = weights == "bundled"
-  names = sources.make_source("bundled", None, None, (1, 1), 0).class_names if bundled else ()
-  return _of(
-    build(spec, layers), params, preprocess_for(spec), names or class_names.guess(spec.num_classes)
-  )
+  model, params = api.load(name, weights, found)
+  return _of(model, params, preprocess_for(model.spec), model.spec.class_names)
 
 
 def _of(model: ViT, params: api.Params, pre: Preprocess, names: Sequence[str]) -> Classifier:
   def logits(images: np.ndarray) -> np.ndarray:
     return np.asarray(api.apply(model, params, normalize(images, pre)), np.float32)
 
-  return Classifier(logits, pre, names if model.spec.num_classes else (), model, params)
+  names = class_names.readable(names) or class_names.guess(model.spec.num_classes)
+  return Classifier(logits, pre, names, model, params)
 
 
 class _Parser(argparse.ArgumentParser):

@@ -18,6 +18,11 @@ def guess(num_classes: int) -> tuple[str, ...]:
   return tuple(f"class {i}" for i in range(num_classes))
 
 
+def imagenet_ids() -> tuple[str, ...]:
+  """The WordNet ids of ImageNet-1k's classes, in the order of timm's weights."""
+  return tuple(_imagenet1k())
+
+
 @functools.cache
 def _imagenet1k() -> dict[str, str]:
   """Words by WordNet id, in the order of the classes."""

@@ -10,13 +10,13 @@ import logging
 import math
 import threading
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import grain
 import numpy as np
 
 from vitcomp_jax.config import DataConfig
-from vitcomp_jax.data import mixing, sources, transforms
+from vitcomp_jax.data import labels, mixing, sources, transforms
 from vitcomp_jax.data.rand_augment import rand_augment
 from vitcomp_jax.errors import UserError
 
@@ -36,6 +36,8 @@ def load(
   pre: transforms.Preprocess,
   seed: int,
   fake_classes: int = 1000,
+  source: sources.Source | None = None,
+  label_names: Sequence[str] = (),
 ) -> "Dataset":
   """Opens the training or evaluation images of a config.
 
@@ -45,6 +47,9 @@ def load(
     pre: What is done to every image.
     seed: Of the order, the augmentation and the subset.
     fake_classes: Number of classes of `fake`.
+    source: The split, where it is open already.
+    label_names: Names of the labels, by label, among which the data's classes are found; empty: the
+      data's own.
 
   Returns:
     The data set.
@@ -59,13 +64,8 @@ def load(
   pre = dataclasses.replace(pre, pad=config.pad or pre.pad, crop_pct=crop_pct)
   train = split == "train"
   height, width = pre.image_size
-  source = sources.make_source(
-    config.name,
-    config.dir,
-    config.train_split if train else config.eval_split,
-    fake_size=(height - 2 * pre.pad, width - 2 * pre.pad),
-    fake_classes=fake_classes,
-  )
+  fake_size = height - 2 * pre.pad, width - 2 * pre.pad
+  source = source or open_source(config, split, fake_size, fake_classes)
   count = config.train_examples if train else config.eval_examples
   return Dataset(
     source,
@@ -75,7 +75,26 @@ def load(
     augmentation=config if train else DataConfig(),
     skip_corrupt=config.on_error == "skip",
     workers=config.workers,
+    label_names=label_names,
   )
+
+
+def open_source(
+  config: DataConfig, split: str, fake_size: tuple[int, int] = (1, 1), fake_classes: int = 1
+) -> sources.Source:
+  """Opens the files of the training or evaluation split of a config.
+
+  Args:
+    config: The data part of the config.
+    split: `train` or `eval`.
+    fake_size: Height and width of the images of `fake`, in pixels.
+    fake_classes: Number of classes of `fake`.
+
+  Raises:
+    UserError: If the data set or the split is not usable.
+  """
+  name = config.train_split if split == "train" else config.eval_split
+  return sources.make_source(config.name, config.dir, name, fake_size, fake_classes)
 
 
 def _check(config: DataConfig, side: int) -> None:
@@ -110,7 +129,7 @@ class Dataset:
   Attributes:
     name: Of the data set.
     split: Name of the split in the data set.
-    class_names: By label; empty where there are no labels.
+    class_names: By label, those included that do not occur; empty where there are no labels.
     num_classes: Their number.
     has_labels: Whether there are labels; without, every label is -1.
     num_examples: Images that are used, corrupt ones included.
@@ -126,6 +145,7 @@ class Dataset:
     augmentation: DataConfig,
     skip_corrupt: bool,
     workers: int,
+    label_names: Sequence[str] = (),
   ) -> None:
     """Opens it.
 
@@ -138,10 +158,14 @@ class Dataset:
         `repeats` of a config.
       skip_corrupt: Whether to leave out and count corrupt images, or to stop at the first.
       workers: Threads that decode images.
+      label_names: As for `load`.
     """
     self.name, self.split = source.name, source.split
-    self.class_names, self.num_classes = source.class_names, len(source.class_names)
-    self.has_labels = self.num_classes > 0
+    self.has_labels = bool(source.class_names)
+    self.class_names = tuple(label_names or source.class_names) if self.has_labels else ()
+    self.num_classes = len(self.class_names)
+    where = f"{self.name}, split {self.split}"
+    self._labels = labels.match(source.class_names, self.class_names, where)
     self.num_examples, self.pre = len(indices), pre
     self._source, self._indices, self._seed = source, indices, seed
     self._augmentation, self._skip_corrupt, self._workers = augmentation, skip_corrupt, workers
@@ -300,7 +324,8 @@ class Dataset:
       if self._augmentation.augment == "rand_augment":
         cropped = rand_augment(cropped, rng, self._fill)
       image = np.asarray(cropped)
-    return _Item(image, example.label, index)
+    label = self._labels[example.label] if self.has_labels else example.label
+    return _Item(image, label, index)
 
   def _leave_out(self, index: int, error: sources.CorruptImage) -> None:
     """Counts a corrupt image, or stops."""

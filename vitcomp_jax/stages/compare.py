@@ -45,6 +45,7 @@ def check(run: Run) -> None:
   """Refuses methods that do not exist or cannot be compared as asked for."""
   config = run.config.compare
   run.check_trainable("compare")
+  run.open_data("eval")
   for key, methods, more in (
     ("methods", config.methods, ("diffrate",)),
     ("finetuned", config.finetuned, ("diffrate", "vit_slim")),

@@ -22,7 +22,7 @@ def check(run: Run) -> None:
   """Refuses a plan or weights that do not fit, labels without a class, and an empty table."""
   config, plan = run.config, run.plan
   searches = bool({"search", "slim"} & set(config.stages))
-  run.check_classes(run.eval_data)
+  run.open_data("eval")
   if plan:
     plan.layers_for(run.spec)
     _check_dense(run, plan)
@@ -178,4 +178,5 @@ def _draw_token_maps(run: Run, plan: Plan) -> None:
 def titles(run: Run, batch: Batch) -> list[str] | None:
   """The names of the classes of images, if they have labels."""
   data = run.eval_data
-  return [data.class_names[label] for label in batch["label"]] if data.has_labels else None
+  names = run.class_names or data.class_names
+  return [names[label] for label in batch["label"]] if data.has_labels else None

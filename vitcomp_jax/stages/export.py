@@ -16,7 +16,6 @@ from jaxtyping import Array
 
 from vitcomp_jax import api, exported, processes
 from vitcomp_jax.atomic import replacing, write_json
-from vitcomp_jax.convert import files
 from vitcomp_jax.data import class_names
 from vitcomp_jax.data.transforms import normalize
 from vitcomp_jax.errors import UserError
@@ -83,7 +82,6 @@ def _manifest(run: Run) -> dict[str, Any]:
   """What the artefacts have in common."""
   spec, data, config = run.spec, run.eval_data, run.config.export
   cost = api.count_cost(build(spec, run.layers))
-  known = data.name != "fake" and data.num_classes == spec.num_classes > 0
   return {
     "format": exported.FORMAT,
     "version": exported.VERSION,
@@ -101,7 +99,7 @@ def _manifest(run: Run) -> dict[str, Any]:
       "preprocess": dataclasses.asdict(data.pre),
     },
     "output": _output(run),
-    "class_names": class_names.readable(data.class_names) if known else None,
+    "class_names": class_names.readable(run.class_names) or None,
     **environment(),
   }
 
@@ -169,7 +167,7 @@ def _write_onnx(run: Run, path: pathlib.Path) -> dict[str, Any]:
 
 def _write_timm(run: Run, path: pathlib.Path) -> dict[str, Any]:
   params, how = for_timm(run, run.layers, run.params)
-  files.write(params, str(path), {"variant": run.spec.name})
+  run.save(params, path)
   return {"model": how}
 
 
@@ -258,5 +256,5 @@ def _compare(run: Run, name: str, path: pathlib.Path) -> dict[str, Any]:
 def _timm_outputs(run: Run, path: pathlib.Path, images: np.ndarray) -> np.ndarray:
   """The outputs of the weights as timm computes, which scales by the slimmed head's size."""
   layers = tuple(dataclasses.replace(l, qk_scale=l.head_dim**-0.5) for l in run.layers)
-  params = api.load_params(run.spec, layers, str(path), fresh_head=False)
+  params = api.load_params(run.spec, layers, str(path))
   return np.asarray(api.apply(build(run.spec, layers), params, images), np.float32)

@@ -7,7 +7,6 @@ import jax
 
 from vitcomp_jax.api import Params
 from vitcomp_jax.config import TrainConfig
-from vitcomp_jax.convert import files
 from vitcomp_jax.data.mixing import training_inputs
 from vitcomp_jax.methods import dynamicvit
 from vitcomp_jax.models.build import build
@@ -65,7 +64,7 @@ def fit(run: Run, task: loop.Task, config: TrainConfig, path: str) -> dict[str, 
   """
   state, seconds = loop.train(task, run.workdir, run.layout, run.config.profile.steps)
   trained = run.layout.get(state.params if state.ema is None else state.ema)
-  files.write(trained, path, {"variant": run.spec.name})
+  run.save(trained, path)
   run.forget()
   images = task.steps * config.batch_size
   return {"steps": task.steps, "images": images, "minutes": round(seconds / 60, 2)}

@@ -17,9 +17,9 @@ from vitcomp_jax import api, processes
 from vitcomp_jax import config as config_lib
 from vitcomp_jax.atomic import write_json
 from vitcomp_jax.config import Config
-from vitcomp_jax.convert import files, timm_slimmed
+from vitcomp_jax.convert import timm_slimmed
 from vitcomp_jax.costs import MACS, Cost
-from vitcomp_jax.data import loader, transforms
+from vitcomp_jax.data import labels, loader, sources, transforms
 from vitcomp_jax.errors import UserError
 from vitcomp_jax.models.spec import LayerSpec, ViTSpec, removes_tokens
 from vitcomp_jax.models.variants import get_spec
@@ -27,6 +27,8 @@ from vitcomp_jax.parallel import Layout
 from vitcomp_jax.plans import Plan, load_plan
 from vitcomp_jax.stages import latency
 
+# Keys of the config's data part that go before what the weights say of preprocessing.
+_PREPROCESS = ("mean", "std", "crop_pct", "crop_mode", "interpolation", "exif_orientation")
 _PACKAGES = ("vitcomp_jax", "jax", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 
@@ -36,6 +38,9 @@ class Run:
 
   config: Config
   workdir: pathlib.Path
+  _sources: dict[str, sources.Source] = dataclasses.field(
+    default_factory=dict, init=False, repr=False, compare=False
+  )
 
   def begin(self) -> None:
     """Records the config in the workdir, which is made if need be, or the stages that it got since.
@@ -51,7 +56,11 @@ class Run:
         found["config"]["stages"] = list(self.config.stages)
         write_json(path, found)
       return
-    values = {"config": config_lib.to_dict(self.config), "git_commit": _git_commit()}
+    values = {
+      "config": config_lib.to_dict(self.config),
+      "class_names": list(self.class_names),
+      "git_commit": _git_commit(),
+    }
     try:
       self.workdir.mkdir(parents=True, exist_ok=True)
       write_json(path, values | environment())
@@ -76,7 +85,11 @@ class Run:
 
   @functools.cached_property
   def spec(self) -> ViTSpec:
-    """The dense model; as many classes as the data have, unless the config says otherwise."""
+    """The dense model, as its weights and the config have it.
+
+    A head that is trained, or random, gets as many outputs as the data have classes, unless the
+    config says otherwise.
+    """
     model = self.config.model
     dtype = None if model.dtype == "float32" else model.dtype
     if model.attention == "cudnn" and dtype is None:
@@ -84,14 +97,73 @@ class Run:
         "config.model.attention: cudnn computes in half precision only; set "
         "config.model.dtype=bfloat16."
       )
-    spec = get_spec(model.variant, model.num_classes, model.image_size, dtype)
+    classes = model.num_classes
+    if classes is None and self._head_is_new and get_spec(model.variant).num_classes:
+      classes = len(self._asked_names or self._data_names) or None
+    spec = api.spec_for(model.variant, model.weights, classes, model.image_size, dtype)
     spec = dataclasses.replace(spec, attention=model.attention)
     if model.antialias is not None:
       spec = dataclasses.replace(spec, antialias=model.antialias)
-    if model.num_classes is None and spec.num_classes and self.config.data.name != "fake":
-      classes = self._open("eval", spec).num_classes
-      spec = dataclasses.replace(spec, num_classes=classes or spec.num_classes)
-    return spec
+    asked = {key: getattr(self.config.data, key) for key in _PREPROCESS}
+    asked = {key: value for key, value in asked.items() if value is not None}
+    return dataclasses.replace(spec, **asked)
+
+  @property
+  def _head_is_new(self) -> bool:
+    """Whether the classifier is trained here, or random; otherwise it is the weights'."""
+    return "pretrain" in self.config.stages or self.config.model.weights is None
+
+  @functools.cached_property
+  def class_names(self) -> tuple[str, ...]:
+    """Names of the model's outputs, in order; empty where they are not known, or are features."""
+    if not self.spec.num_classes:
+      return ()
+    names = self._asked_names or (() if self._head_is_new else self.spec.class_names)
+    names = names or self._label_names or self.spec.class_names
+    return names if len(names) == self.spec.num_classes else ()
+
+  @functools.cached_property
+  def _label_names(self) -> tuple[str, ...]:
+    """Names by which the data know the model's outputs; empty where they do not.
+
+    Raises:
+      UserError: If classes cannot be told from each other.
+    """
+    names, classes = self._data_names, self.spec.num_classes
+    if not names or not classes:
+      return ()
+    known, where = self._asked_names, self.config.data.name
+    if known and len(known) != classes:
+      raise UserError(
+        f"config.data.classes: expected {classes} names, as many as the model has outputs, got "
+        f"{len(known)}."
+      )
+    if known:
+      return known
+    if self._head_is_new:
+      if len(names) > classes:
+        raise UserError(
+          f"config.model.num_classes: expected at least the {len(names)} of {where}, got {classes}."
+        )
+      # Where the weights know the same classes, their order stays, and so does their head.
+      return self.spec.class_names if set(names) == set(self.spec.class_names) else names
+    order = self.config.data.class_order
+    return labels.name_outputs(names, classes, self.spec.class_names, where, order)
+
+  @functools.cached_property
+  def _asked_names(self) -> tuple[str, ...]:
+    """The outputs' names as the config has them; empty: it has none."""
+    asked = self.config.data.classes
+    return labels.read_names(asked) if asked else ()
+
+  @functools.cached_property
+  def _data_names(self) -> tuple[str, ...]:
+    """The data's own names of their classes, in their order; empty where there are no labels."""
+    if self.config.data.name == "fake":
+      return ()
+    trains = {"pretrain", "slim", "search", "finetune"} & set(self.config.stages)
+    of_training = self._source("train").class_names if trains else ()
+    return of_training or self._source("eval").class_names
 
   @functools.cached_property
   def plan(self) -> Plan | None:
@@ -158,6 +230,10 @@ class Run:
     return api.load_params(
       self.spec, layers, weights, self.config.seed, fresh_head, indices, fresh_predictors
     )
+
+  def save(self, params: api.Params, path: str | pathlib.Path) -> None:
+    """Writes weights of the model under timm's names, with its classes and preprocessing."""
+    api.save(dataclasses.replace(self.spec, class_names=self.class_names), params, path)
 
   def forget(self) -> None:
     """Forgets what a stage has just made anew, so that it is read when it is next needed."""
@@ -233,30 +309,25 @@ class Run:
         )
     return self.targets[""]
 
+  def open_data(self, split: str) -> loader.Dataset:
+    """Opens a split, `train` or `eval`; refuses classes that the model does not know."""
+    return self.train_data if split == "train" else self.eval_data
+
   def check_trainable(self, stage: str) -> None:
     """Refuses data without labels, or a model without a classifier."""
-    self.check_classes(self.train_data)
     if not self.train_data.has_labels or not self.spec.num_classes:
       raise UserError(
         f"stage {stage}: expected labels and a classifier, got {self.spec.name} with "
         f"{self.spec.num_classes} classes on {self.train_data.name}."
       )
 
-  def check_classes(self, data: loader.Dataset) -> None:
-    """Refuses labels that the classifier does not know."""
-    if 0 < self.spec.num_classes < data.num_classes:
-      raise UserError(
-        f"config.model.num_classes: expected at least the {data.num_classes} of {data.name}, got "
-        f"{self.spec.num_classes}."
-      )
-
   @functools.cached_property
   def train_data(self) -> loader.Dataset:
-    return self._open("train", self.spec)
+    return self._open("train")
 
   @functools.cached_property
   def eval_data(self) -> loader.Dataset:
-    return self._open("eval", self.spec)
+    return self._open("eval")
 
   @functools.cached_property
   def layout(self) -> Layout:
@@ -284,9 +355,18 @@ class Run:
   def preprocess(self) -> transforms.Preprocess:
     return preprocess_for(self.spec)
 
-  def _open(self, split: str, spec: ViTSpec) -> loader.Dataset:
-    seed, classes = self.config.seed, spec.num_classes or 1000
-    return loader.load(self.config.data, split, preprocess_for(spec), seed, classes)
+  def _open(self, split: str) -> loader.Dataset:
+    source = None if self.config.data.name == "fake" else self._source(split)
+    seed, classes = self.config.seed, self.spec.num_classes or 1000
+    return loader.load(
+      self.config.data, split, self.preprocess, seed, classes, source, self._label_names
+    )
+
+  def _source(self, split: str) -> sources.Source:
+    """A split's files, looked for once: there may be a million."""
+    if split not in self._sources:
+      self._sources[split] = loader.open_source(self.config.data, split)
+    return self._sources[split]
 
 
 def for_timm(run: Run, layers: Sequence[LayerSpec], params: api.Params) -> tuple[api.Params, str]:
@@ -322,7 +402,7 @@ def write_for_timm(run: Run, layers: Sequence[LayerSpec], params: api.Params) ->
     params, how = for_timm(run, layers, params)
   except UserError as why:
     return f"Not written for timm: {why}"
-  files.write(params, str(run.workdir / "timm.safetensors"), {"variant": run.spec.name})
+  run.save(params, run.workdir / "timm.safetensors")
   return how
 
 

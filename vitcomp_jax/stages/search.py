@@ -43,7 +43,7 @@ _TRIED = 7  # plans that a search passed through, beside its last, that are trie
 
 def check(run: Run) -> None:
   """Refuses a budget that cannot be reached, and a loss that cannot be computed."""
-  run.check_classes(run.train_data)
+  run.open_data("train")
   slim = run.config.slim
   cuts_patches = slim.w_patch > 0 and (slim.budgets is None or slim.budgets[-1] < 1)
   if "slim" in run.config.stages and cuts_patches:

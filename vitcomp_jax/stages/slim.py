@@ -66,7 +66,7 @@ def slim(run: Run) -> dict[str, Any]:
     state, seconds = loop.train(searched, run.workdir, run.layout, run.config.profile.steps)
     params = run.layout.get(state.params if state.ema is None else state.ema)
     steps, arch = searched.steps, run.layout.get(state.arch)
-  files.write(params, str(run.workdir / "searched.safetensors"), {"variant": spec.name})
+  run.save(params, run.workdir / "searched.safetensors")
   files.write(vit_slim.to_authors(arch), str(run.workdir / "masks.safetensors"))
   try:
     masks, budgets = _cut(run, method, arch)
@@ -82,7 +82,7 @@ def slim(run: Run) -> dict[str, Any]:
   made_by |= {"seed": run.config.seed}
   kept = vit_slim.fold(spec, params, arch) if config.keep_factors else params
   slimmed = slice_params(kept, indices)
-  files.write(slimmed, str(run.workdir / "slimmed.safetensors"), {"variant": spec.name})
+  run.save(slimmed, run.workdir / "slimmed.safetensors")
   save_plan(make_plan(spec, layers, made_by, indices), run.workdir / "slimmed.json")
   save_plan(made(run, "slimmed.json"), run.workdir / "plan.json")
   run.forget()
