@@ -1,16 +1,22 @@
 """The Python API: load, apply, plans by name, cost, and the stages as functions."""
 
+import dataclasses
 import json
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors.numpy
 
 import vitcomp_jax as vc
+from vitcomp_jax import api
 from vitcomp_jax.config import default_config
+from vitcomp_jax.convert import files
+from vitcomp_jax.convert.positions import resample_positions
 from vitcomp_jax.errors import UserError
 from vitcomp_jax.models.reducers import PruneMerge
+from vitcomp_jax.models.variants import VARIANTS
 from vitcomp_jax.plans import parse_plan
 
 MINI = "vit_mini_patch3_30"
@@ -67,6 +73,90 @@ def test_another_number_of_classes_gives_a_fresh_head(images):
   _, whole = vc.load(MINI, "bundled")
   assert vc.apply(model, params, images).shape == (3, 7)
   np.testing.assert_array_equal(params["norm"]["scale"], whole["norm"]["scale"])
+
+
+@pytest.fixture
+def weights_of(tmp_path):
+  """Writes the bundled weights, changed, as other libraries do."""
+
+  def write(change):
+    state = files.read(api.bundled_weights(vc.get_spec(MINI)))
+    path = tmp_path / "weights.safetensors"
+    safetensors.numpy.save_file(change(state), path)
+    return path, state
+
+  return write
+
+
+def seven(state):
+  head = {name: np.ascontiguousarray(state[name][:7]) for name in ("head.weight", "head.bias")}
+  return state | head
+
+
+def test_the_weights_say_how_many_classes_there_are(images, weights_of, caplog):
+  path, state = weights_of(seven)
+  model, params = vc.load(MINI, path)
+  assert model.spec.num_classes == 7 and not caplog.records
+  np.testing.assert_array_equal(params["head"]["kernel"], state["head.weight"][:7].T)
+  model, params = vc.load(MINI, path, num_classes=3)
+  assert vc.apply(model, params, images).shape == (3, 3)
+  assert "classifier (7) is replaced by a random one of 3 classes" in caplog.text
+
+
+def test_weights_without_classifier_give_features_and_say_so(images, weights_of, caplog):
+  path, _ = weights_of(lambda state: {k: v for k, v in state.items() if "head" not in k})
+  model, params = vc.load(MINI, path)
+  assert model.spec.num_classes == 0 and vc.apply(model, params, images).shape == (3, 64)
+  assert "have no classifier" in caplog.text
+
+
+def test_a_classifier_is_kept_where_the_variant_has_none(weights_of):
+  path, state = weights_of(seven)
+  VARIANTS["headless"] = dataclasses.replace(vc.get_spec(MINI), name="headless", num_classes=0)
+  try:
+    model, params = vc.load("headless", path)
+  finally:
+    del VARIANTS["headless"]
+  assert model.spec.num_classes == 7
+  np.testing.assert_array_equal(params["head"]["bias"], state["head.bias"][:7])
+
+
+@pytest.mark.parametrize("num_classes", [None, 7])
+def test_a_file_is_looked_at_before_anything_is_built(num_classes, monkeypatch):
+  def never(*_):
+    raise AssertionError
+
+  monkeypatch.setattr(api, "build", never)
+  with pytest.raises(UserError, match="are not there"):
+    vc.load("deit_base_patch16_224", "/nowhere/w.safetensors", num_classes=num_classes)
+
+
+def test_no_random_parameters_are_made_where_the_weights_bring_all(monkeypatch):
+  monkeypatch.setattr(jax, "jit", lambda *_: pytest.fail("compiled something random"))
+  vc.load(MINI, "bundled", num_classes=10)
+
+
+def test_positions_of_an_oblong_grid_are_taken_as_they_are(tmp_path):
+  path = tmp_path / "weights.safetensors"
+  model, params = vc.load(MINI, image_size=(60, 15))
+  files.write(params, str(path))  # without a word on the grid: 20 x 5 could be 10 x 10
+  _, same = vc.load(MINI, path, image_size=(60, 15))
+  np.testing.assert_array_equal(same["pos_embed"], params["pos_embed"])
+  api.save_params(model.spec, params, path)
+  model, same = vc.load(MINI, path)
+  assert model.spec.image_size == (60, 15)
+  np.testing.assert_array_equal(same["pos_embed"], params["pos_embed"])
+  _, turned = vc.load(MINI, path, image_size=(15, 60))
+  expected = resample_positions(np.asarray(params["pos_embed"]), 1, (20, 5), (5, 20), True)
+  np.testing.assert_array_equal(turned["pos_embed"], expected)
+
+
+def test_the_image_size_is_the_weights(tmp_path, caplog):
+  caplog.set_level("INFO")
+  _, params = vc.load(MINI, image_size=36)
+  files.write(params, str(tmp_path / "weights.safetensors"))
+  model, _ = vc.load(MINI, tmp_path / "weights.safetensors")
+  assert model.spec.image_size == (36, 36) and "for images of 36 x 36 pixels" in caplog.text
 
 
 def test_another_image_size_resamples_the_positions():

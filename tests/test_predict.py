@@ -1,5 +1,6 @@
 """The command that names what is in an image."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 import vitcomp_jax as vc
 from tests.test_api import MINI, mini_plan
 from tests.test_main import OTHER
-from vitcomp_jax import predict
+from vitcomp_jax import api, predict
 from vitcomp_jax.data import class_names, sources
 
 
@@ -50,6 +51,23 @@ def test_the_most_probable_classes_are_printed(files, capsys):
     assert lines[9 + i] == f"tokens: {map_file}"
     with PIL.Image.open(map_file) as drawn:
       assert drawn.width > 5 * 240
+
+
+def test_classes_are_the_weights(files, tmp_path, capsys):
+  """Names where the weights have some, numbers of as many as they know where they have none."""
+  spec = vc.get_spec(MINI)
+  _, params = vc.load(MINI, "bundled")
+  head = {name: np.asarray(array)[..., :7] for name, array in params["head"].items()}
+  api.save_params(spec, params | {"head": head}, tmp_path / "seven.safetensors")
+  options = ["--variant", MINI, "--top", "9", files / "0.png"]
+  assert _predict("--weights", tmp_path / "seven.safetensors", *options) == 0
+  lines = capsys.readouterr().out.splitlines()[1:]
+  assert sorted(line.split("%  ")[1] for line in lines) == [f"class {i}" for i in range(7)]
+  named = dataclasses.replace(spec, class_names=tuple("abcdefg"))
+  api.save_params(named, params | {"head": head}, tmp_path / "seven.safetensors")
+  assert _predict("--weights", tmp_path / "seven.safetensors", *options) == 0
+  lines = capsys.readouterr().out.splitlines()[1:]
+  assert sorted(line.split("%  ")[1] for line in lines) == list("abcdefg")
 
 
 def test_names_of_imagenet():

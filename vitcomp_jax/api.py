@@ -137,7 +137,7 @@ def _square_size(spec: ViTSpec, about: Description) -> tuple[int, int] | None:
   return (side * spec.patch_size,) * 2 if patches > 0 and side**2 == patches else None
 
 
-def save(spec: ViTSpec, params: Params, path: str | os.PathLike[str]) -> None:
+def save_params(spec: ViTSpec, params: Params, path: str | os.PathLike[str]) -> None:
   """Writes weights as safetensors with timm's names, and what they say of themselves beside them.
 
   Args:

@@ -77,9 +77,9 @@ class ModelConfig:
   variant: str = "deit_small_patch16_224"  # name, as timm's; `vc.list_variants()` names all
   weights: str | None = None  # file, hub id `timm/…`, `bundled`, or none: random weights
   plan: str | None = None  # published plan's name or path of a plan.json, for `evaluate`
-  # Outputs of the classifier; none: as many as the data set has.
+  # Outputs of the classifier; none: the weights', or the data's for one that is trained anew.
   num_classes: CountOrZero | None = None
-  image_size: Count | None = None  # pixels; none: the variant's
+  image_size: Count | None = None  # pixels; none: the weights'
   antialias: bool | None = None  # of resampled position embeddings; none: as the variant's origin
   dtype: Literal["float32", "bfloat16"] = "float32"  # of the computation; weights stay float32
   # XLA's own, or cuDNN's fused kernel (NVIDIA, bfloat16); auto: cuDNN's where it can be had.

@@ -134,11 +134,14 @@ def _from_run(workdir: pathlib.Path) -> Classifier:
   path = workdir / "config.json"
   if not path.is_file():
     raise UserError(f"--workdir {workdir}: expected a run, got no config.json there.")
-  run = Run(from_config_dict(read_json(path).get("config", {})), workdir)
+  found = read_json(path)
+  run = Run(from_config_dict(found.get("config", {})), workdir)
   left = [stage for stage in run.config.stages if run.finished(stage) is None]
   if left:
     raise UserError(f"--workdir {workdir}: expected a finished run, got no end of {left[0]}.")
-  return _of(build(run.spec, run.layers), run.params, run.eval_data.pre, run.class_names)
+  names = found.get("class_names") or run.class_names
+  pre = dataclasses.replace(run.preprocess, pad=run.config.data.pad)
+  return _of(build(run.spec, run.layers), run.params, pre, names)
 
 
 def _from_weights(variant: str | None, weights: str | None, plan: str | None) -> Classifier:

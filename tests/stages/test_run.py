@@ -194,7 +194,7 @@ def test_a_head_for_the_same_classes_stays_in_its_order(tmp_path, unnamed, caplo
   names = [f"c{i}" for i in range(10)]
   spec = dataclasses.replace(vc.get_spec(MINI), class_names=tuple(reversed(names)))
   params = vc.load(MINI, unnamed)[1]
-  api.save(spec, params, tmp_path / "named.safetensors")
+  api.save_params(spec, params, tmp_path / "named.safetensors")
   data = put(tmp_path / "data" / "train", names)
   run = opened(tmp_path, config_of(data, tmp_path / "named.safetensors", stages=("pretrain",)))
   assert labels_of(run, "train") == list(range(9, -1, -1))
@@ -213,6 +213,6 @@ def test_weights_of_a_look_alike_are_refused(tmp_path):
   clip = "vit_base_patch32_clip_quickgelu_224"
   spec = dataclasses.replace(vc.get_spec(clip), width=32, depth=1, num_heads=1, mlp_dim=32)
   path = tmp_path / "w.safetensors"
-  api.save(spec, random_params(spec), path)
+  api.save_params(spec, random_params(spec), path)
   with pytest.raises(UserError, match=r"activation gelu\), got those of .*quickgelu_224 \(quick"):
     api.spec_for("vit_base_patch32_clip_224", str(path))

@@ -29,6 +29,11 @@ def _natural(name: str) -> list[str | int]:
   return [int(part) if part.isdecimal() else part for part in parts]
 
 
+def are_numbers(names: Sequence[str]) -> bool:
+  """Whether names say no more of classes than their places."""
+  return all(name.isdecimal() for name in names)
+
+
 def read_names(path: str) -> tuple[str, ...]:
   """Reads names of a model's outputs: a line each, the first output's first.
 
@@ -113,7 +118,7 @@ def name_outputs(
   is_imagenet = not known or tuple(known) == class_names.readable(imagenet)
   if num_classes == len(imagenet) and set(names) <= set(imagenet) and is_imagenet:
     return imagenet
-  if known and not all(name.isdecimal() for name in names):
+  if known and not are_numbers(names):
     match(names, known, where)
   if len(names) != num_classes:
     raise UserError(

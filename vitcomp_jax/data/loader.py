@@ -131,6 +131,7 @@ class Dataset:
     split: Name of the split in the data set.
     class_names: By label, those included that do not occur; empty where there are no labels.
     num_classes: Their number.
+    num_present: The number of classes that the split has, which may be fewer.
     has_labels: Whether there are labels; without, every label is -1.
     num_examples: Images that are used, corrupt ones included.
     pre: What is done to every image.
@@ -163,7 +164,7 @@ class Dataset:
     self.name, self.split = source.name, source.split
     self.has_labels = bool(source.class_names)
     self.class_names = tuple(label_names or source.class_names) if self.has_labels else ()
-    self.num_classes = len(self.class_names)
+    self.num_classes, self.num_present = len(self.class_names), len(source.class_names)
     where = f"{self.name}, split {self.split}"
     self._labels = labels.match(source.class_names, self.class_names, where)
     self.num_examples, self.pre = len(indices), pre

@@ -118,9 +118,10 @@ class Run:
     """Names of the model's outputs, in order; empty where they are not known, or are features."""
     if not self.spec.num_classes:
       return ()
-    names = self._asked_names or (() if self._head_is_new else self.spec.class_names)
-    names = names or self._label_names or self.spec.class_names
-    return names if len(names) == self.spec.num_classes else ()
+    known, names = self.spec.class_names, self._label_names
+    if known and not self._asked_names and (not self._head_is_new or labels.are_numbers(names)):
+      return known
+    return names if len(names) == self.spec.num_classes else known
 
   @functools.cached_property
   def _label_names(self) -> tuple[str, ...]:
@@ -132,23 +133,22 @@ class Run:
     names, classes = self._data_names, self.spec.num_classes
     if not names or not classes:
       return ()
-    known, where = self._asked_names, self.config.data.name
-    if known and len(known) != classes:
+    asked, known, where = self._asked_names, self.spec.class_names, self.config.data.name
+    if asked and len(asked) != classes:
       raise UserError(
         f"config.data.classes: expected {classes} names, as many as the model has outputs, got "
-        f"{len(known)}."
+        f"{len(asked)}."
       )
-    if known:
-      return known
-    if self._head_is_new:
+    if asked:
+      return asked
+    if self._head_is_new and not (known and labels.are_numbers(names)):
       if len(names) > classes:
         raise UserError(
           f"config.model.num_classes: expected at least the {len(names)} of {where}, got {classes}."
         )
       # Where the weights know the same classes, their order stays, and so does their head.
-      return self.spec.class_names if set(names) == set(self.spec.class_names) else names
-    order = self.config.data.class_order
-    return labels.name_outputs(names, classes, self.spec.class_names, where, order)
+      return known if set(names) == set(known) else names
+    return labels.name_outputs(names, classes, known, where, self.config.data.class_order)
 
   @functools.cached_property
   def _asked_names(self) -> tuple[str, ...]:
@@ -228,12 +228,16 @@ class Run:
     indices = self.plan.indices if self.plan and not dense else None
     fresh_predictors = "finetune" in self.config.stages and not self.finished("finetune")
     return api.load_params(
-      self.spec, layers, weights, self.config.seed, fresh_head, indices, fresh_predictors
+      self._named_spec, layers, weights, self.config.seed, fresh_head, indices, fresh_predictors
     )
 
   def save(self, params: api.Params, path: str | pathlib.Path) -> None:
     """Writes weights of the model under timm's names, with its classes and preprocessing."""
-    api.save(dataclasses.replace(self.spec, class_names=self.class_names), params, path)
+    api.save_params(self._named_spec, params, path)
+
+  @property
+  def _named_spec(self) -> ViTSpec:
+    return dataclasses.replace(self.spec, class_names=self.class_names)
 
   def forget(self) -> None:
     """Forgets what a stage has just made anew, so that it is read when it is next needed."""

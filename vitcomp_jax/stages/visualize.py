@@ -86,7 +86,7 @@ def _draw_plans(run: Run, models: Mapping[str, drawing.Layers]) -> None:
 def _draw_published(run: Run, rows: Sequence[Mapping[str, Any]]) -> None:
   """The rows beside what was published of the same model, if they are of the same task."""
   data = run.eval_data
-  if run.config.visualize.published and data.name != "fake" and data.num_classes == NUM_CLASSES:
+  if run.config.visualize.published and data.name != "fake" and data.num_present == NUM_CLASSES:
     known = accuracies(run.spec)
     if known:
       figure = figures.accuracy_against_gmacs(rows, published=known)
