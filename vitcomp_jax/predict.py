@@ -15,7 +15,6 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 import numpy as np
-import PIL.Image
 
 from vitcomp_jax import api
 from vitcomp_jax.config import from_config_dict
@@ -55,10 +54,8 @@ def main(argv: Sequence[str]) -> int:
   """Prints the most probable classes of each image; returns the exit status."""
   try:
     options = _parse(argv[1:])
-    files = [(path, _read(path)) for path in options.images]
     classifier = _classifier(options)
-    pre = classifier.preprocess
-    images = np.stack([evaluation_image(image, pre) for _, image in files])
+    images = np.stack([_read(path, classifier.preprocess) for path in options.images])
     parts = np.split(images, range(_BATCH, len(images), _BATCH))
     logits = np.concatenate([classifier.logits(part) for part in parts])
     for path, row in zip(options.images, logits, strict=True):
@@ -95,9 +92,10 @@ def _draw(options: argparse.Namespace, classifier: Classifier, images: np.ndarra
     print(f"tokens: {options.maps / name}.png")
 
 
-def _read(path: str) -> PIL.Image.Image:
+def _read(path: str, pre: Preprocess) -> np.ndarray:
+  """What the model sees of a file, which is much less than the file has."""
   try:
-    return sources.decode(pathlib.Path(path).read_bytes(), path)
+    return evaluation_image(sources.decode(pathlib.Path(path).read_bytes(), path), pre)
   except OSError as error:
     raise UserError(f"{path}: expected an image file, got none ({error.strerror}).") from error
   except sources.CorruptImage as error:
@@ -113,7 +111,9 @@ def _classifier(options: argparse.Namespace) -> Classifier:
     found = _from_weights(options.variant, options.weights, options.plan)
   if not found.classes:
     raise UserError("expected a model with a classifier, got one that gives features.")
-  return found
+  # A photograph that is given here is meant as its viewer shows it.
+  upright = dataclasses.replace(found.preprocess, exif_orientation=True)
+  return dataclasses.replace(found, preprocess=upright)
 
 
 def _from_export(path: str) -> Classifier:

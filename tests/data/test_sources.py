@@ -1,16 +1,18 @@
 """Every kind of source, and what is said when one is not usable."""
 
 import json
+import os
 import pathlib
 import shutil
 import subprocess
 import sys
 
 import numpy as np
+import PIL.Image
 import pytest
 import tiny
 
-from vitcomp_jax.data import sources
+from vitcomp_jax.data import labels, sources
 from vitcomp_jax.errors import UserError
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -90,21 +92,158 @@ def test_folder_without_classes_is_refused(tmp_path: pathlib.Path) -> None:
     open_source("folder", tmp_path)
 
 
-def test_folder_with_an_empty_class_is_refused(folder: pathlib.Path) -> None:
-  for split in ("train", "val"):
-    (folder / split / "eel").mkdir()
-  with pytest.raises(UserError, match="val/eel: expected images .* got none"):
+def told(caplog: pytest.LogCaptureFixture) -> list[str]:
+  assert {record.levelname for record in caplog.records} <= {"WARNING"}
+  lines = [record.getMessage() for record in caplog.records]
+  assert not any("\n" in line for line in lines)
+  return lines
+
+
+def test_folder_without_images_in_any_class_is_refused(folder: pathlib.Path) -> None:
+  for file in (folder / "val").glob("*/?.*"):
+    file.unlink()
+  with pytest.raises(UserError, match=r"val: expected images in 2 folders of classes \(cat, dog\)"):
     open_source("folder", folder)
+  (folder / "val" / "cat" / "0.heic").write_text("")
+  with pytest.raises(UserError, match=r"left out 3 files \(.txt 2, .heic 1\), such as .*val/") as e:
+    open_source("folder", folder)
+  assert "\n" not in str(e.value)
 
 
-def test_folder_takes_only_files(folder: pathlib.Path) -> None:
+def test_folder_with_an_empty_class_keeps_its_label(
+  folder: pathlib.Path, caplog: pytest.LogCaptureFixture
+) -> None:
+  for name in ("cow", *(f"empty{i}" for i in range(6))):
+    (folder / "val" / name / "deep").mkdir(parents=True)
+  for file in folder.glob("val/*/notes.txt"):
+    file.unlink()
+  source = open_source("folder", folder)
+  assert source.class_names[:3] == ("cat", "cow", "dog") and len(source.class_names) == 9
+  assert [source[i].label for i in range(6)] == [0, 0, 0, 2, 2, 2]
+  assert told(caplog) == [
+    f"{folder / 'val'}: no images in 7 folders of classes (cow, empty0, empty1, empty2, empty3, "
+    "...) of 9"
+  ]
+
+
+def test_folder_takes_files_and_what_looks_like_one(folder: pathlib.Path) -> None:
   (folder / "val" / "cat" / "3.jpg").symlink_to("nowhere")
   (folder / "val" / "cat" / "4.jpg").mkdir()
   (folder / "val" / "5.jpg").mkdir()
   (folder / "val" / "dog" / "6.png").symlink_to(folder / "val" / "cat" / "2.png")
+  (folder / "val" / "dog" / "7.png").symlink_to("7.png")
+  os.mkfifo(folder / "val" / "dog" / "8.png")
   source = open_source("folder", folder)
-  assert source.class_names == ("cat", "dog") and len(source) == 7
-  np.testing.assert_array_equal(np.asarray(source[6].image), np.asarray(source[2].image))
+  assert source.class_names == ("cat", "dog") and len(source) == 9
+  np.testing.assert_array_equal(np.asarray(source[7].image), np.asarray(source[2].image))
+  with pytest.raises(sources.CorruptImage, match="val/cat/3.jpg: No such file"):
+    source[3]
+  with pytest.raises(sources.CorruptImage, match="val/dog/7.png: Too many levels"):
+    source[8]
+
+
+def test_folder_takes_images_at_any_depth_in_the_order_of_torchvision(
+  folder: pathlib.Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+  cat, elsewhere = folder / "val" / "cat", tmp_path_factory.mktemp("elsewhere")
+  for place in (cat / "b" / "c", cat / "b.jpg", cat / "b-", cat / "a", elsewhere):
+    place.mkdir(parents=True, exist_ok=True)
+    for name in ("z.png", "y.png"):
+      PIL.Image.new("L", (5, 5)).save(place / name)
+  (cat / "link").symlink_to(elsewhere)
+  source = sources.FolderSource(str(folder), "val")
+  want = []
+  for label, name in enumerate(("cat", "dog")):
+    # As torchvision's `make_dataset` goes.
+    for root, _, names in sorted(os.walk(folder / "val" / name, followlinks=True)):
+      want += [((root, n), label) for n in sorted(names) if not n.endswith(".txt")]
+  assert source._files == want and len(want) == 16
+
+
+def test_folder_with_links_back_is_read_once(folder: pathlib.Path) -> None:
+  cat, dog = folder / "val" / "cat", folder / "val" / "dog"
+  (cat / "self").symlink_to(cat)
+  (cat / "up").symlink_to(folder / "val")
+  (dog / "deep").mkdir()
+  (dog / "deep" / "back").symlink_to(dog)
+  assert len(open_source("folder", folder)) == 6
+  (dog / "cat").symlink_to(cat)  # Another folder: its images are dogs too.
+  source = open_source("folder", folder)
+  assert [source[i].label for i in range(len(source))] == [0] * 3 + [1] * 6
+
+
+def test_folder_tells_in_one_line_what_is_left_out(
+  folder: pathlib.Path, caplog: pytest.LogCaptureFixture
+) -> None:
+  open_source("folder", folder)
+  assert told(caplog) == [
+    f"{folder / 'val'}: left out 2 files (.txt 2), such as {folder / 'val' / 'cat' / 'notes.txt'}"
+  ]
+  caplog.clear()
+  val = folder / "val"
+  for name in (".hidden/9.jpg", "4.JPG/a.png", "4.JPG/b.png", "cat/.DS_Store", "cat/x.HEIC"):
+    (val / name).parent.mkdir(exist_ok=True)
+    (val / name).write_text("")
+  for name in ("cat/y.heic", "dog/x.heic", "README", "8.jpg", "cat/.8.jpg", "cat/drawing.eps"):
+    (val / name).write_text("")
+  assert len(open_source("folder", folder)) == 6
+  assert told(caplog) == [
+    f"{val}: left out 13 files (.heic 3, .jpg hidden 2, .png in folders named like images 2, "
+    f".txt 2, .eps 1, ...), such as {val / 'cat' / 'x.HEIC'}"
+  ]
+
+
+def test_folder_tells_nothing_where_nothing_is_left_out(
+  tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture
+) -> None:
+  tiny.plain_folder(tmp_path)
+  open_source("folder", tmp_path)
+  assert told(caplog) == []
+
+
+def test_folder_that_cannot_be_read_is_named(
+  folder: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  scandir = os.scandir
+
+  def refuse(path: str) -> object:
+    if path.endswith("dog"):
+      raise PermissionError(13, "Permission denied", path)
+    return scandir(path)
+
+  monkeypatch.setattr(os, "scandir", refuse)
+  with pytest.raises(UserError, match="val/dog: cannot be read .Permission denied."):
+    open_source("folder", folder)
+
+
+@pytest.mark.parametrize(
+  ("order", "names"),
+  [
+    (None, ("1", "10", "2", "B", "a10", "a9")),
+    ("sorted", ("1", "10", "2", "B", "a10", "a9")),
+    ("natural", ("1", "2", "10", "a9", "a10", "B")),
+  ],
+)
+def test_folder_orders_classes_as_asked(
+  tmp_path: pathlib.Path, order: str | None, names: tuple[str, ...]
+) -> None:
+  for name in names:
+    (tmp_path / "val" / name).mkdir(parents=True)
+    PIL.Image.new("L", (4, 4)).save(tmp_path / "val" / name / "0.png")
+  source = sources.make_source("folder", str(tmp_path), "val", (1, 1), 0, class_order=order)
+  assert source.class_names == names
+  assert isinstance(source, sources.FolderSource)
+  assert [os.path.basename(file[0]) for file, _ in source._files] == list(names)
+
+
+def test_natural_order_is_that_of_timm() -> None:
+  # What timm 1.0.31's natural_key makes of them.
+  names = ["n02", "n1", "10", "9", "", "Z", "b", "A1b10", "a1B9", "a01b8", "1.5", "1.10"]
+  want = ("", "1.5", "1.10", "9", "10", "a01b8", "a1B9", "A1b10", "b", "n1", "n02", "Z")
+  assert labels.sort_classes(names, "natural") == want
+  assert labels.sort_classes(names, "sorted") == tuple(sorted(names))
+  with pytest.raises(UserError, match="config.data.class_order: expected one of .*, got 'random'"):
+    labels.sort_classes(names, "random")
 
 
 def test_folder_without_class_folders_has_no_labels(tmp_path: pathlib.Path) -> None:
@@ -120,13 +259,6 @@ def test_only_one_split_may_have_labels(tmp_path: pathlib.Path) -> None:
   tiny.folder(tmp_path, ("val",))
   assert open_source("folder", tmp_path, "train").class_names == ()
   assert open_source("folder", tmp_path, "val").class_names == ("cat", "dog")
-
-
-@pytest.mark.parametrize("split", ["train", "val"])
-def test_folder_with_differing_classes_is_refused(folder: pathlib.Path, split: str) -> None:
-  (folder / "val" / "dog").rename(folder / "val" / "wolf")
-  with pytest.raises(UserError, match=r"2 in only one of them \(dog, wolf\)"):
-    open_source("folder", folder, split)
 
 
 def test_truncated_image_is_named(folder: pathlib.Path) -> None:

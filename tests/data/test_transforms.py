@@ -1,10 +1,15 @@
 """The transforms equal timm's; the augmentations equal plain loops.
 
-`timm_transforms.npz` holds what timm 1.0.31 and torchvision made of three images.
+`timm_transforms.npz` holds what timm 1.0.31 and torchvision made of three images, `timm_crops.npz`
+checksums of what timm made of those of `crops`.
 """
 
+import dataclasses
 import pathlib
+import subprocess
+import sys
 
+import crops
 import numpy as np
 import PIL.Image
 import pytest
@@ -51,10 +56,73 @@ def test_normalize_equals_timm(timm: dict[str, np.ndarray]) -> None:
 
 
 @pytest.mark.parametrize("size", [(400, 100), (190, 401), (50, 60)])
-def test_center_crop_equals_torchvision(timm: dict[str, np.ndarray], size: tuple[int, int]) -> None:
-  image = PIL.Image.fromarray(timm["image/wide"])
-  got = np.asarray(transforms._center_crop(image, *size))
+def test_center_crop_equals_torchvision(
+  timm: dict[str, np.ndarray], size: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+  monkeypatch.setattr(transforms, "_resized_size", lambda size, pre: size)
+  got = transforms.evaluation_image(timm["image/wide"], preprocess(size))
   np.testing.assert_array_equal(got, timm[f"center/{size[0]}x{size[1]}"])
+
+
+@pytest.mark.parametrize("kind", [name for name, _ in crops.images()])
+def test_every_crop_mode_equals_timm(kind: str) -> None:
+  with np.load(crops.FILE) as arrays:
+    wanted = arrays["checksums"][[name for name, _ in crops.images()].index(kind)]
+  image = dict(crops.images())[kind]
+  wrong = []
+  for setting, want in zip(crops.SETTINGS, wanted, strict=True):
+    size, crop_pct, crop_mode, interpolation = setting
+    pre = transforms.Preprocess(size, crops.MEAN, crops.STD, crop_pct, interpolation, 0, crop_mode)
+    got = transforms.evaluation_image(image, pre)
+    assert got.shape == (*size, 3)
+    if want and crops.checksum(got) != want:  # 0: timm refuses it.
+      wrong.append(setting)
+  assert not wrong
+
+
+def test_a_border_has_the_colour_of_the_mean() -> None:
+  pre = dataclasses.replace(preprocess((16, 97)), crop_mode="border")
+  got = transforms.evaluation_image(np.full((300, 1, 3), 9, np.uint8), pre)
+  assert (got[:, 48] == 9).all()  # One pixel stays of what would be a twentieth.
+  assert (np.delete(got, 48, axis=1) == (124, 116, 104)).all()
+
+
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear", "lanczos"])
+@pytest.mark.parametrize("crop_mode", transforms.CROP_MODES)
+def test_a_part_alone_is_resized_as_the_whole(
+  crop_mode: str, interpolation: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  rng = np.random.default_rng(0)
+  for height, width in ((3, 700), (700, 3), (40, 300), (300, 40), (61, 67), (1, 900), (900, 1)):
+    image = rng.integers(100, 156, size=(height, width, 3), dtype=np.uint8)
+    for size in ((32, 32), (48, 30)):
+      pre = preprocess(size, 0.875, interpolation)
+      pre = dataclasses.replace(pre, crop_mode=crop_mode)
+      monkeypatch.setattr(transforms, "_LARGE", 2**24)
+      whole = transforms.evaluation_image(image, pre).astype(int)
+      monkeypatch.setattr(transforms, "_LARGE", 0)
+      part = transforms.evaluation_image(image, pre).astype(int)
+      assert np.abs(whole - part).max() <= 2 and np.abs(whole - part).mean() < 0.3
+
+
+@pytest.mark.parametrize("size", [(20000, 1), (1, 20000), (19999, 3), (400000, 1)])
+def test_a_long_strip_takes_no_more_memory_than_a_photograph(size: tuple[int, int]) -> None:
+  code = f"""
+import resource
+import PIL.Image
+from vitcomp_jax.data import transforms
+image = PIL.Image.new("RGB", {size}, (9, 8, 7))
+small = transforms.Preprocess((224, 224), (0.5,) * 3, (0.5,) * 3, 0.9, "bicubic")
+transforms.evaluation_image(PIL.Image.new("RGB", (500, 375)), small)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+for mode in transforms.CROP_MODES:
+  pre = transforms.Preprocess((224, 224), (0.5,) * 3, (0.5,) * 3, 0.9, "bicubic", 0, mode)
+  pixels = transforms.evaluation_image(image, pre)
+  assert mode == "border" or (pixels == (9, 8, 7)).all()
+more = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+assert more < 200 * 2**10, f"{{more}} KiB"
+"""
+  subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_crop_flip_equals_torchvision(

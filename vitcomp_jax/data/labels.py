@@ -4,7 +4,7 @@ import collections
 import logging
 import pathlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from vitcomp_jax.data import class_names
 from vitcomp_jax.errors import UserError
@@ -13,20 +13,25 @@ IMAGENET = "imagenet1k"
 _LISTED = 5  # names in a message
 
 
-def sort_classes(names: Sequence[str], order: str = "sorted") -> tuple[str, ...]:
+def sort_classes(names: Iterable[str], order: str = "sorted") -> tuple[str, ...]:
   """Sorts the names of class folders.
 
   Args:
     names: Of the folders.
-    order: `sorted`, as torchvision's ImageFolder; or `natural`, as timm's: numbers in them by their
-      value, and without regard to capitals.
+    order: `sorted`, as torchvision does (1, 10, 2), or `natural`, as timm does (1, 2, 10): numbers
+      by their value, upper case as lower case.
+
+  Returns:
+    The names in the order of their labels.
   """
-  return tuple(sorted(names, key=_natural if order == "natural" else None))
+  # Names that are equal but for their case keep one order on every machine.
+  found = sorted(names)
+  return tuple(sorted(found, key=_natural) if order == "natural" else found)
 
 
 def _natural(name: str) -> list[str | int]:
-  parts = re.split(r"(\d+)", name.lower())
-  return [int(part) if part.isdecimal() else part for part in parts]
+  # Text and digits alternate, so that only like is compared with like.
+  return [int(part) if i % 2 else part for i, part in enumerate(re.split(r"(\d+)", name.lower()))]
 
 
 def are_numbers(names: Sequence[str]) -> bool:

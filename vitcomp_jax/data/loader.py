@@ -94,7 +94,9 @@ def open_source(
     UserError: If the data set or the split is not usable.
   """
   name = config.train_split if split == "train" else config.eval_split
-  return sources.make_source(config.name, config.dir, name, fake_size, fake_classes)
+  return sources.make_source(
+    config.name, config.dir, name, fake_size, fake_classes, class_order=config.class_order
+  )
 
 
 def _check(config: DataConfig, side: int) -> None:
@@ -170,8 +172,6 @@ class Dataset:
     self.num_examples, self.pre = len(indices), pre
     self._source, self._indices, self._seed = source, indices, seed
     self._augmentation, self._skip_corrupt, self._workers = augmentation, skip_corrupt, workers
-    red, green, blue = (min(255, round(255 * value)) for value in pre.mean)
-    self._fill = red, green, blue
     self._corrupt: set[int] = set()
     self._lock = threading.Lock()
 
@@ -309,8 +309,18 @@ class Dataset:
     if self._memory is not None:
       return self._memory[position]
     index = int(self._indices[position])
+    return self._made(sources.read(self._source, [index])[0], index, rng)
+
+  def _made(
+    self,
+    example: sources.Example | sources.CorruptImage,
+    index: int,
+    rng: np.random.Generator | None = None,
+  ) -> "_Item | None":
     try:
-      return self._transform(self._source[index], index, rng)
+      if isinstance(example, sources.CorruptImage):
+        raise example
+      return self._transform(example, index, rng)
     except sources.CorruptImage as error:
       self._leave_out(index, error)
       return None
@@ -323,7 +333,7 @@ class Dataset:
     else:
       cropped = transforms.random_crop_flip(example.image, self.pre, rng)
       if self._augmentation.augment == "rand_augment":
-        cropped = rand_augment(cropped, rng, self._fill)
+        cropped = rand_augment(cropped, rng, self.pre.fill)
       image = np.asarray(cropped)
     label = self._labels[example.label] if self.has_labels else example.label
     return _Item(image, label, index)
@@ -350,12 +360,8 @@ class Dataset:
     items: list[_Item | None] = []
     for start in range(0, self.num_examples, _READ_AT_ONCE):
       indices = [int(i) for i in self._indices[start : start + _READ_AT_ONCE]]
-      for index, example in zip(indices, sources.read(self._source, indices), strict=True):
-        if isinstance(example, sources.CorruptImage):
-          self._leave_out(index, example)
-          items.append(None)
-        else:
-          items.append(self._transform(example, index, None))
+      examples = sources.read(self._source, indices)
+      items += map(self._made, examples, indices)
     return items
 
 

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import importlib.resources
-import io
+import logging
 import os
 import pathlib
 import re
@@ -13,10 +13,12 @@ from typing import Any, Protocol
 import numpy as np
 import PIL.Image
 
+from vitcomp_jax.data import folders, labels
+from vitcomp_jax.data.images import CorruptImage, decode
 from vitcomp_jax.errors import UserError
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 EVAL_SPLITS = ("validation", "val", "test")
+_NAMED = 5  # folders
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,10 +27,6 @@ class Example:
 
   image: PIL.Image.Image | np.ndarray
   label: int  # -1: none
-
-
-class CorruptImage(Exception):
-  """An image that cannot be read or decoded; the message names it."""
 
 
 class Source(Protocol):
@@ -100,106 +98,62 @@ class FakeSource:
 
 
 class FolderSource:
-  """Image files in `DIR/SPLIT/CLASS/`; the classes are the folder names in sorted order.
+  """Image files in `DIR/SPLIT/CLASS/`, at any depth; the classes are named like the folders.
 
   Without such folders, the images in `DIR/SPLIT/` have no labels.
   """
 
-  def __init__(self, directory: str, split: str) -> None:
+  def __init__(self, directory: str, split: str, class_order: str = "sorted") -> None:
+    """Looks for the files, and tells of those that are left out.
+
+    Args:
+      directory: Holds the folders of the splits.
+      split: Name of one.
+      class_order: Of the classes, see `labels.sort_classes`.
+
+    Raises:
+      UserError: If there are no images, or a folder cannot be read.
+    """
     self.name, self.split = pathlib.Path(directory).name, split
     self.image_shape: tuple[int, int] | None = None
-    folder = pathlib.Path(directory) / split
-    self.class_names = class_folders(folder)
-    self._check_same_classes(pathlib.Path(directory))
-    self._files: list[tuple[pathlib.Path, int]] = []
-    if not self.class_names:
-      self._files = [(file, -1) for file in image_files(folder)]
+    folder = os.path.join(directory, split)
+    try:
+      found = folders.find(folder)
+    except OSError as error:
+      raise UserError(f"{error.filename}: cannot be read ({error.strerror}).") from error
+    self.class_names = labels.sort_classes(found.classes, class_order)
+    self._files = [(file, -1) for file in found.loose]
     for label, class_name in enumerate(self.class_names):
-      files = image_files(folder / class_name)
-      if not files:
-        raise UserError(
-          f"{folder / class_name}: expected images ({' '.join(IMAGE_SUFFIXES)}), got none; add "
-          "some or remove the folder."
-        )
-      self._files += [(file, label) for file in files]
-
-  def _check_same_classes(self, directory: pathlib.Path) -> None:
-    """Training and evaluation must number the classes alike, if both have labels."""
-    others = EVAL_SPLITS if self.split == "train" else ("train",)
-    other = next((o for o in others if o != self.split and (directory / o).is_dir()), None)
-    if other is None:
-      return
-    others_classes = class_folders(directory / other)
-    differing = sorted(set(self.class_names) ^ set(others_classes))
-    if self.class_names and others_classes and differing:
+      self._files += [(file, label) for file in found.classes[class_name]]
+    if not self._files:
+      what = f"images in {_named(self.class_names)}" if self.class_names else "one folder per class"
+      told = f" ({found.told()})" if found.left_out else ""
       raise UserError(
-        f"{directory}: expected the same classes in {self.split} and {other}, got "
-        f"{len(differing)} in only one of them ({', '.join(differing[:5])}); add or remove them."
+        f"{folder}: expected {what}, got none{told}; see `DIR/train/CLASS/`, or put images without "
+        "labels there."
       )
+    if found.left_out:
+      logging.warning("%s: %s", folder, found.told())
+    if empty := [name for name in self.class_names if not found.classes[name]]:
+      logging.warning("%s: no images in %s of %d", folder, _named(empty), len(self.class_names))
 
   def __len__(self) -> int:
     return len(self._files)
 
   def __getitem__(self, index: int) -> Example:
     file, label = self._files[index]
+    path = os.path.join(*file)
     try:
-      content = file.read_bytes()
+      content = pathlib.Path(path).read_bytes()
     except OSError as error:
-      raise CorruptImage(f"{file}: {error.strerror}") from error
-    return Example(decode(content, str(file)), label)
+      raise CorruptImage(f"{path}: {error.strerror}") from error
+    return Example(decode(content, path), label)
 
 
-def class_folders(folder: pathlib.Path) -> tuple[str, ...]:
-  """The sorted names of a split's class folders, hidden ones left out; none if it has no labels.
-
-  A folder that is named like an image is no class.
-  """
-  names = sorted(
-    path.name
-    for path in folder.iterdir()
-    if path.is_dir() and not path.name.startswith(".") and not _named_like_image(path.name)
-  )
-  if not names and not image_files(folder):
-    raise UserError(
-      f"{folder}: expected one folder per class, got none; see `DIR/train/CLASS/`, or put images "
-      "without labels there."
-    )
-  return tuple(names)
-
-
-def image_files(folder: pathlib.Path) -> list[pathlib.Path]:
-  """The image files of a folder, sorted, hidden ones left out."""
-  # Unlike `iterdir`, this tells files from folders and dangling links without a look at each.
-  with os.scandir(folder) as entries:
-    names = [e.name for e in entries if _named_like_image(e.name) and e.is_file()]
-  return [folder / name for name in sorted(names) if not name.startswith(".")]
-
-
-def _named_like_image(name: str) -> bool:
-  return os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES
-
-
-def decode(content: bytes, what: str) -> PIL.Image.Image:
-  """Decodes an image file.
-
-  Args:
-    content: Of the file.
-    what: Names it in the error.
-
-  Returns:
-    The image, wholly decoded.
-
-  Raises:
-    CorruptImage: If it cannot be decoded.
-  """
-  try:
-    image = PIL.Image.open(io.BytesIO(content))
-    image.load()
-  except PIL.UnidentifiedImageError as error:
-    raise CorruptImage(f"{what}: not an image") from error
-  except (OSError, ValueError, SyntaxError, PIL.Image.DecompressionBombError) as error:
-    raise CorruptImage(f"{what}: {error}") from error
-  return image
+def _named(names: Sequence[str]) -> str:
+  """How many folders of classes, and the names of the first."""
+  some = [*names[:_NAMED], *["..."] * (len(names) > _NAMED)]
+  return f"{len(names)} {'folder' if len(names) == 1 else 'folders'} of classes ({', '.join(some)})"
 
 
 class TfdsSource:
@@ -265,6 +219,7 @@ def make_source(
   split: str | None,
   fake_size: tuple[int, int],
   fake_classes: int,
+  class_order: str | None = None,
 ) -> Source:
   """Opens a split of a data set.
 
@@ -274,6 +229,7 @@ def make_source(
     split: Name of the split; none: the evaluation split that there is.
     fake_size: Height and width of the images of `fake`, in pixels.
     fake_classes: Number of classes of `fake`.
+    class_order: Of the classes of `folder`, see `labels.sort_classes`; none: `sorted`.
 
   Returns:
     The source.
@@ -286,7 +242,7 @@ def make_source(
   if name == "fake":
     return FakeSource(split or "validation", fake_size, fake_classes)
   if name == "folder":
-    return _folder(directory, split)
+    return _folder(directory, split, class_order or "sorted")
   return _tfds(name, directory, split)
 
 
@@ -312,14 +268,14 @@ def _bundled(split: str) -> Source:
   return ArraySource("bundled", split, images, labels, class_names)
 
 
-def _folder(directory: str | None, split: str | None) -> Source:
+def _folder(directory: str | None, split: str | None, class_order: str) -> Source:
   if directory is None:
     raise UserError("config.data.dir: expected the folder that holds train/ and val/, got none.")
   path = pathlib.Path(directory).expanduser()
   if not path.is_dir():
     raise UserError(f"config.data.dir: expected a folder with train/ and val/, got {directory!r}.")
   known = tuple(sorted(p.name for p in path.iterdir() if p.is_dir()))
-  return FolderSource(str(path), _known_split(str(path), split, known))
+  return FolderSource(str(path), _known_split(str(path), split, known), class_order)
 
 
 def _tfds(name: str, directory: str | None, split: str | None) -> Source:

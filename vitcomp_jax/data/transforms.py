@@ -1,4 +1,4 @@
-"""From an image file's pixels to the model's input, equal to timm's evaluation transform.
+"""From an image to the model's input, equal to timm's evaluation transform.
 
 Everything up to the batch is uint8; `normalize` runs inside the jitted step.
 """
@@ -10,8 +10,8 @@ from typing import Any, TypeVar, cast
 
 import numpy as np
 import PIL.Image
-import PIL.ImageOps
 
+from vitcomp_jax.data.images import to_rgb
 from vitcomp_jax.errors import UserError
 
 AUGMENTS = ("none", "flip_shift", "crop_flip", "rand_augment")
@@ -22,6 +22,7 @@ _RESAMPLING = {
   "lanczos": PIL.Image.Resampling.LANCZOS,
   "nearest": PIL.Image.Resampling.NEAREST,
 }
+_LARGE = 2**24  # Pixels of a resized image, of which no more than the crop is made.
 
 Array = TypeVar("Array")
 
@@ -63,67 +64,100 @@ class Preprocess:
     if self.pad < 0:
       raise UserError(f"config.data.pad: expected at least 0 pixels, got {self.pad}.")
 
-
-def to_rgb(image: PIL.Image.Image | np.ndarray, pad: int = 0) -> PIL.Image.Image:
-  """Makes an RGB image with zeros around it.
-
-  Args:
-    image: PIL image of any mode, or uint8[h w], uint8[h w 1] or uint8[h w 3].
-    pad: Pixels added on every side.
-
-  Returns:
-    The RGB image.
-  """
-  if isinstance(image, np.ndarray):
-    image = PIL.Image.fromarray(image[:, :, 0] if image.shape[2:] == (1,) else image)
-  image = image.convert("RGB")
-  return PIL.ImageOps.expand(image, pad, fill=0) if pad else image
+  @property
+  def fill(self) -> tuple[int, int, int]:
+    """The mean as a colour, which stands where there is no image."""
+    red, green, blue = (min(max(round(255 * value), 0), 255) for value in self.mean)
+    return red, green, blue
 
 
 def evaluation_image(image: PIL.Image.Image | np.ndarray, pre: Preprocess) -> np.ndarray:
-  """Resizes the shorter side, then crops the centre: timm's evaluation transform.
+  """Resizes, then crops the centre: timm's evaluation transform.
 
   Args:
-    image: PIL image, or uint8 array as in `to_rgb`.
-    pre: The sizes and the interpolation.
+    image: PIL image, or uint8 array as in `images.to_rgb`.
+    pre: The sizes, the interpolation and the mode of the crop.
 
   Returns:
     uint8[h w 3] with h, w = `pre.image_size`.
+
+  Raises:
+    CorruptImage: If it cannot be made an RGB image.
   """
-  rgb = to_rgb(image, pre.pad)
-  height, width = _resized_size((rgb.height, rgb.width), pre)
-  rgb = _resize(rgb, height, width, pre.interpolation)
-  return np.asarray(_center_crop(rgb, *pre.image_size))
+  rgb = to_rgb(image, pre.pad, pre.exif_orientation)
+  height, width = pre.image_size
+  resized = _resized_size((rgb.height, rgb.width), pre)
+  top, left = _offset(resized[0], height), _offset(resized[1], width)
+  # What the image has of the crop; around it is nothing, or the mean.
+  bottom, right = min(top + height, resized[0]), min(left + width, resized[1])
+  window = (max(left, 0), max(top, 0), right, bottom)
+  part = _resized_part(rgb, (resized[1], resized[0]), window, pre.interpolation)
+  if part.size == (width, height):
+    return np.asarray(part)
+  canvas = PIL.Image.new("RGB", (width, height), pre.fill if pre.crop_mode == "border" else 0)
+  canvas.paste(part, (max(-left, 0), max(-top, 0)))
+  return np.asarray(canvas)
 
 
 def _resized_size(size: tuple[int, int], pre: Preprocess) -> tuple[int, int]:
   """Height and width after the resize, rounded as torchvision and timm round them."""
   height, width = size
   target = [math.floor(side / pre.crop_pct) for side in pre.image_size]
-  if target[0] == target[1]:  # torchvision's Resize truncates the longer side.
-    if width <= height:
+  if pre.crop_mode == "squash":
+    return target[0], target[1]
+  if pre.crop_mode == "center" and target[0] == target[1]:
+    if width <= height:  # torchvision's Resize truncates the longer side.
       return int(target[0] * height / width), target[0]
     return target[0], int(target[0] * width / height)
-  # timm's ResizeKeepRatio, for inputs that are not square, rounds both.
-  ratio = min(height / target[0], width / target[1])
-  return round(height / ratio), round(width / ratio)
+  # timm's ResizeKeepRatio rounds both.
+  choose = max if pre.crop_mode == "border" else min
+  ratio = choose(height / target[0], width / target[1])
+  return max(round(height / ratio), 1), max(round(width / ratio), 1)
+
+
+def _offset(length: int, kept: int) -> int:
+  """Where a central crop begins, as in torchvision; below 0 where there is less than it keeps."""
+  spare = length - kept
+  return round(spare / 2) if spare >= 0 else -(-spare // 2)
+
+
+def _resized_part(
+  image: PIL.Image.Image,
+  size: tuple[int, int],
+  window: tuple[int, int, int, int],
+  interpolation: str,
+) -> PIL.Image.Image:
+  """What lies in a window of the resized image.
+
+  Args:
+    image: In RGB.
+    size: Width and height that it is resized to.
+    window: Left, top, right and bottom in the resized image.
+    interpolation: Of the resize.
+
+  Returns:
+    The part.
+  """
+  if math.prod(size) <= _LARGE:
+    return _resize(image, size[1], size[0], interpolation).crop(window)
+  # A long strip becomes far larger than what is kept of it. Pillow can resize a box of the image
+  # alone, which differs by its roundings. It computes with 32 bits, so that of the image only what
+  # the box needs is given.
+  scales = np.array(image.size) / size
+  first, last = window[:2] * scales, window[2:] * scales
+  reach = np.ceil(3 * np.maximum(scales, 1)) + 1  # of Lanczos, the widest filter
+  begin = np.maximum(np.floor(first) - reach, 0)
+  end = np.minimum(np.ceil(last) + reach, image.size)
+  part = image.crop((int(begin[0]), int(begin[1]), int(end[0]), int(end[1])))
+  box = (*(first - begin).tolist(), *(last - begin).tolist())
+  kept = (window[2] - window[0], window[3] - window[1])
+  return part.resize(kept, _RESAMPLING[interpolation], box)
 
 
 def _resize(image: PIL.Image.Image, height: int, width: int, interpolation: str) -> PIL.Image.Image:
   if image.size == (width, height):
     return image
   return image.resize((width, height), _RESAMPLING[interpolation])
-
-
-def _center_crop(image: PIL.Image.Image, height: int, width: int) -> PIL.Image.Image:
-  """Crops the centre as torchvision does, with zeros where the image is smaller."""
-  missing_w, missing_h = max(width - image.width, 0), max(height - image.height, 0)
-  if missing_w or missing_h:
-    border = (missing_w // 2, missing_h // 2, (missing_w + 1) // 2, (missing_h + 1) // 2)
-    image = PIL.ImageOps.expand(image, border, fill=0)
-  top = round((image.height - height) / 2.0)
-  left = round((image.width - width) / 2.0)
-  return image.crop((left, top, left + width, top + height))
 
 
 def normalize(images: Array, pre: Preprocess) -> Array:
@@ -220,14 +254,17 @@ def random_crop_flip(
   """Resizes a random box to the input size, and mirrors half of the images.
 
   Args:
-    image: PIL image, or uint8 array as in `to_rgb`.
+    image: PIL image, or uint8 array as in `images.to_rgb`.
     pre: The size and the interpolation; `crop_pct` has no part in it.
     rng: Source of the draws.
 
   Returns:
     An RGB image of `pre.image_size`.
+
+  Raises:
+    CorruptImage: If it cannot be made an RGB image.
   """
-  rgb = to_rgb(image, pre.pad)
+  rgb = to_rgb(image, pre.pad, pre.exif_orientation)
   top, left, height, width = random_crop_box((rgb.height, rgb.width), rng)
   box = (left, top, left + width, top + height)
   # Of the box alone, so that no pixel from outside reaches in.
