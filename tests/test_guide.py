@@ -1,5 +1,6 @@
 """Every command and program of docs/guide.md, in its order, on small images and a small model."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -9,11 +10,14 @@ import subprocess
 import sys
 
 import numpy as np
+import PIL.ExifTags
 import PIL.Image
+import PIL.ImageOps
 import pytest
 
 from tests.test_main import BUNDLED, ROOT
 from vitcomp_jax.data import sources
+from vitcomp_jax.data.transforms import CROP_MODES, Preprocess, evaluation_image
 
 BLOCK = re.compile(r"^```(bash|python)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 # All that is changed: the guide's experiment in small. It stands behind the guide's own mine.py.
@@ -46,6 +50,49 @@ def _images(folder: pathlib.Path) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
         PIL.Image.fromarray(np.squeeze(example.image)).save(file)
     assert not any(left.values())
+
+
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
+@pytest.mark.parametrize("crop_mode", CROP_MODES)
+def test_the_served_model_sees_what_the_library_does(crop_mode, interpolation, tmp_path):
+  pre = Preprocess(
+    *((32, 32), (0.485, 0.456, 0.406), (0.2,) * 3, 0.875, interpolation, 0, crop_mode, True)
+  )
+  read = _serve(pre)
+  rng = np.random.default_rng(0)
+  exif = PIL.Image.Exif()
+  for i, shape in enumerate(
+    [(30, 40), (99, 61), (32, 32), (1, 9), (200, 7), (3, 20000), (20000, 1)]
+  ):
+    exif[PIL.ExifTags.Base.Orientation] = i + 1
+    file = tmp_path / f"{i}.png"
+    image = PIL.Image.fromarray(rng.integers(100, 156, size=(*shape, 3), dtype=np.uint8))
+    image.save(file, exif=exif)
+    with PIL.Image.open(file) as image:
+      want = evaluation_image(image, pre).astype(int)
+    off = np.abs(read(file) - want)
+    assert off.max() <= 2 and off.mean() < 0.3, shape
+
+
+def test_the_served_model_sees_16_bits_and_refuses_more(tmp_path):
+  read = _serve(Preprocess((8, 8), (0.5,) * 3, (0.5,) * 3, 1.0, "bicubic"))
+  pixels = np.random.default_rng(0).integers(2**16, size=(8, 8), dtype=np.uint16)
+  PIL.Image.fromarray(pixels).save(tmp_path / "deep.png")
+  np.testing.assert_array_equal(read(tmp_path / "deep.png")[:, :, 0], pixels >> 8)
+  for mode in ("I", "F"):
+    PIL.Image.new(mode, (9, 9)).save(tmp_path / "deep.tif")
+    with pytest.raises(SystemExit, match=rf"deep.tif: mode {mode} has more than 16 bits"):
+      read(tmp_path / "deep.tif")
+
+
+def _serve(pre):
+  """The guide's function that reads an image for the served model."""
+  blocks = BLOCK.findall((ROOT / "docs" / "guide.md").read_text())
+  (text,) = [text for _, text in blocks if text.startswith("# serve.py")]
+  begin, functions = text.index("side = "), text[: text.index("for path in sys.argv")]
+  names = {"np": np, "PIL": PIL, "sys": sys, "preprocess": dataclasses.asdict(pre)}
+  exec(functions[begin:], names)
+  return names["read"]
 
 
 @pytest.mark.slow

@@ -1,9 +1,12 @@
 """The command that names what is in an image."""
 
 import dataclasses
+import gc
 import json
+import weakref
 
 import numpy as np
+import PIL.ExifTags
 import PIL.Image
 import pytest
 
@@ -12,6 +15,7 @@ from tests.test_api import MINI, mini_plan
 from tests.test_main import OTHER
 from vitcomp_jax import api, predict
 from vitcomp_jax.data import class_names, sources
+from vitcomp_jax.stages.run import preprocess_for
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +72,60 @@ def test_classes_are_the_weights(files, tmp_path, capsys):
   assert _predict("--weights", tmp_path / "seven.safetensors", *options) == 0
   lines = capsys.readouterr().out.splitlines()[1:]
   assert sorted(line.split("%  ")[1] for line in lines) == list("abcdefg")
+
+
+def test_photographs_are_turned_and_deep_files_refused(files, tmp_path, capsys):
+  exif = PIL.Image.Exif()
+  exif[PIL.ExifTags.Base.Orientation] = 6
+  with PIL.Image.open(files / "0.png") as image:
+    image.transpose(PIL.Image.Transpose.ROTATE_90).save(tmp_path / "turned.png", exif=exif)
+  options = ["--weights", "bundled", "--variant", MINI]
+  assert _predict(*options, files / "0.png", tmp_path / "turned.png") == 0
+  lines = capsys.readouterr().out.splitlines()
+  assert lines[1:6] == lines[7:12]
+  with PIL.Image.open(files / "0.png") as image:
+    deep = PIL.Image.fromarray(np.asarray(image.convert("L")).astype(np.uint16) * 257)
+  deep.save(tmp_path / "deep.png")
+  assert _predict(*options, tmp_path / "deep.png") == 0
+  assert capsys.readouterr().out.splitlines()[1:] == lines[1:6]
+  PIL.Image.new("F", (9, 9)).save(tmp_path / "float.tif")
+  assert _predict(*options, tmp_path / "float.tif") == 2
+  error = capsys.readouterr().err
+  assert error.count("\n") == 1 and "float.tif: mode F has more than 16 bits" in error
+
+
+@pytest.mark.parametrize(
+  ("of", "options"),
+  [
+    ("_from_run", ["--workdir", "run"]),
+    ("_from_export", ["--exported", "run"]),
+    ("_from_weights", ["--weights", "w"]),
+  ],
+)
+def test_every_classifier_turns_photographs(of, options, monkeypatch):
+  stored = preprocess_for(vc.get_spec(MINI))
+  assert not stored.exif_orientation
+  found = predict.Classifier(lambda images: images, stored, ["one"])
+  monkeypatch.setattr(predict, of, lambda *_: found)
+  pre = predict._classifier(predict._parse([*options, "image.png"])).preprocess
+  assert pre == dataclasses.replace(stored, exif_orientation=True)
+
+
+def test_no_decoded_file_is_held_longer_than_needed(files, monkeypatch):
+  held = []
+
+  def decode(content, what):
+    gc.collect()
+    assert not any(image() for image in held)
+    image = sources_decode(content, what)
+    held.append(weakref.ref(image))
+    return image
+
+  sources_decode = sources.decode
+  monkeypatch.setattr(sources, "decode", decode)
+  images = [files / f"{i}.png" for i in range(3)]
+  assert _predict("--weights", "bundled", "--variant", MINI, *images) == 0
+  assert len(held) == 3
 
 
 def test_names_of_imagenet():

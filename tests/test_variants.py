@@ -1,9 +1,15 @@
 """Every variant has the parameters and the preprocessing of timm's model of the same name."""
 
+import dataclasses
+import importlib.util
+import json
+import pathlib
+
 import pytest
 
 from vitcomp_jax import api
 from vitcomp_jax.errors import UserError
+from vitcomp_jax.models import tags
 from vitcomp_jax.models.build import build
 from vitcomp_jax.models.variants import VARIANTS, get_spec
 
@@ -27,6 +33,7 @@ PARAMETERS = {
   "vit_base_patch16_384": 86_859_496,
   "vit_large_patch16_224": 304_326_632,
   "vit_large_patch16_384": 304_715_752,
+  "vit_huge_patch14_224": 632_045_800,
   "vit_base_patch16_224.mae": 86_567_656,
   "vit_large_patch16_224.mae": 304_326_632,
   "vit_huge_patch14_224.mae": 632_045_800,
@@ -108,6 +115,85 @@ def test_preprocessing(name):
 
 def test_a_pretraining_tag_may_follow_the_name():
   assert get_spec("deit_small_patch16_224.fb_in1k") == get_spec("deit_small_patch16_224")
+
+
+ROOT = pathlib.Path(__file__).parents[1]
+TAGS = json.loads((ROOT / "vitcomp_jax" / "bundled" / "timm_tags.json").read_text())["tags"]
+
+
+def test_the_table_of_tags_is_that_of_timm():
+  timm = pytest.importorskip("timm", reason="timm is not installed: its tags were not compared")
+  place = importlib.util.spec_from_file_location("timm_tags", ROOT / "tools" / "timm_tags.py")
+  tool = importlib.util.module_from_spec(place)
+  place.loader.exec_module(tool)
+  if tags.timm_version() != timm.__version__:
+    pytest.skip(f"timm {tags.timm_version()} is not installed: its tags were not compared")
+  assert tool.table() == TAGS
+
+
+def test_the_table_has_tags_of_every_variant_of_timm():
+  architectures = {name.split(".")[0] for name in TAGS}
+  assert architectures == {name.split(".")[0] for name in VARIANTS} - {"vit_mini_patch3_30"}
+  assert list(TAGS) == sorted(TAGS) and len(TAGS) == 164
+
+
+@pytest.mark.parametrize("name", TAGS)
+def test_a_tag_gives_its_preprocessing(name, caplog):
+  spec = get_spec(name)
+  assert not caplog.records
+  if name in VARIANTS:  # The fine-tuned MAE models, where timm's tags are for the pre-trained.
+    assert spec == VARIANTS[name]
+    return
+  changes = {key: tuple(v) if isinstance(v, list) else v for key, v in TAGS[name].items()}
+  assert spec == dataclasses.replace(VARIANTS[name.split(".")[0]], **changes)
+  build(spec, spec.dense_layers)
+
+
+@pytest.mark.parametrize(
+  ("name", "changes"),
+  [
+    ("vit_base_patch16_224.dino", dict(mean=IMAGENET[0], std=IMAGENET[1], num_classes=0)),
+    (
+      "vit_large_patch14_clip_224.openai_ft_in12k_in1k",
+      dict(mean=CLIP[0], std=CLIP[1], crop_pct=1.0, num_classes=1000),
+    ),
+    ("vit_base_patch16_clip_384.laion2b_ft_in12k_in1k", dict(crop_mode="squash", crop_pct=1.0)),
+    ("vit_base_patch16_224.augreg_in21k", dict(num_classes=21843, crop_pct=0.9)),
+    ("caformer_s18.sail_in1k_384", dict(image_size=(384, 384))),
+  ],
+)
+def test_tags_differ_from_the_name_alone(name, changes):
+  spec = get_spec(name)
+  assert spec == dataclasses.replace(spec, **changes)
+  assert spec != get_spec(name.split(".")[0]) and spec.name == name.split(".")[0]
+
+
+def test_what_is_asked_for_goes_before_the_tag():
+  spec = get_spec("caformer_s18.sail_in22k_ft_in1k_384", num_classes=7, image_size=224)
+  assert (spec.num_classes, spec.image_size) == (7, (224, 224))
+
+
+def test_an_unknown_tag_is_told_in_one_line(caplog):
+  assert get_spec("vit_base_patch16_224.dinno") == get_spec("vit_base_patch16_224")
+  (record,) = caplog.records
+  line = record.getMessage()
+  assert record.levelname == "WARNING" and "\n" not in line
+  assert line.startswith("variant vit_base_patch16_224.dinno: timm 1.0.31 has no such tag")
+  assert "vit_base_patch16_224 (mean (0.5, 0.5, 0.5), std" in line
+  assert "near it are vit_base_patch16_224.dino, " in line
+  caplog.clear()
+  get_spec("vit_mini_patch3_30.mine")
+  assert caplog.records[0].getMessage().endswith("bicubic); it has none for this model")
+
+
+def test_a_tag_is_found_by_hub_ids_too():
+  for prefix in ("", "timm/", "hf-hub:timm/"):
+    assert tags.tag_of(prefix + "vit_base_patch16_224.dino") == TAGS["vit_base_patch16_224.dino"]
+  assert (
+    tags.tag_of("vit_base_patch16_224") is tags.tag_of("someone/vit_base_patch16_224.x") is None
+  )
+  changes = tags.spec_changes(tags.tag_of("timm/vit_base_patch16_224.dino"))
+  assert changes["mean"] == IMAGENET[0] and changes["image_size"] == (224, 224)
 
 
 def test_an_unknown_variant_names_near_ones():

@@ -20,6 +20,7 @@ from vitcomp_jax.convert.description import Description
 from vitcomp_jax.convert.slicing import LayerIndex, slice_params
 from vitcomp_jax.convert.timm import port, without_head
 from vitcomp_jax.errors import UserError
+from vitcomp_jax.models import tags
 from vitcomp_jax.models.build import build
 from vitcomp_jax.models.predictor import PredictorSelect
 from vitcomp_jax.models.reducers import keep_all
@@ -93,7 +94,7 @@ def spec_for(
     return spec
   about = files.describe(_located(spec, weights))
   _check_variant(spec, about)
-  changes: dict[str, Any] = dict(about.preprocess)
+  changes = _preprocess_of(weights, about)
   if num_classes is None:
     changes["num_classes"] = about.num_classes
   if num_classes in (None, about.num_classes):
@@ -108,6 +109,14 @@ def spec_for(
   return dataclasses.replace(spec, **changes)
 
 
+def _preprocess_of(weights: str, about: Description) -> dict[str, Any]:
+  """What weights want to be done to an image: by their own word, or as timm has it of their id."""
+  if about.preprocess:
+    return dict(about.preprocess)
+  tag = tags.tag_of(weights)
+  return {k: v for k, v in tags.spec_changes(tag or {}).items() if k in description.PREPROCESS}
+
+
 # What a spec says of images, classes and computation, and not of the weights' meaning.
 _FREE_FIELDS = {"name", "image_size", "num_classes", "class_names", "dtype", "attention"}
 _FREE_FIELDS |= {"mean", "std", "crop_pct", "crop_mode", "interpolation", "exif_orientation"}
@@ -116,8 +125,10 @@ _FREE_FIELDS |= {"antialias"}
 
 def _check_variant(spec: ViTSpec, about: Description) -> None:
   """Refuses weights of an architecture whose tensors look alike but mean something else."""
-  theirs = VARIANTS.get(about.variant or "")
-  if theirs is None:
+  name = about.variant or tags.architecture(about.source)
+  theirs = VARIANTS.get(name or "")
+  # A variant with a dot is another reading of the same tensors, such as MAE's mean of patches.
+  if theirs is None or name == spec.name.split(".")[0]:
     return
   values, mine = dataclasses.asdict(theirs), dataclasses.asdict(spec)
   for name in values.keys() - _FREE_FIELDS:

@@ -11,7 +11,7 @@ from vitcomp_jax.errors import UserError
 KEY = "vitcomp_jax"
 # The weight of a classifier's last layer: timm's names, and CAFormer's authors'.
 _CLASSIFIERS = ("head.weight", "head.fc.fc2.weight", "head.fc2.weight")
-_PREPROCESS = ("mean", "std", "crop_pct", "crop_mode", "interpolation", "exif_orientation")
+PREPROCESS = ("mean", "std", "crop_pct", "crop_mode", "interpolation", "exif_orientation")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +67,7 @@ def describe(
       class_names=tuple(map(str, values["class_names"])),
       image_size=_pair(values["image_size"]),
       grid=_pair(values["grid"]),
-      preprocess={name: _frozen(values["preprocess"][name]) for name in _PREPROCESS},
+      preprocess={name: _frozen(values["preprocess"][name]) for name in PREPROCESS},
     )
   except (ValueError, TypeError, KeyError) as error:
     raise UserError(
@@ -103,7 +103,7 @@ def metadata(
     "class_names": list(class_names),
     "image_size": list(image_size),
     "grid": list(grid),
-    "preprocess": {name: preprocess[name] for name in _PREPROCESS},
+    "preprocess": {name: preprocess[name] for name in PREPROCESS},
   }
   return {"variant": variant, KEY: json.dumps(values, allow_nan=False)}
 

@@ -59,7 +59,7 @@ def decode(content: bytes, what: str) -> PIL.Image.Image:
     The image, wholly decoded.
 
   Raises:
-    CorruptImage: If it cannot be decoded, or has more than 8 or 16 bits per channel.
+    CorruptImage: If it cannot be decoded, or has more than 16 bits per channel.
   """
   try:
     image = PIL.Image.open(io.BytesIO(content), formats=_formats())
@@ -126,7 +126,7 @@ def _check_mode(image: PIL.Image.Image) -> None:
   name = getattr(image, "filename", "") or "image"
   if image.mode in _DEEP:
     raise CorruptImage(
-      f"{name}: mode {image.mode} has more bits per channel than 8 or 16 (convert it to 8 bits)"
+      f"{name}: mode {image.mode} has more than 16 bits per channel (convert it to 8 bits)"
     )
   if not _has_rgb(image.mode):
     raise CorruptImage(f"{name}: Pillow cannot convert mode {image.mode} to RGB (convert it)")

@@ -2,10 +2,12 @@
 
 import dataclasses
 import difflib
+import logging
 from collections.abc import Iterator
 from typing import Any
 
 from vitcomp_jax.errors import UserError
+from vitcomp_jax.models import tags
 from vitcomp_jax.models.caformer import caformer
 from vitcomp_jax.models.spec import ViTSpec
 
@@ -96,6 +98,7 @@ def _build() -> dict[str, ViTSpec]:
     for side, crop in ((224, 0.9), (384, 1.0)):
       name = f"vit_{size}_patch16_{side}"
       specs.append(_vit(name, size, side, mean=_HALF, std=_HALF, crop_pct=crop))
+  specs.append(_vit("vit_huge_patch14_224", "huge", 224, 14, mean=_HALF, std=_HALF))
   for size, patch in (("base", 16), ("large", 16), ("huge", 14)):
     name = f"vit_{size}_patch{patch}_224.mae"
     specs.append(_vit(name, size, 224, patch, pool="size_mean"))
@@ -144,9 +147,10 @@ def get_spec(
   """The spec of a variant, by timm's name with or without a pre-training tag.
 
   Args:
-    variant: Such as `deit_small_patch16_224` or `deit_small_patch16_224.fb_in1k`.
-    num_classes: Outputs of the classifier, 0 for features; none: the variant's.
-    image_size: Side of a square, or height and width, in pixels; none: the variant's.
+    variant: Such as `deit_small_patch16_224` or `vit_base_patch16_224.dino`; with a tag, images are
+      prepared as timm prepares them for those weights.
+    num_classes: Outputs of the classifier, 0 for features; none: the variant's or the tag's.
+    image_size: Side of a square, or height and width, in pixels; none: the variant's or the tag's.
     dtype: Of the computation; none: that of inputs and weights.
 
   Raises:
@@ -157,6 +161,8 @@ def get_spec(
     near = difflib.get_close_matches(variant, VARIANTS, n=3, cutoff=0.0)
     raise UserError(f"variant {variant!r} is not known; near it are {', '.join(near)}.")
   changes: dict[str, Any] = {"dtype": dtype}
+  if "." in variant and variant not in VARIANTS:
+    changes |= _tagged(variant, spec)
   if num_classes is not None:
     if num_classes < 0:
       raise UserError(f"num_classes: expected 0 or more, got {num_classes}.")
@@ -165,3 +171,24 @@ def get_spec(
     side = image_size
     changes["image_size"] = (side, side) if isinstance(side, int) else tuple(side)
   return dataclasses.replace(spec, **changes)
+
+
+def _tagged(variant: str, spec: ViTSpec) -> dict[str, Any]:
+  """What differs from the architecture's spec for a pre-training tag."""
+  if (tag := tags.tag_of(variant)) is not None:
+    return tags.spec_changes(tag)
+  near = tags.near_tags(variant)
+  logging.warning(
+    "variant %s: timm %s has no such tag, so that images are prepared as for %s (mean %s, std %s, "
+    "crop_pct %g, %s, %s); %s",
+    variant,
+    tags.timm_version(),
+    spec.name,
+    spec.mean,
+    spec.std,
+    spec.crop_pct,
+    spec.crop_mode,
+    spec.interpolation,
+    f"near it are {', '.join(near)}" if near else "it has none for this model",
+  )
+  return {}

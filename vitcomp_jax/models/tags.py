@@ -1,0 +1,60 @@
+"""What timm's weights expect, by architecture and pre-training tag, as in `NAME.TAG`.
+
+`bundled/timm_tags.json` has it; `tools/timm_tags.py` makes that file.
+"""
+
+import difflib
+import functools
+import importlib.resources
+import json
+from collections.abc import Mapping
+from typing import Any
+
+_HUB = ("hf-hub:", "timm/")
+
+
+def tag_of(name: str) -> dict[str, Any] | None:
+  """What the weights of a name expect; none where it is not known.
+
+  Args:
+    name: `NAME.TAG`, or with `timm/` or `hf-hub:timm/` before it.
+
+  Returns:
+    `mean`, `std`, `crop_pct`, `crop_mode`, `interpolation`, `image_size` and `num_classes`.
+  """
+  found = _table()["tags"].get(_without_hub(name))
+  return None if found is None else dict(found)
+
+
+def architecture(name: str) -> str | None:
+  """The name without its tag; none where the tag is not known."""
+  return _without_hub(name).split(".")[0] if tag_of(name) else None
+
+
+def _without_hub(name: str) -> str:
+  for prefix in _HUB:
+    name = name.removeprefix(prefix)
+  return name
+
+
+def spec_changes(tag: Mapping[str, Any]) -> dict[str, Any]:
+  """The fields of a `ViTSpec` that a tag's weights expect, by name."""
+  return {key: tuple(value) if isinstance(value, list) else value for key, value in tag.items()}
+
+
+def near_tags(name: str) -> list[str]:
+  """The known names of the same architecture that are most like `name`, at most three."""
+  architecture = name.split(".")[0] + "."
+  known = [other for other in _table()["tags"] if other.startswith(architecture)]
+  return difflib.get_close_matches(name, known, n=3, cutoff=0.0)
+
+
+def timm_version() -> str:
+  """The version of timm whose tags are known."""
+  return _table()["timm"]
+
+
+@functools.cache
+def _table() -> dict[str, Any]:
+  file = importlib.resources.files("vitcomp_jax") / "bundled" / "timm_tags.json"
+  return json.loads(file.read_text(encoding="utf-8"))
