@@ -1,8 +1,10 @@
 """The Python API: load, apply, plans by name, cost, and the stages as functions."""
 
 import dataclasses
+import functools
 import json
 
+import huggingface_hub.constants
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +12,7 @@ import pytest
 import safetensors.numpy
 
 import vitcomp_jax as vc
+from tests.convert.test_files import make_hub_cache
 from vitcomp_jax import api
 from vitcomp_jax.config import default_config
 from vitcomp_jax.convert import files
@@ -157,6 +160,30 @@ def test_the_image_size_is_the_weights(tmp_path, caplog):
   files.write(params, str(tmp_path / "weights.safetensors"))
   model, _ = vc.load(MINI, tmp_path / "weights.safetensors")
   assert model.spec.image_size == (36, 36) and "for images of 36 x 36 pixels" in caplog.text
+
+
+@pytest.fixture
+def on_the_hub(tmp_path, monkeypatch):
+  """Keeps a head's weights in a local hub cache under an id."""
+  monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+  return functools.partial(make_hub_cache, tmp_path)
+
+
+def test_preprocessing_is_that_of_a_hub_ids_tag(on_the_hub, caplog):
+  dino, plain = "timm/vit_base_patch16_224.dino", "timm/vit_base_patch16_224.mine"
+  clip = "timm/vit_base_patch16_clip_quickgelu_224.openai"
+  for hub_id in (dino, plain, clip):
+    on_the_hub(hub_id)
+  variant = vc.get_spec("vit_base_patch16_224")
+  for weights in (dino, f"hf-hub:{dino}"):
+    spec = api.spec_for("vit_base_patch16_224", weights)
+    assert (spec.mean, spec.std) == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)) != variant.mean
+  assert spec.num_classes == 2  # the weights', whatever timm's have
+  assert not caplog.records
+  assert api.spec_for("vit_base_patch16_224", plain).mean == variant.mean
+  assert "has no such tag" in caplog.text and plain in caplog.text
+  with pytest.raises(UserError, match="give that variant"):
+    api.spec_for("vit_base_patch16_clip_224", clip)
 
 
 def test_another_image_size_resamples_the_positions():

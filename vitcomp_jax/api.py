@@ -94,7 +94,7 @@ def spec_for(
     return spec
   about = files.describe(_located(spec, weights))
   _check_variant(spec, about)
-  changes = _preprocess_of(weights, about)
+  changes = _preprocess_of(spec, weights, about)
   if num_classes is None:
     changes["num_classes"] = about.num_classes
   if num_classes in (None, about.num_classes):
@@ -109,12 +109,25 @@ def spec_for(
   return dataclasses.replace(spec, **changes)
 
 
-def _preprocess_of(weights: str, about: Description) -> dict[str, Any]:
-  """What weights want to be done to an image: by their own word, or as timm has it of their id."""
+def _preprocess_of(spec: ViTSpec, weights: str, about: Description) -> dict[str, Any]:
+  """Returns the preprocessing that the weights name, or that timm has for their hub id."""
   if about.preprocess:
     return dict(about.preprocess)
-  tag = tags.tag_of(weights)
-  return {k: v for k, v in tags.spec_changes(tag or {}).items() if k in description.PREPROCESS}
+  if tag := tags.tag_of(weights):
+    return {k: v for k, v in tags.spec_changes(tag).items() if k in description.PREPROCESS}
+  if files.is_hub_id(weights):
+    logging.warning(
+      "weights %s: timm %s has no such tag, so images are prepared as for %s (mean %s, std %s, "
+      "crop_pct %g, %s); see config.data.mean and the keys beside it",
+      weights,
+      tags.timm_version(),
+      spec.name,
+      spec.mean,
+      spec.std,
+      spec.crop_pct,
+      spec.crop_mode,
+    )
+  return {}
 
 
 # What a spec says of images, classes and computation, and not of the weights' meaning.

@@ -148,20 +148,24 @@ def locate(weights: str, cache_dir: str | None = None) -> Path:
   Raises:
     UserError: If there is no such file.
   """
-  hub_id = weights.removeprefix(HUB_PREFIX)
   path = Path(weights)
-  if hub_id != weights:
-    return _from_hub(hub_id, cache_dir)
+  if is_hub_id(weights):
+    return _from_hub(weights.removeprefix(HUB_PREFIX), cache_dir)
   if path.is_dir():
     raise UserError(f"weights {weights} are a directory; give one of the files in it.")
   if path.exists():
     return path
-  if path.suffix not in SUFFIXES and re.fullmatch(r"[\w.-]+/[\w.-]+", weights):
-    return _from_hub(hub_id, cache_dir)
   raise UserError(
     f"weights {weights} are not there; expected a file, or a hub id such as "
     "timm/deit_small_patch16_224.fb_in1k: check the path."
   )
+
+
+def is_hub_id(weights: str) -> bool:
+  """Whether weights are named by a Hugging Face repository; a file of that name goes before it."""
+  path = Path(weights)
+  looks_alike = re.fullmatch(r"[\w.-]+/[\w.-]+", weights) and path.suffix not in SUFFIXES
+  return weights.startswith(HUB_PREFIX) or bool(looks_alike and not path.exists())
 
 
 def _kind(path: Path) -> str:
