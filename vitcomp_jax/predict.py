@@ -27,7 +27,7 @@ from vitcomp_jax.models.build import build
 from vitcomp_jax.models.variants import get_spec
 from vitcomp_jax.models.vit import ViT
 from vitcomp_jax.plans import load_plan
-from vitcomp_jax.stages import figures, pictures
+from vitcomp_jax.stages import figures, measure, pictures
 from vitcomp_jax.stages.run import Run, preprocess_for, read_json
 
 _BATCH = 32  # images at once
@@ -62,6 +62,8 @@ def main(argv: Sequence[str]) -> int:
     images = np.stack([evaluation_image(image, pre) for _, image in files])
     parts = np.split(images, range(_BATCH, len(images), _BATCH))
     logits = np.concatenate([classifier.logits(part) for part in parts])
+    for path, row in zip(options.images, logits, strict=True):
+      measure.check_finite(row, path)
     for path, row in zip(options.images, logits, strict=True):
       print(_answer(path, row, classifier.classes, options.top))
     if options.maps:

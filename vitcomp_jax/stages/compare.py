@@ -218,7 +218,8 @@ def _row(
   mean = {key: np.mean([f[key] for f in found], axis=0) for key in found[0]}
   _save(_path(run, f"{name}.mean"), mean)
   row = measure.row(mean, build(run.spec, models[0][0]), name)
-  row |= {f"{key}_se": _standard_error(mean[key]) for key in _PAIRED}
+  for key in _PAIRED:
+    row |= _standard_error(key, mean[key])
   if len(models) > 1:
     row["top1_of_seeds"] = [round(float(f["top1"].mean()), 4) for f in found]
   path = _path(run, f"{reference}.mean")
@@ -228,12 +229,15 @@ def _row(
       for key in _PAIRED:
         difference = mean[key] - other[key]
         row[f"{key}_over_reference"] = round(float(difference.mean()), 6)
-        row[f"{key}_over_reference_se"] = _standard_error(difference)
+        row |= _standard_error(f"{key}_over_reference", difference)
   return row
 
 
-def _standard_error(values: np.ndarray) -> float:
-  return round(float(values.std(ddof=1) / math.sqrt(values.size)), 6)
+def _standard_error(key: str, values: np.ndarray) -> dict[str, float]:
+  """By its key in a row; a single example has none."""
+  if values.size < 2:
+    return {}
+  return {f"{key}_se": round(float(values.std(ddof=1) / math.sqrt(values.size)), 6)}
 
 
 def _outcomes(run: Run, name: str, layers: tuple[LayerSpec, ...], params: Params) -> Outcomes:
