@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from jax import export as jax_export
 
-from vitcomp_jax import strict_json
+from vitcomp_jax import paths, strict_json
 from vitcomp_jax.data.transforms import Preprocess
 from vitcomp_jax.errors import UserError
 
@@ -72,7 +72,7 @@ def load_exported(path: str | os.PathLike[str]) -> Exported:
   Raises:
     UserError: If it is not there, is not what the manifest says, or cannot be run here.
   """
-  path = pathlib.Path(path)
+  path = pathlib.Path(paths.expand(path))
   if (path / "export").is_dir():  # a run
     path = path / "export"
   folder = path if path.is_dir() else path.parent

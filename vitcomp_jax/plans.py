@@ -10,7 +10,7 @@ import reprlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from vitcomp_jax import macs, strict_json
+from vitcomp_jax import macs, paths, strict_json
 from vitcomp_jax.atomic import write_json
 from vitcomp_jax.convert.slicing import LayerIndex
 from vitcomp_jax.errors import UserError
@@ -193,7 +193,7 @@ def load_plan(name: str) -> Plan:
   """
   if name in _published():
     return _from_published(name)
-  path = pathlib.Path(name)
+  path = pathlib.Path(paths.expand(name))
   if not path.is_file():
     near = ", ".join(difflib.get_close_matches(name, _published(), n=3))
     hint = f"published ones near it: {near}" if near else "list_plans() names the published ones"

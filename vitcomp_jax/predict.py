@@ -17,7 +17,7 @@ from typing import NoReturn
 import numpy as np
 import PIL.Image
 
-from vitcomp_jax import api
+from vitcomp_jax import api, paths
 from vitcomp_jax.config import from_config_dict
 from vitcomp_jax.data import class_names, sources
 from vitcomp_jax.data.transforms import Preprocess, evaluation_image, normalize
@@ -100,7 +100,7 @@ def _draw(options: argparse.Namespace, classifier: Classifier, images: np.ndarra
 
 def _read(path: str) -> PIL.Image.Image:
   try:
-    return sources.decode(pathlib.Path(path).read_bytes(), path)
+    return sources.decode(pathlib.Path(paths.expand(path)).read_bytes(), path)
   except OSError as error:
     raise UserError(f"{path}: expected an image file, got none ({error.strerror}).") from error
   except sources.CorruptImage as error:
@@ -172,6 +172,10 @@ def _of(model: ViT, params: api.Params, pre: Preprocess, names: Sequence[str]) -
   return Classifier(logits, pre, names if model.spec.num_classes else (), model, params)
 
 
+def _path(text: str) -> pathlib.Path:
+  return pathlib.Path(paths.expand(text))
+
+
 class _Parser(argparse.ArgumentParser):
   def error(self, message: str) -> NoReturn:
     raise UserError(f"command line: {message}.")
@@ -188,10 +192,10 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
   parser.add_argument("--plan", help="a published plan's name, or a plan.json; none: dense")
   parser.add_argument("--weights", help="a file, a hub id, or `bundled`")
   parser.add_argument("--variant", help="timm's name; none: the plan's")
-  parser.add_argument("--workdir", type=pathlib.Path, help="a finished run, instead of these three")
+  parser.add_argument("--workdir", type=_path, help="a finished run, instead of these three")
   parser.add_argument("--exported", help="a run's folder `export`, or an artefact in it, instead")
   parser.add_argument("--top", type=int, default=5, help="how many classes are printed")
-  parser.add_argument("--maps", type=pathlib.Path, metavar="DIR", help="where to draw token maps")
+  parser.add_argument("--maps", type=_path, metavar="DIR", help="where to draw token maps")
   options = parser.parse_args(argv)
   given = bool(options.plan or options.weights or options.variant)
   if given + (options.workdir is not None) + (options.exported is not None) > 1:

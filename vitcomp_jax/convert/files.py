@@ -13,6 +13,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
+from vitcomp_jax import paths
 from vitcomp_jax.atomic import replacing
 from vitcomp_jax.convert import augreg
 from vitcomp_jax.convert.timm import to_timm
@@ -110,6 +111,7 @@ def locate(weights: str, cache_dir: str | None = None) -> Path:
   Raises:
     UserError: If there is no such file.
   """
+  weights = paths.expand(weights)
   hub_id = weights.removeprefix(HUB_PREFIX)
   path = Path(weights)
   if hub_id != weights:

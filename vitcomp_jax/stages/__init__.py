@@ -6,6 +6,7 @@ import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from vitcomp_jax import paths
 from vitcomp_jax.config import Config, from_config_dict
 from vitcomp_jax.stages import (
   benchmark,
@@ -51,7 +52,7 @@ STAGES = {
 
 def run_stages(config: Config, workdir: pathlib.Path, names: Sequence[str]) -> Run:
   """Runs the stages that are not finished yet; nothing begins before all of them are checked."""
-  run = open_run(config, workdir)
+  run = open_run(config, pathlib.Path(paths.expand(workdir)))
   left = [name for name in names if run.finished(name) is None]
   for name in left:
     STAGES[name].check(run)

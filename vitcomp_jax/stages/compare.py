@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from vitcomp_jax import macs, processes
+from vitcomp_jax import macs, paths, processes
 from vitcomp_jax.api import Params
 from vitcomp_jax.atomic import replacing, write_json
 from vitcomp_jax.config import (
@@ -156,7 +156,7 @@ def _searched_before(run: Run, text: str, budget: float) -> list[pathlib.Path]:
   Raises:
     UserError: If there are none.
   """
-  folder = pathlib.Path(run.config.compare.searched or "")
+  folder = pathlib.Path(paths.expand(run.config.compare.searched or ""))
   if _parsed(text, run.config)[0] in SCHEDULES:
     return []
   # Not `glob`, to which the brackets of a method mean something.

@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 
-from vitcomp_jax import api, processes, strict_json
+from vitcomp_jax import api, paths, processes, strict_json
 from vitcomp_jax import config as config_lib
 from vitcomp_jax.atomic import write_json
 from vitcomp_jax.config import Config
@@ -176,7 +176,7 @@ class Run:
     if kept.exists():
       return latency.read(kept)
     compiled = self.config.compilation_cache
-    cache = pathlib.Path(compiled).expanduser().parent / "latency" if compiled else None
+    cache = pathlib.Path(paths.expand(compiled)).parent / "latency" if compiled else None
     importance = self.spec.importance(self.config.search.importance)
     return latency.table(self.spec, budget.latency_batch, importance, cache)
 

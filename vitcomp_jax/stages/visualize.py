@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from vitcomp_jax import api, processes
+from vitcomp_jax import api, paths, processes
 from vitcomp_jax.data.transforms import normalize
 from vitcomp_jax.errors import UserError
 from vitcomp_jax.models.build import build
@@ -72,7 +72,8 @@ def _compared(run: Run) -> dict[str, Row]:
   if run.finished("compare") is None:
     return {}
   config = run.config
-  folder = pathlib.Path(config.compare.searched or run.workdir / "plans")
+  searched = config.compare.searched
+  folder = pathlib.Path(paths.expand(searched)) if searched else run.workdir / "plans"
   ending = f"-seed{config.seed}.json"
   plans = {p.name.removesuffix(ending): p for p in folder.iterdir() if p.name.endswith(ending)}
   names = [row["name"] for row in evaluate.made(run)["rows"] if row["name"] in plans]
