@@ -27,6 +27,7 @@ from vitcomp_jax.config import (
 from vitcomp_jax.errors import UserError
 from vitcomp_jax.models.build import build
 from vitcomp_jax.models.spec import LayerSpec
+from vitcomp_jax.ownership import owned
 from vitcomp_jax.plans import load_plan, make_plan, save_plan
 from vitcomp_jax.schedules import SCHEDULES, within
 from vitcomp_jax.stages import cloud, evaluate, figures, finetune, measure, report, search, slim
@@ -192,11 +193,13 @@ def _trained(run: Run, text: str) -> Model:
 def _child(run: Run, name: str, config: Config, stages: tuple[Stage, ...], budget: float) -> Run:
   """A run of its own at a budget, which goes on where it was cut off."""
   config = dataclasses.replace(config, stages=stages, budget=BudgetConfig(fraction=budget))
-  child = open_run(config, run.workdir / "compare" / name)
-  child.begin()
-  for stage in stages:
-    if child.finished(stage) is None:
-      child.finish(stage, _STAGES[stage](child))
+  workdir = run.workdir / "compare" / name
+  with owned(workdir):
+    child = open_run(config, workdir)
+    child.begin()
+    for stage in stages:
+      if child.finished(stage) is None:
+        child.finish(stage, _STAGES[stage](child))
   return child
 
 
