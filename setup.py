@@ -12,6 +12,7 @@ PACKAGES = setuptools.find_packages(include=["vitcomp_jax", "vitcomp_jax.*"])
 REQUIRES = [
   "absl-py>=2",
   "array_record>=0.8",
+  "filelock>=3.30",  # one run in a workdir; the first that can do without markers in place of locks
   "flatbuffers",  # of jax.export
   "flax>=0.12",
   "grain>=0.2.16",

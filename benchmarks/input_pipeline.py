@@ -10,7 +10,6 @@ in as many threads and keeps nothing. Everything takes turns, several times; med
 import argparse
 import concurrent.futures
 import itertools
-import json
 import pathlib
 import statistics
 import tempfile
@@ -20,8 +19,11 @@ from collections.abc import Callable
 import numpy as np
 import PIL.Image
 
+from vitcomp_jax.atomic import write_json
 from vitcomp_jax.config import DataConfig
 from vitcomp_jax.data import loader, transforms
+from vitcomp_jax.errors import UserError
+from vitcomp_jax.paths import expand
 
 SIZE, BATCH, ROUNDS = 224, 32, 5
 PRE = transforms.Preprocess(
@@ -77,6 +79,10 @@ def main() -> None:
   parser.add_argument("--workers", type=int, default=2)
   parser.add_argument("--json", type=pathlib.Path)
   known = parser.parse_args()
+  try:
+    file = known.json and pathlib.Path(expand(known.json))
+  except UserError as error:
+    parser.error(str(error))
   with tempfile.TemporaryDirectory() as name:
     folder = pathlib.Path(name)
     paths = write_images(folder, known.images)
@@ -102,8 +108,8 @@ def main() -> None:
     result[name] = {"images_per_second": rate, "of_bare_loop": share}
     per_core = rate / known.workers
     print(f"{name:28} {rate:7.1f} images/s {per_core:7.1f} per core {100 * share:6.1f} %")
-  if known.json:
-    known.json.write_text(json.dumps(result, indent=1) + "\n")
+  if file:
+    write_json(file, result)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ made of, so that what else the machine does hits all alike; medians are compared
 
 import argparse
 import dataclasses
-import json
 import pathlib
 import statistics
 import sys
@@ -19,9 +18,11 @@ import jax
 import numpy as np
 
 import vitcomp_jax as vc
+from vitcomp_jax.atomic import write_json
 from vitcomp_jax.models.reducers import PruneMerge
 from vitcomp_jax.models.spec import LayerSpec, ViTSpec
 from vitcomp_jax.models.vit import ViT
+from vitcomp_jax.paths import expand
 from vitcomp_jax.schedules import compressed_layers
 from vitcomp_jax.stages import latency, timing
 
@@ -51,6 +52,7 @@ def main(argv: Sequence[str]) -> None:
   try:
     spec = vc.get_spec(known.variant)
     spec.check_plain("--variant")
+    file = known.json and pathlib.Path(expand(known.json))
   except vc.UserError as error:
     parser.error(str(error))
   rng = np.random.default_rng(known.seed)
@@ -78,11 +80,11 @@ def main(argv: Sequence[str]) -> None:
   errors = [abs(row["error"]) for row in rows if row["plan"] != "dense"]
   median, worst = statistics.median(errors), max(errors)
   print(f"error: median {100 * median:.1f} %, worst {100 * worst:.1f} %")
-  if known.json:
+  if file:
     about = {"variant": known.variant, "batch": known.batch, "device": latency.device_name()}
     about |= {"jax": jax.__version__, "median_error": median, "worst_error": worst}
     result = about | {"plans": rows, "table": table.to_json()}
-    known.json.write_text(json.dumps(result, indent=1) + "\n")
+    write_json(file, result)
 
 
 if __name__ == "__main__":

@@ -35,6 +35,7 @@ from vitcomp_jax.data.transforms import normalize
 from vitcomp_jax.models.reducers import PruneMerge
 from vitcomp_jax.models.tokens import AttentionStats, Aux, TokenReducer, Tokens
 from vitcomp_jax.models.vit import ViT
+from vitcomp_jax.paths import expand
 from vitcomp_jax.stages import search, timing
 from vitcomp_jax.stages.run import Run, environment
 
@@ -376,14 +377,15 @@ def main(argv: Sequence[str]) -> int:
   parser.add_argument("--rounds", type=int, default=5, help="in which all take turns")
   known = parser.parse_args(argv)
   parts = known.only.split(",")
-  python = None if known.torch_python == "none" else known.torch_python
   try:
+    python = None if known.torch_python == "none" else expand(known.torch_python)
+    file = known.json and pathlib.Path(expand(known.json))
     if unknown := set(parts) - set(ALL):
       raise vc.UserError(f"--only: expected some of {', '.join(ALL)}, got {min(unknown)!r}.")
     if known.rounds < 1:
       raise vc.UserError(f"--rounds: expected at least 1, got {known.rounds}.")
-    if known.json and not known.json.absolute().parent.is_dir():
-      raise vc.UserError(f"--json: expected a file in a folder that is there, got {known.json}.")
+    if file and not file.absolute().parent.is_dir():
+      raise vc.UserError(f"--json: expected a file in a folder that is there, got {file}.")
     if python:
       check_torch(python)
     plan = vc.load_plan(known.plan)
@@ -399,8 +401,8 @@ def main(argv: Sequence[str]) -> int:
   result = {"machine": machine(found.pop("torch")), "variant": known.variant, "plan": known.plan}
   result |= {"entries": entries, **found, "ratios": ratios(subjects)}
   print(table(result))
-  if known.json:
-    write_json(known.json, result)
+  if file:
+    write_json(file, result)
   return 0
 
 

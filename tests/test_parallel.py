@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -101,14 +102,18 @@ def test_a_search_step_exchanges_only_what_it_learns():
 
 
 def _start(
-  workdir: pathlib.Path, stages: tuple[str, ...], count: int, devices: int = 2
+  workdir: pathlib.Path,
+  stages: tuple[str, ...],
+  count: int,
+  devices: int = 2,
+  options: Sequence[str] = (),
 ) -> list[subprocess.Popen]:
   """Starts the processes of one run."""
   with socket.socket() as free:
     free.bind(("localhost", 0))
     port = free.getsockname()[1]
   command = [sys.executable, "-m", "tests.tiny_main", "--config", "tests/tiny_config.py"]
-  command += ["--workdir", str(workdir), f"--config.stages={stages}"]
+  command += ["--workdir", str(workdir), f"--config.stages={stages}", *options]
   found = []
   for i in range(count):
     joins = ["--coordinator", f"localhost:{port}", "--num_processes", str(count)]

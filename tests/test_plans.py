@@ -178,6 +178,10 @@ COUNT = "expected a whole number from 1 to 2147483647 for"
     (plan_json(layers={}), "expected layers to be a list, got {}"),
     (plan_json(layers=None), "expected layers to be a list, got None"),
     (plan_json(layers=[{}] * 7), "expected 8 layers for vit_mini_patch3_30, got 7"),
+    (
+      plan_json(layer=[], gmac=1),
+      "expected keys among format, .*, made_by, layers, got 'layer', 'gmac'.",
+    ),
     (plan_json(made_by=None), "expected made_by to be an object, got None"),
     (plan_json(made_by="me"), "expected made_by to be an object, got 'me'"),
     (plan_json(made_by=[]), r"expected made_by to be an object, got \[\]"),
@@ -244,6 +248,26 @@ def test_a_file_that_is_not_json(tmp_path):
     path.write_text(text)
     with pytest.raises(UserError, match="plan.json: expected JSON"):
       load_plan(str(path))
+
+
+@pytest.mark.parametrize(
+  ("before", "after", "said"),
+  [
+    ('"version": 1', '"version": 1, "version": 1', "'version' more than once"),
+    ('"prune_keep": 60', '"prune_keep": 60, "prune_keep": 5', "'prune_keep' more than once"),
+    ('"made_by": {}', '"made_by": {"loss": NaN}', "NaN, which is no finite number"),
+    ('"made_by": {}', '"made_by": {"loss": -Infinity}', "-Infinity, which"),
+    ('"made_by": {}', '"made_by": {"loss": 1e999}', "1e999, which"),
+  ],
+)
+def test_what_python_reads_over_is_refused(before, after, said, tmp_path):
+  layers = [{"prune_keep": 60, "merge_keep": 50}] * 8
+  text = json.dumps(plan_json(layers=layers, made_by={}))
+  assert before in text
+  path = tmp_path / "plan.json"
+  path.write_text(text.replace(before, after, 1))
+  with pytest.raises(UserError, match=f"plan.json: expected JSON with finite .* else: {said}"):
+    load_plan(str(path))
 
 
 def test_an_error_names_the_file(tmp_path):

@@ -19,6 +19,9 @@ import numpy as np
 import PIL.Image
 import tensorflow_datasets as tfds
 
+from vitcomp_jax.errors import UserError
+from vitcomp_jax.paths import expand
+
 CLASS_NAMES = (
   "T-shirt/top",
   "Trouser",
@@ -164,19 +167,25 @@ def main(argv: Sequence[str] | None = None) -> int:
   parser.add_argument("--data_dir", type=pathlib.Path, default=default_data_dir, metavar="DIR")
   parser.add_argument("--bundle", type=pathlib.Path, metavar="FILE")
   args = parser.parse_args(argv)
-  missing = missing_files(args.source)
+  try:
+    source, data_dir = (pathlib.Path(expand(path)) for path in (args.source, args.data_dir))
+    file = args.bundle and pathlib.Path(expand(args.bundle))
+  except UserError as error:
+    print(error, file=sys.stderr)
+    return 2
+  missing = missing_files(source)
   if missing:
     print(
-      f"{args.source}: expected Fashion-MNIST's IDX files, missing {', '.join(missing)}; run "
+      f"{source}: expected Fashion-MNIST's IDX files, missing {', '.join(missing)}; run "
       "`apt install dataset-fashion-mnist`, or name their folder with --source.",
       file=sys.stderr,
     )
     return 2
-  if args.bundle:
-    bundle(args.source, args.bundle)
-    print(f"Wrote {args.bundle} ({args.bundle.stat().st_size / 1e6:.2f} MB).")
+  if file:
+    bundle(source, file)
+    print(f"Wrote {file} ({file.stat().st_size / 1e6:.2f} MB).")
   else:
-    print(f"Prepared {prepare(args.source, args.data_dir.expanduser())}.")
+    print(f"Prepared {prepare(source, data_dir)}.")
   return 0
 
 

@@ -4,13 +4,12 @@ Of several processes that run one program, the first one writes.
 """
 
 import contextlib
-import json
 import pathlib
 import tempfile
 from collections.abc import Iterator
 from typing import Any
 
-from vitcomp_jax import processes
+from vitcomp_jax import processes, strict_json
 
 
 @contextlib.contextmanager
@@ -35,5 +34,9 @@ def write_text(path: pathlib.Path, text: str) -> None:
 
 
 def write_json(path: pathlib.Path, values: Any) -> None:
-  """Writes a JSON file."""
-  write_text(path, json.dumps(values, indent=1) + "\n")
+  """Writes a JSON file.
+
+  Raises:
+    ValueError: For a number that is not finite; the file stays as it was.
+  """
+  write_text(path, strict_json.dumps(values, indent=1) + "\n")

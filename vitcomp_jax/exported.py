@@ -7,7 +7,6 @@ number of images.
 
 import dataclasses
 import hashlib
-import json
 import os
 import pathlib
 from collections.abc import Callable, Mapping
@@ -17,6 +16,7 @@ import jax
 import numpy as np
 from jax import export as jax_export
 
+from vitcomp_jax import paths, strict_json
 from vitcomp_jax.data.transforms import Preprocess
 from vitcomp_jax.errors import UserError
 
@@ -72,7 +72,7 @@ def load_exported(path: str | os.PathLike[str]) -> Exported:
   Raises:
     UserError: If it is not there, is not what the manifest says, or cannot be run here.
   """
-  path = pathlib.Path(path)
+  path = pathlib.Path(paths.expand(path))
   if (path / "export").is_dir():  # a run
     path = path / "export"
   folder = path if path.is_dir() else path.parent
@@ -100,7 +100,7 @@ def read_manifest(folder: pathlib.Path) -> dict[str, Any]:
   """
   path = folder / MANIFEST
   try:
-    manifest = json.loads(path.read_text(encoding="utf-8"))
+    manifest = strict_json.loads(path.read_text(encoding="utf-8"))
   except (OSError, ValueError) as error:
     why = error.strerror if isinstance(error, OSError) else error
     raise UserError(f"{path}: expected an export's folder, got none ({why}).") from error

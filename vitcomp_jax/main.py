@@ -3,7 +3,8 @@
 The config is a file, or the name of one that ships with the package, such as quickstart. The
 workdir is runs/NAME unless given. Every key of the config can be set by --config.KEY=VALUE; the
 keys are listed in vitcomp_jax/config.py. The exit status is 0 for done, 2 for a mistake in the
-command, the config, the data or the weights, 130 after Ctrl-C, and 1 for anything else.
+command, the config, the data or the weights, or a workdir that another run is using, 130 after
+Ctrl-C, and 1 for anything else.
 """
 
 import argparse
@@ -26,6 +27,7 @@ import jax
 import ml_collections
 
 from vitcomp_jax import config as config_lib
+from vitcomp_jax import paths
 from vitcomp_jax.errors import UserError
 from vitcomp_jax.stages import run_stages
 from vitcomp_jax.training.preemption import Preempted
@@ -48,8 +50,8 @@ def main(argv: Sequence[str]) -> int:
     if jax.process_count() == 1:  # Several agree on where to end, which JAX arranges.
       signal.signal(signal.SIGTERM, _end)
     _keep_compiled(config.compilation_cache)
-    run_stages(config, workdir, config.stages)
-    logging.info("done: %s", workdir)
+    run = run_stages(config, workdir, config.stages)
+    logging.info("done: %s", run.workdir)
   except KeyboardInterrupt as why:
     saved = f"{why}, and is saved" if str(why) else "what has a checkpoint is saved"
     return _say(f"interrupted; {saved}: the same command goes on from there.", 130)
@@ -67,7 +69,7 @@ def main(argv: Sequence[str]) -> int:
 def _keep_compiled(folder: str | None) -> None:
   """Lets the next process find what this one compiles."""
   if folder:
-    jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(folder).expanduser()))
+    jax.config.update("jax_compilation_cache_dir", paths.expand(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
@@ -164,7 +166,7 @@ def _config_file(name: str) -> pathlib.Path:
 
   `configs/NAME.py` is such a name too, so that the documents' commands need no checkout.
   """
-  path = pathlib.Path(name)
+  path = pathlib.Path(paths.expand(name))
   if path.is_file():
     return path
   folder = pathlib.Path(str(importlib.resources.files("vitcomp_jax.configs")))

@@ -11,7 +11,7 @@ from typing import Any
 import tqdm
 from tensorboardX import SummaryWriter
 
-from vitcomp_jax import processes
+from vitcomp_jax import processes, strict_json
 from vitcomp_jax.atomic import write_text
 
 
@@ -47,13 +47,16 @@ class MetricsWriter:
     return self._elapsed + time.monotonic() - self._begin
 
   def write(self, step: int, figures: Mapping[str, Any]) -> None:
-    """Logs the figures of a step; arrays of one number become numbers, others lists."""
+    """Logs the figures of a step.
+
+    Arrays of one number become numbers, others lists; what is not finite is `null` in the file.
+    """
     if self._board is None:
       return
     values = {key: _plain(value) for key, value in figures.items()}
     record = {"stage": self._stage, "step": step, "time_s": round(self.seconds, 3), **values}
     with self._path.open("a") as file:
-      file.write(json.dumps(record) + "\n")
+      file.write(strict_json.dumps_or_null(record) + "\n")
     for key, value in values.items():
       if isinstance(value, int | float):
         self._board.add_scalar(f"{self._stage}/{key}", value, step)
@@ -108,7 +111,7 @@ def _drop_later(path: pathlib.Path, stage: str, step: int) -> float:
   if not path.exists():
     return 0.0
   kept = [r for r in _records(path) if r.get("stage") != stage or r.get("step", 0) <= step]
-  write_text(path, "".join(json.dumps(r) + "\n" for r in kept))
+  write_text(path, "".join(strict_json.dumps_or_null(r) + "\n" for r in kept))
   return max((float(r.get("time_s", 0)) for r in kept if r.get("stage") == stage), default=0.0)
 
 

@@ -10,7 +10,7 @@ import reprlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from vitcomp_jax import macs
+from vitcomp_jax import macs, paths, strict_json
 from vitcomp_jax.atomic import write_json
 from vitcomp_jax.convert.slicing import LayerIndex
 from vitcomp_jax.errors import UserError
@@ -31,6 +31,7 @@ REDUCERS: dict[str, type] = {
   "predictor_select": PredictorSelect,
 }
 _SELECTS = (reducers.KeepAll, reducers.KeepPositions, PredictorSelect)
+_TOP_KEYS = ("format", "version", "variant", "num_tokens", "gmacs", "made_by", "layers")
 _WIDTHS = ("num_heads", "head_dim", "mlp_dim")
 _INDICES = ("attn_index", "mlp_index")
 _KEYS = (*_WIDTHS, *_INDICES, "select", "reduce", "size_bias", "prune_keep", "merge_keep")
@@ -192,15 +193,18 @@ def load_plan(name: str) -> Plan:
   """
   if name in _published():
     return _from_published(name)
-  path = pathlib.Path(name)
+  path = pathlib.Path(paths.expand(name))
   if not path.is_file():
     near = ", ".join(difflib.get_close_matches(name, _published(), n=3))
     hint = f"published ones near it: {near}" if near else "list_plans() names the published ones"
     raise UserError(f"plan: expected a file or a published plan, got {name!r}; {hint}.")
   try:
-    values = json.loads(path.read_text())
+    values = strict_json.loads(path.read_text())
   except (ValueError, RecursionError) as error:
-    raise UserError(f"plan {name}: expected JSON, got something else: {error}.") from error
+    raise UserError(
+      f"plan {name}: expected JSON with finite numbers and every key once, got something else: "
+      f"{error}."
+    ) from error
   return parse_plan(values, name)
 
 
@@ -217,7 +221,7 @@ def parse_plan(values: Any, where: str = "plan") -> Plan:
     where: The file's name, for errors.
 
   Raises:
-    UserError: Names the key that is missing or wrong.
+    UserError: Names the key that is missing, wrong or not known.
   """
   if not isinstance(values, Mapping) or values.get("format") != FORMAT:
     raise UserError(
@@ -225,6 +229,12 @@ def parse_plan(values: Any, where: str = "plan") -> Plan:
     )
   if values.get("version") != VERSION:
     raise UserError(f"{where}: expected version {VERSION}, got {_shown(values, 'version')}.")
+  unknown = [key for key in values if key not in _TOP_KEYS]
+  if unknown:
+    raise UserError(
+      f"{where}: expected keys among {', '.join(_TOP_KEYS)}, got "
+      f"{', '.join(map(reprlib.repr, unknown))}."
+    )
   made_by = values.get("made_by", {})
   for key, is_right, kind in (
     ("variant", isinstance(values.get("variant"), str), "a string"),

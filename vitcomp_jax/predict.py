@@ -16,7 +16,7 @@ from typing import NoReturn
 
 import numpy as np
 
-from vitcomp_jax import api
+from vitcomp_jax import api, paths
 from vitcomp_jax.config import from_config_dict
 from vitcomp_jax.data import class_names, sources
 from vitcomp_jax.data.transforms import Preprocess, evaluation_image, normalize
@@ -25,7 +25,7 @@ from vitcomp_jax.exported import load_exported
 from vitcomp_jax.models.build import build
 from vitcomp_jax.models.vit import ViT
 from vitcomp_jax.plans import load_plan
-from vitcomp_jax.stages import figures, pictures
+from vitcomp_jax.stages import figures, measure, pictures
 from vitcomp_jax.stages.run import Run, preprocess_for, read_json
 
 _BATCH = 32  # images at once
@@ -58,6 +58,8 @@ def main(argv: Sequence[str]) -> int:
     images = np.stack([_read(path, classifier.preprocess) for path in options.images])
     parts = np.split(images, range(_BATCH, len(images), _BATCH))
     logits = np.concatenate([classifier.logits(part) for part in parts])
+    for path, row in zip(options.images, logits, strict=True):
+      measure.check_finite(row, path)
     for path, row in zip(options.images, logits, strict=True):
       print(_answer(path, row, classifier.classes, options.top))
     if options.maps:
@@ -95,7 +97,8 @@ def _draw(options: argparse.Namespace, classifier: Classifier, images: np.ndarra
 def _read(path: str, pre: Preprocess) -> np.ndarray:
   """What the model sees of a file, which is much less than the file has."""
   try:
-    return evaluation_image(sources.decode(pathlib.Path(path).read_bytes(), path), pre)
+    content = pathlib.Path(paths.expand(path)).read_bytes()
+    return evaluation_image(sources.decode(content, path), pre)
   except OSError as error:
     raise UserError(f"{path}: expected an image file, got none ({error.strerror}).") from error
   except sources.CorruptImage as error:
@@ -163,6 +166,10 @@ def _of(model: ViT, params: api.Params, pre: Preprocess, names: Sequence[str]) -
   return Classifier(logits, pre, names, model, params)
 
 
+def _path(text: str) -> pathlib.Path:
+  return pathlib.Path(paths.expand(text))
+
+
 class _Parser(argparse.ArgumentParser):
   def error(self, message: str) -> NoReturn:
     raise UserError(f"command line: {message}.")
@@ -179,10 +186,10 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
   parser.add_argument("--plan", help="a published plan's name, or a plan.json; none: dense")
   parser.add_argument("--weights", help="a file, a hub id, or `bundled`")
   parser.add_argument("--variant", help="timm's name; none: the plan's")
-  parser.add_argument("--workdir", type=pathlib.Path, help="a finished run, instead of these three")
+  parser.add_argument("--workdir", type=_path, help="a finished run, instead of these three")
   parser.add_argument("--exported", help="a run's folder `export`, or an artefact in it, instead")
   parser.add_argument("--top", type=int, default=5, help="how many classes are printed")
-  parser.add_argument("--maps", type=pathlib.Path, metavar="DIR", help="where to draw token maps")
+  parser.add_argument("--maps", type=_path, metavar="DIR", help="where to draw token maps")
   options = parser.parse_args(argv)
   given = bool(options.plan or options.weights or options.variant)
   if given + (options.workdir is not None) + (options.exported is not None) > 1:

@@ -16,6 +16,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
+from vitcomp_jax import paths
 from vitcomp_jax.atomic import replacing
 from vitcomp_jax.convert import augreg
 from vitcomp_jax.convert.description import Description
@@ -148,6 +149,7 @@ def locate(weights: str, cache_dir: str | None = None) -> Path:
   Raises:
     UserError: If there is no such file.
   """
+  weights = paths.expand(weights)
   path = Path(weights)
   if is_hub_id(weights):
     return _from_hub(weights.removeprefix(HUB_PREFIX), cache_dir)

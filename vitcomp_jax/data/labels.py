@@ -6,6 +6,7 @@ import pathlib
 import re
 from collections.abc import Iterable, Sequence
 
+from vitcomp_jax import paths
 from vitcomp_jax.data import class_names
 from vitcomp_jax.errors import UserError
 
@@ -51,7 +52,7 @@ def read_names(path: str) -> tuple[str, ...]:
   if path == IMAGENET:
     return class_names.imagenet_ids()
   try:
-    text = pathlib.Path(path).read_text(encoding="utf-8")
+    text = pathlib.Path(paths.expand(path)).read_text(encoding="utf-8")
   except (OSError, ValueError) as error:
     raise UserError(
       f"config.data.classes: expected {IMAGENET}, or a text file with a name per line, got "

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 import PIL.Image
 
+from vitcomp_jax import paths
 from vitcomp_jax.data import folders, labels
 from vitcomp_jax.data.images import CorruptImage, decode
 from vitcomp_jax.errors import UserError
@@ -271,7 +272,7 @@ def _bundled(split: str) -> Source:
 def _folder(directory: str | None, split: str | None, class_order: str) -> Source:
   if directory is None:
     raise UserError("config.data.dir: expected the folder that holds train/ and val/, got none.")
-  path = pathlib.Path(directory).expanduser()
+  path = pathlib.Path(paths.expand(directory))
   if not path.is_dir():
     raise UserError(f"config.data.dir: expected a folder with train/ and val/, got {directory!r}.")
   known = tuple(sorted(p.name for p in path.iterdir() if p.is_dir()))
@@ -279,7 +280,7 @@ def _folder(directory: str | None, split: str | None, class_order: str) -> Sourc
 
 
 def _tfds(name: str, directory: str | None, split: str | None) -> Source:
-  directory = directory and str(pathlib.Path(directory).expanduser())
+  directory = directory and paths.expand(directory)
   builder = _tfds_builder(name, directory)
   features = builder.info.features
   if "image" not in features:

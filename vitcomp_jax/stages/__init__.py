@@ -6,7 +6,9 @@ import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from vitcomp_jax import paths
 from vitcomp_jax.config import Config, from_config_dict
+from vitcomp_jax.ownership import owned
 from vitcomp_jax.stages import (
   benchmark,
   compare,
@@ -50,19 +52,25 @@ STAGES = {
 
 
 def run_stages(config: Config, workdir: pathlib.Path, names: Sequence[str]) -> Run:
-  """Runs the stages that are not finished yet; nothing begins before all of them are checked."""
-  run = open_run(config, workdir)
-  left = [name for name in names if run.finished(name) is None]
-  for name in left:
-    STAGES[name].check(run)
-  if left:
-    run.params  # noqa: B018, weights that do not fit are refused here
-  run.begin()
-  for name in names:
-    if name in left:
-      run.finish(name, STAGES[name].run(run))
-    else:
-      logging.info("%s: finished before", name)
+  """Runs the stages that are not finished yet; nothing begins before all of them are checked.
+
+  Raises:
+    UserError: For what a stage refuses, or if another run is using the workdir.
+  """
+  workdir = pathlib.Path(paths.expand(workdir))
+  with owned(workdir):
+    run = open_run(config, workdir)
+    left = [name for name in names if run.finished(name) is None]
+    for name in left:
+      STAGES[name].check(run)
+    if left:
+      run.params  # noqa: B018, weights that do not fit are refused here
+    run.begin()
+    for name in names:
+      if name in left:
+        run.finish(name, STAGES[name].run(run))
+      else:
+        logging.info("%s: finished before", name)
   return run
 
 

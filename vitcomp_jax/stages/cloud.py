@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from vitcomp_jax import macs
+from vitcomp_jax import macs, strict_json
 from vitcomp_jax.api import Params
 from vitcomp_jax.atomic import write_text
 from vitcomp_jax.data.transforms import Preprocess, normalize
@@ -38,6 +38,9 @@ def points(run: Run, gmacs: float, path: pathlib.Path) -> list[Point]:
 
   Returns:
     Of each schedule `gmacs`, `top1` in percent and `loss` in nats.
+
+  Raises:
+    UserError: If outputs under a schedule are not finite.
   """
   config, spec = run.config.compare, run.spec
   lines = path.read_text().splitlines() if path.exists() else []
@@ -51,10 +54,13 @@ def points(run: Run, gmacs: float, path: pathlib.Path) -> list[Point]:
   batches = _first(run, config.random_examples) if left else []
   with path.open("a") as stream:
     for layers in progress(left, f"random schedules of {gmacs:.3g} GMACs", len(left)):
-      scores = [_score(run, method, layers, *batch) for batch in batches]
-      mean = {k: float(np.mean(np.concatenate([s[k] for s in scores]))) for k in ("top1", "loss")}
+      parts = [_score(run, method, layers, *batch) for batch in batches]
+      scores = {key: np.concatenate([part[key] for part in parts]) for key in ("top1", "loss")}
+      what = f"random schedule {len(found) + 1} of {gmacs:.3g} GMACs"
+      measure.check_finite(scores["loss"], what)
+      mean = {key: float(np.mean(values)) for key, values in scores.items()}
       found.append({"gmacs": macs.static_macs(spec, layers) / 1e9, **mean})
-      stream.write(json.dumps(found[-1]) + "\n")
+      stream.write(strict_json.dumps(found[-1]) + "\n")
       stream.flush()
   return found[: config.random_schedules]
 

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from vitcomp_jax import macs, processes
+from vitcomp_jax import macs, paths, processes
 from vitcomp_jax.api import Params
 from vitcomp_jax.atomic import replacing, write_json
 from vitcomp_jax.config import (
@@ -27,6 +27,7 @@ from vitcomp_jax.config import (
 from vitcomp_jax.errors import UserError
 from vitcomp_jax.models.build import build
 from vitcomp_jax.models.spec import LayerSpec
+from vitcomp_jax.ownership import owned
 from vitcomp_jax.plans import load_plan, make_plan, save_plan
 from vitcomp_jax.schedules import SCHEDULES, within
 from vitcomp_jax.stages import cloud, evaluate, figures, finetune, measure, report, search, slim
@@ -157,7 +158,7 @@ def _searched_before(run: Run, text: str, budget: float) -> list[pathlib.Path]:
   Raises:
     UserError: If there are none.
   """
-  folder = pathlib.Path(run.config.compare.searched or "")
+  folder = pathlib.Path(paths.expand(run.config.compare.searched or ""))
   if _parsed(text, run.config)[0] in SCHEDULES:
     return []
   # Not `glob`, to which the brackets of a method mean something.
@@ -193,11 +194,13 @@ def _trained(run: Run, text: str) -> Model:
 def _child(run: Run, name: str, config: Config, stages: tuple[Stage, ...], budget: float) -> Run:
   """A run of its own at a budget, which goes on where it was cut off."""
   config = dataclasses.replace(config, stages=stages, budget=BudgetConfig(fraction=budget))
-  child = open_run(config, run.workdir / "compare" / name)
-  child.begin()
-  for stage in stages:
-    if child.finished(stage) is None:
-      child.finish(stage, _STAGES[stage](child))
+  workdir = run.workdir / "compare" / name
+  with owned(workdir):
+    child = open_run(config, workdir)
+    child.begin()
+    for stage in stages:
+      if child.finished(stage) is None:
+        child.finish(stage, _STAGES[stage](child))
   return child
 
 
@@ -219,7 +222,8 @@ def _row(
   mean = {key: np.mean([f[key] for f in found], axis=0) for key in found[0]}
   _save(_path(run, f"{name}.mean"), mean)
   row = measure.row(mean, build(run.spec, models[0][0]), name)
-  row |= {f"{key}_se": _standard_error(mean[key]) for key in _PAIRED}
+  for key in _PAIRED:
+    row |= _standard_error(key, mean[key])
   if len(models) > 1:
     row["top1_of_seeds"] = [round(float(f["top1"].mean()), 4) for f in found]
   path = _path(run, f"{reference}.mean")
@@ -229,12 +233,15 @@ def _row(
       for key in _PAIRED:
         difference = mean[key] - other[key]
         row[f"{key}_over_reference"] = round(float(difference.mean()), 6)
-        row[f"{key}_over_reference_se"] = _standard_error(difference)
+        row |= _standard_error(f"{key}_over_reference", difference)
   return row
 
 
-def _standard_error(values: np.ndarray) -> float:
-  return round(float(values.std(ddof=1) / math.sqrt(values.size)), 6)
+def _standard_error(key: str, values: np.ndarray) -> dict[str, float]:
+  """By its key in a row; a single example has none."""
+  if values.size < 2:
+    return {}
+  return {f"{key}_se": round(float(values.std(ddof=1) / math.sqrt(values.size)), 6)}
 
 
 def _outcomes(run: Run, name: str, layers: tuple[LayerSpec, ...], params: Params) -> Outcomes:

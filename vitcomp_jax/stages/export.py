@@ -21,6 +21,7 @@ from vitcomp_jax.data.transforms import normalize
 from vitcomp_jax.errors import UserError
 from vitcomp_jax.models.build import build
 from vitcomp_jax.models.reducers import KeepAll, KeepPositions
+from vitcomp_jax.stages import measure
 from vitcomp_jax.stages.run import Run, environment, for_timm
 
 _IMAGES = 64  # on which every artefact is compared with the model
@@ -49,7 +50,7 @@ def export(run: Run) -> dict[str, Any]:
     What the manifest says of each artefact.
 
   Raises:
-    UserError: If a format cannot hold the model.
+    UserError: If a format cannot hold the model, or the model's outputs are not finite.
     RuntimeError: If an artefact's outputs are not the model's.
   """
   check(run)  # Once more: the plan may be younger than the run.
@@ -221,6 +222,7 @@ def _compare(run: Run, name: str, path: pathlib.Path) -> dict[str, Any]:
     many images differ.
 
   Raises:
+    UserError: If the model's own outputs are not finite.
     RuntimeError: If it is not the same model.
   """
   images = run.eval_data.sample(_IMAGES)["image"]
@@ -231,6 +233,7 @@ def _compare(run: Run, name: str, path: pathlib.Path) -> dict[str, Any]:
   device = None if name == "stablehlo" else jax.local_devices(backend="cpu")[0]
   with jax.default_device(device):
     expected = np.asarray(api.apply(build(run.spec, run.layers), run.params, normal), np.float32)
+    measure.check_finite(expected, "stage export: the model")
     if name == "timm":
       got = _timm_outputs(run, path, normal)
     else:
@@ -244,7 +247,7 @@ def _compare(run: Run, name: str, path: pathlib.Path) -> dict[str, Any]:
   )
   tolerance = _TOLERANCE[run.config.model.dtype]
   differing = int(np.sum(~(difference <= tolerance)))  # what is not a number differs
-  if differing > (_TIES if chosen else 0):
+  if differing > (_TIES if chosen else 0) or not np.isfinite(got).all():
     raise RuntimeError(
       f"{path}: {differing} of {_IMAGES} outputs differ from the model's by up to "
       f"{difference.max():.2g} of the largest one, more than {tolerance:g}; it was removed"

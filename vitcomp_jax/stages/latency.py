@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vitcomp_jax import api, macs, processes
+from vitcomp_jax import api, macs, processes, strict_json
 from vitcomp_jax.atomic import write_json
 from vitcomp_jax.costs import Latency, never_falling, parse_latency
 from vitcomp_jax.errors import UserError
@@ -102,7 +102,7 @@ def read(path: pathlib.Path) -> Latency:
     UserError: If it holds something else.
   """
   try:
-    values = json.loads(path.read_text())
+    values = strict_json.loads(path.read_text())
   except (OSError, ValueError) as error:
     raise UserError(f"{path} cannot be read ({error}); remove it to measure anew.") from error
   return parse_latency(values, str(path))

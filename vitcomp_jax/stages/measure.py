@@ -12,6 +12,7 @@ import numpy as np
 
 from vitcomp_jax.api import Params, count_cost
 from vitcomp_jax.data.transforms import Preprocess, normalize
+from vitcomp_jax.errors import UserError
 from vitcomp_jax.metrics import progress
 from vitcomp_jax.models.build import build
 from vitcomp_jax.models.vit import ViT
@@ -27,6 +28,9 @@ def outcomes(model: ViT, params: Params, run: Run, name: str) -> Outcomes:
   Returns:
     Of every example, `top1` and `top5` (0 or 100) and cross-entropy in nats (`loss`); without
     labels, or without a classifier, how far the outputs are from the dense model's instead.
+
+  Raises:
+    UserError: If outputs are not finite.
   """
   size, data, layout = run.config.evaluate.batch_size, run.eval_data, run.layout
   can_score = data.has_labels and run.spec.num_classes > 0
@@ -44,7 +48,27 @@ def outcomes(model: ViT, params: Params, run: Run, name: str) -> Outcomes:
     real = fetched.pop("mask") > 0
     for key, values in fetched.items():
       found.setdefault(key, []).append(np.asarray(values, np.float32)[real])
-  return {key: np.concatenate(parts) for key, parts in found.items()}
+  whole = {key: np.concatenate(parts) for key, parts in found.items()}
+  check_finite(np.mean(list(whole.values()), axis=0), f"row {name}")
+  return whole
+
+
+def check_finite(outputs: np.ndarray, what: str) -> None:
+  """Refuses outputs, or one figure for each example, that are not all finite.
+
+  Args:
+    outputs: Of any shape.
+    what: Gave them.
+
+  Raises:
+    UserError: Says what gave them, and how many they are.
+  """
+  broken = int(np.sum(~np.isfinite(outputs)))
+  if broken:
+    raise UserError(
+      f"{what}: expected finite outputs, got {broken} of {outputs.size} that are NaN or infinite; "
+      "give other weights, or compute in float32 what is computed in less."
+    )
 
 
 def row(found: Outcomes, model: ViT, name: str) -> dict[str, Any]:
@@ -57,15 +81,20 @@ def row(found: Outcomes, model: ViT, name: str) -> dict[str, Any]:
 
 
 def scores(logits: jax.Array, labels: jax.Array) -> dict[str, jax.Array]:
-  """How well labels are met: of every example `top1` and `top5` (0 or 100) and `loss` in nats."""
+  """How well labels are met: of every example `top1` and `top5` (0 or 100) and `loss` in nats.
+
+  An example with a logit that is not finite meets none, whatever its label, and its loss is NaN.
+  """
   logits = logits.astype(jnp.float32)
   own = jnp.take_along_axis(logits, labels[:, None], axis=1)
   # Ties go to the lower class, as in a stable sort.
   before = jnp.arange(logits.shape[1], dtype=labels.dtype)[None] < labels[:, None]
   rank = jnp.sum((logits > own) | ((logits == own) & before), axis=1)
   loss = jax.nn.logsumexp(logits, axis=1) - own[:, 0]
-  top1, top5 = (jnp.where(rank < k, 100.0, 0.0) for k in (1, 5))
-  return {"top1": top1, "top5": top5, "loss": loss}
+  # NaN is not above anything, so that every label would be met.
+  is_finite = jnp.all(jnp.isfinite(logits), axis=1)
+  top1, top5 = (jnp.where(is_finite & (rank < k), 100.0, 0.0) for k in (1, 5))
+  return {"top1": top1, "top5": top5, "loss": jnp.where(is_finite, loss, jnp.nan)}
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

@@ -195,14 +195,16 @@ def write_comparison(
     ]
     share = f"{100 * row['gmacs'] / dense:.1f} %"
     lines.append([row["name"], *figures, number(row["gmacs"]), share, f"{row['params_m']:.4g}"])
-  caption = "± is the standard error over the examples."
+  captions = []
+  if any("top1_se" in row for row in rows):
+    captions.append("± is the standard error over the examples.")
   if references := list(dict.fromkeys(row["reference"] for row in rows if "reference" in row)):
-    caption += (
-      f" Differences are paired, example by example; the references are {', '.join(references)}."
+    captions.append(
+      f"Differences are paired, example by example; the references are {', '.join(references)}."
     )
   if any("top1_of_seeds" in row for row in rows):
-    caption += " What was searched with several seeds is their mean."
-  blocks = [*_title(result), Table(caption, heads, lines)]
+    captions.append("What was searched with several seeds is their mean.")
+  blocks = [*_title(result), Table(" ".join(captions), heads, lines)]
   for budget, found in result["random"].items():
     line = (
       f"Random schedules at {budget} of the MACs: {found['schedules']:,} on {found['examples']:,} "
@@ -222,7 +224,9 @@ def write_comparison(
 def _with_error(row: Mapping[str, Any], key: str, spec: str) -> str:
   if key not in row:
     return _MISSING
-  return f"{row[key]:{spec}} ± {row[f'{key}_se']:{spec.removeprefix('+')}}"
+  text = f"{row[key]:{spec}}"
+  # Of a single example there is no error.
+  return f"{text} ± {row[f'{key}_se']:{spec.removeprefix('+')}}" if f"{key}_se" in row else text
 
 
 def _title(result: Mapping[str, Any]) -> list[Block]:

@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import importlib.metadata
-import json
 import operator
 import pathlib
 import reprlib
@@ -13,7 +12,7 @@ from typing import Any
 
 import jax
 
-from vitcomp_jax import api, processes
+from vitcomp_jax import api, paths, processes, strict_json
 from vitcomp_jax import config as config_lib
 from vitcomp_jax.atomic import write_json
 from vitcomp_jax.config import Config
@@ -257,7 +256,7 @@ class Run:
     if kept.exists():
       return latency.read(kept)
     compiled = self.config.compilation_cache
-    cache = pathlib.Path(compiled).expanduser().parent / "latency" if compiled else None
+    cache = pathlib.Path(paths.expand(compiled)).parent / "latency" if compiled else None
     importance = self.spec.importance(self.config.search.importance)
     return latency.table(self.spec, budget.latency_batch, importance, cache)
 
@@ -461,7 +460,7 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
     UserError: If it is something else by now.
   """
   try:
-    values = json.loads(path.read_text())
+    values = strict_json.loads(path.read_text())
   except (OSError, ValueError) as error:
     raise UserError(f"{path} cannot be read ({error}); remove it.") from error
   if not isinstance(values, dict):

@@ -225,7 +225,10 @@ def _best(
     learnt: The expected counts at the end.
 
   Returns:
-    The step, its expected counts, and step and loss of all that were tried.
+    The step, its expected counts, and step and loss of all that were tried and have a finite loss.
+
+  Raises:
+    UserError: If none has.
   """
   config, spec, last = run.config.search, run.spec, steps_of(run)
   if not config.choose_images:
@@ -255,8 +258,14 @@ def _best(
     found = [float(run.layout.get(loss(variables, batch))) for batch in placed]
     measured.append((step, float(np.mean(found))))
     logging.info("search: the plan of step %d has a loss of %.4f", *measured[-1])
-  best = min(measured, key=lambda pair: pair[1])[0]
-  return best, passed[best], measured
+  finite = [pair for pair in measured if math.isfinite(pair[1])]
+  if not finite:
+    raise UserError(
+      f"stage search: expected plans with a finite loss, got {len(measured)} of {len(measured)} "
+      "that have none; start from other weights, or set config.model.dtype=float32."
+    )
+  best = min(finite, key=lambda pair: pair[1])[0]
+  return best, passed[best], finite
 
 
 def made(run: Run) -> Plan:

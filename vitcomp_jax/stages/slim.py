@@ -10,6 +10,7 @@ from vitcomp_jax import api, macs
 from vitcomp_jax.convert import files
 from vitcomp_jax.convert.slicing import slice_params
 from vitcomp_jax.data.mixing import training_inputs
+from vitcomp_jax.data.transforms import normalize
 from vitcomp_jax.errors import UserError
 from vitcomp_jax.methods import vit_slim
 from vitcomp_jax.methods.vit_slim import KINDS, Masks, ViTSlim
@@ -17,11 +18,13 @@ from vitcomp_jax.models.spec import ViTSpec, with_drop_path
 from vitcomp_jax.models.vit import ViT
 from vitcomp_jax.ops import losses
 from vitcomp_jax.plans import Plan, load_plan, make_plan, save_plan
+from vitcomp_jax.stages import measure
 from vitcomp_jax.stages.run import Run, write_for_timm
 from vitcomp_jax.training import loop, optimizer
 from vitcomp_jax.training.step import init_state, make_step, random_streams, top1
 
 _BISECTIONS = 40
+_TRIED = 16  # images on which the slimmed network must give finite outputs
 
 
 def check(run: Run) -> None:
@@ -56,6 +59,10 @@ def slim(run: Run) -> dict[str, Any]:
   Returns:
     What was asked for and reached. The slimmed network is in `plan.json` and
     `slimmed.safetensors`; `searched.safetensors` holds the dense one it was cut from.
+
+  Raises:
+    UserError: If the masks cannot be cut at the budgets, or the slimmed network's outputs are not
+      finite.
   """
   config, spec = run.config.slim, run.spec
   method = _method(run)
@@ -82,6 +89,10 @@ def slim(run: Run) -> dict[str, Any]:
   made_by |= {"seed": run.config.seed}
   kept = vit_slim.fold(spec, params, arch) if config.keep_factors else params
   slimmed = slice_params(kept, indices)
+  tried = normalize(run.eval_data.sample(_TRIED)["image"], run.preprocess)
+  measure.check_finite(
+    np.asarray(api.apply(ViT(spec, layers), slimmed, tried)), "stage slim: the slimmed network"
+  )
   run.save(slimmed, run.workdir / "slimmed.safetensors")
   save_plan(make_plan(spec, layers, made_by, indices), run.workdir / "slimmed.json")
   save_plan(made(run, "slimmed.json"), run.workdir / "plan.json")
@@ -162,7 +173,8 @@ def _read_masks(run: Run, path: str) -> Any:
   """The masks that another run has learnt.
 
   Raises:
-    UserError: If they are not there, or are for another model or another kind of attention mask.
+    UserError: If they are not there, or not finite, or for another model or another kind of
+      attention mask.
   """
   arch = vit_slim.from_authors(files.read(path))
   expected = jax.eval_shape(lambda: _method(run).initial_arch(run.spec))
@@ -170,6 +182,13 @@ def _read_masks(run: Run, path: str) -> Any:
     raise UserError(
       f"config.slim.masks: expected the masks of {run.spec.name} with config.slim.attn="
       f"{run.config.slim.attn}, got others in {path}."
+    )
+  values = np.concatenate([np.ravel(mask) for mask in jax.tree.leaves(arch)])
+  broken = int(np.sum(~np.isfinite(values)))
+  if broken:
+    raise UserError(
+      f"config.slim.masks: expected finite masks, got {broken} of {values.size} numbers that are "
+      f"NaN or infinite in {path}; give another search's."
     )
   return arch
 

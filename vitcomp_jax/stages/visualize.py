@@ -4,12 +4,15 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from vitcomp_jax import processes
+import numpy as np
+
+from vitcomp_jax import api, paths, processes
+from vitcomp_jax.data.transforms import normalize
 from vitcomp_jax.errors import UserError
 from vitcomp_jax.models.build import build
 from vitcomp_jax.models.spec import removes_tokens
 from vitcomp_jax.plans import load_plan
-from vitcomp_jax.stages import drawing, evaluate, figures, pictures, report
+from vitcomp_jax.stages import drawing, evaluate, figures, measure, pictures, report
 from vitcomp_jax.stages.evaluate import Row
 from vitcomp_jax.stages.published import NUM_CLASSES, accuracies
 from vitcomp_jax.stages.run import Run
@@ -34,6 +37,9 @@ def visualize(run: Run) -> dict[str, Any]:
 
   Returns:
     The names of the figures in `figures/`.
+
+  Raises:
+    UserError: If the outputs of the model whose inside is drawn are not finite.
   """
   measured = evaluate.result_so_far(run)["rows"]
   rows = evaluate.rows_of(run) | _compared(run)
@@ -66,7 +72,8 @@ def _compared(run: Run) -> dict[str, Row]:
   if run.finished("compare") is None:
     return {}
   config = run.config
-  folder = pathlib.Path(config.compare.searched or run.workdir / "plans")
+  searched = config.compare.searched
+  folder = pathlib.Path(paths.expand(searched)) if searched else run.workdir / "plans"
   ending = f"-seed{config.seed}.json"
   plans = {p.name.removesuffix(ending): p for p in folder.iterdir() if p.name.endswith(ending)}
   names = [row["name"] for row in evaluate.made(run)["rows"] if row["name"] in plans]
@@ -115,8 +122,11 @@ def _draw_images(run: Run, rows: Mapping[str, Row]) -> None:
   reduced = [name for name, row in rows.items() if removes_tokens(row.layers)]
   name = evaluate.plan_name(run, run.plan) if run.plan else [*reduced, *rows][0]
   row = rows[name]
+  model, images = build(run.spec, row.layers), batch["image"]
+  outputs = api.apply(model, row.params, normalize(images, run.preprocess))
+  measure.check_finite(np.asarray(outputs), f"stage visualize: row {name}")
   about = f"Model: {name}."
-  shown = build(run.spec, row.layers), row.params, batch["image"], evaluate.titles(run, batch)
+  shown = model, row.params, images, evaluate.titles(run, batch)
   if name in reduced:
     layers = config.layers or _some(_removing(run, row))
     figures.save(pictures.token_maps(*shown, layers, about), folder, "token_maps_by_layer")

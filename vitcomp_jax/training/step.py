@@ -126,8 +126,12 @@ def random_streams(key: Array, batch: Batch, names: Sequence[str]) -> dict[str, 
 
 
 def top1(logits: Array, targets: Array) -> Array:
-  """How often the class of the largest logit is that of the largest target, in percent."""
+  """How often the class of the largest logit is that of the largest target, in percent.
+
+  Logits that are not all finite are never right: the largest would be the first that is NaN.
+  """
   is_right = jnp.argmax(logits, axis=1) == jnp.argmax(targets, axis=1)
+  is_right &= jnp.all(jnp.isfinite(logits), axis=1)
   return 100 * jnp.mean(is_right.astype(jnp.float32))
 
 

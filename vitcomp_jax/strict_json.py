@@ -1,0 +1,59 @@
+"""JSON as its standard has it: no NaN, no infinities, and every key of an object once."""
+
+import collections
+import json
+import math
+from typing import Any, NoReturn
+
+
+def dumps(values: Any, indent: int | None = None) -> str:
+  """Writes values as JSON.
+
+  Raises:
+    ValueError: For a number that is not finite, for which JSON has no name.
+  """
+  return json.dumps(values, indent=indent, allow_nan=False)
+
+
+def dumps_or_null(values: Any) -> str:
+  """Writes values as JSON on one line, with `null` for every number that is not finite."""
+  return dumps(_or_none(values))
+
+
+def loads(text: str) -> Any:
+  """Reads JSON.
+
+  Raises:
+    ValueError: If it is something else, or has a key twice, which Python would pass over, or a
+      number that is not finite.
+  """
+  twice: list[str] = []
+
+  def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    counts = collections.Counter(key for key, _ in pairs)
+    twice.extend(key for key, count in counts.items() if count > 1)
+    return dict(pairs)
+
+  values = json.loads(text, object_pairs_hook=once, parse_constant=_refuse, parse_float=_finite)
+  if twice:
+    raise ValueError(f"{', '.join(map(repr, dict.fromkeys(twice)))} more than once in an object")
+  return values
+
+
+def _finite(text: str) -> float:
+  value = float(text)
+  if not math.isfinite(value):
+    _refuse(text)
+  return value
+
+
+def _refuse(text: str) -> NoReturn:
+  raise ValueError(f"{text}, which is no finite number")
+
+
+def _or_none(values: Any) -> Any:
+  if isinstance(values, float):
+    return values if math.isfinite(values) else None
+  if isinstance(values, dict):
+    return {key: _or_none(value) for key, value in values.items()}
+  return [_or_none(value) for value in values] if isinstance(values, list | tuple) else values
