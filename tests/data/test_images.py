@@ -67,9 +67,15 @@ def test_other_modes_are_as_pillow_converts_them(mode: str) -> None:
   np.testing.assert_array_equal(np.asarray(images.to_rgb(image)), want)
 
 
-@pytest.mark.parametrize("mode", ["I", "F", "La"])
-def test_an_image_that_has_no_range_is_refused(mode: str) -> None:
-  with pytest.raises(UserError, match=rf"image: .*mode {mode} .*.convert it") as caught:
+@pytest.mark.parametrize(
+  ("mode", "said"),
+  [
+    *(("I", r"has more than 16 bits per channel \(convert it to 8 bits\)"),),
+    *(("F", "has more than 16 bits per channel"), ("La", r"does not become RGB \(conversion from")),
+  ],
+)
+def test_an_image_that_has_no_range_is_refused(mode: str, said: str) -> None:
+  with pytest.raises(UserError, match=f"image: mode {mode} {said}") as caught:
     transforms.evaluation_image(PIL.Image.new(mode, (9, 9)), preprocess())
   assert isinstance(caught.value, images.CorruptImage) and "\n" not in str(caught.value)
   with pytest.raises(images.CorruptImage):
@@ -99,6 +105,26 @@ def test_a_deep_file_is_named_and_can_be_skipped(
   skipping = loader.load(DataConfig(**options, on_error="skip"), "train", preprocess(), 0)
   next(skipping.train_batches(7))
   assert skipping.skipped == 1
+
+
+def test_a_deep_record_is_named(tfds_dir: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+  records = [{"image": content(PIL.Image.new("F", (9, 9)), "TIFF"), "label": 0}] * 4
+  monkeypatch.setattr(
+    sources.TfdsSource,
+    "read",
+    lambda self, indices: [self._example(records[i], i) for i in indices],
+  )
+  dataset = loader.load(DataConfig(name="tiny_plain", dir=str(tfds_dir)), "eval", preprocess(), 0)
+  said = "Corrupt image: tiny_plain, split validation, image 0: mode F has more than 16 bits"
+  with pytest.raises(UserError, match=said):
+    list(dataset.eval_batches(4))
+
+
+def test_an_open_file_that_ends_early_is_named(folder: pathlib.Path) -> None:
+  file = folder / "val" / "cat" / "2.png"
+  tiny.truncate(file)
+  with PIL.Image.open(file) as image, pytest.raises(images.CorruptImage, match=f"^{file}: "):
+    images.to_rgb(image)
 
 
 def test_a_deep_image_in_memory_can_be_skipped(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -59,7 +59,7 @@ def decode(content: bytes, what: str) -> PIL.Image.Image:
     The image, wholly decoded.
 
   Raises:
-    CorruptImage: If it cannot be decoded, or has more than 16 bits per channel.
+    CorruptImage: If it cannot be decoded.
   """
   try:
     image = PIL.Image.open(io.BytesIO(content), formats=_formats())
@@ -71,7 +71,6 @@ def decode(content: bytes, what: str) -> PIL.Image.Image:
   except Exception as error:  # Of broken files Pillow's readers raise whatever comes.
     raise CorruptImage(f"{what}: {_line(error)}") from error
   image.filename = what
-  _check_mode(image)
   return image
 
 
@@ -94,14 +93,21 @@ def to_rgb(
   """
   if isinstance(image, np.ndarray):
     image = _from_array(image)
-  _check_mode(image)
-  if exif_orientation:
-    image = _turned(image)
-  if image.mode.startswith("I;16"):
-    # The high byte, as Pillow itself decodes colours of 16 bits; `convert` would clip to white.
-    image = PIL.Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-  image = image.convert("RGB")
-  return PIL.ImageOps.expand(image, pad, fill=0) if pad else image
+  name = getattr(image, "filename", "") or "image"
+  if image.mode in _DEEP:
+    raise CorruptImage(
+      f"{name}: mode {image.mode} has more than 16 bits per channel (convert it to 8 bits)"
+    )
+  try:
+    if exif_orientation:
+      image = _turned(image)
+    if image.mode.startswith("I;16"):
+      # The high byte, as Pillow itself decodes colours of 16 bits; `convert` would clip to white.
+      image = PIL.Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    rgb = image.convert("RGB")
+  except (OSError, ValueError) as error:
+    raise CorruptImage(f"{name}: mode {image.mode} does not become RGB ({_line(error)})") from error
+  return PIL.ImageOps.expand(rgb, pad, fill=0) if pad else rgb
 
 
 def _from_array(array: np.ndarray) -> PIL.Image.Image:
@@ -119,26 +125,6 @@ def _turned(image: PIL.Image.Image) -> PIL.Image.Image:
     return image
   turn = _TURNS.get(orientation)
   return image if turn is None else image.transpose(turn)
-
-
-def _check_mode(image: PIL.Image.Image) -> None:
-  """Refuses a mode that RGB cannot be made of."""
-  name = getattr(image, "filename", "") or "image"
-  if image.mode in _DEEP:
-    raise CorruptImage(
-      f"{name}: mode {image.mode} has more than 16 bits per channel (convert it to 8 bits)"
-    )
-  if not _has_rgb(image.mode):
-    raise CorruptImage(f"{name}: Pillow cannot convert mode {image.mode} to RGB (convert it)")
-
-
-@functools.cache
-def _has_rgb(mode: str) -> bool:
-  try:
-    PIL.Image.new(mode, (1, 1)).convert("RGB")
-  except Exception:  # ValueError, or that of a part which this Pillow was built without.
-    return False
-  return True
 
 
 def _line(error: Exception) -> str:
