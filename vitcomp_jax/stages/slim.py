@@ -89,7 +89,7 @@ def slim(run: Run) -> dict[str, Any]:
   made_by |= {"seed": run.config.seed}
   kept = vit_slim.fold(spec, params, arch) if config.keep_factors else params
   slimmed = slice_params(kept, indices)
-  tried = normalize(run.eval_data.sample(_TRIED)["image"], run.preprocess)
+  tried = normalize(run.train_data.sample(_TRIED)["image"], run.preprocess)
   measure.check_finite(
     np.asarray(api.apply(ViT(spec, layers), slimmed, tried)), "stage slim: the slimmed network"
   )
