@@ -54,6 +54,9 @@ def main(argv: Sequence[str]) -> int:
   """Prints the most probable classes of each image; returns the exit status."""
   try:
     options = _parse(argv[1:])
+    for path in options.images:  # before a model is loaded in vain
+      if not _path(path).is_file():
+        raise UserError(f"{path}: expected an image file, got none.")
     classifier = _classifier(options)
     images = np.stack([_read(path, classifier.preprocess) for path in options.images])
     parts = np.split(images, range(_BATCH, len(images), _BATCH))

@@ -174,6 +174,19 @@ def test_exif_turns_before_the_padding_and_the_crops(folder: pathlib.Path) -> No
     np.testing.assert_array_equal(batch[1], want)
 
 
+def test_images_that_are_taken_otherwise_than_viewers_show_them_are_told_once(
+  folder: pathlib.Path, caplog: pytest.LogCaptureFixture
+) -> None:
+  for name in ("0.png", "1.png"):
+    (folder / "val" / "cat" / name).write_bytes(turned(6))
+  config = DataConfig(name="folder", dir=str(folder))
+  for exif_orientation, count in ((True, 0), (False, 1)):
+    dataset = loader.load(config, "eval", preprocess(exif_orientation=exif_orientation), 0)
+    caplog.clear()
+    list(dataset.eval_batches(4))
+    assert sum("turned by viewers" in record.getMessage() for record in caplog.records) == count
+
+
 def test_exif_turns_what_is_kept_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
   image = images.decode(turned(6), "photo")
   monkeypatch.setattr(

@@ -65,6 +65,15 @@ def test_places_are_taken_on_trust_with_a_warning(known, caplog):
   assert "numbered by their order (0 is 0, 1 is 1, 2 is 2)" in record.getMessage()
 
 
+def test_numbers_are_places_in_an_order_of_other_names(caplog):
+  known = tuple(f"c{i}" for i in range(10))
+  numbers = tuple(str(i) for i in range(1, 11))
+  in_text = labels.sort_classes(numbers)
+  assert labels.name_outputs(in_text, 10, known, "data") == numbers != in_text
+  assert len(caplog.records) == 1
+  assert labels.name_outputs(in_text, 10, known, "data", "sorted") == in_text
+
+
 @pytest.mark.parametrize("known", [(), ANIMALS])
 def test_a_part_of_classes_without_names_is_refused(known):
   with pytest.raises(UserError, match=r"expected 3 classes, .* got 2 \(0, 2\); name the outputs"):

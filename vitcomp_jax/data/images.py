@@ -99,8 +99,8 @@ def to_rgb(
       f"{name}: mode {image.mode} has more than 16 bits per channel (convert it to 8 bits)"
     )
   try:
-    if exif_orientation:
-      image = _turned(image)
+    if exif_orientation and (turn := exif_turn(image)) is not None:
+      image = image.transpose(turn)
     if image.mode.startswith("I;16"):
       # The high byte, as Pillow itself decodes colours of 16 bits; `convert` would clip to white.
       image = PIL.Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
@@ -118,13 +118,14 @@ def _from_array(array: np.ndarray) -> PIL.Image.Image:
     raise CorruptImage(f"image: expected uint8[h w] or uint8[h w 3], got {got}") from error
 
 
-def _turned(image: PIL.Image.Image) -> PIL.Image.Image:
+def exif_turn(image: PIL.Image.Image | np.ndarray) -> PIL.Image.Transpose | None:
+  """Returns how a viewer turns an image as its EXIF tag says; None: it does not."""
+  if isinstance(image, np.ndarray):
+    return None
   try:
-    orientation = image.getexif().get(PIL.ExifTags.Base.Orientation, 1)
+    return _TURNS.get(image.getexif().get(PIL.ExifTags.Base.Orientation, 1))
   except Exception:  # EXIF data that cannot be read turn nothing, in a viewer neither.
-    return image
-  turn = _TURNS.get(orientation)
-  return image if turn is None else image.transpose(turn)
+    return None
 
 
 def _line(error: Exception) -> str:

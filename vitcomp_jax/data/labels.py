@@ -113,7 +113,8 @@ def name_outputs(
   Returns:
     `known`, if the data know their classes by these names; ImageNet's, if theirs are WordNet ids
     and the model has 1,000 outputs. Otherwise the data's own names, whose places then are taken on
-    trust: a warning says so.
+    trust, a warning says so: of numbers, where `known` has other names and no order is asked for,
+    in their natural order.
 
   Raises:
     UserError: If neither names nor their number fit.
@@ -126,6 +127,9 @@ def name_outputs(
     return imagenet
   if known and not are_numbers(names):
     match(names, known, where)
+  if known and order is None:
+    # The weights' order is another than that of the folders' names: a number is a place in it.
+    names = sort_classes(names, "natural")
   if len(names) != num_classes:
     raise UserError(
       f"{where}: expected {num_classes} classes, one for each output of the model, or names that "

@@ -14,9 +14,10 @@ from collections.abc import Iterator, Sequence
 
 import grain
 import numpy as np
+import PIL.Image
 
 from vitcomp_jax.config import DataConfig
-from vitcomp_jax.data import labels, mixing, sources, transforms
+from vitcomp_jax.data import images, labels, mixing, sources, transforms
 from vitcomp_jax.data.rand_augment import rand_augment
 from vitcomp_jax.errors import UserError
 
@@ -173,6 +174,7 @@ class Dataset:
     self._source, self._indices, self._seed = source, indices, seed
     self._augmentation, self._skip_corrupt, self._workers = augmentation, skip_corrupt, workers
     self._corrupt: set[int] = set()
+    self._turned_told = pre.exif_orientation
     self._lock = threading.Lock()
 
   @property
@@ -328,6 +330,7 @@ class Dataset:
   def _transform(
     self, example: sources.Example, index: int, rng: np.random.Generator | None
   ) -> "_Item":
+    self._tell_turned(example.image, index)
     if rng is None:
       image = transforms.evaluation_image(example.image, self.pre)
     else:
@@ -337,6 +340,19 @@ class Dataset:
       image = np.asarray(cropped)
     label = self._labels[example.label] if self.has_labels else example.label
     return _Item(image, label, index)
+
+  def _tell_turned(self, image: PIL.Image.Image | np.ndarray, index: int) -> None:
+    """Warns once of images that a viewer turns, and that are taken as they are stored."""
+    if self._turned_told or images.exif_turn(image) is None:
+      return
+    self._turned_told = True
+    logging.warning(
+      "%s, split %s: image %d, and maybe others, is turned by viewers as its EXIF tag says, and "
+      "taken here as stored, as by timm and torchvision; config.data.exif_orientation turns it",
+      self.name,
+      self.split,
+      index,
+    )
 
   def _leave_out(self, index: int, error: sources.CorruptImage) -> None:
     """Counts a corrupt image, or stops."""
