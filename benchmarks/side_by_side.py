@@ -32,7 +32,7 @@ from vitcomp_jax.atomic import write_json
 from vitcomp_jax.config import from_config_dict
 from vitcomp_jax.convert.timm import to_timm
 from vitcomp_jax.data.transforms import normalize
-from vitcomp_jax.models.reducers import PruneMerge
+from vitcomp_jax.methods.diffrate import PruneMerge
 from vitcomp_jax.models.tokens import AttentionStats, Aux, TokenReducer, Tokens
 from vitcomp_jax.models.vit import ViT
 from vitcomp_jax.paths import expand

@@ -73,7 +73,7 @@ def _tokens_by_layer(axes: Axes, title: str, plans: dict[str, tuple[LayerSpec, .
 
 
 def _at_budget(name: str) -> tuple[LayerSpec, ...]:
-  return vc.schedules.within(name, DEIT, PLAN.gmacs)
+  return vc.methods.within(name, DEIT, PLAN.gmacs)
 
 
 def overview(figure: Figure) -> None:
@@ -190,8 +190,8 @@ def tome_figure(figure: Figure) -> None:
   left.set_title(
     "Each token of A has an edge to its most similar one in B;\nr = 3 stay", fontsize=10
   )
-  plans = {f"r = {r}": vc.schedules.tome(DEIT, r) for r in (8, 13, 16)}
-  plans["mean 13, falling"] = vc.schedules.tome(DEIT, (13, -1))
+  plans = {f"r = {r}": vc.methods.tome.layers(DEIT, r) for r in (8, 13, 16)}
+  plans["mean 13, falling"] = vc.methods.tome.layers(DEIT, (13, -1))
   _tokens_by_layer(right, "DeiT-S", plans)
 
 
@@ -240,7 +240,7 @@ def evit_figure(figure: Figure) -> None:
   for rate in (0.9, 0.7, 0.5):
     places = (3, 6, 9)
     kept = [rate if i in places else 1 for i in range(DEIT.depth)]
-    rates[f"keep rate {rate}"] = vc.schedules.evit(DEIT, kept)
+    rates[f"keep rate {rate}"] = vc.methods.evit.layers(DEIT, kept)
   _tokens_by_layer(right, "DeiT-S, after layers 4, 7 and 10", rates)
 
 
@@ -278,7 +278,7 @@ def dynamicvit_figure(figure: Figure) -> None:
     axes.set_axis_off()
     axes.set_title(textwrap.fill(title, 28), fontsize=9)
   plans = {
-    f"ratio {ratio}": vc.schedules.dynamicvit(DEIT, (3, 6, 9), [ratio, ratio**2, ratio**3])
+    f"ratio {ratio}": vc.methods.dynamicvit.layers(DEIT, (3, 6, 9), [ratio, ratio**2, ratio**3])
     for ratio in (0.9, 0.7, 0.5)
   }
   _tokens_by_layer(right, "DeiT-S, before layers 4, 7 and 10", plans)

@@ -18,7 +18,7 @@ from vitcomp_jax.config import default_config
 from vitcomp_jax.convert import files
 from vitcomp_jax.convert.positions import resample_positions
 from vitcomp_jax.errors import UserError
-from vitcomp_jax.models.reducers import PruneMerge
+from vitcomp_jax.methods.diffrate import PruneMerge
 from vitcomp_jax.models.variants import VARIANTS
 from vitcomp_jax.plans import parse_plan
 

@@ -10,7 +10,7 @@ from vitcomp_jax import configs
 from vitcomp_jax.config import from_config_dict
 from vitcomp_jax.configs import compare_fashion_mnist, compare_imagenet
 from vitcomp_jax.errors import UserError
-from vitcomp_jax.models.reducers import PruneMerge
+from vitcomp_jax.methods.diffrate import PruneMerge
 from vitcomp_jax.models.variants import VARIANTS, get_spec
 from vitcomp_jax.plans import make_plan, save_plan
 from vitcomp_jax.stages import STAGES, run_stages

@@ -13,8 +13,8 @@ from tests.models import small_spec
 from vitcomp_jax import macs
 from vitcomp_jax.costs import MACS, Latency, never_falling, parse_latency
 from vitcomp_jax.errors import UserError
-from vitcomp_jax.methods.diffrate import DiffRate, candidates, expected_count, kept_count
-from vitcomp_jax.models.reducers import PruneMerge
+from vitcomp_jax.methods.diffrate import PruneMerge
+from vitcomp_jax.methods.diffrate.search import DiffRate, candidates, expected_count, kept_count
 from vitcomp_jax.models.vit import ViT
 from vitcomp_jax.stages import latency
 

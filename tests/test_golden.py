@@ -20,22 +20,23 @@ import optax
 import pytest
 
 from tests.conftest import golden_dir
-from vitcomp_jax import macs, schedules
+from vitcomp_jax import macs, methods
 from vitcomp_jax.api import abstract_params
 from vitcomp_jax.convert.positions import resample_positions
 from vitcomp_jax.convert.timm import port, to_timm
 from vitcomp_jax.methods import dynamicvit
-from vitcomp_jax.methods.diffrate import (
+from vitcomp_jax.methods.diffrate.search import (
   DiffRate,
+  PruneMerge,
   _rank_mask,
   candidates,
   keep_probability,
   search_counts,
 )
-from vitcomp_jax.methods.vit_slim import ViTSlim, authors_cost, masked_layers, thresholds
+from vitcomp_jax.methods.vit_slim.search import ViTSlim, authors_cost, masked_layers, thresholds
 from vitcomp_jax.models.build import build
 from vitcomp_jax.models.caformer import caformer
-from vitcomp_jax.models.reducers import PruneMerge, keep_all
+from vitcomp_jax.models.reducers import keep_all
 from vitcomp_jax.models.spec import LayerSpec, ViTSpec, of_layer, to_tree
 from vitcomp_jax.models.variants import get_spec
 from vitcomp_jax.models.vit import ViT
@@ -291,8 +292,8 @@ def replay_tome(fixture: Fixture) -> None:
     case = fixture.case(name)
     asked = info["r"]["tuple"] if isinstance(info["r"], dict) else info["r"]
     r = tuple(asked) if isinstance(info["r"], dict) else asked
-    assert list(schedules.tome_counts(r, spec.depth)) == case["r_list"].tolist(), name
-    layers = schedules.tome(spec, r, info["prop_attn"])
+    assert list(methods.tome.tome_counts(r, spec.depth)) == case["r_list"].tolist(), name
+    layers = methods.tome.layers(spec, r, info["prop_attn"])
     assert [n for _, n in macs.static_counts(spec, layers)] == info["tokens_after_block"], name
     for dtype, tolerance in _precisions():
       model = ViT(spec, layers)
@@ -314,7 +315,7 @@ def replay_evit(fixture: Fixture) -> None:
     override = info["forward_keep_rate"] or rates
     # A rate that the forward pass is given counts only where the constructor's is below 1.
     rates = [given if rate < 1 else 1 for rate, given in zip(rates, override, strict=True)]
-    layers = schedules.evit(spec, rates, info["fuse_token"], info["forward_tokens"])
+    layers = methods.evit.layers(spec, rates, info["fuse_token"], info["forward_tokens"])
     assert [n for _, n in macs.static_counts(spec, layers)] == info["tokens_after_block"], name
     for dtype, tolerance in _precisions():
       model = ViT(spec, layers)
@@ -325,7 +326,7 @@ def replay_evit(fixture: Fixture) -> None:
 
 def replay_dynamicvit(fixture: Fixture) -> None:
   spec, info = _spec(fixture.info["model"], "cls"), fixture.info
-  layers = schedules.dynamicvit(spec, info["pruning_loc"], info["token_ratio"])
+  layers = methods.dynamicvit.layers(spec, info["pruning_loc"], info["token_ratio"])
   assert [n for _, n in macs.static_counts(spec, layers)] == info["infer"]["tokens_after_block"]
   for dtype, tolerance in _precisions():
     model = ViT(spec, layers)

@@ -9,7 +9,7 @@ import pytest
 from jax.extend import core as jax_core
 
 from vitcomp_jax import macs
-from vitcomp_jax.models.reducers import PruneMerge
+from vitcomp_jax.methods.diffrate import PruneMerge
 from vitcomp_jax.models.variants import get_spec
 from vitcomp_jax.models.vit import ViT
 

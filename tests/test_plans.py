@@ -7,7 +7,8 @@ import pytest
 
 from vitcomp_jax import api, macs
 from vitcomp_jax.errors import UserError
-from vitcomp_jax.models.reducers import KeepAll, PruneMerge
+from vitcomp_jax.methods.diffrate import PruneMerge
+from vitcomp_jax.models.reducers import KeepAll
 from vitcomp_jax.models.variants import get_spec
 from vitcomp_jax.plans import list_plans, load_plan, make_plan, parse_plan, save_plan
 

@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from tests.stages.test_slim import TINY, tiny_variant  # noqa: F401
-from vitcomp_jax.models.reducers import PruneMerge
+from vitcomp_jax.methods.diffrate import PruneMerge
 from vitcomp_jax.models.variants import VARIANTS, get_spec
 from vitcomp_jax.plans import make_plan, save_plan
 

@@ -15,7 +15,7 @@ import numpy as np
 
 import vitcomp_jax as vc
 from vitcomp_jax.convert.slicing import slice_params
-from vitcomp_jax.methods.vit_slim import Masks, deploy
+from vitcomp_jax.methods.vit_slim.search import Masks, deploy
 from vitcomp_jax.models.vit import ViT
 from vitcomp_jax.stages import timing
 

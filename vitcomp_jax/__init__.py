@@ -3,7 +3,7 @@
 `import vitcomp_jax as vc`, then `vc.load`, `vc.apply`, `vc.load_plan`, `vc.count_cost`; the stages
 of a run are `vc.pretrain`, `vc.slim`, `vc.search`, `vc.finetune`, `vc.evaluate`, `vc.benchmark`,
 `vc.compare`, `vc.visualize` and `vc.export`, whose artefacts `vc.load_exported` runs.
-`vc.schedules` makes the layers of ToMe, EViT, DynamicViT and hand-made schedules, `vc.make_plan` a
+`vc.methods` makes the layers of ToMe, EViT, DynamicViT and hand-made schedules, `vc.make_plan` a
 plan of them, and `vc.unmerge` brings tokens back to the grid of patches. `vc.pictures` draws what
 plans and models do, `vc.figures` whatever else a run has figures of, `vc.published_accuracies` says
 what others measured.
@@ -12,7 +12,7 @@ what others measured.
 import functools
 import importlib.metadata
 
-from vitcomp_jax import schedules
+from vitcomp_jax import methods
 from vitcomp_jax.api import Cost, apply, count_cost, load
 from vitcomp_jax.config import default_config
 from vitcomp_jax.errors import UserError
@@ -56,10 +56,10 @@ __all__ = [
   "load_exported",
   "load_plan",
   "make_plan",
+  "methods",
   "pictures",
   "pretrain",
   "published_accuracies",
-  "schedules",
   "search",
   "slim",
   "unmerge",

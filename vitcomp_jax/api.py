@@ -20,9 +20,9 @@ from vitcomp_jax.convert.description import Description
 from vitcomp_jax.convert.slicing import LayerIndex, slice_params
 from vitcomp_jax.convert.timm import port, without_head
 from vitcomp_jax.errors import UserError
+from vitcomp_jax.methods.dynamicvit import PredictorSelect
 from vitcomp_jax.models import tags
 from vitcomp_jax.models.build import build
-from vitcomp_jax.models.predictor import PredictorSelect
 from vitcomp_jax.models.reducers import keep_all
 from vitcomp_jax.models.spec import LayerSpec, ViTSpec
 from vitcomp_jax.models.variants import VARIANTS, get_spec

@@ -48,17 +48,6 @@ PositiveOrZero = Annotated[float, Range(0)]
 Share = Annotated[float, Range(0, most=1)]
 Rate = Annotated[float, Range(0, below=1)]
 
-Baseline = Literal[
-  "uniform",
-  "uniform_merge",
-  "linear",
-  "linear_merge",
-  "random",
-  "tome",
-  "tome_late",
-  "evit",
-  "evit_nofuse",
-]
 Stage = Literal[
   "pretrain",
   "slim",
@@ -238,7 +227,8 @@ class SearchConfig:
 class EvaluateConfig:
   batch_size: Count = 100  # images per step
   dense: bool = True  # a row for the dense model
-  baselines: tuple[Baseline, ...] = ()  # rows for schedules without a search, at the same MACs
+  # Rows for schedules without a search, at the same MACs: uniform, linear, tome, evit, ...
+  baselines: tuple[str, ...] = ()
   masked: bool = False  # a row with what `slim` cut masked in the dense model, the authors' way
   before_finetune: bool = False  # a row for the plan before `finetune`
   token_maps: CountOrZero = 4  # images in the token-map figure

@@ -14,28 +14,18 @@ from vitcomp_jax import macs, paths, strict_json
 from vitcomp_jax.atomic import write_json
 from vitcomp_jax.convert.slicing import LayerIndex
 from vitcomp_jax.errors import UserError
-from vitcomp_jax.models import reducers
+from vitcomp_jax.methods.diffrate import PruneMerge
+from vitcomp_jax.methods.registry import reducer_types
 from vitcomp_jax.models.gates import HardMask
-from vitcomp_jax.models.predictor import PredictorSelect
+from vitcomp_jax.models.reducers import LARGEST, KeepAll, StaticReducer
 from vitcomp_jax.models.spec import LayerSpec, ViTSpec
-from vitcomp_jax.models.tokens import IMPORTANCES, TokenReducer
 from vitcomp_jax.models.variants import VARIANTS, get_spec
 
 FORMAT, VERSION = "vitcomp-plan", 1
-REDUCERS: dict[str, type] = {
-  "keep_all": reducers.KeepAll,
-  "keep_positions": reducers.KeepPositions,
-  "prune_merge": reducers.PruneMerge,
-  "bipartite_merge": reducers.BipartiteMerge,
-  "attentive_select": reducers.AttentiveSelect,
-  "predictor_select": PredictorSelect,
-}
-_SELECTS = (reducers.KeepAll, reducers.KeepPositions, PredictorSelect)
 _TOP_KEYS = ("format", "version", "variant", "num_tokens", "gmacs", "made_by", "layers")
 _WIDTHS = ("num_heads", "head_dim", "mlp_dim")
 _INDICES = ("attn_index", "mlp_index")
 _KEYS = (*_WIDTHS, *_INDICES, "select", "reduce", "size_bias", "prune_keep", "merge_keep")
-_LARGEST = 2**31 - 1  # more is a slip of the pen, and would not fit the arithmetic
 # How far a file's GMACs may be from what its layers cost: a head for other classes is less.
 _GMACS_TOLERANCE = 0.01
 
@@ -78,7 +68,7 @@ class Plan:
         )
     _check_counts(self.layers, spec, "plan")
     for i, layer in enumerate(self.layers):
-      if layer.select != reducers.keep_all:
+      if layer.select != KeepAll():
         spec.check_plain(f"plan: layer {i}: select")
       if hasattr(layer.reduce, "importance"):
         spec.importance(layer.reduce.importance, f"plan: layer {i}: importance")
@@ -125,8 +115,8 @@ class PlanLayer:
   """
 
   index: LayerIndex | None = None
-  select: TokenReducer = reducers.keep_all
-  reduce: TokenReducer = reducers.keep_all
+  select: StaticReducer = KeepAll()
+  reduce: StaticReducer = KeepAll()
   size_bias: bool = True
 
   def apply_to(self, base: LayerSpec) -> LayerSpec:
@@ -143,15 +133,14 @@ class PlanLayer:
       gates["head_gate"] = HardMask(heads, kept)
       kept = tuple(unit for unit in self.index.mlp if unit >= 0)
       gates["hidden_gate"] = HardMask((1, 1, base.mlp_dim), kept)
-    if isinstance(self.select, reducers.KeepPositions):
-      gates["token_gate"] = HardMask((1, spec.num_tokens, 1), self.select.positions)
+    gates["token_gate"] = self.select.token_gate(spec.num_tokens)
     return dataclasses.replace(base, **gates)
 
   def to_json(self, base: LayerSpec | None) -> dict[str, Any]:
     """As it stands in plan.json, with the widths where the dense layer is known."""
     widths = {name: getattr(self.apply_to(base), name) for name in _WIDTHS} if base else {}
     indices = {"attn_index": self.index.attn, "mlp_index": self.index.mlp} if self.index else {}
-    reductions = {"select": _reducer_json(self.select), "reduce": _reducer_json(self.reduce)}
+    reductions = {"select": self.select.to_json(), "reduce": self.reduce.to_json()}
     plain = {} if self.size_bias else {"size_bias": False}
     return {**widths, **indices, **reductions, **plain}
 
@@ -170,12 +159,13 @@ def make_plan(
     made_by: How they came about.
     indices: Which units of the dense layers slimmed ones keep; none: all.
   """
-  kept = indices or (None,) * len(layers)
-  plan_layers = tuple(
-    PlanLayer(index, s.select, s.reduce, s.size_bias) for index, s in zip(kept, layers, strict=True)
-  )
+  plan_layers = []
+  for index, layer in zip(indices or (None,) * len(layers), layers, strict=True):
+    select, reduce = layer.select, layer.reduce
+    assert isinstance(select, StaticReducer) and isinstance(reduce, StaticReducer)
+    plan_layers.append(PlanLayer(index, select, reduce, layer.size_bias))
   gmacs = macs.static_macs(spec, layers) / 1e9
-  return Plan(spec.name, spec.num_tokens, plan_layers, gmacs, made_by)
+  return Plan(spec.name, spec.num_tokens, tuple(plan_layers), gmacs, made_by)
 
 
 def list_plans() -> list[str]:
@@ -298,9 +288,8 @@ def _parse_layer(values: Any, base: LayerSpec, where: str) -> PlanLayer:
     raise UserError(f"{where}: expected `reduce` or kept counts, got both.")
   nothing = {"type": "keep_all"}
   select = _parse_reducer(values.get("select", nothing), f"{where}: select")
-  if not isinstance(select, _SELECTS):
-    # Before attention there is no attention yet to tell the important tokens by.
-    known = ", ".join(name for name, kind in REDUCERS.items() if kind in _SELECTS)
+  if not select.before_attention:
+    known = ", ".join(name for name, kind in reducer_types().items() if kind.before_attention)
     raise UserError(
       f"{where}: select: expected a type among {known}, got {values['select']['type']!r}."
     )
@@ -344,59 +333,25 @@ def _listed(value: Any) -> list[Any]:
   return value if isinstance(value, list) else []
 
 
-def _parse_reducer(values: Any, where: str) -> TokenReducer:
+def _parse_reducer(values: Any, where: str) -> StaticReducer:
   if not isinstance(values, Mapping):
     raise UserError(
       f'{where}: expected an object such as {{"type": "keep_all"}}, got {reprlib.repr(values)}.'
     )
-  kind = values.get("type")
-  if not isinstance(kind, str) or kind not in REDUCERS:
+  kinds, kind = reducer_types(), values.get("type")
+  if not isinstance(kind, str) or kind not in kinds:
     raise UserError(
-      f"{where}: expected a type among {', '.join(REDUCERS)}, got {_shown(values, 'type')}."
+      f"{where}: expected a type among {', '.join(kinds)}, got {_shown(values, 'type')}."
     )
-  fields = {f.name: f for f in _fields(REDUCERS[kind])}
-  options = {k: v for k, v in values.items() if k != "type"}
-  for key, value in options.items():
-    if key not in fields:
-      known = ", ".join(fields) or "none"
-      raise UserError(f"{where}: expected options of {kind} ({known}), got {key!r}.")
-    if fields[key].type is int:
-      _count(options, key, where)
-    elif key == "positions":
-      options[key] = _positions(value, where)
-    elif fields[key].type is float and not (isinstance(value, int | float) and 0 < value <= 1):
-      raise UserError(f"{where}: expected {key} in (0, 1], got {reprlib.repr(value)}.")
-    elif key == "importance" and value not in IMPORTANCES:
-      known = ", ".join(IMPORTANCES)
-      raise UserError(f"{where}: expected importance among {known}, got {reprlib.repr(value)}.")
-    elif fields[key].type is bool and not isinstance(value, bool):
-      raise UserError(f"{where}: expected true or false for {key}, got {reprlib.repr(value)}.")
-  required = [k for k, f in fields.items() if f.default is dataclasses.MISSING]
-  if not set(required) <= set(options):
-    got = ", ".join(options) or "none"
-    raise UserError(f"{where}: {kind} needs {', '.join(required)}, got {got}.")
-  return REDUCERS[kind](**options)
-
-
-def _fields(reducer: type) -> list[dataclasses.Field[Any]]:
-  """What a reducer's JSON holds; Flax gives a module two fields more."""
-  return [f for f in dataclasses.fields(reducer) if f.name not in ("parent", "name")]
-
-
-def _positions(value: Any, where: str) -> tuple[int, ...]:
-  """Token positions, ascending."""
-  whole = isinstance(value, list) and all(type(i) is int and 0 <= i <= _LARGEST for i in value)
-  if not (whole and value and sorted(set(value)) == value):
-    raise UserError(f"{where}: expected ascending positions, got {reprlib.repr(value)}.")
-  return tuple(value)
+  return kinds[kind].from_json(values, where)
 
 
 def _count(values: Mapping[str, Any], key: str, where: str) -> int:
   """A whole number above 0; true and false are no numbers."""
   value = values.get(key)
-  if not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= _LARGEST:
+  if not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= LARGEST:
     raise UserError(
-      f"{where}: expected a whole number from 1 to {_LARGEST} for {key}, got {_shown(values, key)}."
+      f"{where}: expected a whole number from 1 to {LARGEST} for {key}, got {_shown(values, key)}."
     )
   return value
 
@@ -406,52 +361,19 @@ def _shown(values: Mapping[str, Any], key: str) -> str:
   return reprlib.repr(values[key]) if key in values else "nothing"
 
 
-def _reducer_json(reducer: TokenReducer) -> dict[str, Any]:
-  kind = next(name for name, cls in REDUCERS.items() if type(reducer) is cls)
-  fields = _fields(REDUCERS[kind])
-  values = {f.name: getattr(reducer, f.name) for f in fields}
-  shown = {f.name: values[f.name] for f in fields if values[f.name] != f.default}
-  return {"type": kind, **shown}
-
-
 def _check_counts(layers: Sequence[PlanLayer], spec: ViTSpec, where: str) -> None:
-  """Kept counts must leave the prefix and a patch token; rising counts are the authors' right."""
-  num_prefix, num_tokens = spec.num_prefix, spec.num_tokens
-  n, least = 0, num_prefix + 1
+  """Refuses counts that no model can have.
+
+  Counts may rise between layers, as some published plans' do; above what is left they do nothing.
+  """
+  n = 0
   for index, layer in enumerate(layers):
     n = spec.starts.get(index, n)
     at = f"{where}: layer {index}"
-    if isinstance(layer.select, reducers.KeepPositions):
-      _check_positions(layer.select.positions, num_prefix, num_tokens, at)
+    layer.select.check(n, spec.num_prefix, spec.num_tokens, at)
     n = layer.select.count(n)
-    counts = {
-      name: getattr(reducer, name)
-      for reducer in (layer.select, layer.reduce)
-      for name in ("prune_keep", "merge_keep", "keep")
-      if hasattr(reducer, name)
-    }
-    for name, count in counts.items():
-      if not least <= count <= num_tokens:
-        raise UserError(f"{at}: expected {name} from {least} to {num_tokens}, got {count}.")
-    if isinstance(layer.reduce, reducers.BipartiteMerge):
-      most = (n - num_prefix) // 2
-      if layer.reduce.remove > most:
-        raise UserError(
-          f"{at}: expected remove to be at most {most}, half of the tokens behind the prefix, got "
-          f"{layer.reduce.remove}."
-        )
+    layer.reduce.check(n, spec.num_prefix, spec.num_tokens, at)
     n = layer.reduce.count(n)
-
-
-def _check_positions(
-  positions: tuple[int, ...], num_prefix: int, num_tokens: int, where: str
-) -> None:
-  whole = positions[:num_prefix] == tuple(range(num_prefix))
-  if not whole or not num_prefix < len(positions) or positions[-1] >= num_tokens:
-    raise UserError(
-      f"{where}: expected positions below {num_tokens} that begin with all {num_prefix} prefix "
-      f"tokens and have a patch, got {reprlib.repr(positions)}."
-    )
 
 
 @functools.cache
@@ -466,7 +388,7 @@ def _from_published(name: str) -> Plan:
   # CAFormer's authors only merge, by whole sizes.
   spec, merges = get_spec(entry["variant"]), entry["prune_keep"] is None
   prune_keep = [spec.tokens_at(i) for i in range(spec.depth)] if merges else entry["prune_keep"]
-  reduce = functools.partial(reducers.PruneMerge, importance=spec.importance(), whole_sizes=merges)
+  reduce = functools.partial(PruneMerge, importance=spec.importance(), whole_sizes=merges)
   keeps = zip(prune_keep, entry["merge_keep"], strict=True)
   layers = tuple(PlanLayer(reduce=reduce(p, m)) for p, m in keeps)
   return Plan(entry["variant"], entry["num_tokens"], layers, entry["gmacs"], made_by)

@@ -14,9 +14,9 @@ from vitcomp_jax import macs
 from vitcomp_jax.config import ParallelConfig, SearchConfig
 from vitcomp_jax.data.transforms import Preprocess
 from vitcomp_jax.errors import UserError
-from vitcomp_jax.methods.diffrate import DiffRate, candidates, expected_count, kept_count
+from vitcomp_jax.methods.diffrate import PruneMerge
+from vitcomp_jax.methods.diffrate.search import DiffRate, candidates, expected_count, kept_count
 from vitcomp_jax.models.caformer import caformer
-from vitcomp_jax.models.reducers import PruneMerge
 from vitcomp_jax.models.spec import to_tree
 from vitcomp_jax.models.vit import ViT
 from vitcomp_jax.parallel import Layout

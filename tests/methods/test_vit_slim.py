@@ -14,7 +14,7 @@ from vitcomp_jax import macs
 from vitcomp_jax.convert import files
 from vitcomp_jax.convert.slicing import slice_params
 from vitcomp_jax.errors import UserError
-from vitcomp_jax.methods.vit_slim import (
+from vitcomp_jax.methods.vit_slim.search import (
   Masks,
   ViTSlim,
   authors_cost,

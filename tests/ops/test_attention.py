@@ -11,7 +11,7 @@ import pytest
 
 import vitcomp_jax as vc
 from tests import models
-from vitcomp_jax.models.reducers import PruneMerge
+from vitcomp_jax.methods.diffrate import PruneMerge
 from vitcomp_jax.models.vit import ViT
 from vitcomp_jax.ops import attention
 

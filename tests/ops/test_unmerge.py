@@ -11,9 +11,9 @@ import pytest
 import vitcomp_jax as vc
 from tests.models import random_images, random_params, small_spec
 from vitcomp_jax import macs
+from vitcomp_jax.methods.registry import schedules, within
 from vitcomp_jax.models.tokens import Tokens
 from vitcomp_jax.models.vit import ViT
-from vitcomp_jax.schedules import SCHEDULES, within
 
 PREFIXES = {
   "cls": {},
@@ -58,7 +58,7 @@ def run(spec, layers, params):
 
 
 @pytest.mark.parametrize("prefix", PREFIXES)
-@pytest.mark.parametrize("name", [name for name in SCHEDULES if name != "dynamicvit"])
+@pytest.mark.parametrize("name", [name for name in schedules() if name != "dynamicvit"])
 def test_every_patch_shows_its_token_or_its_last_value(name, prefix):
   spec = small_spec(**PREFIXES[prefix])
   layers = within(name, spec, 0.6 * macs.static_macs(spec, spec.dense_layers) / 1e9)

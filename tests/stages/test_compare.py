@@ -9,7 +9,7 @@ import pytest
 import vitcomp_jax as vc
 from tests.models import random_params
 from tests.stages.test_slim import tiny_config, tiny_variant  # noqa: F401
-from vitcomp_jax import macs, schedules
+from vitcomp_jax import macs, methods
 from vitcomp_jax.convert import files
 from vitcomp_jax.models.variants import get_spec
 from vitcomp_jax.plans import make_plan, save_plan
@@ -68,7 +68,7 @@ def _check_again(config, tmp_path, result):
 def test_without_a_search_the_first_plan_is_the_reference(tmp_path):
   config = tiny_config()
   spec = get_spec(config.model.variant, num_classes=10)
-  layers = schedules.within("uniform", spec, 0.8 * macs.static_macs(spec, spec.dense_layers) / 1e9)
+  layers = methods.within("uniform", spec, 0.8 * macs.static_macs(spec, spec.dense_layers) / 1e9)
   plan = tmp_path / "mine.json"
   save_plan(make_plan(spec, layers, {"method": "uniform"}), plan)
   config.model.weights = str(tmp_path / "w.safetensors")
@@ -95,7 +95,7 @@ def test_the_cloud_is_what_the_static_schedules_give(tmp_path):
   path = tmp_path / "run/compare/random@0.8.jsonl"
   points = [json.loads(line) for line in path.read_text().splitlines()]
   target = 0.8 * macs.static_macs(spec, spec.dense_layers) / 1e9
-  drawn = schedules.random_counts(spec, target, 2, 0)
+  drawn = methods.handmade.random_counts(spec, target, 2, 0)
   for i, (point, layers) in enumerate(zip(points, drawn, strict=True)):
     assert point["gmacs"] == pytest.approx(macs.static_macs(spec, layers) / 1e9)
     plan = tmp_path / "plan.json"

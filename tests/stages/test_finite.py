@@ -14,7 +14,7 @@ from tests.stages.test_slim import TINY, tiny_config, tiny_variant  # noqa: F401
 from vitcomp_jax import exported, main, predict, strict_json
 from vitcomp_jax.config import from_config_dict
 from vitcomp_jax.convert import files
-from vitcomp_jax.methods import vit_slim
+from vitcomp_jax.methods.vit_slim import search as vit_slim
 from vitcomp_jax.metrics import read_metrics
 from vitcomp_jax.models.variants import get_spec
 from vitcomp_jax.parallel import Layout

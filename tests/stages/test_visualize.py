@@ -33,7 +33,7 @@ def test_a_run_with_all_there_is(tmp_path):
   config = tiny_config()
   spec = get_spec(TINY)
   other = tmp_path / "other.json"
-  save_plan(vc.make_plan(spec, vc.schedules.tome(spec, 3), {"method": "tome"}), other)
+  save_plan(vc.make_plan(spec, vc.methods.tome.layers(spec, 3), {"method": "tome"}), other)
   config.budget.fraction = 0.75
   config.visualize.images, config.visualize.plans = 1, (str(other),)
   config.evaluate.baselines = ("uniform",)
@@ -123,12 +123,12 @@ def test_attention_follows_the_patches():
 
 def test_counts_say_who_prunes_and_who_merges():
   spec = get_spec(TINY)
-  tome = drawing.kept_counts(spec, vc.schedules.tome(spec, 3))
+  tome = drawing.kept_counts(spec, vc.methods.tome.layers(spec, 3))
   assert tome == [(26, 23), (23, 20), (20, 17)]
-  evit = vc.schedules.evit(spec, [1, 0.5, 1])
+  evit = vc.methods.evit.layers(spec, [1, 0.5, 1])
   assert isinstance(evit[1].reduce, AttentiveSelect)
   assert drawing.kept_counts(spec, evit) == [(26, 26), (15, 15), (15, 15)]
-  models = {"a": vc.schedules.tome(spec, 3), "b": evit, "dense": spec.dense_layers}
+  models = {"a": vc.methods.tome.layers(spec, 3), "b": evit, "dense": spec.dense_layers}
   assert list(drawing.schedules_of(spec, {**models, "again": models["a"]})) == ["a", "b"]
 
 

@@ -1,30 +1,58 @@
-"""What a method that learns is."""
+"""What a method is: static reducers, schedules without a search, and maybe a search."""
 
-from collections.abc import Mapping
+import dataclasses
+import types
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol, runtime_checkable
 
 from jaxtyping import Array
 
+from vitcomp_jax.models.reducers import StaticReducer
 from vitcomp_jax.models.spec import LayerSpec, ViTSpec
 from vitcomp_jax.models.tokens import Output
 
 Metrics = dict[str, Array]
+Layers = tuple[LayerSpec, ...]
+# Makes layers from a model and a strength, 0 (all tokens stay) to 1 (as few as can be).
+Schedule = Callable[[ViTSpec, float], Layers]
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+  """What `registry.METHODS` lists.
+
+  Attributes:
+    reducers: Its static reducers, which plans may hold.
+    schedules: Schedules that need no search, by the names of their rows.
+    is_trained: Whether a schedule's weights have to be trained before it can be measured.
+  """
+
+  reducers: tuple[type[StaticReducer], ...] = ()
+  schedules: Mapping[str, Schedule] = dataclasses.field(
+    default_factory=lambda: types.MappingProxyType({})
+  )
+  is_trained: bool = False
+
+
+def quarters(spec: ViTSpec) -> list[int]:
+  """Returns the layers before which a quarter, a half and three quarters of the depth lie."""
+  return [spec.depth * quarter // 4 for quarter in (1, 2, 3)]
 
 
 @runtime_checkable
-class Method(Protocol):
+class SearchMethod(Protocol):
   """Builds the layers of a search and penalises them; its stage makes a plan of what was learnt."""
 
-  def layers(self, spec: ViTSpec) -> tuple[LayerSpec, ...]:
-    """Layers to search with."""
+  def layers(self, spec: ViTSpec) -> Layers:
+    """Returns layers to search with."""
     ...
 
   def initial_arch(self, spec: ViTSpec) -> dict[str, Any]:
-    """The search variables before the first step: the collection `arch`."""
+    """Returns the search variables before the first step: the collection `arch`."""
     ...
 
   def penalty(
     self, spec: ViTSpec, arch: Mapping[str, Any], out: Output, step: Array
   ) -> tuple[Array, Metrics]:
-    """What is added to the task loss, and figures to log."""
+    """Returns what is added to the task loss, and metrics to log."""
     ...

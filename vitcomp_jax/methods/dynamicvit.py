@@ -5,15 +5,138 @@ weights, so it has no search: a plan with prediction modules is trained by the s
 """
 
 import dataclasses
+from collections.abc import Sequence
 
+import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from vitcomp_jax.models.predictor import PredictorMask, PredictorSelect
+from vitcomp_jax.methods.base import Layers, Method, quarters
+from vitcomp_jax.models.reducers import StaticReducer
 from vitcomp_jax.models.spec import LayerSpec, ViTSpec
-from vitcomp_jax.models.tokens import Output, Tokens
+from vitcomp_jax.models.tokens import (
+  AttentionStats,
+  Aux,
+  Output,
+  Tokens,
+  mark_pruned,
+  take_tokens,
+)
+from vitcomp_jax.ops import select
 
 RATIO_WEIGHT = 2.0  # the authors', of the mean over the places
+_kernel_init = nn.initializers.truncated_normal(0.02)
+
+
+class _Predictor(nn.Module):
+  """A small network that scores tokens; submodules are named by their places in the authors'."""
+
+  @nn.nowrap
+  def _layer(self, name: str, features: int) -> nn.Dense:
+    return nn.Dense(features, kernel_init=_kernel_init, name=name)
+
+  @nn.nowrap
+  def _log_probability(
+    self, x: Float[Array, "b p d"], keep: Float[Array, "b p"]
+  ) -> Float[Array, "b p 2"]:
+    """Of keeping each token, and of dropping it (Eq. 1-6)."""
+    width = x.shape[-1]
+    # PyTorch's default epsilon, unlike the backbone's.
+    x = nn.LayerNorm(epsilon=1e-5, use_fast_variance=False, name="in_conv_0")(x)
+    x = nn.gelu(self._layer("in_conv_1", width)(x), approximate=False)
+    local, whole = jnp.split(x, 2, axis=-1)
+    weight = keep[..., None].astype(x.dtype)
+    # An image may have lost all of its patches; the authors' mean is not a number then.
+    count = jnp.maximum(jnp.sum(weight, axis=1, keepdims=True), 1)
+    mean = jnp.sum(whole * weight, axis=1, keepdims=True) / count
+    x = jnp.concatenate([local, jnp.broadcast_to(mean, whole.shape)], axis=-1)
+    x = nn.gelu(self._layer("out_conv_0", width // 2)(x), approximate=False)
+    x = nn.gelu(self._layer("out_conv_2", width // 4)(x), approximate=False)
+    return jax.nn.log_softmax(self._layer("out_conv_4", 2)(x))
+
+
+class PredictorSelect(StaticReducer, _Predictor):
+  """DynamicViT's reduction: keeps the tokens that a small network scores highest.
+
+  Attributes:
+    keep: Tokens that are kept, prefix included.
+    ratio: Share of all patches that is to be kept while training; `keep` is rounded down from it.
+
+  References:
+    Rao et al., `DynamicViT <https://arxiv.org/abs/2106.02034>`_, 2021, Sec. 3.2.
+  """
+
+  type_name = "predictor_select"
+  before_attention = True
+
+  keep: int
+  ratio: float = 1.0
+
+  @nn.compact
+  def __call__(self, tokens: Tokens, stats: AttentionStats | None) -> tuple[Tokens, Aux]:
+    n, prefix = tokens.x.shape[1], tokens.num_prefix
+    ones = jnp.ones(tokens.x.shape[:2], tokens.x.dtype)
+    score = self._log_probability(tokens.x[:, prefix:], ones[:, prefix:])[..., 0]
+    if self.keep >= n:
+      return tokens, Aux(n)
+    score = jnp.concatenate([ones[:, :prefix].astype(score.dtype), score], axis=1)
+    order = select.importance_order(score, prefix, self.keep)
+    return take_tokens(tokens, order), Aux(self.keep)
+
+  def count(self, n: int) -> int:
+    return min(n, self.keep)
+
+
+class PredictorMask(_Predictor):
+  """`PredictorSelect` by masking, for training: each token is kept or dropped at random.
+
+  The decision is drawn by the Gumbel-softmax trick, hard in the forward pass with the gradient of
+  the soft one; the random stream is `gumbel`. A token that was dropped once stays dropped.
+  """
+
+  @nn.compact
+  def __call__(self, tokens: Tokens, stats: AttentionStats | None) -> tuple[Tokens, Aux]:
+    prefix = tokens.num_prefix
+    ones = jnp.ones(tokens.x.shape[:2], tokens.x.dtype)
+    before = ones if tokens.keep is None else tokens.keep
+    logits = self._log_probability(tokens.x[:, prefix:], before[:, prefix:])
+    noise = jax.random.gumbel(self.make_rng("gumbel"), logits.shape, logits.dtype)
+    soft = jax.nn.softmax(logits + noise)[..., 0]
+    hard = (soft > 0.5).astype(soft.dtype)
+    decision = hard - jax.lax.stop_gradient(soft) + soft
+    keep = jnp.concatenate([ones[:, :prefix], decision], axis=1) * before
+    dropped = jax.lax.stop_gradient(keep < 0.5)
+    tokens = mark_pruned(tokens, dropped).replace(keep=keep)
+    return tokens, Aux(jnp.sum(jax.lax.stop_gradient(keep)) / len(keep))
+
+  def count(self, n: int) -> int:
+    """All tokens stay, masked or not."""
+    return n
+
+
+def layers(spec: ViTSpec, places: Sequence[int], ratios: Sequence[int | float]) -> Layers:
+  """DynamicViT's layers, whose prediction modules have to be trained.
+
+  Args:
+    spec: The model.
+    places: Layers before which tokens are dropped.
+    ratios: Share of all patches that each of them keeps, rounded down.
+
+  References:
+    Rao et al., `DynamicViT <https://arxiv.org/abs/2106.02034>`_, 2021, Sec. 3.
+  """
+  spec.check_plain("dynamicvit")
+  made = list(spec.dense_layers)
+  for place, ratio in zip(places, ratios, strict=True):
+    keep = max(int(spec.num_patches * ratio), 1) + spec.num_prefix
+    made[place] = dataclasses.replace(made[place], select=PredictorSelect(keep, float(ratio)))
+  return tuple(made)
+
+
+def _after_quarters(spec: ViTSpec, strength: float) -> Layers:
+  """A ratio, its square and its cube after each quarter of the layers, as the authors."""
+  return layers(spec, quarters(spec), [(1 - strength) ** power for power in (1, 2, 3)])
 
 
 def training_layers(layers: tuple[LayerSpec, ...], mask_eps: float = 0.0) -> tuple[LayerSpec, ...]:
@@ -68,3 +191,6 @@ def token_distance(tokens: Tokens, teacher: Tokens) -> Float[Array, ""]:
   square = jnp.mean((tokens.x - teacher.x)[:, prefix:] ** 2, axis=2)
   keep = jnp.ones_like(square) if tokens.keep is None else tokens.keep[:, prefix:]
   return jnp.sum(square * keep) / jnp.maximum(jnp.sum(keep), 1)
+
+
+METHOD = Method((PredictorSelect,), {"dynamicvit": _after_quarters}, is_trained=True)

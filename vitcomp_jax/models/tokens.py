@@ -32,6 +32,13 @@ class Tokens(flax.struct.PyTreeNode):
   place: Array | None = None  # i[b p] token that began as each patch; -1 removed; None: not asked
   probe: Array | None = None  # f[h d] what the pooling head looks for in a normed token
 
+  @property
+  def sizes(self) -> Array:
+    """Patches that each token stands for, f[b n]: one each where they are not tracked."""
+    if self.size is not None:
+      return self.size
+    return jnp.ones(self.x.shape[:2], jnp.promote_types(self.x.dtype, jnp.float32))
+
 
 def take_tokens(tokens: Tokens, order: Array) -> Tokens:
   """The tokens at some positions i[b c], in that order; patches of the others are pruned."""

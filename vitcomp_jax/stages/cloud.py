@@ -13,12 +13,12 @@ from vitcomp_jax import macs, strict_json
 from vitcomp_jax.api import Params
 from vitcomp_jax.atomic import write_text
 from vitcomp_jax.data.transforms import Preprocess, normalize
-from vitcomp_jax.methods.diffrate import DiffRate
+from vitcomp_jax.methods.diffrate.search import DiffRate
+from vitcomp_jax.methods.handmade import random_counts
 from vitcomp_jax.metrics import progress
 from vitcomp_jax.models.spec import LayerSpec, ViTSpec
 from vitcomp_jax.models.tokens import Tokens
 from vitcomp_jax.models.vit import ViT, encoder_block
-from vitcomp_jax.schedules import random_counts
 from vitcomp_jax.stages import measure
 from vitcomp_jax.stages.run import Run
 

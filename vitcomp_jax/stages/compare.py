@@ -25,11 +25,11 @@ from vitcomp_jax.config import (
   with_overrides,
 )
 from vitcomp_jax.errors import UserError
+from vitcomp_jax.methods.registry import schedules, untrained_schedules, within
 from vitcomp_jax.models.build import build
 from vitcomp_jax.models.spec import LayerSpec
 from vitcomp_jax.ownership import owned
 from vitcomp_jax.plans import load_plan, make_plan, save_plan
-from vitcomp_jax.schedules import SCHEDULES, within
 from vitcomp_jax.stages import cloud, evaluate, figures, finetune, measure, report, search, slim
 from vitcomp_jax.stages.measure import Outcomes
 from vitcomp_jax.stages.run import Run, open_run, read_json
@@ -54,12 +54,12 @@ def check(run: Run) -> None:
     for text in methods:
       name, parsed = _parsed(text, run.config)
       run.spec.importance(parsed.search.importance)  # raises
-      if name not in {*SCHEDULES, *more}:
-        known = ", ".join((*more, *SCHEDULES))
+      if name not in {*schedules(), *more}:
+        known = ", ".join((*more, *schedules()))
         raise UserError(f"config.compare.{key}: expected some of {known}, got {text}.")
-      if name == "dynamicvit" and key == "methods":
+      if key == "methods" and name not in (*more, *untrained_schedules()):
         raise UserError(
-          "config.compare.methods: dynamicvit has to be trained; name it in `finetuned`."
+          f"config.compare.methods: {name} has to be trained; name it in `finetuned`."
         )
   if config.random_schedules:
     run.spec.check_plain("config.compare.random_schedules")
@@ -136,7 +136,7 @@ def made(run: Run) -> dict[str, Any]:
 def _off_the_shelf(run: Run, text: str, budget: float) -> list[Model]:
   """The layers of a method with the run's own weights; of a search, one for each seed."""
   method, config = _parsed(text, run.config)
-  if method in SCHEDULES:
+  if method in schedules():
     layers = within(method, run.spec, _gmacs(run, budget), config.search.importance)
     return [(layers, run.dense_params)]
   if config.compare.searched:
@@ -159,7 +159,7 @@ def _searched_before(run: Run, text: str, budget: float) -> list[pathlib.Path]:
     UserError: If there are none.
   """
   folder = pathlib.Path(paths.expand(run.config.compare.searched or ""))
-  if _parsed(text, run.config)[0] in SCHEDULES:
+  if _parsed(text, run.config)[0] in schedules():
     return []
   # Not `glob`, to which the brackets of a method mean something.
   start = f"{text}@{budget:g}-seed"
@@ -179,7 +179,7 @@ def _trained(run: Run, text: str) -> Model:
   method, config = _parsed(text, run.config)
   budget = config.compare.finetune_budget
   name = f"{text}+finetune@{budget:g}"
-  if method in SCHEDULES:
+  if method in schedules():
     path = _made(run.workdir / "plans") / f"{name}.json"
     layers = within(method, run.spec, _gmacs(run, budget), config.search.importance)
     save_plan(make_plan(run.spec, layers, {"method": method}), path)

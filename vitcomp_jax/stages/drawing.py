@@ -9,7 +9,7 @@ import numpy as np
 from vitcomp_jax import macs
 from vitcomp_jax.costs import MACS
 from vitcomp_jax.metrics import read_metrics
-from vitcomp_jax.models.reducers import BipartiteMerge, PruneMerge
+from vitcomp_jax.models.reducers import StaticReducer
 from vitcomp_jax.models.spec import LayerSpec, ViTSpec, removes_tokens
 from vitcomp_jax.plans import Plan
 from vitcomp_jax.stages import figures
@@ -51,12 +51,9 @@ def schedules_of(spec: ViTSpec, models: Mapping[str, Layers]) -> dict[str, list[
 def kept_counts(spec: ViTSpec, layers: Layers) -> list[tuple[int, int]]:
   """Tokens after pruning and after merging in each layer; equal where it does not merge."""
   counts = []
-  for layer, (before, after) in zip(layers, macs.static_counts(spec, layers), strict=True):
-    r = layer.reduce
-    if isinstance(r, PruneMerge):
-      counts.append((r.prune_keep, r.merge_keep))
-    else:
-      counts.append((before if isinstance(r, BipartiteMerge) else after, after))
+  for layer, (entering, _) in zip(layers, macs.static_counts(spec, layers), strict=True):
+    assert isinstance(layer.reduce, StaticReducer)
+    counts.append(layer.reduce.counts(entering))
   return counts
 
 

@@ -7,11 +7,11 @@ from vitcomp_jax.api import Params
 from vitcomp_jax.atomic import write_json
 from vitcomp_jax.data.loader import Batch
 from vitcomp_jax.errors import UserError
+from vitcomp_jax.methods.registry import untrained_schedules, within
 from vitcomp_jax.models.build import build
 from vitcomp_jax.models.reducers import keep_all
 from vitcomp_jax.models.spec import LayerSpec, removes_tokens
 from vitcomp_jax.plans import Plan
-from vitcomp_jax.schedules import within
 from vitcomp_jax.stages import drawing, figures, measure, pictures, report
 from vitcomp_jax.stages.run import Run, environment, read_json
 
@@ -28,7 +28,12 @@ def check(run: Run) -> None:
     _check_dense(run, plan)
   elif config.evaluate.baselines and not searches:
     run.target_gmacs  # noqa: B018, raises
-  if config.evaluate.baselines:
+  known = untrained_schedules()
+  for name in config.evaluate.baselines:
+    if name not in known:
+      raise UserError(
+        f"config.evaluate.baselines: expected some of {', '.join(known)}, got {name}."
+      )
     run.spec.importance(config.search.importance)
   has_searched = "slim" in config.stages or (run.workdir / "searched.safetensors").exists()
   if config.evaluate.masked and not has_searched:

@@ -20,7 +20,7 @@ from vitcomp_jax.data import class_names
 from vitcomp_jax.data.transforms import normalize
 from vitcomp_jax.errors import UserError
 from vitcomp_jax.models.build import build
-from vitcomp_jax.models.reducers import KeepAll, KeepPositions
+from vitcomp_jax.models.reducers import StaticReducer
 from vitcomp_jax.stages import measure
 from vitcomp_jax.stages.run import Run, environment, for_timm
 
@@ -31,7 +31,6 @@ _TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2}
 # choice is right.
 _TIES = 3
 _BATCHES = (1, 8)  # where the images are parted: batches of 1, 7 and the rest
-_FIXED = (KeepAll, KeepPositions)  # reducers that choose nothing
 _LARGEST_ONNX = 2**31 - 2**20  # bytes that a protobuf message can hold, and some room
 
 
@@ -242,9 +241,8 @@ def _compare(run: Run, name: str, path: pathlib.Path) -> dict[str, Any]:
   if got.shape != expected.shape:
     raise RuntimeError(f"{path}: expected outputs {expected.shape}, got {got.shape}")
   difference = np.abs(got - expected).max(axis=1) / np.abs(expected).max()
-  chosen = any(
-    not isinstance(r, _FIXED) for layer in run.layers for r in (layer.select, layer.reduce)
-  )
+  reducers = [r for layer in run.layers for r in (layer.select, layer.reduce)]
+  chosen = not all(isinstance(r, StaticReducer) and r.is_fixed for r in reducers)
   tolerance = _TOLERANCE[run.config.model.dtype]
   differing = int(np.sum(~(difference <= tolerance)))  # what is not a number differs
   if differing > (_TIES if chosen else 0) or not np.isfinite(got).all():

@@ -8,11 +8,10 @@ import jax
 from vitcomp_jax.api import Params
 from vitcomp_jax.config import TrainConfig
 from vitcomp_jax.data.mixing import training_inputs
-from vitcomp_jax.methods import dynamicvit
+from vitcomp_jax.methods import dynamicvit, evit
 from vitcomp_jax.models.build import build
 from vitcomp_jax.models.spec import LayerSpec, with_drop_path
 from vitcomp_jax.ops import losses
-from vitcomp_jax.schedules import evit_warmup
 from vitcomp_jax.stages.run import Run, write_for_timm
 from vitcomp_jax.training import loop, optimizer
 from vitcomp_jax.training.step import (
@@ -99,7 +98,7 @@ def weights_task(
   phases = [(0, layers)]
   if config.keep_rate_epochs:
     warmup = round(config.keep_rate_epochs * count / config.batch_size)
-    phases = evit_warmup(run.spec, layers, warmup)
+    phases = evit.warmup(run.spec, layers, warmup)
   return loop.Task(
     stage=stage,
     state=init_state(params, {}, tx, ("params",), run.config.seed, config.ema is not None),

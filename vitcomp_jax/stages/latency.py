@@ -18,7 +18,7 @@ from vitcomp_jax import api, macs, processes, strict_json
 from vitcomp_jax.atomic import write_json
 from vitcomp_jax.costs import Latency, never_falling, parse_latency
 from vitcomp_jax.errors import UserError
-from vitcomp_jax.models.reducers import PruneMerge
+from vitcomp_jax.methods.diffrate import PruneMerge
 from vitcomp_jax.models.spec import LayerSpec, ViTSpec
 from vitcomp_jax.models.tokens import AttentionStats, Aux, Tokens
 from vitcomp_jax.models.vit import ViT

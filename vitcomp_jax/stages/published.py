@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from vitcomp_jax import macs
+from vitcomp_jax.methods import tome
 from vitcomp_jax.models.spec import ViTSpec
 from vitcomp_jax.models.variants import get_spec
 from vitcomp_jax.plans import list_plans, load_plan
-from vitcomp_jax.schedules import tome
 
 NUM_CLASSES = 1000
 
@@ -52,7 +52,7 @@ def _gmacs(spec: ViTSpec, point: Mapping[str, Any]) -> float:
     return float(point["gmacs"])
   if "plan" in point:
     return load_plan(point["plan"]).gmacs
-  layers = tome(spec, point["tome_r"]) if "tome_r" in point else spec.dense_layers
+  layers = tome.layers(spec, point["tome_r"]) if "tome_r" in point else spec.dense_layers
   return macs.static_macs(spec, layers) / 1e9
 
 

@@ -17,10 +17,10 @@ from vitcomp_jax.costs import MACS, Cost, Latency
 from vitcomp_jax.data.mixing import training_inputs
 from vitcomp_jax.data.transforms import Preprocess
 from vitcomp_jax.errors import UserError
-from vitcomp_jax.methods.diffrate import REFERENCE_GMACS, DiffRate
+from vitcomp_jax.methods.diffrate import PruneMerge
+from vitcomp_jax.methods.diffrate.search import REFERENCE_GMACS, DiffRate
 from vitcomp_jax.metrics import read_metrics
 from vitcomp_jax.models.build import build
-from vitcomp_jax.models.reducers import PruneMerge
 from vitcomp_jax.models.spec import LayerSpec, ViTSpec, removes_tokens, with_drop_path
 from vitcomp_jax.models.tokens import Output
 from vitcomp_jax.models.vit import ViT

@@ -12,8 +12,9 @@ from vitcomp_jax.convert.slicing import slice_params
 from vitcomp_jax.data.mixing import training_inputs
 from vitcomp_jax.data.transforms import normalize
 from vitcomp_jax.errors import UserError
-from vitcomp_jax.methods import vit_slim
-from vitcomp_jax.methods.vit_slim import KINDS, Masks, ViTSlim
+from vitcomp_jax.methods.budget import bracket
+from vitcomp_jax.methods.vit_slim import search as vit_slim
+from vitcomp_jax.methods.vit_slim.search import KINDS, Masks, ViTSlim
 from vitcomp_jax.models.spec import ViTSpec, with_drop_path
 from vitcomp_jax.models.vit import ViT
 from vitcomp_jax.ops import losses
@@ -23,7 +24,6 @@ from vitcomp_jax.stages.run import Run, write_for_timm
 from vitcomp_jax.training import loop, optimizer
 from vitcomp_jax.training.step import init_state, make_step, random_streams, top1
 
-_BISECTIONS = 40
 _TRIED = 16  # images on which the slimmed network must give finite outputs
 
 
@@ -203,11 +203,8 @@ def _cut(run: Run, method: ViTSlim, arch: Any) -> tuple[Masks, tuple[float, ...]
     masks = method.cut(spec, arch, (share,) * 3, config.min_units, refuse_empty=False)
     return _gmacs(spec, masks, config.tile)
 
-  low, high = 1e-9, 1.0
-  for _ in range(_BISECTIONS):
-    middle = (low + high) / 2
-    low, high = (low, middle) if spent(middle) > run.target_gmacs else (middle, high)
-  share = min((low, high), key=lambda s: abs(spent(s) - run.target_gmacs))
+  shares = bracket(lambda share: spent(share) > run.target_gmacs, 1e-9, 1.0)
+  share = min(shares, key=lambda share: abs(spent(share) - run.target_gmacs))
   reached = spent(share)
   if abs(reached - run.target_gmacs) > 0.01 * run.target_gmacs:
     logging.warning("the nearest cut has %.4g GMACs, the budget is %.4g", reached, run.target_gmacs)

@@ -6,18 +6,13 @@ import pytest
 from tests.models import forward, random_images, random_params, small_spec
 from vitcomp_jax import macs
 from vitcomp_jax.errors import UserError
-from vitcomp_jax.methods.diffrate import DiffRate
-from vitcomp_jax.models.reducers import AttentiveSelect, BipartiteMerge, PruneMerge
+from vitcomp_jax.methods import evit, handmade, tome
+from vitcomp_jax.methods.diffrate import PruneMerge
+from vitcomp_jax.methods.diffrate.search import DiffRate
+from vitcomp_jax.methods.evit import AttentiveSelect
+from vitcomp_jax.methods.registry import schedules, within
+from vitcomp_jax.methods.tome import BipartiteMerge
 from vitcomp_jax.plans import make_plan, parse_plan
-from vitcomp_jax.schedules import (
-  SCHEDULES,
-  evit,
-  evit_warmup,
-  random_counts,
-  tome,
-  tome_counts,
-  within,
-)
 
 
 def reducers(layers):
@@ -26,7 +21,7 @@ def reducers(layers):
 
 @pytest.mark.parametrize("fraction", [0.5, 0.7, 0.9])
 @pytest.mark.parametrize("pool", ["cls", "size_mean"])
-@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("name", schedules())
 def test_a_schedule_meets_its_budget(name, pool, fraction):
   spec = small_spec(image_size=(64, 64), depth=6, pool=pool)
   target = fraction * macs.static_macs(spec, spec.dense_layers) / 1e9
@@ -56,7 +51,7 @@ def test_hand_made_schedules_compress_what_a_search_does(name, pool):
     assert steps.max() - steps.min() <= 1 and steps.max() < 0
 
 
-@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("name", schedules())
 def test_a_budget_of_the_dense_model_removes_nothing(name):
   spec = small_spec()
   dense = macs.static_macs(spec, spec.dense_layers)
@@ -83,15 +78,15 @@ def test_importance_is_that_of_hand_made_schedules_but_random():
 
 
 def test_tome_counts():
-  assert tome_counts(4, 3) == [4, 4, 4]
-  assert tome_counts([5, 0, 2], 4) == [5, 0, 2, 0]
-  assert tome_counts((6, -1), 6) == [12, 9, 7, 4, 2, 0]
-  assert tome_counts((6, 1), 6) == [0, 2, 4, 7, 9, 12]
+  assert tome.tome_counts(4, 3) == [4, 4, 4]
+  assert tome.tome_counts([5, 0, 2], 4) == [5, 0, 2, 0]
+  assert tome.tome_counts((6, -1), 6) == [12, 9, 7, 4, 2, 0]
+  assert tome.tome_counts((6, 1), 6) == [0, 2, 4, 7, 9, 12]
 
 
 def test_tome_merges_at_most_half():
   spec = small_spec(num_registers=2)  # 36 patches
-  found = reducers(tome(spec, 30))
+  found = reducers(tome.layers(spec, 30))
   assert [r.remove for r in found if isinstance(r, BipartiteMerge)] == [18, 9, 4, 2]
 
 
@@ -105,11 +100,11 @@ def test_tome_late_merges_late():
 
 
 def test_evit_counts_the_fused_token():
-  found = reducers(evit(small_spec(), [1, 0.5, 0.5, 1]))
+  found = reducers(evit.layers(small_spec(), [1, 0.5, 0.5, 1]))
   assert [r.keep for r in found if isinstance(r, AttentiveSelect)] == [19, 11]  # 36 -> 18+1 -> 10+1
 
 
-@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("name", schedules())
 def test_a_schedule_is_a_plan(name):
   spec = small_spec()
   dense = macs.static_macs(spec, spec.dense_layers) / 1e9
@@ -122,7 +117,7 @@ def test_a_schedule_is_a_plan(name):
   assert [layer.reduce for layer in plan.layers] == reducers(layers) * 3
 
 
-@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("name", schedules())
 def test_permuting_a_batch_permutes_the_logits(name):
   spec = small_spec()
   dense = macs.static_macs(spec, spec.dense_layers) / 1e9
@@ -136,8 +131,8 @@ def test_permuting_a_batch_permutes_the_logits(name):
 
 def test_evits_warmup_has_eight_sets_of_rates():
   spec = small_spec(image_size=(64, 64), depth=6)
-  layers = evit(spec, [1, 0.5, 0.8, 1, 0.5, 0.9])
-  phases = evit_warmup(spec, layers, 100)
+  layers = evit.layers(spec, [1, 0.5, 0.8, 1, 0.5, 0.9])
+  phases = evit.warmup(spec, layers, 100)
   assert len(phases) == 8 and phases[0] == (0, spec.dense_layers) and phases[-1] == (100, layers)
   costs = [macs.static_macs(spec, phase) for _, phase in phases]
   assert costs == sorted(costs, reverse=True) and len(set(costs)) == 8
@@ -146,15 +141,15 @@ def test_evits_warmup_has_eight_sets_of_rates():
 def test_random_schedules_are_near_the_budget_and_differ():
   spec = small_spec(image_size=(64, 64), depth=6)
   target = 0.6 * macs.static_macs(spec, spec.dense_layers) / 1e9
-  found = list(random_counts(spec, target, 50, seed=1))
+  found = list(handmade.random_counts(spec, target, 50, seed=1))
   assert len(set(found)) == 50
   for layers in found:
     assert macs.static_macs(spec, layers) / 1e9 == pytest.approx(target, rel=0.01)
     kept = [n for r in reducers(layers)[1:] for n in (r.prune_keep, r.merge_keep)]
     assert kept == sorted(kept, reverse=True)
-  assert list(random_counts(spec, target, 20, seed=1)) == found[:20]
+  assert list(handmade.random_counts(spec, target, 20, seed=1)) == found[:20]
 
 
 def test_random_schedules_out_of_reach_are_refused():
   with pytest.raises(UserError, match="random schedules: expected some near 1e-06 GMACs for small"):
-    next(random_counts(small_spec(), 1e-6, 1, seed=0))
+    next(handmade.random_counts(small_spec(), 1e-6, 1, seed=0))

@@ -1,7 +1,6 @@
-"""ViT-Slim: which head dimensions, hidden units and patches a ViT can do without.
+"""ViT-Slim's search: soft masks that are trained together with the weights under an L1 penalty.
 
-Chavan et al., `ViT-Slim <https://arxiv.org/abs/2201.00814>`_, CVPR 2022. Soft masks are trained
-together with the weights under an L1 penalty; one global threshold per kind then cuts them.
+One global threshold per kind then cuts them.
 """
 
 import dataclasses
@@ -15,12 +14,12 @@ from jaxtyping import Array
 
 from vitcomp_jax.convert.slicing import LayerIndex, layer_index, scale_qkv
 from vitcomp_jax.errors import UserError
+from vitcomp_jax.methods.vit_slim.reducer import KeepPositions
 from vitcomp_jax.models.gates import HardMask, SoftMask
-from vitcomp_jax.models.reducers import KeepPositions, keep_all
+from vitcomp_jax.models.reducers import keep_all
 from vitcomp_jax.models.spec import LayerSpec, ViTSpec
 from vitcomp_jax.models.tokens import Output, TokenReducer
 from vitcomp_jax.models.vit import ViT
-from vitcomp_jax.plans import PlanLayer
 
 KINDS = ("attn", "mlp", "patch")
 _GATES = {"attn": "head_gate", "mlp": "hidden_gate", "patch": "token_gate"}
@@ -203,11 +202,11 @@ def deploy(
   attn = np.broadcast_to(masks.attn, (spec.depth, heads, dims))
   patch = masks.patch | (np.arange(spec.num_tokens) < spec.num_prefix)
   indices = tuple(layer_index(a, m, tile) for a, m in zip(attn, masks.mlp, strict=True))
-  layers = tuple(
-    PlanLayer(index, _selecting(kept)).apply_to(layer)
-    for layer, index, kept in zip(spec.dense_layers, indices, patch, strict=True)
-  )
-  return layers, indices
+  layers = []
+  for layer, index, kept in zip(spec.dense_layers, indices, patch, strict=True):
+    changes: dict[str, Any] = {"select": _selecting(kept), **index.widths}
+    layers.append(dataclasses.replace(layer, **changes))
+  return tuple(layers), indices
 
 
 def _selecting(kept: np.ndarray) -> TokenReducer:

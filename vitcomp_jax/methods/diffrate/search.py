@@ -1,7 +1,4 @@
-"""DiffRate: how many tokens each layer keeps, learnt by gradient under a compute budget.
-
-Chen et al., `DiffRate <https://arxiv.org/abs/2305.17997>`_, ICCV 2023.
-"""
+"""DiffRate's search: reducers that mask and learn their counts, and the method that builds them."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -14,12 +11,13 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from vitcomp_jax.costs import MACS, Cost
-from vitcomp_jax.models.reducers import PruneMerge
+from vitcomp_jax.methods.budget import bracket
+from vitcomp_jax.methods.diffrate.reducer import PruneMerge
+from vitcomp_jax.methods.handmade import compressed_layers
 from vitcomp_jax.models.spec import LayerSpec, ViTSpec, of_layer, to_tree
 from vitcomp_jax.models.tokens import AttentionStats, Aux, Output, Tokens, mark_pruned
 from vitcomp_jax.ops import merge, select
 from vitcomp_jax.ops.straight_through import ste_ceil, ste_mask, ste_min
-from vitcomp_jax.schedules import compressed_layers
 
 # The paper's coefficient is for DeiT-S, whose 4.6 GMACs the relative budget term refers to.
 REFERENCE_GMACS = 4.6
@@ -398,12 +396,10 @@ class DiffRate:
       slopes = (slope, _STEEP) if self.actions == "prune" else (_STEEP, slope)
       return self._sloped_arch(spec, *slopes)
 
-    low, high = -_STEEP, _STEEP
-    for _ in range(40):
-      middle = (low + high) / 2
-      spent = self.cost.static(spec, self.deploy(spec, jax.device_get(at(middle))))
-      low, high = (low, middle) if spent > self.target else (middle, high)
-    return at(low)
+    def is_above(slope: float) -> bool:
+      return self.cost.static(spec, self.deploy(spec, jax.device_get(at(slope)))) > self.target
+
+    return at(bracket(is_above, -_STEEP, _STEEP)[0])
 
   def _sloped_arch(self, spec: ViTSpec, prune: float, merge: float) -> dict[str, Any]:
     """Logits that rise by a slope from no token kept to all."""
@@ -458,11 +454,9 @@ class DiffRate:
     def distance(layers: tuple[LayerSpec, ...]) -> float:
       return self.cost.static(spec, layers) - self.target
 
-    low, high = -float(spec.num_patches), float(spec.num_patches)
-    for _ in range(50):
-      middle = (low + high) / 2
-      low, high = (low, middle) if distance(shifted(middle)) > 0 else (middle, high)
-    offset = min(low, high, key=lambda offset: abs(distance(shifted(offset))))
+    reach = float(spec.num_patches)
+    found = bracket(lambda offset: distance(shifted(offset)) > 0, -reach, reach)
+    offset = min(found, key=lambda offset: abs(distance(shifted(offset))))
     return shifted(offset), offset
 
   def static_layers(self, spec: ViTSpec, expected: np.ndarray) -> tuple[LayerSpec, ...]:

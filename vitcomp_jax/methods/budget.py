@@ -1,0 +1,23 @@
+"""The one bisection by which methods meet a budget."""
+
+from collections.abc import Callable
+
+_STEPS = 50
+
+
+def bracket(is_above: Callable[[float], bool], below: float, above: float) -> tuple[float, float]:
+  """Finds where a cost crosses a budget.
+
+  Args:
+    is_above: Whether a value costs more than the budget; monotone between the two ends.
+    below: The end that costs less, whether it is the smaller number or the larger one.
+    above: The other end.
+
+  Returns:
+    Two neighbouring values, the first on the side of `below`, the second on that of `above`. Where
+    all of the range is on one side, both are next to the other side's end.
+  """
+  for _ in range(_STEPS):
+    middle = (below + above) / 2
+    below, above = (below, middle) if is_above(middle) else (middle, above)
+  return below, above

@@ -1,0 +1,70 @@
+"""DiffRate's static reduction: prunes the least important tokens, then merges."""
+
+import dataclasses
+
+import jax.numpy as jnp
+
+from vitcomp_jax.models.reducers import StaticReducer
+from vitcomp_jax.models.tokens import AttentionStats, Aux, Tokens, take_tokens
+from vitcomp_jax.ops import merge, select
+
+
+@dataclasses.dataclass(frozen=True)
+class PruneMerge(StaticReducer):
+  """DiffRate's reduction: keeps the most important tokens, then merges the least important.
+
+  Counts include the prefix. A count above the tokens that are there does nothing, so that the
+  authors' schedules, some of which are not monotone, mean what they mean there.
+
+  Attributes:
+    prune_keep: Tokens after pruning.
+    merge_keep: Tokens after merging.
+    signed_similarity: Add joining sizes times the similarity even where it is negative, as the
+      authors do; otherwise times max(similarity, 0), so that no size can shrink below its own.
+    always_sort: Sort by importance even where nothing is removed, as the authors do. It changes
+      the order of the tokens and nothing else.
+    importance: What tells the important tokens, see `AttentionStats.importance`.
+    whole_sizes: Add joining sizes whole, whatever the similarity, as CAFormer's authors do.
+    first_receives: May the most important token receive; in CAFormer's authors' code it cannot.
+
+  References:
+    Chen et al., `DiffRate <https://arxiv.org/abs/2305.17997>`_, 2023, Sec. 3.2 and Fig. 3a.
+  """
+
+  type_name = "prune_merge"
+
+  prune_keep: int
+  merge_keep: int
+  signed_similarity: bool = False
+  always_sort: bool = False
+  importance: str = "cls"
+  whole_sizes: bool = False
+  first_receives: bool = True
+
+  def __call__(self, tokens: Tokens, stats: AttentionStats | None) -> tuple[Tokens, Aux]:
+    assert stats is not None, "PruneMerge needs the attention's statistics"
+    n = tokens.x.shape[1]
+    pruned, merged = min(n, self.prune_keep), self.count(n)
+    if merged < n or self.always_sort:
+      importance = stats.importance(self.importance, tokens)
+      tokens = take_tokens(tokens, select.importance_order(importance, tokens.num_prefix, pruned))
+    if merged < pruned:
+      tokens = self._merge_last(tokens, merged)
+    return tokens, Aux(merged)
+
+  def count(self, n: int) -> int:
+    return min(n, self.prune_keep, self.merge_keep)
+
+  def counts(self, n: int) -> tuple[int, int]:
+    """The counts as they are asked for; some published ones are above what is left."""
+    return self.prune_keep, self.merge_keep
+
+  def _merge_last(self, tokens: Tokens, keep: int) -> Tokens:
+    size = tokens.sizes
+    first = min(tokens.num_prefix + (not self.first_receives), keep - 1)
+    receiver, weight = merge.receivers(tokens.x, keep, first)
+    weight = weight if self.signed_similarity else jnp.maximum(weight, 0)
+    weight = jnp.ones_like(weight) if self.whole_sizes else weight
+    x, size = merge.merge_tail(tokens.x, size, receiver, weight.astype(size.dtype))
+    source = merge.follow_merge(tokens.source, receiver, keep)
+    return tokens.replace(x=x, size=size, source=source)

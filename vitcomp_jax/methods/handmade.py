@@ -1,0 +1,163 @@
+"""Schedules made by hand, and by chance: the same counts in every image, nothing learnt."""
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterator
+
+import numpy as np
+
+from vitcomp_jax import macs
+from vitcomp_jax.errors import UserError
+from vitcomp_jax.methods.base import Layers, Method, Schedule
+from vitcomp_jax.methods.diffrate.reducer import PruneMerge
+from vitcomp_jax.models.spec import ViTSpec
+
+TOLERANCE = 0.01  # of a budget
+_DRAWS = 10_000  # random schedules at once
+_MISSES = 100  # times that many without one near the budget
+
+
+def compressed_layers(
+  spec: ViTSpec, first: bool = False, last: bool | None = None
+) -> tuple[bool, ...]:
+  """Which layers may lose tokens.
+
+  Args:
+    spec: The model.
+    first: Whether the first may.
+    last: Whether the last may; none: unless the head pools over the patches it leaves.
+  """
+  last = not spec.pools_patches if last is None else last
+  starts = [*spec.starts, spec.depth]
+  ends = dict.fromkeys((start - 1 for start in starts[1:]), last)
+  ends |= dict.fromkeys(starts[:-1], first)
+  return tuple(ends.get(i, True) for i in range(spec.depth))
+
+
+def _counted(merges: bool, importance: str = "auto") -> Callable[[ViTSpec, np.ndarray], Layers]:
+  """Layers that prune, or merge, to given counts."""
+
+  def make(spec: ViTSpec, counts: np.ndarray) -> Layers:
+    kept, metric = iter(counts), spec.importance(importance)
+    layers = []
+    for i, (layer, compressed) in enumerate(
+      zip(spec.dense_layers, compressed_layers(spec), strict=True)
+    ):
+      if compressed:
+        count = int(next(kept))
+        prune_keep = spec.tokens_at(i) if merges else count
+        layer = dataclasses.replace(layer, reduce=PruneMerge(prune_keep, count, importance=metric))
+      layers.append(layer)
+    return tuple(layers)
+
+  return make
+
+
+def _patches(spec: ViTSpec) -> np.ndarray:
+  """Patch tokens of each layer that may lose some, if none is removed."""
+  compressed = enumerate(compressed_layers(spec))
+  return np.array([spec.patches_at(i) for i, yes in compressed if yes])
+
+
+def _uniform(merges: bool, importance: str = "auto") -> Schedule:
+  """One count for all layers; where it is no whole number, earlier layers keep one token more."""
+  make = _counted(merges, importance)
+
+  def at(spec: ViTSpec, strength: float) -> Layers:
+    patches = _patches(spec)
+    count = spec.num_prefix + patches - strength * (patches - 1)
+    return make(spec, np.floor(count + 1 - np.arange(1, patches.size + 1) / patches.size))
+
+  return at
+
+
+def _linear(merges: bool) -> Schedule:
+  """Counts that fall linearly with the depth, to no less than one patch token."""
+  make = _counted(merges)
+
+  def at(spec: ViTSpec, strength: float) -> Layers:
+    patches = _patches(spec)
+    removed = strength * (patches - 1) * np.arange(1, patches.size + 1)
+    least = spec.num_prefix + 1
+    return make(spec, np.maximum(np.round(spec.num_prefix + patches - removed), least))
+
+  return at
+
+
+def random_counts(
+  spec: ViTSpec, target_gmacs: float, count: int, seed: int, tolerance: float = TOLERANCE
+) -> Iterator[Layers]:
+  """Random schedules near a budget: sorted uniform counts, those that meet it.
+
+  Args:
+    spec: The model.
+    target_gmacs: The budget.
+    count: Schedules to give.
+    seed: Of the counts; the first schedules of a longer series are those of a shorter one.
+    tolerance: Distance from the budget, as a share of it.
+
+  Raises:
+    UserError: If none of a million schedules meets the budget.
+
+  References:
+    Chen et al., `DiffRate <https://arxiv.org/abs/2305.17997>`_, 2023, Fig. 5.
+  """
+  rng = np.random.default_rng(seed)
+  compressed, importance = compressed_layers(spec), spec.importance()
+  everything = spec.num_tokens, spec.num_tokens
+  given, found_in = 0, 0
+  for drawn in itertools.count():
+    if given == count:
+      return
+    if drawn - found_in > _MISSES:
+      raise UserError(
+        f"random schedules: expected some near {target_gmacs:.4g} GMACs for {spec.name}, got none "
+        f"in {_MISSES * _DRAWS:,}; ask for another budget."
+      )
+    kept = rng.integers(spec.num_prefix + 1, spec.num_tokens + 1, (_DRAWS, 2 * sum(compressed)))
+    kept = np.sort(kept, axis=1)[:, ::-1].reshape(_DRAWS, -1, 2)
+    for index in np.flatnonzero(_is_near(spec, kept[..., 1], target_gmacs, tolerance)):
+      if given == count:
+        return
+      pairs = iter(kept[index].tolist())
+      yield tuple(
+        dataclasses.replace(
+          layer,
+          reduce=PruneMerge(*(next(pairs) if yes else everything), importance=importance),  # type: ignore[misc]
+        )
+        for layer, yes in zip(spec.dense_layers, compressed, strict=True)
+      )
+      given, found_in = given + 1, drawn
+
+
+def _is_near(spec: ViTSpec, after: np.ndarray, target_gmacs: float, tolerance: float) -> np.ndarray:
+  """Which of many schedules meet a budget, by the tokens that each compressed layer leaves."""
+  left = iter(after.T.astype(float))
+  n: np.ndarray = np.full(len(after), float(spec.num_tokens))
+  counts = []
+  for yes in compressed_layers(spec):
+    before, n = n, next(left) if yes else n
+    counts.append((before, n))
+  spent = macs.macs(spec, spec.dense_layers, counts) / 1e9
+  return np.asarray(np.abs(spent - target_gmacs) <= tolerance * target_gmacs)
+
+
+def with_importance(layers: Layers, importance: str) -> Layers:
+  """The same layers, whose pruning and merging go by another importance."""
+  return tuple(
+    dataclasses.replace(layer, reduce=dataclasses.replace(layer.reduce, importance=importance))
+    if isinstance(layer.reduce, PruneMerge)
+    else layer
+    for layer in layers
+  )
+
+
+METHOD = Method(
+  schedules={
+    "uniform": _uniform(merges=False),
+    "uniform_merge": _uniform(merges=True),
+    "linear": _linear(merges=False),
+    "linear_merge": _linear(merges=True),
+    "random": _uniform(merges=False, importance="random"),
+  }
+)
