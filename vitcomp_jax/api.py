@@ -153,7 +153,7 @@ def _check_variant(spec: ViTSpec, about: Description) -> None:
 
 
 def _square_size(spec: ViTSpec, about: Description) -> tuple[int, int] | None:
-  """The image size of position embeddings on a square; None: they are on none."""
+  """Returns the image size of position embeddings on a square grid; None for another count."""
   rows = about.shapes.get("pos_embed", (1, 0, 0))[1]
   # DINOv2's authors have a row for CLS even where registers stand beside it.
   patches = rows - spec.pos_prefix - ("register_tokens" in about.shapes)
@@ -275,7 +275,7 @@ def abstract_params(model: ViT) -> Params:
 
 
 def _located(spec: ViTSpec, weights: str) -> str:
-  """The weights that a user names, `bundled` as the file that ships."""
+  """Returns weights as given, and `bundled` as the path of the file that ships."""
   return bundled_weights(spec) if weights == "bundled" else weights
 
 

@@ -1,4 +1,4 @@
-"""A workdir belongs to one run at a time."""
+"""Locks a workdir, so that one run at a time uses it."""
 
 import contextlib
 import datetime
@@ -25,7 +25,7 @@ _LONGEST = 1000  # bytes of a refusal that the other processes get
 
 @contextlib.contextmanager
 def owned(workdir: pathlib.Path) -> Iterator[None]:
-  """Keeps a workdir from all other runs until the block ends, or the process does, however.
+  """Locks a workdir until the block ends or the process dies.
 
   Of several processes of one run the first asks for it, and all others get its answer. The folder
   is made if need be; what of it and its parents is still empty at the end is removed again.
@@ -110,7 +110,7 @@ def _remove(file: pathlib.Path) -> None:
 
 
 def _owner(workdir: pathlib.Path) -> str | None:
-  """Who has a workdir; none if that is not written yet, or no longer."""
+  """Describes the owner of a workdir; None if its file is not there."""
   try:
     about = strict_json.loads((workdir / _OWNER).read_text(encoding="utf-8"))
     return f"process {about['pid']} on {about['host']} since {about['started']}"
@@ -119,6 +119,6 @@ def _owner(workdir: pathlib.Path) -> str | None:
 
 
 def _from_first(text: str) -> str:
-  """The first process's text, in all."""
+  """Broadcasts the first process's text to all processes."""
   content = np.frombuffer(text.encode()[:_LONGEST].ljust(_LONGEST, b"\0"), np.uint8)
   return processes.from_first(content).tobytes().rstrip(b"\0").decode(errors="ignore")

@@ -1,4 +1,4 @@
-"""Paths as a user writes them."""
+"""Expands paths as a user writes them."""
 
 import os
 import re

@@ -98,7 +98,7 @@ def _draw(options: argparse.Namespace, classifier: Classifier, images: np.ndarra
 
 
 def _read(path: str, pre: Preprocess) -> np.ndarray:
-  """What the model sees of a file, which is much less than the file has."""
+  """Reads an image file and returns the model's input, uint8[h w 3]."""
   try:
     content = pathlib.Path(paths.expand(path)).read_bytes()
     return evaluation_image(sources.decode(content, path), pre)

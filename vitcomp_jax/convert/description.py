@@ -1,4 +1,4 @@
-"""What weights say of themselves: classes, the grid of their positions, preprocessing."""
+"""Metadata of weights: class names, position grid, image size and preprocessing."""
 
 import dataclasses
 import json

@@ -105,7 +105,7 @@ def read_metadata(weights: str, cache_dir: str | None = None) -> dict[str, str]:
 
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[Any]:
-  """A safetensors file, of which nothing is read yet but its header."""
+  """Opens a safetensors file and reads its header alone."""
   try:
     with safetensors.safe_open(path, framework="np") as file:
       yield file
@@ -164,14 +164,14 @@ def locate(weights: str, cache_dir: str | None = None) -> Path:
 
 
 def is_hub_id(weights: str) -> bool:
-  """Whether weights are named by a Hugging Face repository; a file of that name goes before it."""
+  """Returns whether `weights` is a Hugging Face id; a file of that name takes priority."""
   path = Path(weights)
   looks_alike = re.fullmatch(r"[\w.-]+/[\w.-]+", weights) and path.suffix not in SUFFIXES
   return weights.startswith(HUB_PREFIX) or bool(looks_alike and not path.exists())
 
 
 def _kind(path: Path) -> str:
-  """What a file is by its content; by its suffix where the content tells nothing.
+  """Detects the kind of a file from its content, or from its suffix if the content is not known.
 
   Raises:
     UserError: If it is empty, or of no known kind.
@@ -277,7 +277,7 @@ def _read_torch(path: Path) -> dict[str, np.ndarray]:
 
 
 def _in_effect(checkpoint: Any, path: Path) -> Mapping[str, Any]:
-  """The part of a training checkpoint that holds the weights in effect; empty for what has none."""
+  """Returns the state dict in effect of a training checkpoint; empty if there is none."""
   state, keys = checkpoint if isinstance(checkpoint, Mapping) else {}, []
   while key := next((k for k in NESTED if isinstance(state.get(k), Mapping)), None):
     others = [str(k) for k in state if k != key]

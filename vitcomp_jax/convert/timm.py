@@ -328,7 +328,7 @@ def _check_shapes(found: Mapping[str, Shape], expected: Mapping[str, Shape]) -> 
 
 
 def _prefix_hint(found: Iterable[str], expected: Container[str]) -> str:
-  """A sentence on names that would fit without what stands before them."""
+  """Returns a hint if names would fit without a common prefix."""
   extra = [name for name in found if name not in expected]
   for prefix in {name.partition(".")[0] + "." for name in extra}:
     count = sum(name.startswith(prefix) and name.removeprefix(prefix) in expected for name in extra)

@@ -19,7 +19,7 @@ def guess(num_classes: int) -> tuple[str, ...]:
 
 
 def imagenet_ids() -> tuple[str, ...]:
-  """The WordNet ids of ImageNet-1k's classes, in the order of timm's weights."""
+  """Returns the WordNet ids of ImageNet-1k's classes, in the order of timm's weights."""
   return tuple(_imagenet1k())
 
 

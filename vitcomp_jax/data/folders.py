@@ -1,4 +1,4 @@
-"""Which files of a folder are images, and of which class; and what is left out."""
+"""Scans folders for image files and their classes, and counts the files left out."""
 
 import collections
 import dataclasses
@@ -14,7 +14,7 @@ _NAMED = 5  # kinds of files that are told
 
 @dataclasses.dataclass
 class Found:
-  """What a split's folder holds.
+  """Holds the image files found in a split's folder.
 
   Attributes:
     classes: The images of each class, those of a folder in the order of torchvision's ImageFolder.
@@ -34,7 +34,7 @@ class Found:
     self.examples[kind] = min(path, self.examples.get(kind, path))
 
   def told(self) -> str:
-    """What is left out, in words; empty if nothing is."""
+    """Returns a message about the files left out; empty if there are none."""
     if not (count := self.left_out.total()):
       return ""
     kinds = sorted(self.left_out, key=lambda kind: (-self.left_out[kind], kind))
@@ -73,7 +73,7 @@ def find(folder: str) -> Found:
 
 
 def _below(folder: str, found: Found, why: str, above: frozenset[tuple[int, int]]) -> list[File]:
-  """The images of a folder at any depth; `why` says for what they are left out, if so."""
+  """Returns the images of a folder at any depth; with a reason `why`, leaves them out instead."""
   identity = _identity(folder)
   if identity in above:  # A link back to where it lies.
     return []
@@ -85,7 +85,7 @@ def _below(folder: str, found: Found, why: str, above: frozenset[tuple[int, int]
 
 
 def _images(folder: str, files: list[os.DirEntry[str]], found: Found, why: str) -> list[File]:
-  """Those of the files of one folder that are images; the others are left out."""
+  """Returns the images among the files of one folder, and leaves out the others."""
   taken, suffixes = [], images.suffixes()
   for entry in files:
     suffix = os.path.splitext(entry.name)[1].lower()
@@ -99,7 +99,7 @@ def _images(folder: str, files: list[os.DirEntry[str]], found: Found, why: str) 
 
 
 def _entries(folder: str) -> tuple[list[os.DirEntry[str]], list[os.DirEntry[str]]]:
-  """Folders, sorted, and what is none. Of what is no link nothing is asked but its name."""
+  """Returns the sorted folders and the other entries, without a stat call for plain files."""
   inner: list[os.DirEntry[str]] = []
   files: list[os.DirEntry[str]] = []
   with os.scandir(folder) as entries:
@@ -116,7 +116,7 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
 
 
 def _is_file(entry: os.DirEntry[str]) -> bool:
-  """Whether it can be read as a file, or is a link that leads nowhere: an image that is gone."""
+  """Returns whether an entry is a file, or a dangling link, which counts as a corrupt image."""
   try:
     return entry.is_file() or (entry.is_symlink() and not os.path.exists(entry.path))
   except OSError:

@@ -1,4 +1,4 @@
-"""From an image file's bytes to the RGB picture that a viewer shows."""
+"""Decodes image files to the RGB image that a viewer shows."""
 
 import functools
 import io
@@ -31,12 +31,12 @@ warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
 class CorruptImage(UserError):
-  """An image that cannot be read or decoded; the message names it."""
+  """Raised for an image that cannot be read or decoded; the message names it."""
 
 
 @functools.cache
 def suffixes() -> frozenset[str]:
-  """The suffixes, in lower case, of the files that the installed Pillow can decode."""
+  """Returns the lower-case suffixes of the files that the installed Pillow can decode."""
   known = {*_formats(), "MPO"}  # JPEG's reader opens MPO too.
   return frozenset(s for s, name in PIL.Image.registered_extensions().items() if name in known)
 

@@ -1,4 +1,4 @@
-"""Which output of a model a class is: by its name, or else by its place."""
+"""Maps the classes of a data set to the outputs of a model, by name or else by position."""
 
 import collections
 import logging
@@ -36,7 +36,7 @@ def _natural(name: str) -> list[str | int]:
 
 
 def are_numbers(names: Sequence[str]) -> bool:
-  """Whether names say no more of classes than their places."""
+  """Returns whether all names are plain numbers, which say no more than positions."""
   return all(name.isdecimal() for name in names)
 
 

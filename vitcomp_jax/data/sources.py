@@ -152,7 +152,7 @@ class FolderSource:
 
 
 def _named(names: Sequence[str]) -> str:
-  """How many folders of classes, and the names of the first."""
+  """Returns the number of class folders, and the names of the first few."""
   some = [*names[:_NAMED], *["..."] * (len(names) > _NAMED)]
   return f"{len(names)} {'folder' if len(names) == 1 else 'folders'} of classes ({', '.join(some)})"
 

@@ -1,4 +1,4 @@
-"""From an image to the model's input, equal to timm's evaluation transform.
+"""Turns an image into the model's input, pixel-equal to timm's evaluation transform.
 
 Everything up to the batch is uint8; `normalize` runs inside the jitted step.
 """
@@ -66,7 +66,7 @@ class Preprocess:
 
   @property
   def fill(self) -> tuple[int, int, int]:
-    """The mean as a colour, which stands where there is no image."""
+    """Returns the mean as a colour, to fill borders with."""
     red, green, blue = (min(max(round(255 * value), 0), 255) for value in self.mean)
     return red, green, blue
 
@@ -116,7 +116,7 @@ def _resized_size(size: tuple[int, int], pre: Preprocess) -> tuple[int, int]:
 
 
 def _offset(length: int, kept: int) -> int:
-  """Where a central crop begins, as in torchvision; below 0 where there is less than it keeps."""
+  """Returns where a centre crop begins, as in torchvision; negative if padding is needed."""
   spare = length - kept
   return round(spare / 2) if spare >= 0 else -(-spare // 2)
 
@@ -127,7 +127,7 @@ def _resized_part(
   window: tuple[int, int, int, int],
   interpolation: str,
 ) -> PIL.Image.Image:
-  """What lies in a window of the resized image.
+  """Resizes an image, and computes only a window of the result where that is large.
 
   Args:
     image: In RGB.

@@ -1,4 +1,4 @@
-"""What a method is: static reducers, schedules without a search, and maybe a search."""
+"""Defines a method: static reducers, schedules without a search, and maybe a search."""
 
 import dataclasses
 import types
@@ -19,7 +19,7 @@ Schedule = Callable[[ViTSpec, float], Layers]
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-  """What `registry.METHODS` lists.
+  """Describes a method for the registry.
 
   Attributes:
     reducers: Its static reducers, which plans may hold.

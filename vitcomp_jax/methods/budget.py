@@ -1,4 +1,4 @@
-"""The one bisection by which methods meet a budget."""
+"""Bisection, by which every method meets its budget."""
 
 from collections.abc import Callable
 

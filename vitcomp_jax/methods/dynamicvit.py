@@ -30,7 +30,7 @@ _kernel_init = nn.initializers.truncated_normal(0.02)
 
 
 class _Predictor(nn.Module):
-  """A small network that scores tokens; submodules are named by their places in the authors'."""
+  """Scores tokens with a small network; submodules have the authors' names."""
 
   @nn.nowrap
   def _layer(self, name: str, features: int) -> nn.Dense:
@@ -40,7 +40,7 @@ class _Predictor(nn.Module):
   def _log_probability(
     self, x: Float[Array, "b p d"], keep: Float[Array, "b p"]
   ) -> Float[Array, "b p 2"]:
-    """Of keeping each token, and of dropping it (Eq. 1-6)."""
+    """Returns the log-probability of keeping and of dropping each token (Eq. 1-6)."""
     width = x.shape[-1]
     # PyTorch's default epsilon, unlike the backbone's.
     x = nn.LayerNorm(epsilon=1e-5, use_fast_variance=False, name="in_conv_0")(x)
@@ -111,7 +111,7 @@ class PredictorMask(_Predictor):
     return tokens, Aux(jnp.sum(jax.lax.stop_gradient(keep)) / len(keep))
 
   def count(self, n: int) -> int:
-    """All tokens stay, masked or not."""
+    """Returns `n`: all tokens stay, masked or not."""
     return n
 
 
@@ -135,7 +135,7 @@ def layers(spec: ViTSpec, places: Sequence[int], ratios: Sequence[int | float]) 
 
 
 def _after_quarters(spec: ViTSpec, strength: float) -> Layers:
-  """A ratio, its square and its cube after each quarter of the layers, as the authors."""
+  """Uses a ratio, its square and its cube after each quarter of the layers, as the authors do."""
   return layers(spec, quarters(spec), [(1 - strength) ** power for power in (1, 2, 3)])
 
 

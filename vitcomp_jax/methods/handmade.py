@@ -20,7 +20,7 @@ _MISSES = 100  # times that many without one near the budget
 def compressed_layers(
   spec: ViTSpec, first: bool = False, last: bool | None = None
 ) -> tuple[bool, ...]:
-  """Which layers may lose tokens.
+  """Returns which layers may lose tokens.
 
   Args:
     spec: The model.
@@ -131,7 +131,7 @@ def random_counts(
 
 
 def _is_near(spec: ViTSpec, after: np.ndarray, target_gmacs: float, tolerance: float) -> np.ndarray:
-  """Which of many schedules meet a budget, by the tokens that each compressed layer leaves."""
+  """Returns which of many schedules meet a budget, given the tokens each compressed layer keeps."""
   left = iter(after.T.astype(float))
   n: np.ndarray = np.full(len(after), float(spec.num_tokens))
   counts = []
@@ -143,7 +143,7 @@ def _is_near(spec: ViTSpec, after: np.ndarray, target_gmacs: float, tolerance: f
 
 
 def with_importance(layers: Layers, importance: str) -> Layers:
-  """The same layers, whose pruning and merging go by another importance."""
+  """Returns the layers with another importance for pruning and merging."""
   return tuple(
     dataclasses.replace(layer, reduce=dataclasses.replace(layer.reduce, importance=importance))
     if isinstance(layer.reduce, PruneMerge)

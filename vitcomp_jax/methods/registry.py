@@ -1,4 +1,4 @@
-"""All methods, and what follows from the list: reducers by type, schedules by name."""
+"""Lists all methods; looks up reducers by type and schedules by name."""
 
 import logging
 
@@ -44,7 +44,7 @@ def untrained_schedules() -> list[str]:
 
 
 def within(name: str, spec: ViTSpec, target_gmacs: float, importance: str = "auto") -> Layers:
-  """A schedule by name, as strong as a budget asks for.
+  """Makes the layers of a named schedule at the strength that meets a budget.
 
   Args:
     name: One of `schedules()`.

@@ -1,4 +1,4 @@
-"""What a plan's layers hold: static reducers, at once jit key and JSON."""
+"""Static reducers: hashable values that serve as jit key and as JSON in a plan."""
 
 import dataclasses
 import reprlib
@@ -13,7 +13,7 @@ LARGEST = 2**31 - 1  # more is a slip of the pen, and would not fit the arithmet
 
 
 class StaticReducer:
-  """A reducer whose fields are plain values: it reads, checks and writes its own JSON.
+  """Base of reducers whose fields are plain values; reads, checks and writes its own JSON.
 
   A subclass is a frozen dataclass or a Linen module. Whole numbers among its fields are counts,
   fractions are shares in (0, 1].
@@ -91,13 +91,13 @@ class StaticReducer:
 
 
 def _fields(reducer: type) -> dict[str, dataclasses.Field[Any]]:
-  """What a reducer's JSON holds; Flax gives a module two fields more."""
+  """Returns the fields that a reducer's JSON holds, without the two that Flax adds."""
   fields = dataclasses.fields(reducer)
   return {field.name: field for field in fields if field.name not in ("parent", "name")}
 
 
 def _checked(field: dataclasses.Field[Any], value: Any, where: str) -> Any:
-  """A field's value, if it is one of its type."""
+  """Returns a field's value, or raises if it is not of the field's type."""
   name, got = field.name, reprlib.repr(value)
   is_number = isinstance(value, int | float) and not isinstance(value, bool)
   if field.type is int and not (type(value) is int and 0 < value <= LARGEST):

@@ -1,4 +1,4 @@
-"""What timm's weights expect, by architecture and pre-training tag, as in `NAME.TAG`.
+"""Looks up timm's preprocessing by architecture and pre-training tag, as in `NAME.TAG`.
 
 `bundled/timm_tags.json` has it; `tools/timm_tags.py` makes that file.
 """
@@ -14,7 +14,7 @@ _HUB = ("hf-hub:", "timm/")
 
 
 def tag_of(name: str) -> dict[str, Any] | None:
-  """What the weights of a name expect; none where it is not known.
+  """Returns what timm records for a pre-trained model; None if the tag is not known.
 
   Args:
     name: `NAME.TAG`, or with `timm/` or `hf-hub:timm/` before it.
@@ -27,7 +27,7 @@ def tag_of(name: str) -> dict[str, Any] | None:
 
 
 def architecture(name: str) -> str | None:
-  """The name without its tag; none where the tag is not known."""
+  """Returns the name without its tag; None if the tag is not known."""
   return _without_hub(name).split(".")[0] if tag_of(name) else None
 
 
@@ -38,19 +38,19 @@ def _without_hub(name: str) -> str:
 
 
 def spec_changes(tag: Mapping[str, Any]) -> dict[str, Any]:
-  """The fields of a `ViTSpec` that a tag's weights expect, by name."""
+  """Returns a tag's values as fields of a `ViTSpec`, by name."""
   return {key: tuple(value) if isinstance(value, list) else value for key, value in tag.items()}
 
 
 def near_tags(name: str) -> list[str]:
-  """The known names of the same architecture that are most like `name`, at most three."""
+  """Returns up to three known tags of the same architecture that are closest to `name`."""
   architecture = name.split(".")[0] + "."
   known = [other for other in _table()["tags"] if other.startswith(architecture)]
   return difflib.get_close_matches(name, known, n=3, cutoff=0.0)
 
 
 def timm_version() -> str:
-  """The version of timm whose tags are known."""
+  """Returns the version of timm whose tags are known."""
   return _table()["timm"]
 
 

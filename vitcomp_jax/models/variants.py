@@ -174,7 +174,7 @@ def get_spec(
 
 
 def _tagged(variant: str, spec: ViTSpec) -> dict[str, Any]:
-  """What differs from the architecture's spec for a pre-training tag."""
+  """Returns the fields of the architecture's spec that a pre-training tag changes."""
   if (tag := tags.tag_of(variant)) is not None:
     return tags.spec_changes(tag)
   near = tags.near_tags(variant)

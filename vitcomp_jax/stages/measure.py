@@ -81,7 +81,7 @@ def row(found: Outcomes, model: ViT, name: str) -> dict[str, Any]:
 
 
 def scores(logits: jax.Array, labels: jax.Array) -> dict[str, jax.Array]:
-  """How well labels are met: of every example `top1` and `top5` (0 or 100) and `loss` in nats.
+  """Scores every example: `top1` and `top5` (0 or 100) and the cross-entropy `loss` in nats.
 
   An example with a logit that is not finite meets none, whatever its label, and its loss is NaN.
   """

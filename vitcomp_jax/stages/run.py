@@ -84,7 +84,7 @@ class Run:
 
   @functools.cached_property
   def spec(self) -> ViTSpec:
-    """The dense model, as its weights and the config have it.
+    """Returns the spec of the dense model, from its weights and the config.
 
     A head that is trained, or random, gets as many outputs as the data have classes, unless the
     config says otherwise.
@@ -109,12 +109,12 @@ class Run:
 
   @property
   def _head_is_new(self) -> bool:
-    """Whether the classifier is trained here, or random; otherwise it is the weights'."""
+    """Returns whether the classifier is trained in this run, or random."""
     return "pretrain" in self.config.stages or self.config.model.weights is None
 
   @functools.cached_property
   def class_names(self) -> tuple[str, ...]:
-    """Names of the model's outputs, in order; empty where they are not known, or are features."""
+    """Returns the names of the model's outputs, in order; empty if not known, or for features."""
     if not self.spec.num_classes:
       return ()
     known, names = self.spec.class_names, self._label_names
@@ -124,7 +124,7 @@ class Run:
 
   @functools.cached_property
   def _label_names(self) -> tuple[str, ...]:
-    """Names by which the data know the model's outputs; empty where they do not.
+    """Returns the names by which the data's classes are found among the outputs.
 
     Raises:
       UserError: If classes cannot be told from each other.
@@ -151,13 +151,13 @@ class Run:
 
   @functools.cached_property
   def _asked_names(self) -> tuple[str, ...]:
-    """The outputs' names as the config has them; empty: it has none."""
+    """Returns the names in `config.data.classes`; empty if it is not set."""
     asked = self.config.data.classes
     return labels.read_names(asked) if asked else ()
 
   @functools.cached_property
   def _data_names(self) -> tuple[str, ...]:
-    """The data's own names of their classes, in their order; empty where there are no labels."""
+    """Returns the data's own class names, in order; empty if there are no labels."""
     if self.config.data.name == "fake":
       return ()
     trains = {"pretrain", "slim", "search", "finetune"} & set(self.config.stages)
@@ -366,7 +366,7 @@ class Run:
     )
 
   def _source(self, split: str) -> sources.Source:
-    """A split's files, looked for once: there may be a million."""
+    """Opens a split once: a folder may hold a million files."""
     if split not in self._sources:
       self._sources[split] = loader.open_source(self.config.data, split)
     return self._sources[split]

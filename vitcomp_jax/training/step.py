@@ -126,7 +126,7 @@ def random_streams(key: Array, batch: Batch, names: Sequence[str]) -> dict[str, 
 
 
 def top1(logits: Array, targets: Array) -> Array:
-  """How often the class of the largest logit is that of the largest target, in percent.
+  """Returns the percentage of rows whose largest logit and largest target coincide.
 
   Logits that are not all finite are never right: the largest would be the first that is NaN.
   """

@@ -56,7 +56,7 @@ class PruneMerge(StaticReducer):
     return min(n, self.prune_keep, self.merge_keep)
 
   def counts(self, n: int) -> tuple[int, int]:
-    """The counts as they are asked for; some published ones are above what is left."""
+    """Returns the configured counts; some published ones exceed the tokens that are left."""
     return self.prune_keep, self.merge_keep
 
   def _merge_last(self, tokens: Tokens, keep: int) -> Tokens:

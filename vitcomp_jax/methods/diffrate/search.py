@@ -113,7 +113,7 @@ class PruneMergeSearch(nn.Module):
     return tokens.replace(keep=keep, num_kept=jax.lax.stop_gradient(count)), Aux(count)
 
   def count(self, n: int) -> int:
-    """All tokens stay, masked or not."""
+    """Returns `n`: all tokens stay, masked or not."""
     return n
 
   def _before(self, tokens: Tokens, dtype: jnp.dtype) -> Array:
@@ -279,7 +279,7 @@ class DiffRate:
     return self.base or spec.dense_layers
 
   def is_compressed(self, spec: ViTSpec) -> tuple[bool, ...]:
-    """Which layers may lose tokens."""
+    """Returns which layers may lose tokens."""
     return compressed_layers(spec, self.compress_first, self.compress_last)
 
   def layers(self, spec: ViTSpec, logits_only: bool = False) -> tuple[LayerSpec, ...]:

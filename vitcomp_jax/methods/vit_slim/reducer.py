@@ -1,4 +1,4 @@
-"""What ViT-Slim makes of patches that it cuts: the same positions stay in every image."""
+"""ViT-Slim's static reduction: keeps the same patch positions in every image."""
 
 import dataclasses
 import reprlib
