@@ -1,4 +1,4 @@
-"""How much of a bare decoding loop's rate the input pipeline reaches, from JPEG at 224 pixels.
+"""Measures the input pipeline against a bare decoding loop, from JPEG at 224 pixels.
 
   python benchmarks/input_pipeline.py [--images 256] [--workers 2] [--json FILE]
 

@@ -1,4 +1,4 @@
-"""How fast vitcomp_jax is beside PyTorch on a CPU: forward passes, plans and steps of a search.
+"""Times vitcomp_jax beside PyTorch on a CPU: forward passes, plans and search steps.
 
   python benchmarks/side_by_side.py [--torch-python PATH] [--json FILE] [--only dense,plan]
 
@@ -77,7 +77,7 @@ class FirstTokens:
 
 @dataclasses.dataclass
 class Subject:
-  """What takes turns besides the models that `timing.compiled` makes."""
+  """A subject to time besides the models that `timing.compiled` makes."""
 
   name: str
   batch: int
@@ -148,7 +148,7 @@ class Peer:
 
 
 def make_run(variant: str, plan: vc.Plan) -> Run:
-  """What searches a plan of the same cost from random weights; nothing is written."""
+  """Returns a search for a plan of the same cost from random weights; writes nothing."""
   config = vc.default_config()
   config.model.variant, config.data.name, config.data.workers = variant, "fake", 1
   config.budget.gmacs, config.search.batch_size = plan.gmacs, BATCH
@@ -282,7 +282,7 @@ def time_mae_h(seconds: float) -> list[Any]:
 
 
 def ratios(subjects: Sequence[Any]) -> dict[str, float | None]:
-  """What is compared, from the medians; none where a part was left out."""
+  """Returns the ratios of medians; None where a part was left out."""
   median = {(s.name, s.batch): statistics.median(s.seconds) for s in subjects}
   eager, compiled = (median.get((f"torch {way}", BATCH)) for way in PARTS["dense"][BATCH])
   fastest = min((s for s in (eager, compiled) if s), default=None)
@@ -337,7 +337,7 @@ def table(result: Mapping[str, Any]) -> str:
 
 
 def machine(torch: str | None) -> dict[str, Any]:
-  """What the figures are true of."""
+  """Describes the machine and the versions that were measured."""
   lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
   names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
   versions = {"python": platform.python_version(), "torch": torch, **environment()["versions"]}

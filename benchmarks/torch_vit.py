@@ -254,7 +254,7 @@ class Search:
 
 
 class Side:
-  """What can be run, by name."""
+  """Lists what can be run, by name."""
 
   def __init__(self, setup: dict[str, Any]) -> None:
     """Loads the arrays.

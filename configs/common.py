@@ -1,4 +1,4 @@
-"""What several experiments share."""
+"""Defaults shared by several experiments."""
 
 import ml_collections
 

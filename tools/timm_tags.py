@@ -18,7 +18,7 @@ FILE = pathlib.Path(__file__).parents[1] / "vitcomp_jax" / "bundled" / "timm_tag
 
 
 def table() -> dict[str, dict[str, Any]]:
-  """What each tag expects, by `NAME.TAG`."""
+  """Returns the preprocessing of each tag, by `NAME.TAG`."""
   bases = {name.split(".")[0] for name in VARIANTS}
   names = [name for name in timm.list_pretrained() if name.split(".")[0] in bases]
   return {name: _tag(name) for name in sorted(names)}

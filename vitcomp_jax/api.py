@@ -311,7 +311,7 @@ def apply(model: ViT, params: Params, images: Float[Array, "b h w 3"]) -> Float[
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-  """What a model costs.
+  """The cost of a model.
 
   Attributes:
     gmacs: 1e9 multiply-accumulates per image (the papers' "GFLOPs").

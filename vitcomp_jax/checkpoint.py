@@ -60,7 +60,7 @@ class Checkpointer:
       like: A state of the same shapes.
 
     Returns:
-      The step and the state; none if there are no checkpoints.
+      The step and the state; None if there are no checkpoints.
 
     Raises:
       UserError: If there are checkpoints and none can be read, or one is of another shape.
@@ -89,7 +89,7 @@ class Checkpointer:
     return None
 
   def latest_step(self) -> int | None:
-    """The newest checkpoint that is written or being written; none if there is none."""
+    """The newest checkpoint that is written or being written; None if there is none."""
     return self._manager.latest_step()
 
   def _check_shapes(self, step: int, like: Any) -> None:
@@ -146,7 +146,7 @@ def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
 
 
 def _system_reason(error: BaseException | None) -> str | None:
-  """What the operating system said, if an error or one of its causes is its."""
+  """Returns the operating system's message behind an error; None if there is none."""
   while error is not None:
     # TensorStore has no type of its own for such errors.
     if isinstance(error, OSError) or "os_error_code" in str(error):

@@ -1,4 +1,4 @@
-"""What a budget limits: multiply-accumulates, or the time that one device takes.
+"""Costs that a budget can limit: multiply-accumulates, or latency on one device.
 
 A cost is a function of the tokens at attention and at the MLP of each layer. The counts are ints
 for a plan, and traced, with straight-through gradients, for the budget term of a search.

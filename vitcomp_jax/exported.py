@@ -57,7 +57,7 @@ class Exported:
 
   @property
   def preprocess(self) -> Preprocess:
-    """What is done to every image before the model sees it."""
+    """Returns the preprocessing of images."""
     values = self.manifest["input"]["preprocess"]
     fields: Any = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
     return Preprocess(**fields)

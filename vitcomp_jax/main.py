@@ -184,7 +184,7 @@ def _config_file(name: str) -> pathlib.Path:
 
 
 def _read(path: pathlib.Path, arg: str | None) -> dict[str, Any]:
-  """What a config file's `get_config` returns."""
+  """Runs a config file's `get_config` and returns its values."""
   try:
     get_config = runpy.run_path(str(path)).get("get_config")
     if get_config is None:

@@ -93,7 +93,7 @@ def read_metrics(workdir: pathlib.Path, stage: str) -> list[dict[str, Any]]:
 
 
 def _records(path: pathlib.Path) -> list[dict[str, Any]]:
-  """What was logged, without lines that are damaged."""
+  """Reads the logged records, without damaged lines."""
   return [r for r in map(_parse, path.read_text(errors="replace").splitlines()) if r]
 
 

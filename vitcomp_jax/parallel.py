@@ -1,4 +1,4 @@
-"""How state and batches lie on the devices: one step's mathematics, three layouts.
+"""Layouts of state and batches on the devices: data parallel, FSDP and pmap.
 
 - `data`: every device holds the whole state and works on its rows of the batch;
 - `fsdp`: the state is cut up too, and whole only while a step needs it (fully sharded data
@@ -35,7 +35,7 @@ class Layout:
     """Takes the devices.
 
     Args:
-      config: The mode, and how many devices; none: `data` on all.
+      config: The mode, and how many devices; None: `data` on all.
 
     Raises:
       UserError: If there are not that many devices, or not the same number in each process.
@@ -136,7 +136,7 @@ class Layout:
     return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, of(x)), tree)
 
   def _of(self, x: Any) -> NamedSharding:
-    """Where an array of the state lies: cut along its longest side that the devices divide."""
+    """Returns the sharding of a state array: along its longest side that the devices divide."""
     sides = [i for i, side in enumerate(np.shape(x)) if side % self.num_devices == 0]
     if self.mode != "fsdp" or not sides or np.size(x) < _CUT_FROM:
       return self._whole

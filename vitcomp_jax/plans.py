@@ -37,7 +37,7 @@ class Plan:
   Attributes:
     variant: timm's name.
     num_tokens: Tokens before any reduction, prefix included.
-    layers: Of each layer, the widths (none: the variant's) and the two reducers.
+    layers: Of each layer, the widths (None: the variant's) and the two reducers.
     gmacs: 1e9 multiply-accumulates per image.
     made_by: How it came about.
   """
@@ -85,7 +85,7 @@ class Plan:
 
   @property
   def indices(self) -> tuple[LayerIndex, ...] | None:
-    """Which units of the dense layers are kept; none: all."""
+    """Returns the kept units of the dense layers; None if all are kept."""
     kept = [layer.index for layer in self.layers if layer.index]
     return tuple(kept) or None
 
@@ -108,7 +108,7 @@ class PlanLayer:
   """One layer of a plan.
 
   Attributes:
-    index: Which units of the dense layer are kept; none: all.
+    index: Which units of the dense layer are kept; None: all.
     select: Removes tokens before attention.
     reduce: Removes tokens between attention and MLP.
     size_bias: Whether merged tokens weigh as much as their patches in attention.
@@ -137,7 +137,7 @@ class PlanLayer:
     return dataclasses.replace(base, **gates)
 
   def to_json(self, base: LayerSpec | None) -> dict[str, Any]:
-    """As it stands in plan.json, with the widths where the dense layer is known."""
+    """Returns the layer's JSON, with its widths if the dense layer is known."""
     widths = {name: getattr(self.apply_to(base), name) for name in _WIDTHS} if base else {}
     indices = {"attn_index": self.index.attn, "mlp_index": self.index.mlp} if self.index else {}
     reductions = {"select": self.select.to_json(), "reduce": self.reduce.to_json()}
@@ -157,7 +157,7 @@ def make_plan(
     spec: The model.
     layers: Its layers.
     made_by: How they came about.
-    indices: Which units of the dense layers slimmed ones keep; none: all.
+    indices: Which units of the dense layers slimmed ones keep; None: all.
   """
   plan_layers = []
   for index, layer in zip(indices or (None,) * len(layers), layers, strict=True):
@@ -307,7 +307,7 @@ def _parse_layer(values: Any, base: LayerSpec, where: str) -> PlanLayer:
 
 
 def _parse_index(values: Mapping[str, Any], base: LayerSpec, where: str) -> LayerIndex | None:
-  """The units that a slimmed layer keeps; none for a dense one."""
+  """The units that a slimmed layer keeps; None for a dense one."""
   if not set(_INDICES) & set(values):
     return None
   heads, hidden = (values.get(name) for name in _INDICES)
@@ -357,7 +357,7 @@ def _count(values: Mapping[str, Any], key: str, where: str) -> int:
 
 
 def _shown(values: Mapping[str, Any], key: str) -> str:
-  """What a key has, short enough for a line."""
+  """Shortens a key's value to fit a line."""
   return reprlib.repr(values[key]) if key in values else "nothing"
 
 

@@ -14,7 +14,7 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class LayerIndex:
-  """Where a slimmed layer's units come from; -1: nowhere, zeros.
+  """Indices of a slimmed layer's units in the dense layer; -1 stands for zeros.
 
   Attributes:
     attn: Of each head and dimension, `head * head_dim + dimension` in the dense layer.

@@ -10,7 +10,7 @@ from vitcomp_jax.convert.slicing import LayerIndex, scale_qkv
 
 
 def arguments(indices: Sequence[LayerIndex], width: int) -> dict[str, Any] | None:
-  """How timm's `VisionTransformer` is told the widths of a slimmed network.
+  """Returns the arguments of timm's `VisionTransformer` for a slimmed network's widths.
 
   Args:
     indices: What each layer keeps.

@@ -179,7 +179,7 @@ class Dataset:
 
   @property
   def skipped(self) -> int:
-    """How many corrupt images have been met and left out so far."""
+    """Returns the number of corrupt images left out so far."""
     return len(self._corrupt)
 
   def train_batches(
@@ -307,7 +307,7 @@ class Dataset:
     return UserError(f"{self.name}, split {self.split}: expected images, got only corrupt ones.")
 
   def _item(self, position: int, rng: np.random.Generator | None = None) -> "_Item | None":
-    """The item at `position`, augmented if there is a generator; none if it is corrupt."""
+    """The item at `position`, augmented if there is a generator; None if it is corrupt."""
     if self._memory is not None:
       return self._memory[position]
     index = int(self._indices[position])
@@ -367,7 +367,7 @@ class Dataset:
 
   @functools.cached_property
   def _memory(self) -> "list[_Item | None] | None":
-    """All items, decoded once, where the images are small and fit; none for others."""
+    """Decodes all items once if the images are small and fit in memory; None otherwise."""
     shape, size = self._source.image_shape, self.pre.image_size
     if shape is None or max(shape) > _SMALL_SIDE or self._augmentation.augment in _CROPS:
       return None

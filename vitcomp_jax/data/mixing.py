@@ -117,7 +117,7 @@ def training_inputs(
   smoothing: float,
   key: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-  """What a training step feeds its model and holds its logits to.
+  """Returns the inputs and the targets of a training step.
 
   Args:
     batch: `image` uint8[b h w 3], `label` i[b] and `row` i[b]; where the config asks for them,
@@ -141,7 +141,7 @@ def training_inputs(
 
 
 def _inside(box: jax.Array, height: int, width: int) -> jax.Array:
-  """Which pixels lie in each image's box, bool[b h w]."""
+  """Returns the pixels inside each image's box, bool[b h w]."""
   top, left, bottom, right = (box[:, i, None] for i in range(4))
   y, x = (jnp.arange(side, dtype=box.dtype)[None] for side in (height, width))
   return ((y >= top) & (y < bottom))[:, :, None] & ((x >= left) & (x < right))[:, None, :]

@@ -1,4 +1,4 @@
-"""Where images and labels come from: random access, one example per index."""
+"""Sources of images and labels, with random access by index."""
 
 import dataclasses
 import functools
@@ -226,11 +226,11 @@ def make_source(
 
   Args:
     name: `bundled`, `folder`, `fake`, or a TFDS name.
-    directory: The image folder, or TFDS's data_dir (none: TFDS's default).
-    split: Name of the split; none: the evaluation split that there is.
+    directory: The image folder, or TFDS's data_dir (None: TFDS's default).
+    split: Name of the split; None: the evaluation split that there is.
     fake_size: Height and width of the images of `fake`, in pixels.
     fake_classes: Number of classes of `fake`.
-    class_order: Of the classes of `folder`, see `labels.sort_classes`; none: `sorted`.
+    class_order: Of the classes of `folder`, see `labels.sort_classes`; None: `sorted`.
 
   Returns:
     The source.
@@ -330,7 +330,7 @@ def _tfds_builder(name: str, directory: str | None) -> Any:
 
 
 def _first_line(error: Exception) -> str:
-  """What an error says, without the help that follows."""
+  """Returns the first line of an error's message."""
   return str(error.args[0] if error.args else error).splitlines()[0]
 
 

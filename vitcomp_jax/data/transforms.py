@@ -29,7 +29,7 @@ Array = TypeVar("Array")
 
 @dataclasses.dataclass(frozen=True)
 class Preprocess:
-  """What is done to every image.
+  """Preprocessing of images.
 
   Attributes:
     image_size: Height and width of the model's input, in pixels.

@@ -162,7 +162,7 @@ def places(layers: tuple[LayerSpec, ...]) -> list[int]:
 
 
 def ratio_loss(spec: ViTSpec, layers: tuple[LayerSpec, ...], out: Output) -> Float[Array, ""]:
-  """How far the share of patches that an image keeps is from the ratio (Eq. 12).
+  """Computes the squared distance of the kept share of patches from the ratio (Eq. 12).
 
   Args:
     spec: The model.

@@ -79,7 +79,7 @@ def layers(
     keep_rate: Of each layer, the share of the tokens behind the prefix that is kept, rounded up; a
       fused token of an earlier layer is one of them.
     fuse: Whether the others are fused into one token.
-    tokens: Of each layer, how many are kept, whatever the rate; none: as the rate says.
+    tokens: Of each layer, how many are kept, whatever the rate; None: as the rate says.
 
   References:
     Liang et al., `EViT <https://arxiv.org/abs/2202.07800>`_, 2022, Sec. 3.

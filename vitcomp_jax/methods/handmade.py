@@ -25,7 +25,7 @@ def compressed_layers(
   Args:
     spec: The model.
     first: Whether the first may.
-    last: Whether the last may; none: unless the head pools over the patches it leaves.
+    last: Whether the last may; None: unless the head pools over the patches it leaves.
   """
   last = not spec.pools_patches if last is None else last
   starts = [*spec.starts, spec.depth]

@@ -75,7 +75,7 @@ class CAFormerSpec(ViTSpec):
 
   @property
   def fixed_macs(self) -> int:
-    """All convolutions, and the head as DiffRate's authors count it, 8·C for each class."""
+    """Counts all convolutions, and the head as DiffRate's authors do, 8·C for each class."""
     patches = self.num_patches
     positions = (16 * patches, 4 * patches, patches, math.prod(self._last_grid))
     total, channels, kernel = 8 * self.dims[3] * self.num_classes, 3, _STEM_KERNEL
@@ -146,7 +146,7 @@ class CAFormer(ViT):
     return self.stages[3].blocks[layer - first](tokens)
 
   def restore(self, tokens: Tokens) -> Float[Array, "b h w d"]:
-    """All places of the grid before the last stage, normed for its convolution.
+    """Returns the full grid before the last stage, normed for its convolution.
 
     A masked token is replaced by what removing it would leave in its place, with a gradient to the
     mask.

@@ -238,7 +238,7 @@ class AttentionPool(nn.Module):
     return y + self.mlp(self.norm(y)[:, None])[:, 0]
 
   def query(self) -> Float[Array, "1 h k"]:
-    """What the head looks for, by head."""
+    """Returns the query folded through the key projection, by head."""
     return self.q(self.latent).reshape(1, self.num_heads, -1)
 
   def probe(self) -> Float[Array, "h d"]:

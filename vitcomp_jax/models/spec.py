@@ -160,7 +160,7 @@ class ViTSpec:
     return self.num_prefix if self.pos_on_prefix else 0
 
   def importance(self, asked: str = "auto", where: str = "config.search.importance") -> str:
-    """What tells the important tokens.
+    """Resolves `auto` to the best importance metric that this model supports.
 
     Args:
       asked: One of `tokens.IMPORTANCES`; or `auto`, the attention of what the head looks at: CLS,
@@ -204,7 +204,7 @@ class ViTSpec:
     return self.width
 
   def layer_path(self, layer: int) -> tuple[str, ...]:
-    """Where a layer's variables are in a tree of all variables."""
+    """Returns the path of a layer's variables in the tree of all variables."""
     return (f"blocks_{layer}",)
 
   def with_tokens(self, num_tokens: int) -> "ViTSpec":
@@ -242,12 +242,12 @@ class ViTSpec:
 
 
 def to_tree(spec: ViTSpec, of_layers: Sequence[Any]) -> dict[str, Any]:
-  """What each layer has, as a tree of variables."""
+  """Builds a tree of variables from one value per layer."""
   return traverse_util.unflatten_dict({spec.layer_path(i): v for i, v in enumerate(of_layers)})
 
 
 def of_layer(spec: ViTSpec, tree: Mapping[str, Any], layer: int) -> Any:
-  """What one layer has in a tree of variables."""
+  """Returns one layer's branch of a tree of variables."""
   return functools.reduce(lambda branch, key: branch[key], spec.layer_path(layer), tree)
 
 

@@ -1,4 +1,4 @@
-"""What flows between the layers of a ViT whose tokens can be pruned and merged."""
+"""Tokens that flow between layers, and the statistics and interfaces of reducers."""
 
 from typing import Protocol, runtime_checkable
 
@@ -86,7 +86,7 @@ def unmerge(tokens: Tokens) -> Float[Array, "b p d"]:
 
 
 class AttentionStats(flax.struct.PyTreeNode):
-  """What a reducer may want to know of a layer's attention; what none asks for is not computed."""
+  """Statistics of a layer's attention for reducers; XLA drops those that none uses."""
 
   q: Array  # f[b h n k] queries
   k: Array  # f[b h n k] keys
@@ -96,7 +96,7 @@ class AttentionStats(flax.struct.PyTreeNode):
   scale: float = flax.struct.field(pytree_node=False)  # factor of the products
 
   def importance(self, metric: str, tokens: Tokens) -> Array:
-    """How much each token matters, f[b n]; below 0 where masked.
+    """Computes the importance of each token, f[b n]; negative where masked.
 
     Args:
       metric: One of `IMPORTANCES`: the attention that CLS pays a token (mean over heads); that
@@ -128,13 +128,13 @@ class AttentionStats(flax.struct.PyTreeNode):
 
 
 class Aux(flax.struct.PyTreeNode):
-  """What a loss may want to know of one reduction."""
+  """The token count after one reduction, for losses."""
 
   count: Array | int  # tokens after it; traced, with straight-through gradients, in a search
 
 
 class Output(flax.struct.PyTreeNode):
-  """All a forward pass gives."""
+  """Outputs of a forward pass."""
 
   logits: Array  # f[b classes]; the features where the model has no classifier
   features: Array  # f[b d] pooled, what the classifier sees

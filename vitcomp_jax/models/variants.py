@@ -87,7 +87,7 @@ def _siglip() -> Iterator[ViTSpec]:
 
 
 def _build() -> dict[str, ViTSpec]:
-  """All variants. Preprocessing is that of timm's weights of the same name."""
+  """Builds all variants, with the preprocessing of timm's weights of the same name."""
   specs = []
   for size, side in (("tiny", 224), ("small", 224), ("base", 224), ("base", 384)):
     crop = 1.0 if side == 384 else 0.9
@@ -149,9 +149,9 @@ def get_spec(
   Args:
     variant: Such as `deit_small_patch16_224` or `vit_base_patch16_224.dino`; with a tag, images are
       prepared as timm prepares them for those weights.
-    num_classes: Outputs of the classifier, 0 for features; none: the variant's or the tag's.
-    image_size: Side of a square, or height and width, in pixels; none: the variant's or the tag's.
-    dtype: Of the computation; none: that of inputs and weights.
+    num_classes: Outputs of the classifier, 0 for features; None: the variant's or the tag's.
+    image_size: Side of a square, or height and width, in pixels; None: the variant's or the tag's.
+    dtype: Of the computation; None: that of inputs and weights.
 
   Raises:
     UserError: For an unknown variant, or an image size that the patch does not divide.

@@ -63,7 +63,7 @@ class ViT(nn.Module):
     return self.forward(images).logits
 
   def forward(self, images: Float[Array, "b h w 3"]) -> Output:
-    """All there is to know of a forward pass.
+    """Returns logits, pooled features, and the tokens and token counts of every layer.
 
     Args:
       images: Normalised by the spec's mean and std.
@@ -111,7 +111,7 @@ class ViT(nn.Module):
     return Tokens(x, None, None, source, spec.num_prefix, probe=self._probe())
 
   def _probe(self) -> Array | None:
-    """What the pooling head looks for in a token, if a reducer wants to know it."""
+    """Returns the pooling query, f[h d]; None unless a reducer ranks by `pool_query`."""
     if not any(getattr(layer.reduce, "importance", None) == "pool_query" for layer in self.layers):
       return None
     if self.is_initializing():  # The head has no parameters yet.

@@ -32,8 +32,8 @@ def attend(
     k: Keys.
     v: Values.
     scale: Factor of the products, 1/sqrt(k) in a plain ViT.
-    log_size: Logarithm of the patches each key stands for; none: all 1.
-    keep: 1 for kept keys, 0 for dropped ones; none: nothing is masked.
+    log_size: Logarithm of the patches each key stands for; None: all 1.
+    keep: 1 for kept keys, 0 for dropped ones; None: nothing is masked.
     eps: The authors' smoothing of a masked softmax (1e-6). A row sees CLS and itself, so it is
       never empty; without smoothing, masking is exactly as good as removing.
     form: What computes it where nothing is masked: `xla`, or `cudnn`, the fused kernel of NVIDIA's
@@ -200,8 +200,8 @@ def attend_one(
     k: Keys.
     v: Values.
     scale: Factor of the products.
-    log_size: Logarithm of the patches each key stands for; none: all 1.
-    keep: 1 for kept keys, 0 for dropped ones; none: nothing is masked.
+    log_size: Logarithm of the patches each key stands for; None: all 1.
+    keep: 1 for kept keys, 0 for dropped ones; None: nothing is masked.
   """
   logits = _logits(q[:, :, None], k, scale, log_size)
   if keep is None:
@@ -229,7 +229,7 @@ def cls_attention(
     q: The CLS token's query.
     k: All keys.
     scale: Factor of the products.
-    log_size: Logarithm of the patches each key stands for; none: all 1.
+    log_size: Logarithm of the patches each key stands for; None: all 1.
     keep: 1 for kept keys, 0 for dropped ones, which then score below every kept one.
 
   Returns:
@@ -259,7 +259,7 @@ def mean_attention(
     q: Queries.
     k: Keys.
     scale: Factor of the products.
-    log_size: Logarithm of the patches each key stands for; none: all 1.
+    log_size: Logarithm of the patches each key stands for; None: all 1.
     keep: 1 for kept tokens, 0 for dropped ones, which then score below every kept one.
     of_all: Average over dropped queries too, which see the kept keys and themselves. By what they
       pay themselves, dropped tokens then have an order of their own.
@@ -289,7 +289,7 @@ def probe_attention(
     x: Tokens; they are standardised first.
     probe: The query taken through keys and norm, by head, such that its product with a
       standardised token is that of query and key up to a constant, which a softmax does not see.
-    size: Patches each token stands for; none: all 1.
+    size: Patches each token stands for; None: all 1.
     keep: 1 for kept tokens, 0 for dropped ones, which then score below every kept one.
 
   Returns:
@@ -319,7 +319,7 @@ def last_if_dropped(
 
 
 def _hidden(is_hidden: Array) -> Array:
-  """What to add to logits so that some are out of sight."""
+  """Returns the additive mask of logits, -inf where a key is hidden."""
   return jnp.where(is_hidden, -jnp.inf, 0.0)
 
 

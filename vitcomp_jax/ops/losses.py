@@ -47,7 +47,7 @@ def logit_divergence(logits: Float[Array, "b c"], teacher: Float[Array, "b c"]) 
 def distillation(
   logits: Float[Array, "b c"], teacher: Float[Array, "b c"], kind: str, temperature: float = 1.0
 ) -> Float[Array, ""]:
-  """How far a student is from its teacher, in nats.
+  """Computes the divergence of a student from its teacher, in nats.
 
   Args:
     logits: The student's.

@@ -103,7 +103,7 @@ def merge_tail(
 def follow_merge(
   source: Int[Array, "b p"], receiver: Int[Array, "b s"], keep: int
 ) -> Int[Array, "b p"]:
-  """Where each patch's token is after the merge: tokens past `keep` are their receivers now."""
+  """Updates the token that holds each patch: tokens past `keep` become their receivers."""
   moved = jnp.take_along_axis(receiver, jnp.maximum(source - keep, 0), axis=1)
   return jnp.where(source >= keep, moved, source)
 
@@ -179,7 +179,7 @@ def follow_join(
   receiver: Int[Array, "b s"],
   num_tokens: int,
 ) -> Int[Array, "b p"]:
-  """Where each patch's token is after some were merged away.
+  """Updates the token that holds each patch after some tokens were merged away.
 
   Args:
     source: Token that holds each patch before; -1: pruned.

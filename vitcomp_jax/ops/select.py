@@ -54,7 +54,7 @@ permute.defvjp(_permute_forward, _permute_backward)
 def follow(
   source: Int[Array, "b p"], order: Int[Array, "b c"], num_tokens: int
 ) -> Int[Array, "b p"]:
-  """Where each patch's token is after `take(_, order)`; -1 if it was left behind.
+  """Updates the token that holds each patch after `take(_, order)`; -1 if it was dropped.
 
   Args:
     source: Token that holds each patch before; -1: pruned earlier.

@@ -1,4 +1,4 @@
-"""What a run does, one module per stage."""
+"""The stages of a run, one module each."""
 
 import dataclasses
 import logging

@@ -1,4 +1,4 @@
-"""What random schedules of a budget reach: the cloud that a search is compared with."""
+"""Measures random schedules of a budget, with which a search is compared."""
 
 import functools
 import itertools

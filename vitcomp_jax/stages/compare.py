@@ -260,7 +260,7 @@ def _save(path: pathlib.Path, arrays: Mapping[str, np.ndarray]) -> None:
 
 
 def _path(run: Run, name: str) -> pathlib.Path:
-  """Where the outcomes of a row are; a plan's name may be a path itself."""
+  """Returns the file of a row's outcomes; a plan's name may be a path itself."""
   return _made(run.workdir / "compare" / "outcomes") / f"{name.replace('/', ':')}.npz"
 
 
@@ -270,7 +270,7 @@ def _made(folder: pathlib.Path) -> pathlib.Path:
 
 
 def _rank(run: Run, budget: float, points: Sequence[Mapping[str, float]]) -> dict[str, Any]:
-  """How the random schedules do, and how many of them the search beats on the same examples."""
+  """Summarises random schedules, and the share that the search beats on the same examples."""
   values = {key: np.array([point[key] for point in points]) for key in _PAIRED}
   examples = min(run.config.compare.random_examples, run.eval_data.num_examples)
   summary: dict[str, Any] = {"schedules": len(points), "examples": examples}

@@ -58,7 +58,7 @@ def kept_counts(spec: ViTSpec, layers: Layers) -> list[tuple[int, int]]:
 
 
 def _draw_search(run: Run, folder: pathlib.Path) -> None:
-  """How a search went; those for several budgets one after the other."""
+  """Plots the course of a search; searches for several budgets one after the other."""
   records: list[dict[str, Any]] = []
   targets: list[float] = []
   for suffix, target in run.targets.items():
@@ -72,7 +72,7 @@ def _draw_search(run: Run, folder: pathlib.Path) -> None:
 
 
 def _draw_slimming(run: Run, plan: Plan, folder: pathlib.Path) -> None:
-  """What of each layer a slimmed plan keeps, and how the masks came to it."""
+  """Plots what a slimmed plan keeps of each layer, and how its masks evolved."""
   spec, indices = run.spec, plan.indices or ()
   attn = np.array([np.isin(range(spec.width), np.ravel(i.attn)) for i in indices])
   mlp = np.array([np.isin(range(spec.mlp_dim), i.mlp) for i in indices])

@@ -120,7 +120,7 @@ def rows_of(run: Run) -> dict[str, Row]:
 
 
 def _baseline_gmacs(run: Run) -> dict[str, float]:
-  """What schedules without a search cost, by what stands behind their names."""
+  """Returns the budgets of schedules without a search, by the suffix of their row names."""
   if run.front:
     return {name[name.index("@") :]: plan.gmacs for name, plan in run.front.items()}
   return {"": run.plan.gmacs if run.plan else run.target_gmacs}
@@ -171,7 +171,7 @@ def write_report(run: Run, complete: bool = False) -> None:
 
 
 def _draw_token_maps(run: Run, plan: Plan) -> None:
-  """What the plan did to a few images, at four depths."""
+  """Draws what the plan does to a few images, at four depths."""
   data, model = run.eval_data, build(run.spec, plan.layers_for(run.spec))
   batch = data.sample(run.config.evaluate.token_maps)
   figure = pictures.token_maps(

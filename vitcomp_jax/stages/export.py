@@ -79,7 +79,7 @@ def made(run: Run) -> dict[str, Any]:
 
 
 def _manifest(run: Run) -> dict[str, Any]:
-  """What the artefacts have in common."""
+  """Returns the part of the manifest that all artefacts share."""
   spec, data, config = run.spec, run.eval_data, run.config.export
   cost = api.count_cost(build(spec, run.layers))
   return {
@@ -115,7 +115,7 @@ def _input_dtype(run: Run) -> str:
 
 
 def _function(run: Run) -> Callable[[Array], Array]:
-  """What is exported: from images, as they come, to logits; the weights are constants of it."""
+  """Returns the exported function, from images to logits, with the weights as constants."""
   # cuDNN's kernel is a custom call, which no other platform has and no format may hold.
   spec = dataclasses.replace(run.spec, attention="xla")
   model, params, preprocess = build(spec, run.layers), run.params, run.preprocess

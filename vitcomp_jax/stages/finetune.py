@@ -43,7 +43,7 @@ def finetune(run: Run) -> dict[str, Any]:
 
 
 def task(run: Run) -> loop.Task:
-  """What the fine-tuning trains."""
+  """Returns the training task."""
   teacher = run.dense_params if run.config.distill.kind != "none" else None
   return weights_task(
     run, "finetune", run.config.finetune, run.layers, run.params_before_finetune, teacher

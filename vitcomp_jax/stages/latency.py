@@ -65,7 +65,7 @@ def table(spec: ViTSpec, batch: int, importance: str, cache: pathlib.Path | None
     spec: The model.
     batch: Images at once.
     importance: By which tokens are pruned and merged.
-    cache: A folder; none: nothing is kept.
+    cache: A folder; None: nothing is kept.
   """
   about = {
     "device": device_name(),
@@ -109,7 +109,7 @@ def read(path: pathlib.Path) -> Latency:
 
 
 def device_name() -> str:
-  """What a latency holds for: an accelerator's kind, or a processor's name and its cores."""
+  """Names the device: the accelerator's kind, or the processor's name and cores."""
   kind = jax.devices()[0].device_kind
   if jax.default_backend() != "cpu":
     return kind
@@ -121,7 +121,7 @@ def device_name() -> str:
 
 
 def programs(spec: ViTSpec, batch: int, importance: str) -> dict[tuple[str, int], timing.Subject]:
-  """What is timed for a table: short stacks of layers, by kind and token count.
+  """Lists what is timed for a table: short stacks of layers, by kind and token count.
 
   Args:
     spec: The model.

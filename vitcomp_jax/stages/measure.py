@@ -1,4 +1,4 @@
-"""How good a model is, example by example."""
+"""Scores models example by example."""
 
 import functools
 import logging
@@ -108,7 +108,7 @@ def _score(
 def _compare(
   model: ViT, preprocess: Preprocess, params: Params, dense_params: Params, images: jax.Array
 ) -> Mapping[str, jax.Array]:
-  """How far the outputs are from the dense model's."""
+  """Computes the divergence of the outputs from the dense model's."""
   images = normalize(images, preprocess)
   dense = build(model.spec, model.spec.dense_layers)
   out = model.apply({"params": params}, images, method="forward")

@@ -1,4 +1,4 @@
-"""What plans and models do, drawn: the tokens they leave, and what becomes of images."""
+"""Plots of plans and models: the tokens they keep, and what becomes of images."""
 
 import functools
 from collections.abc import Mapping, Sequence
@@ -34,8 +34,8 @@ def token_maps(
     model: With static reducers.
     params: Its weights.
     images: uint8[n h w 3].
-    titles: Of the images; none: numbers.
-    layers: After which tokens are drawn, from 1; none: all.
+    titles: Of the images; None: numbers.
+    layers: After which tokens are drawn, from 1; None: all.
     about: A sentence to stand below, such as which model it is.
   """
   spec, sources = model.spec, _inside(model, params, images)[0]
@@ -87,7 +87,7 @@ def _titles(titles: Sequence[str] | None, images: np.ndarray) -> Sequence[str]:
 def _inside(
   model: ViT, params: Params, images: np.ndarray
 ) -> tuple[list[np.ndarray], list[np.ndarray]]:
-  """Of each layer, the token that holds each patch after it, and CLS's attention to each patch."""
+  """Returns, for each layer, the token that holds each patch, and CLS's attention to each patch."""
   found: tuple[list[np.ndarray], list[np.ndarray]]
   found = jax.device_get(_traced_inside(model, params, jnp.asarray(images)))
   return found
@@ -97,7 +97,7 @@ def _inside(
 def _traced_inside(
   model: ViT, params: Params, images: jax.Array
 ) -> tuple[list[jax.Array], list[jax.Array]]:
-  """As `_inside`, i[b p] and f[b p]."""
+  """Runs one layer of `_inside`; returns i[b p] and f[b p]."""
   spec = model.spec
   out, captured = model.apply(
     {"params": params},

@@ -23,7 +23,7 @@ def pretrain(run: Run) -> dict[str, Any]:
 
 
 def task(run: Run) -> Task:
-  """What the training trains."""
+  """Returns the training task."""
   return weights_task(run, "pretrain", run.config.pretrain, run.spec.dense_layers, run.dense_params)
 
 

@@ -15,7 +15,7 @@ NUM_CLASSES = 1000
 
 
 def accuracies(spec: ViTSpec) -> dict[str, list[tuple[float, float]]]:
-  """What was published of a model.
+  """Returns published accuracies of a model.
 
   Args:
     spec: The model; of one that is changed, as for another image size, nothing is known.
@@ -47,7 +47,7 @@ def _of_plans(spec: ViTSpec) -> dict[str, list[tuple[float, float]]]:
 
 
 def _gmacs(spec: ViTSpec, point: Mapping[str, Any]) -> float:
-  """As stated; else those of the plan that the point is of, of ToMe's r, or of the dense model."""
+  """Returns the stated GMACs, or counts those of the point's plan, ToMe's r or the dense model."""
   if "gmacs" in point:
     return float(point["gmacs"])
   if "plan" in point:

@@ -69,7 +69,7 @@ CAPTIONS = {
     "How much attention CLS pays each patch, from dark blue (little) to yellow (much).",
   ),
 }
-"""What the figures in `figures/` are and show, in the order of the report."""
+"""Titles and captions of the plots in `figures/`, in the order of the report."""
 
 _ABSENT = {
   "schedule": "Schedules and token maps: no model of this run removes tokens.",
@@ -301,7 +301,7 @@ def _front_table(front: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def _chosen_text(summary: Mapping[str, Any]) -> list[str]:
-  """Which of the plans that the search passed through was kept."""
+  """Describes which of the plans that the search passed through was kept."""
   tried = dict(summary.get("tried") or [])
   if not tried:
     return []
@@ -367,7 +367,7 @@ def _removes(plan_json: Mapping[str, Any] | None) -> bool:
 
 
 def _width_columns(layers: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
-  """What slimmed layers keep, zeros that fill up aside."""
+  """Tabulates what slimmed layers keep, without the zeros that fill up."""
   columns: dict[str, list[str]] = {}
   if "attn_index" in layers[0]:
     heads = [[sum(unit >= 0 for unit in head) for head in layer["attn_index"]] for layer in layers]

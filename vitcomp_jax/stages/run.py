@@ -1,4 +1,4 @@
-"""What the stages of one run share: the config, the workdir, the model and the data."""
+"""State shared by the stages of a run: the config, the workdir, the model and the data."""
 
 import dataclasses
 import functools
@@ -68,7 +68,7 @@ class Run:
       raise UserError(f"--workdir {self.workdir}: cannot be written ({error.strerror}).") from error
 
   def finished(self, stage: str) -> dict[str, Any] | None:
-    """What a finished stage reported; none if it is not finished."""
+    """Returns what a finished stage reported; None if it is not finished."""
     path = self._marker(stage)
     return read_json(path) if path.exists() else None
 
@@ -181,7 +181,7 @@ class Run:
 
   @functools.cached_property
   def base_plan(self) -> Plan | None:
-    """What a search of token counts starts from: this workdir's slimmed plan, or the config's."""
+    """Returns the plan a search starts from: this workdir's slimmed plan, or the config's."""
     made_here = self.workdir / "slimmed.json"
     if made_here.exists():
       return load_plan(str(made_here))
@@ -248,7 +248,7 @@ class Run:
 
   @functools.cached_property
   def cost(self) -> Cost:
-    """What the budget limits. A latency table is measured when it is first asked for."""
+    """Returns the cost that the budget limits; measures a latency table on first use."""
     budget = self.config.budget
     if budget.latency_ms is None:
       return MACS
@@ -334,7 +334,7 @@ class Run:
 
   @functools.cached_property
   def layout(self) -> Layout:
-    """How the devices share the work."""
+    """Returns the layout of state and batches on the devices."""
     return Layout(self.config.parallel)
 
   def train_batches(self, batch_size: int, start_step: int) -> Iterator[loader.Batch]:
@@ -410,7 +410,7 @@ def write_for_timm(run: Run, layers: Sequence[LayerSpec], params: api.Params) ->
 
 
 def preprocess_for(spec: ViTSpec) -> transforms.Preprocess:
-  """What a variant's weights expect to be done to every image."""
+  """Returns the preprocessing that a spec asks for."""
   return transforms.Preprocess(
     spec.image_size,
     spec.mean,

@@ -121,12 +121,12 @@ def steps_of(run: Run) -> int:
 
 
 def task(run: Run, suffix: str | None = None, learnt: Mapping[str, Any] | None = None) -> loop.Task:
-  """What the search trains.
+  """Returns the training task of the search.
 
   Args:
     run: The run.
-    suffix: Of the budget, see `Run.targets`; none: the first.
-    learnt: The rates to go on from; none: the method's start.
+    suffix: Of the budget, see `Run.targets`; None: the first.
+    learnt: The rates to go on from; None: the method's start.
   """
   suffix = next(iter(run.targets)) if suffix is None else suffix
   config, spec, steps = run.config.search, run.spec, steps_of(run)
@@ -303,7 +303,7 @@ def make_method(
     config: Of the search.
     spec: The model.
     target: The budget.
-    base: The layers to search on; none: dense ones.
+    base: The layers to search on; None: dense ones.
     cost: What it limits.
 
   Raises:
@@ -376,7 +376,7 @@ def task_loss(
     config: Of the search.
     model: That removes tokens.
     preprocess: Of the images.
-    base: Layers of the model that keeps all tokens; none: dense ones.
+    base: Layers of the model that keeps all tokens; None: dense ones.
   """
   spec = model.spec
   whole = build(spec, base or spec.dense_layers)

@@ -127,7 +127,7 @@ def _method(run: Run) -> ViTSlim:
 
 
 def task(run: Run) -> loop.Task:
-  """What the search trains: masks and weights."""
+  """Returns the training task of the search: masks and weights."""
   method = _method(run)
   config, spec, data = run.config.slim, run.spec, run.train_data
   model = ViT(spec, with_drop_path(method.layers(spec), config.drop_path))

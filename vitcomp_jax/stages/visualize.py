@@ -68,7 +68,7 @@ def _write_report(run: Run) -> None:
 
 
 def _compared(run: Run) -> dict[str, Row]:
-  """What the first seeds of a comparison's searches found, by the names of its rows."""
+  """Returns the plans of the first seed of a comparison's searches, by row name."""
   if run.finished("compare") is None:
     return {}
   config = run.config
@@ -109,12 +109,12 @@ def _removing(run: Run, row: Row) -> list[int]:
 
 
 def _some(layers: Sequence[int]) -> list[int]:
-  """All layers, or at even distances as many as a figure shows."""
+  """Returns all layers, or evenly spaced ones, as many as a plot shows."""
   return [layers[i - 1] for i in pictures.spaced(len(layers), min(_MOST_LAYERS, len(layers)))]
 
 
 def _draw_images(run: Run, rows: Mapping[str, Row]) -> None:
-  """What the plan in force, or the first model that removes tokens, does to a few images."""
+  """Draws what the plan in force, or the first model that removes tokens, does to images."""
   config, folder = run.config.visualize, run.workdir / "figures"
   batch = run.eval_data.sample(config.images) if config.images else None
   if batch is None or not rows:

@@ -25,7 +25,7 @@ from vitcomp_jax.training.step import StepFn, TrainState
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-  """What a stage trains.
+  """Describes what a stage trains.
 
   Attributes:
     stage: Names the checkpoints and the figures.
@@ -120,7 +120,7 @@ def train(
 
 
 class _Clock:
-  """Where the time of the steps goes."""
+  """Measures where the time of the steps goes."""
 
   def __init__(self) -> None:
     self._restart()

@@ -16,7 +16,7 @@ Batch = Mapping[str, Array]
 
 
 class TrainState(flax.struct.PyTreeNode):
-  """All that a run needs to go on: what is trained, and what is not but belongs to it.
+  """The state of a training run: what is trained, and what belongs to it.
 
   The order of the examples and all randomness are functions of the seed and the step.
   """
@@ -25,7 +25,7 @@ class TrainState(flax.struct.PyTreeNode):
   params: Any  # the weights
   arch: Any  # search variables; empty where there are none
   opt_state: Any
-  ema: Any  # averaged weights; none where they are not kept
+  ema: Any  # averaged weights; None where they are not kept
   rng: Any  # key data of the run
 
 

@@ -188,7 +188,7 @@ class PruneMergeMasked(PruneMergeSearch):
   The collection `arch` holds the counts themselves, `prune_keep` and `merge_keep`.
 
   Attributes:
-    limit: Tokens that go on, of which the kept ones are the first; none: all, masked or not.
+    limit: Tokens that go on, of which the kept ones are the first; None: all, masked or not.
   """
 
   limit: int | None = None
@@ -241,7 +241,7 @@ class DiffRate:
     budget_unit: What counts as 1 in the budget term: MACs, or milliseconds.
     warmup_steps: Steps without the budget term.
     compress_first: May the first layer lose tokens.
-    compress_last: May the last layer lose tokens; none: unless the head pools over patches.
+    compress_last: May the last layer lose tokens; None: unless the head pools over patches.
     clamp_size: See `PruneMergeSearch`.
     mask_follows: See `PruneMergeSearch`.
     signed_similarity: See `PruneMerge`.
@@ -250,7 +250,7 @@ class DiffRate:
     first_receives: See `PruneMerge`.
     actions: What is learnt: `both`, or `prune` or `merge` alone.
     mask_eps: See `LayerSpec`.
-    base: The layers to search on, such as slimmed ones; none: the dense model's.
+    base: The layers to search on, such as slimmed ones; None: the dense model's.
     cost: What the budget limits.
     tile: The counts of a plan are multiples of it, but for those that keep all tokens.
   """
@@ -307,7 +307,7 @@ class DiffRate:
 
     Args:
       spec: The model.
-      limits: Of each layer, the tokens that go on, at least those that are kept; none: all.
+      limits: Of each layer, the tokens that go on, at least those that are kept; None: all.
     """
     options = self._merging(spec)
     reducers = [
@@ -347,7 +347,7 @@ class DiffRate:
     )
 
   def _granularity(self, spec: ViTSpec, layer: int, action: str) -> int:
-    """Where no token may be lost, there is the single candidate that keeps all."""
+    """Returns the granularity; layers that keep all tokens have a single candidate."""
     learns = self.is_compressed(spec)[layer] and self.actions in ("both", action)
     return self.granularity if learns else spec.patches_at(layer) + 1
 
@@ -471,7 +471,7 @@ class DiffRate:
     )
 
   def smallest(self, spec: ViTSpec) -> float:
-    """What the cheapest plan costs: one patch token after each layer that may lose tokens."""
+    """Returns the cost of the cheapest plan: one patch token after each compressed layer."""
     least = np.where(np.array(self.is_compressed(spec))[:, None], 1, _patches(spec))
     return self.cost.static(spec, self.static_layers(spec, np.repeat(least, 2, axis=1)))
 

@@ -31,7 +31,7 @@ _BINS = 50
 
 @dataclasses.dataclass(frozen=True)
 class Masks:
-  """What a cut keeps. Shapes: l layers, h heads, k head dimensions, m hidden units, n tokens.
+  """Masks of a cut. Shapes: l layers, h heads, k head dimensions, m hidden units, n tokens.
 
   Attributes:
     attn: bool[l h k], or [l h 1] for whole heads, [l 1 k] for the same dimensions in every head.
@@ -126,7 +126,7 @@ class ViTSlim:
     min_units: int = 0,
     refuse_empty: bool = True,
   ) -> Masks:
-    """What one global threshold per kind keeps.
+    """Cuts by one global threshold per kind.
 
     Args:
       spec: The model.

@@ -1,4 +1,4 @@
-"""What CLS looks at."""
+"""Plots of the attention of CLS."""
 
 from collections.abc import Mapping, Sequence
 

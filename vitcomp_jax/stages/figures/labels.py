@@ -62,7 +62,7 @@ def _darker(color: str) -> tuple[float, ...]:
 
 
 def _boxes(center: np.ndarray, width: float, height: float) -> Iterator[Bbox]:
-  """Where a label could stand, the best places first, in pixels."""
+  """Returns candidate places of a label in pixels, best first."""
   for away in (17, 32, 52, 76, 105):
     for dx, dy in ((1, 0), (-1, 0), (0, 1), (0, -1), (1, 1), (1, -1), (-1, 1), (-1, -1)):
       x = center[0] + dx * away - width * (1 - dx) / 2

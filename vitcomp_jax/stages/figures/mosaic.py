@@ -30,7 +30,7 @@ def mosaic(
   Args:
     blocks: Pictures of one size, a block for each image, on as many lines as it needs.
     foot: What is written below.
-    bar: Whose colours a bar explains; none: no bar.
+    bar: Whose colours a bar explains; None: no bar.
     bar_label: What its numbers are.
   """
   h, w, _ = blocks[0][0][1].shape
@@ -66,7 +66,7 @@ def mosaic(
 
 
 def _shortened(text: str, width: int) -> str:
-  """As many characters as stand above a picture."""
+  """Shortens a title to what fits above an image."""
   most = width // 10  # as wide as most letters are
   return text if len(text) <= most else f"{text[: most - 1]}…"
 

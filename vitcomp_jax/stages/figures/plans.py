@@ -24,7 +24,7 @@ def tokens_left(
 
   Args:
     counts: `prune_keep` and `merge_keep` of each layer.
-    num_tokens: Before the first layer; none: its `prune_keep`.
+    num_tokens: Before the first layer; None: its `prune_keep`.
 
   Returns:
     Of each layer, the tokens after pruning and after merging.

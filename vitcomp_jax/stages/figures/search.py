@@ -1,4 +1,4 @@
-"""How a search went."""
+"""Plots of the course of a search."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any

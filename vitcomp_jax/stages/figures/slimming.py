@@ -1,4 +1,4 @@
-"""What ViT-Slim keeps of each layer, and how its masks came to it."""
+"""Plots of what ViT-Slim keeps of each layer, and of its masks."""
 
 import math
 from collections.abc import Mapping, Sequence

@@ -1,4 +1,4 @@
-"""What all figures share: colours, sizes, axes, and how a figure is saved."""
+"""Style shared by all plots: colours, sizes, axes, and saving."""
 
 import math
 import pathlib

@@ -1,4 +1,4 @@
-"""What became of the patches of images."""
+"""Plots of what becomes of an image's patches."""
 
 from collections.abc import Mapping, Sequence
 
