@@ -205,7 +205,9 @@ def load_params(
     model, images = build(spec, layers), jnp.zeros((1, *spec.image_size, 3))
     return dict(jax.jit(model.init)(jax.random.key(seed), images)["params"])
   weights = _located(spec, weights)
-  state, about = files.read(weights), files.describe(weights)
+  state = files.read(weights)
+  shapes = {name: array.shape for name, array in state.items()}
+  about = description.describe(weights, shapes, files.read_metadata(weights))
   if fresh_head and about.class_names and spec.class_names not in ((), about.class_names):
     state = without_head(state)
   predictors: Params = {}
