@@ -186,6 +186,24 @@ def test_preprocessing_is_that_of_a_hub_ids_tag(on_the_hub, caplog):
     api.spec_for("vit_base_patch16_clip_224", clip)
 
 
+@pytest.mark.parametrize("size", [(30,), "30", 30.0, (30, 30.0)])
+def test_an_image_size_that_is_none_is_refused(size):
+  with pytest.raises(UserError, match="expected a whole number of pixels, or height and width"):
+    vc.load(MINI, image_size=size)
+
+
+@pytest.mark.parametrize("num_classes", [1.5, "7", True, -1])
+def test_a_number_of_classes_that_is_none_is_refused(num_classes):
+  with pytest.raises(UserError, match="num_classes: expected a whole number"):
+    vc.load(MINI, num_classes=num_classes)
+
+
+def test_weights_beyond_float32_are_refused(weights_of):
+  path, _ = weights_of(lambda state: state | {"head.bias": np.full(10, 1e300)})
+  with pytest.raises(UserError, match="expected finite floats, got others in head.bias"):
+    vc.load(MINI, path)
+
+
 def test_another_image_size_resamples_the_positions():
   model, params = vc.load(MINI, "bundled", image_size=36)
   assert params["pos_embed"].shape == (1, 145, 64)

@@ -8,6 +8,7 @@ import weakref
 import numpy as np
 import PIL.ExifTags
 import PIL.Image
+import PIL.ImageOps
 import pytest
 
 import vitcomp_jax as vc
@@ -43,7 +44,7 @@ def test_the_most_probable_classes_are_printed(files, capsys):
   lines = capsys.readouterr().out.splitlines()
   model, params = vc.load(MINI, "bundled", plan)
   names = sources.make_source("bundled", None, "test", (1, 1), 0).class_names
-  pixels = [PIL.Image.open(image).convert("RGB").resize((30, 30), 3) for image in images]
+  pixels = [PIL.ImageOps.expand(PIL.Image.open(image).convert("RGB"), 1) for image in images]
   normal = (np.stack([np.asarray(p) for p in pixels]) / np.float32(255) - 0.5) / np.float32(0.5)
   logits = np.asarray(vc.apply(model, params, normal.astype(np.float32)), np.float64)
   shares = 100 * np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)

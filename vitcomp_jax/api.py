@@ -132,7 +132,7 @@ def _preprocess_of(spec: ViTSpec, weights: str, about: Description) -> dict[str,
 
 # What a spec says of images, classes and computation, and not of the weights' meaning.
 _FREE_FIELDS = {"name", "image_size", "num_classes", "class_names", "dtype", "attention"}
-_FREE_FIELDS |= {"mean", "std", "crop_pct", "crop_mode", "interpolation", "exif_orientation"}
+_FREE_FIELDS |= {"mean", "std", "crop_pct", "crop_mode", "interpolation", "pad", "exif_orientation"}
 _FREE_FIELDS |= {"antialias"}
 
 
@@ -223,13 +223,12 @@ def load_params(
     old_grid=about.grid,
     initial=functools.partial(load_params, spec, layers, None, seed) if fresh_head else None,
   )
-  broken = [
-    ".".join(key.key for key in path)
-    for path, value in jax.tree.leaves_with_path(params)
-    if not (np.issubdtype(value.dtype, np.floating) and np.isfinite(value).all())
-  ]
-  if broken:
-    raise UserError(f"weights {weights}: expected finite floats, got others in {broken[0]}.")
+  for path, value in jax.tree.leaves_with_path(params):
+    with np.errstate(over="ignore"):  # of float64, which may be out of the range of float32
+      value = np.asarray(value, jax.dtypes.canonicalize_dtype(value.dtype))
+    if not (np.issubdtype(value.dtype, np.floating) and np.isfinite(value).all()):
+      name = ".".join(key.key for key in path)
+      raise UserError(f"weights {weights}: expected finite floats, got others in {name}.")
   if indices and not is_cut:
     params = slice_params(params, indices)
   for block, module in predictors.items():

@@ -89,8 +89,9 @@ class DataConfig:
   # Of class folders where no names say more: `sorted` as torchvision (1, 10, 2), `natural` as timm
   # (1, 2, 10); none: sorted, with a warning where the two differ.
   class_order: Literal["sorted", "natural"] | None = None
-  pad: CountOrZero = 0  # pixels of zeros added on every side before anything else
-  # Share of the resized image that is kept; none: the weights'. So are the next four.
+  # Pixels of zeros added on every side before anything else; none: the weights'. So are the next.
+  pad: CountOrZero | None = None
+  # Share of the resized image that is kept.
   crop_pct: Annotated[float, Range(above=0, most=1)] | None = None
   crop_mode: Literal["center", "squash", "border"] | None = None  # as timm's
   interpolation: Literal["bicubic", "bilinear", "lanczos", "nearest"] | None = None  # of resizing

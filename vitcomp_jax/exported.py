@@ -108,6 +108,8 @@ def read_manifest(folder: pathlib.Path) -> dict[str, Any]:
     raise UserError(f'{path}: expected a JSON object with "format": "{FORMAT}".')
   if manifest.get("version") != VERSION:
     raise UserError(f"{path}: expected version {VERSION}, got {manifest.get('version')!r}.")
+  if missing := {"artefacts", "input", "output", "class_names"} - set(manifest):
+    raise UserError(f"{path}: expected {', '.join(sorted(missing))}, got none; export it again.")
   return manifest
 
 

@@ -126,7 +126,8 @@ def _from_export(path: str) -> Classifier:
   model = load_exported(path)
   pre, wants = model.preprocess, model.manifest["input"]
   count = model.manifest["output"]["shape"][1]
-  names = model.manifest["class_names"] or class_names.guess(count)
+  names = model.manifest["class_names"] or ()
+  names = names if len(names) == count else class_names.guess(count)
 
   def logits(images: np.ndarray) -> np.ndarray:
     return model(normalize(images, pre) if wants["normalized"] else images)
@@ -141,13 +142,15 @@ def _from_run(workdir: pathlib.Path) -> Classifier:
   if not path.is_file():
     raise UserError(f"--workdir {workdir}: expected a run, got no config.json there.")
   found = read_json(path)
-  run = Run(from_config_dict(found.get("config", {})), workdir)
+  config = found.get("config")
+  if not isinstance(config, dict):
+    raise UserError(f"{path}: expected a run's config, got none.")
+  run = Run(from_config_dict(config), workdir)
   left = [stage for stage in run.config.stages if run.finished(stage) is None]
   if left:
     raise UserError(f"--workdir {workdir}: expected a finished run, got no end of {left[0]}.")
   names = found.get("class_names") or run.class_names
-  pre = dataclasses.replace(run.preprocess, pad=run.config.data.pad)
-  return _of(build(run.spec, run.layers), run.params, pre, names)
+  return _of(build(run.spec, run.layers), run.params, run.preprocess, names)
 
 
 def _from_weights(variant: str | None, weights: str | None, plan: str | None) -> Classifier:
@@ -165,7 +168,8 @@ def _of(model: ViT, params: api.Params, pre: Preprocess, names: Sequence[str]) -
   def logits(images: np.ndarray) -> np.ndarray:
     return np.asarray(api.apply(model, params, normalize(images, pre)), np.float32)
 
-  names = class_names.readable(names) or class_names.guess(model.spec.num_classes)
+  count = model.spec.num_classes
+  names = class_names.readable(names) if len(names) == count else class_names.guess(count)
   return Classifier(logits, pre, names, model, params)
 
 

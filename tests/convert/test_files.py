@@ -148,6 +148,7 @@ def test_weights_describe_themselves(tmp_path):
   path = str(tmp_path / "w.safetensors")
   preprocess = {"mean": (0.1, 0.2, 0.3), "std": (1.0, 1.0, 1.0), "crop_pct": 0.9}
   preprocess |= {"crop_mode": "squash", "interpolation": "bilinear", "exif_orientation": True}
+  preprocess["pad"] = 2
   metadata = description.metadata("mine", ("cat", "dog"), (8, 12), (2, 3), preprocess)
   files.write(PARAMS, path, metadata)
   found = files.describe(path)
@@ -157,6 +158,11 @@ def test_weights_describe_themselves(tmp_path):
   files.write(PARAMS, path, metadata | {description.KEY: "{}"})
   with pytest.raises(UserError, match="expected metadata as this library writes it"):
     files.describe(path)
+  for name, wrong in (("mean", (0.1, 0.2)), ("std", None), ("crop_pct", "1"), ("pad", 0.5)):
+    damaged = description.metadata("mine", (), (8, 12), (2, 3), preprocess | {name: wrong})
+    files.write(PARAMS, path, damaged)
+    with pytest.raises(UserError, match="expected metadata as this library writes it"):
+      files.describe(path)
   three = description.metadata("mine", ("cat", "dog", "eel"), (8, 12), (2, 3), preprocess)
   files.write(PARAMS, path, three)
   with pytest.raises(UserError, match="expected names of their 2 classes, got 3"):
@@ -295,6 +301,17 @@ def test_what_is_no_tensor_is_left_out_and_named(load_torch, caplog):
   assert "left out what is no tensor: epoch, args" in caplog.text
   with pytest.raises(UserError, match="got weights, step; convert"):
     load_torch({"weights": weights, "step": 3})
+
+
+def test_pytorch_tensors_that_numpy_cannot_hold(load_torch):
+  class Quantized(Tensor):
+    def numpy(self):
+      raise TypeError("can't convert a quantized tensor")
+
+  with pytest.raises(UserError, match="expected dense tensors .*quantized tensor"):
+    load_torch({"w": Quantized(np.ones(2))})
+  with pytest.raises(UserError, match="expected tensors by name"):
+    load_torch({0: Tensor(np.ones(2))})
 
 
 def test_pytorch_half_precision(load_torch):

@@ -65,6 +65,24 @@ def test_places_are_taken_on_trust_with_a_warning(known, caplog):
   assert "numbered by their order (0 is 0, 1 is 1, 2 is 2)" in record.getMessage()
 
 
+def test_numbers_that_the_weights_know_are_names():
+  known = ("0", "1", "2")
+  assert labels.name_outputs(("2", "0"), 3, known, "data") == known
+  with pytest.raises(UserError, match=r"got 1 others \(3\)"):
+    labels.name_outputs(("1", "2", "3"), 3, known, "data")
+
+
+def test_outputs_of_a_head_that_is_trained():
+  assert labels.name_trained_outputs(("eel", "cat"), 3, ANIMALS, "data") == ANIMALS
+  assert labels.name_trained_outputs(("a", "b"), 4, ANIMALS, "data") == (
+    *("a", "b", "unused 2", "unused 3"),
+  )
+  ids = class_names.imagenet_ids()
+  assert labels.name_trained_outputs(ids[3:5], 1000, (), "data") == ids
+  with pytest.raises(UserError, match="expected at least the 3 of data, got 2"):
+    labels.name_trained_outputs(ANIMALS, 2, (), "data")
+
+
 def test_numbers_are_places_in_an_order_of_other_names(caplog):
   known = tuple(f"c{i}" for i in range(10))
   numbers = tuple(str(i) for i in range(1, 11))
@@ -95,6 +113,8 @@ def test_two_possible_orders_are_told_unless_one_is_asked_for(order, caplog):
 def test_names_are_read_from_a_file(tmp_path: pathlib.Path):
   path = tmp_path / "names.txt"
   path.write_text("cat\ndog \neel\n\n", encoding="utf-8")
+  assert labels.read_names(str(path)) == ANIMALS
+  path.write_text("\ufeffcat\r\ndog\r\neel", encoding="utf-8")
   assert labels.read_names(str(path)) == ANIMALS
   assert labels.read_names("imagenet1k") == class_names.imagenet_ids()
 

@@ -190,6 +190,83 @@ def test_a_head_for_other_classes_is_fresh(classes, is_fresh, names, tmp_path, c
   assert "replaced by a random one" in caplog.text
 
 
+@pytest.mark.parametrize("weights", ["bundled", None])
+def test_a_head_that_is_trained_on_a_part_keeps_the_known_order(weights, tmp_path):
+  """What is saved means to others what it meant in training."""
+  data = put(tmp_path / "data" / "train", ("Sandal", "Bag"))
+  put(tmp_path / "data" / "val", ("Bag",))
+  run = opened(tmp_path, config_of(data, weights, stages=("pretrain",), model={"num_classes": 10}))
+  places = {"Bag": NAMES.index("Bag"), "Sandal": NAMES.index("Sandal")} if weights else None
+  places = places or {"Bag": 0, "Sandal": 1}
+  assert labels_of(run, "train") == [places["Bag"], places["Sandal"]]
+  assert labels_of(run) == [places["Bag"]]
+  run.save(run.dense_params, tmp_path / "named.safetensors")
+  again = open_run(config_of(data, tmp_path / "named.safetensors"), tmp_path / "again")
+  assert labels_of(again) == [places["Bag"]] and again.class_names[places["Sandal"]] == "Sandal"
+
+
+def test_wordnet_ids_keep_imagenets_places_in_training(tmp_path, thousand):
+  data = put(tmp_path / "data" / "train", ("n02102040", "n03417042"))
+  put(tmp_path / "data" / "val", ("n03417042",))
+  config = config_of(data, thousand, stages=("pretrain",), model={"num_classes": 1000})
+  run = opened(tmp_path, config)
+  assert labels_of(run, "train") == [217, 569] and labels_of(run) == [569]
+  assert run.class_names == IDS
+
+
+def test_a_run_goes_on_with_the_classes_that_it_began_with(tmp_path, unnamed):
+  data = put(tmp_path / "data" / "train", ("a", "b", "c"))
+  put(tmp_path / "data" / "val", ("a", "b", "c"))
+  config = config_of(data, unnamed, stages=("pretrain",))
+  opened(tmp_path, config).begin()
+  opened(tmp_path, config).begin()
+  for split in ("train", "val"):
+    (data / split / "a").rename(data / split / "z")
+  with pytest.raises(UserError, match="was begun with another class 0, a and not b"):
+    opened(tmp_path, config).begin()
+  for split in ("train", "val"):
+    put(data / split, ("a",))
+  with pytest.raises(UserError, match="expected at least the 4"):
+    opened(tmp_path, config).begin()
+
+
+def test_a_stage_that_the_config_does_not_name_counts(tmp_path):
+  data = put(tmp_path / "data" / "train", ("a", "b"))
+  put(tmp_path / "data" / "val", ("b",))
+  run = open_run(config_of(data), tmp_path / "run", ("pretrain",))
+  assert run.class_names == ("a", "b") and labels_of(run) == [1]
+
+
+def test_names_are_asked_for_without_labels_too(tmp_path, unnamed):
+  put(tmp_path / "data", ("val",))
+  names = tmp_path / "names.txt"
+  names.write_text("\n".join(NAMES))
+  config = config_of(tmp_path / "data", unnamed, data={"classes": str(names)})
+  assert opened(tmp_path, config).class_names == NAMES
+  names.write_text("a\nb")
+  with pytest.raises(UserError, match="expected 10 names, .* got 2"):
+    opened(tmp_path, config).class_names  # noqa: B018
+
+
+def test_only_folders_have_an_order_to_choose(tmp_path, unnamed, caplog):
+  config = from_config_dict({"model": {"variant": MINI, "weights": str(unnamed)}})
+  assert opened(tmp_path, config).class_names == NAMES
+  assert "natural order" not in caplog.text and "numbered by their order" in caplog.text
+
+
+@pytest.mark.parametrize("mean", [(0.5,), (0.1, 0.2, 0.3, 0.4)])
+def test_colours_are_three(mean, tmp_path):
+  config = config_of(put(tmp_path / "data" / "val", ("Bag",)), data={"mean": mean})
+  with pytest.raises(UserError, match=r"config.data.mean: expected three numbers"):
+    opened(tmp_path, config).open_data("eval")
+
+
+def test_padding_belongs_to_weights(tmp_path):
+  data = put(tmp_path / "data" / "val", ("Bag",))
+  assert opened(tmp_path, config_of(data)).preprocess.pad == 1  # the bundled weights'
+  assert opened(tmp_path, config_of(data, data={"pad": 0})).eval_data.pre.pad == 0
+
+
 def test_a_head_for_the_same_classes_stays_in_its_order(tmp_path, unnamed, caplog):
   names = [f"c{i}" for i in range(10)]
   spec = dataclasses.replace(vc.get_spec(MINI), class_names=tuple(reversed(names)))

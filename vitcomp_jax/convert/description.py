@@ -11,7 +11,17 @@ from vitcomp_jax.errors import UserError
 KEY = "vitcomp_jax"
 # The weight of a classifier's last layer: timm's names, and CAFormer's authors'.
 _CLASSIFIERS = ("head.weight", "head.fc.fc2.weight", "head.fc2.weight")
-PREPROCESS = ("mean", "std", "crop_pct", "crop_mode", "interpolation", "exif_orientation")
+# The values of `data.Preprocess` that belong to weights, and their types.
+_COLOURS, _NUMBER = (list, tuple), (int, float)
+PREPROCESS: dict[str, Any] = {
+  "mean": _COLOURS,
+  "std": _COLOURS,
+  "crop_pct": _NUMBER,
+  "crop_mode": str,
+  "interpolation": str,
+  "pad": int,
+  "exif_orientation": bool,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,9 +77,9 @@ def describe(
       class_names=tuple(map(str, values["class_names"])),
       image_size=_pair(values["image_size"]),
       grid=_pair(values["grid"]),
-      preprocess={name: _frozen(values["preprocess"][name]) for name in PREPROCESS},
+      preprocess=_preprocess(values["preprocess"]),
     )
-  except (ValueError, TypeError, KeyError) as error:
+  except (ValueError, TypeError, KeyError, RecursionError) as error:
     raise UserError(
       f"weights {source}: expected metadata as this library writes it under {KEY!r}, got something "
       f"else ({type(error).__name__}: {error}); write them again, or remove it."
@@ -110,8 +120,20 @@ def metadata(
 
 def _pair(values: Sequence[int]) -> tuple[int, int]:
   height, width = map(int, values)
+  if min(height, width) < 1:
+    raise ValueError(f"{values} is no size")
   return height, width
 
 
-def _frozen(value: Any) -> Any:
-  return tuple(value) if isinstance(value, list) else value
+def _preprocess(values: Mapping[str, Any]) -> dict[str, Any]:
+  """Checks values of `data.Preprocess`, and makes tuples of lists."""
+  found = {}
+  for name, kind in PREPROCESS.items():
+    value = values[name]
+    if not isinstance(value, kind):
+      raise TypeError(f"{name} is {value!r}")
+    if kind is _COLOURS:
+      red, green, blue = map(float, value)
+      value = red, green, blue
+    found[name] = value
+  return found

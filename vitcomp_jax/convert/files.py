@@ -265,7 +265,7 @@ def _read_torch(path: Path) -> dict[str, np.ndarray]:
   except Exception as error:
     raise _damaged(path, error) from error
   state = _in_effect(state, path)
-  tensors = {name: value for name, value in state.items() if torch.is_tensor(value)}
+  tensors = {k: v for k, v in state.items() if isinstance(k, str) and torch.is_tensor(v)}
   if not tensors:
     raise UserError(
       f"weights {path}: expected tensors by name, alone or under one of {', '.join(NESTED)}, got "
@@ -273,7 +273,14 @@ def _read_torch(path: Path) -> dict[str, np.ndarray]:
     )
   if others := [str(name) for name in state if name not in tensors]:
     logging.info("weights %s: left out what is no tensor: %s", path, ", ".join(others))
-  return {name: _from_torch(torch, tensor) for name, tensor in tensors.items()}
+  try:
+    return {name: _from_torch(torch, tensor) for name, tensor in tensors.items()}
+  # Quantized, sparse and other tensors that NumPy has no type for raise what they like.
+  except Exception as error:
+    raise UserError(
+      f"weights {path}: expected dense tensors of a type that NumPy has, got others "
+      f"({_line(error)}); convert them to float32."
+    ) from error
 
 
 def _in_effect(checkpoint: Any, path: Path) -> Mapping[str, Any]:

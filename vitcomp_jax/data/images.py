@@ -96,7 +96,7 @@ def to_rgb(
   name = getattr(image, "filename", "") or "image"
   if image.mode in _DEEP:
     raise CorruptImage(
-      f"{name}: mode {image.mode} has more than 16 bits per channel (convert it to 8 bits)"
+      f"{name}: mode {image.mode} has 32 bits per channel of no known range (convert it to 8 bits)"
     )
   try:
     if exif_orientation and (turn := exif_turn(image)) is not None:

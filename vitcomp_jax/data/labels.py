@@ -52,7 +52,7 @@ def read_names(path: str) -> tuple[str, ...]:
   if path == IMAGENET:
     return class_names.imagenet_ids()
   try:
-    text = pathlib.Path(paths.expand(path)).read_text(encoding="utf-8")
+    text = pathlib.Path(paths.expand(path)).read_text(encoding="utf-8-sig")
   except (OSError, ValueError) as error:
     raise UserError(
       f"config.data.classes: expected {IMAGENET}, or a text file with a name per line, got "
@@ -125,7 +125,7 @@ def name_outputs(
   is_imagenet = not known or tuple(known) == class_names.readable(imagenet)
   if num_classes == len(imagenet) and set(names) <= set(imagenet) and is_imagenet:
     return imagenet
-  if known and not are_numbers(names):
+  if known and not (are_numbers(names) and not are_numbers(known)):
     match(names, known, where)
   if known and order is None:
     # The weights' order is another than that of the folders' names: a number is a place in it.
@@ -138,6 +138,55 @@ def name_outputs(
     )
   _warn(names, where, order)
   return tuple(names)
+
+
+def name_trained_outputs(
+  names: Sequence[str], num_classes: int, known: Sequence[str], where: str
+) -> tuple[str, ...]:
+  """Names the outputs of a classifier that is trained on the data.
+
+  Args:
+    names: Of the data's classes, in their order.
+    num_classes: Outputs of the model.
+    known: Names of the outputs in the weights to start from; empty: they have none, or another
+      number of outputs.
+    where: Names the data, for the error.
+
+  Returns:
+    `known`, if the data's classes are among them: their order stays, and so does their classifier.
+    ImageNet's, for WordNet ids and 1,000 outputs. Otherwise the data's names; outputs beyond them
+    are called unused.
+
+  Raises:
+    UserError: If there are more classes than outputs.
+  """
+  if set(names) <= set(known):
+    return tuple(known)
+  imagenet = class_names.imagenet_ids()
+  if num_classes == len(imagenet) and set(names) <= set(imagenet):
+    return imagenet
+  if len(names) > num_classes:
+    raise UserError(
+      f"config.model.num_classes: expected at least the {len(names)} of {where}, got {num_classes}."
+    )
+  return (*names, *(f"unused {i}" for i in range(len(names), num_classes)))
+
+
+def check_count(asked: Sequence[str], num_classes: int) -> None:
+  """Refuses names of another number of outputs than the model has."""
+  if len(asked) != num_classes:
+    raise UserError(
+      f"config.data.classes: expected {num_classes} names, as many as the model has outputs, got "
+      f"{len(asked)}."
+    )
+
+
+def differing(old: Sequence[str], new: Sequence[str]) -> str:
+  """Describes in what names of outputs differ."""
+  if len(old) != len(new):
+    return f"{len(old)} classes, not {len(new)}"
+  i = next(i for i, pair in enumerate(zip(old, new, strict=True)) if len(set(pair)) > 1)
+  return f"another class {i}, {old[i]} and not {new[i]}"
 
 
 def _warn(names: Sequence[str], where: str, order: str | None) -> None:

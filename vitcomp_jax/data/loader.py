@@ -60,9 +60,10 @@ def load(
   """
   if split not in ("train", "eval"):
     raise ValueError(f"split: expected train or eval, got {split!r}.")
-  _check(config, min(pre.image_size))
-  crop_pct = pre.crop_pct if config.crop_pct is None else config.crop_pct
-  pre = dataclasses.replace(pre, pad=config.pad or pre.pad, crop_pct=crop_pct)
+  for key in ("pad", "crop_pct"):
+    if getattr(config, key) is not None:
+      pre = dataclasses.replace(pre, **{key: getattr(config, key)})
+  _check(config, pre)
   train = split == "train"
   height, width = pre.image_size
   fake_size = height - 2 * pre.pad, width - 2 * pre.pad
@@ -100,15 +101,16 @@ def open_source(
   )
 
 
-def _check(config: DataConfig, side: int) -> None:
+def _check(config: DataConfig, pre: transforms.Preprocess) -> None:
   for key, known in (("augment", transforms.AUGMENTS), ("on_error", ("stop", "skip"))):
     if getattr(config, key) not in known:
       raise UserError(f"config.data.{key}: expected one of {known}, got {getattr(config, key)!r}.")
   if config.workers < 1:
     raise UserError(f"config.data.workers: expected at least 1, got {config.workers}.")
-  if 2 * config.pad >= side:
+  side = min(pre.image_size)
+  if 2 * pre.pad >= side:
     raise UserError(
-      f"config.data.pad: expected less than half of the model's {side} pixels, got {config.pad}."
+      f"config.data.pad: expected less than half of the model's {side} pixels, got {pre.pad}."
     )
 
 

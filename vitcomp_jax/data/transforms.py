@@ -61,6 +61,12 @@ class Preprocess:
       raise UserError(f"crop_mode: expected one of {CROP_MODES}, got {self.crop_mode!r}.")
     if not 0 < self.crop_pct <= 1:
       raise UserError(f"config.data.crop_pct: expected a number in (0, 1], got {self.crop_pct}.")
+    for name in ("mean", "std"):
+      if len(getattr(self, name)) != 3:
+        raise UserError(
+          f"config.data.{name}: expected three numbers, of red, green and blue, got "
+          f"{getattr(self, name)}."
+        )
     if self.pad < 0:
       raise UserError(f"config.data.pad: expected at least 0 pixels, got {self.pad}.")
 

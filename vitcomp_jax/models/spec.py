@@ -88,6 +88,7 @@ class ViTSpec:
     crop_pct: Share of the resized image that evaluation keeps.
     interpolation: Of evaluation's resizing.
     crop_mode: How evaluation crops, see `data.Preprocess`.
+    pad: Pixels of zeros added around images, see `data.Preprocess`.
     exif_orientation: Whether images are turned as their EXIF tag says.
     class_names: Of the classifier's outputs, in order; empty: not known. Equal models may differ in
       them.
@@ -118,6 +119,7 @@ class ViTSpec:
   crop_pct: float = 0.9
   interpolation: str = "bicubic"
   crop_mode: str = "center"
+  pad: int = 0
   exif_orientation: bool = False
   class_names: tuple[str, ...] = dataclasses.field(default=(), compare=False)
   dtype: str | None = None

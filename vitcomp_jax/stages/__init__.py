@@ -59,7 +59,7 @@ def run_stages(config: Config, workdir: pathlib.Path, names: Sequence[str]) -> R
   """
   workdir = pathlib.Path(paths.expand(workdir))
   with owned(workdir):
-    run = open_run(config, workdir)
+    run = open_run(config, workdir, names)
     left = [name for name in names if run.finished(name) is None]
     for name in left:
       STAGES[name].check(run)

@@ -196,7 +196,7 @@ def _child(run: Run, name: str, config: Config, stages: tuple[Stage, ...], budge
   config = dataclasses.replace(config, stages=stages, budget=BudgetConfig(fraction=budget))
   workdir = run.workdir / "compare" / name
   with owned(workdir):
-    child = open_run(config, workdir)
+    child = open_run(config, workdir, stages)
     child.begin()
     for stage in stages:
       if child.finished(stage) is None:
@@ -241,7 +241,9 @@ def _standard_error(key: str, values: np.ndarray) -> dict[str, float]:
   """By its key in a row; a single example has none."""
   if values.size < 2:
     return {}
-  return {f"{key}_se": round(float(values.std(ddof=1) / math.sqrt(values.size)), 6)}
+  return {
+    f"{key}_se": round(float(values.std(ddof=1, dtype=np.float64) / math.sqrt(values.size)), 6)
+  }
 
 
 def _outcomes(run: Run, name: str, layers: tuple[LayerSpec, ...], params: Params) -> Outcomes:

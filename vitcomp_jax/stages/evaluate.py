@@ -112,6 +112,8 @@ def rows_of(run: Run) -> dict[str, Row]:
     rows[name] = Row(other.layers_for(spec), run.params_before_finetune)
   if plan:
     rows |= _plan_rows(run, plan)
+  elif run.finished("finetune"):
+    rows["dense+finetune"] = Row(spec.dense_layers, run.params)
   for name in config.baselines:
     for suffix, gmacs in _baseline_gmacs(run).items():
       layers = within(name, spec, gmacs, run.config.search.importance)

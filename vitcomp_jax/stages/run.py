@@ -27,7 +27,15 @@ from vitcomp_jax.plans import Plan, load_plan
 from vitcomp_jax.stages import latency
 
 # Keys of the config's data part that go before what the weights say of preprocessing.
-_PREPROCESS = ("mean", "std", "crop_pct", "crop_mode", "interpolation", "exif_orientation")
+_PREPROCESS = (
+  "mean",
+  "std",
+  "crop_pct",
+  "crop_mode",
+  "interpolation",
+  "pad",
+  "exif_orientation",
+)
 _PACKAGES = ("vitcomp_jax", "jax", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 
@@ -37,6 +45,7 @@ class Run:
 
   config: Config
   workdir: pathlib.Path
+  running: tuple[str, ...] = ()  # stages that are run now, which the config may not name
   _sources: dict[str, sources.Source] = dataclasses.field(
     default_factory=dict, init=False, repr=False, compare=False
   )
@@ -51,6 +60,12 @@ class Run:
     processes.meet("open")  # Whether it is there is asked before it is written.
     if path.exists():
       found = read_json(path)
+      if self._recorded_names and self._recorded_names != self.class_names:
+        how = labels.differing(self._recorded_names, self.class_names)
+        raise UserError(
+          f"{self.workdir} was begun with {how}; give another --workdir, or the class folders that "
+          "it was begun with."
+        )
       if len(found["config"]["stages"]) < len(self.config.stages):
         found["config"]["stages"] = list(self.config.stages)
         write_json(path, found)
@@ -98,19 +113,27 @@ class Run:
       )
     classes = model.num_classes
     if classes is None and self._head_is_new and get_spec(model.variant).num_classes:
-      classes = len(self._asked_names or self._data_names) or None
+      classes = len(self._recorded_names or self._asked_names or self._data_names) or None
     spec = api.spec_for(model.variant, model.weights, classes, model.image_size, dtype)
     spec = dataclasses.replace(spec, attention=model.attention)
     if model.antialias is not None:
       spec = dataclasses.replace(spec, antialias=model.antialias)
     asked = {key: getattr(self.config.data, key) for key in _PREPROCESS}
     asked = {key: value for key, value in asked.items() if value is not None}
+    dataclasses.replace(preprocess_for(spec), **asked)  # refuses what no image can be made with
     return dataclasses.replace(spec, **asked)
 
   @property
   def _head_is_new(self) -> bool:
     """Returns whether the classifier is trained in this run, or random."""
-    return "pretrain" in self.config.stages or self.config.model.weights is None
+    trains = "pretrain" in (*self.config.stages, *self.running) or self.finished("pretrain")
+    return bool(trains) or self.config.model.weights is None
+
+  @functools.cached_property
+  def _recorded_names(self) -> tuple[str, ...]:
+    """Returns the class names that the run began with; empty if it has not begun."""
+    path = self.workdir / "config.json"
+    return tuple(read_json(path).get("class_names", ())) if path.exists() else ()
 
   @functools.cached_property
   def class_names(self) -> tuple[str, ...]:
@@ -118,9 +141,12 @@ class Run:
     if not self.spec.num_classes:
       return ()
     known, names = self.spec.class_names, self._label_names
-    if known and not self._asked_names and (not self._head_is_new or labels.are_numbers(names)):
+    if asked := self._asked_names:
+      labels.check_count(asked, self.spec.num_classes)
+      return asked
+    if known and (not self._head_is_new or labels.are_numbers(names)):
       return known
-    return names if len(names) == self.spec.num_classes else known
+    return names or known
 
   @functools.cached_property
   def _label_names(self) -> tuple[str, ...]:
@@ -132,35 +158,28 @@ class Run:
     names, classes = self._data_names, self.spec.num_classes
     if not names or not classes:
       return ()
-    asked, known, where = self._asked_names, self.spec.class_names, self.config.data.name
-    if asked and len(asked) != classes:
-      raise UserError(
-        f"config.data.classes: expected {classes} names, as many as the model has outputs, got "
-        f"{len(asked)}."
-      )
-    if asked:
+    if asked := self._asked_names:
+      labels.check_count(asked, classes)
       return asked
+    data, known = self.config.data, self.spec.class_names
     if self._head_is_new and not (known and labels.are_numbers(names)):
-      if len(names) > classes:
-        raise UserError(
-          f"config.model.num_classes: expected at least the {len(names)} of {where}, got {classes}."
-        )
-      # Where the weights know the same classes, their order stays, and so does their head.
-      return known if set(names) == set(known) else names
-    return labels.name_outputs(names, classes, known, where, self.config.data.class_order)
+      return labels.name_trained_outputs(names, classes, known, data.name)
+    # Only folders have an order of their own to choose.
+    order = data.class_order if data.name == "folder" else "sorted"
+    return labels.name_outputs(names, classes, known, data.name, order)
 
   @functools.cached_property
   def _asked_names(self) -> tuple[str, ...]:
     """Returns the names in `config.data.classes`; empty if it is not set."""
-    asked = self.config.data.classes
-    return labels.read_names(asked) if asked else ()
+    return labels.read_names(self.config.data.classes) if self.config.data.classes else ()
 
   @functools.cached_property
   def _data_names(self) -> tuple[str, ...]:
     """Returns the data's own class names, in order; empty if there are no labels."""
     if self.config.data.name == "fake":
       return ()
-    trains = {"pretrain", "slim", "search", "finetune"} & set(self.config.stages)
+    stages = {*self.config.stages, *self.running}
+    trains = {"pretrain", "slim", "search", "finetune"} & stages
     of_training = self._source("train").class_names if trains else ()
     return of_training or self._source("eval").class_names
 
@@ -222,7 +241,7 @@ class Run:
     return str(made_here) if made_here.exists() else self.config.model.weights
 
   def _load(self, layers: tuple[LayerSpec, ...], weights: str | None) -> api.Params:
-    fresh_head = "pretrain" in self.config.stages
+    fresh_head = self._head_is_new and not self.finished("pretrain")
     dense = layers == self.spec.dense_layers
     indices = self.plan.indices if self.plan and not dense else None
     fresh_predictors = "finetune" in self.config.stages and not self.finished("finetune")
@@ -417,12 +436,13 @@ def preprocess_for(spec: ViTSpec) -> transforms.Preprocess:
     spec.std,
     spec.crop_pct,
     spec.interpolation,
+    spec.pad,
     crop_mode=spec.crop_mode,
     exif_orientation=spec.exif_orientation,
   )
 
 
-def open_run(config: Config, workdir: pathlib.Path) -> Run:
+def open_run(config: Config, workdir: pathlib.Path, running: Sequence[str] = ()) -> Run:
   """Opens a workdir to be resumed, or a new one, in which nothing is written yet.
 
   Raises:
@@ -439,7 +459,9 @@ def open_run(config: Config, workdir: pathlib.Path) -> Run:
       f"{workdir} holds a run whose config.json is gone; give another --workdir, or empty it."
     )
   if path.name in names:
-    made_with = read_json(path).get("config", {})
+    made_with = read_json(path).get("config")
+    if not isinstance(made_with, dict):
+      raise UserError(f"{path}: expected a run's config, got {reprlib.repr(made_with)}; remove it.")
     # A run may be given further stages, and then be called by its old name.
     before = made_with.get("stages")
     if before and all(map(operator.eq, before, values["stages"])):
@@ -450,7 +472,7 @@ def open_run(config: Config, workdir: pathlib.Path) -> Run:
         f"{workdir} was made with another config ({'; '.join(differing)}); give another --workdir, "
         "or the config it was made with."
       )
-  return Run(config, workdir)
+  return Run(config, workdir, tuple(running))
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:
