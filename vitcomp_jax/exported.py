@@ -60,7 +60,12 @@ class Exported:
     """Returns the preprocessing of images."""
     values = self.manifest["input"]["preprocess"]
     fields: Any = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-    return Preprocess(**fields)
+    try:
+      return Preprocess(**fields)
+    except TypeError as error:
+      raise UserError(
+        f"{MANIFEST}: expected preprocessing that is known, got another ({error})."
+      ) from error
 
 
 def load_exported(path: str | os.PathLike[str]) -> Exported:
