@@ -92,7 +92,7 @@ def test_photographs_are_turned_and_deep_files_refused(files, tmp_path, capsys):
   PIL.Image.new("F", (9, 9)).save(tmp_path / "float.tif")
   assert _predict(*options, tmp_path / "float.tif") == 2
   error = capsys.readouterr().err
-  assert error.count("\n") == 1 and "float.tif: mode F has more than 16 bits" in error
+  assert error.count("\n") == 1 and "float.tif: mode F has 32 bits" in error
 
 
 @pytest.mark.parametrize(
