@@ -9,7 +9,6 @@ import functools
 import logging
 import math
 import threading
-import typing
 from collections.abc import Iterator, Sequence
 
 import grain
@@ -268,7 +267,7 @@ class Dataset:
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(2, threads))
     iterator = iter(batches.to_iter_dataset(options))
     iterator.set_state({"next_index": start_step})
-    return typing.cast(Iterator[Batch], iterator)
+    return _with_one_line_errors(iterator)
 
   def _train_batch(self, step: int, rows: range, positions: list[int]) -> Batch:
     """A batch's rows, augmented by draws of the step and the row alone."""
@@ -388,6 +387,14 @@ class _Item:
   image: np.ndarray  # uint8[h w 3]
   label: int
   index: int  # in the source
+
+
+def _with_one_line_errors(batches: Iterator[Batch]) -> Iterator[Batch]:
+  """Yields the batches; takes what Grain appends to a message, about its frames, away again."""
+  try:
+    yield from batches
+  except UserError as error:
+    raise UserError(str(error).splitlines()[0]) from error
 
 
 def _stack(items: list[_Item]) -> Batch:
