@@ -89,6 +89,13 @@ def spec_for(
   Raises:
     UserError: For an unknown variant, or weights that are not there or were written for another.
   """
+  if num_classes is not None and (type(num_classes) is not int or num_classes < 0):
+    raise UserError(f"num_classes: expected a whole number, 0 or more, got {num_classes!r}.")
+  sides = image_size if isinstance(image_size, tuple | list) else (image_size, image_size)
+  if image_size is not None and [type(side) for side in sides] != [int, int]:
+    raise UserError(
+      f"image size: expected a whole number of pixels, or height and width, got {image_size!r}."
+    )
   spec = get_spec(variant, num_classes, image_size, dtype)
   if weights is None:
     return spec

@@ -164,16 +164,12 @@ def get_spec(
   if "." in variant and variant not in VARIANTS:
     changes |= _tagged(variant, spec)
   if num_classes is not None:
-    if type(num_classes) is not int or num_classes < 0:
-      raise UserError(f"num_classes: expected a whole number, 0 or more, got {num_classes!r}.")
+    if num_classes < 0:
+      raise UserError(f"num_classes: expected 0 or more, got {num_classes}.")
     changes["num_classes"] = num_classes
   if image_size is not None:
-    sides = (image_size, image_size) if isinstance(image_size, int) else image_size
-    if not (isinstance(sides, tuple | list) and [type(side) for side in sides] == [int, int]):
-      raise UserError(
-        f"image size: expected a whole number of pixels, or height and width, got {image_size!r}."
-      )
-    changes["image_size"] = tuple(sides)
+    side = image_size
+    changes["image_size"] = (side, side) if isinstance(side, int) else tuple(side)
   return dataclasses.replace(spec, **changes)
 
 
