@@ -11,6 +11,7 @@ import vitcomp_jax as vc
 from tests.models import forward, random_images, random_params, small_spec
 from tests.test_macs import embed, traced
 from vitcomp_jax import macs
+from vitcomp_jax.api import save_params
 from vitcomp_jax.convert import files
 from vitcomp_jax.convert.slicing import slice_params
 from vitcomp_jax.errors import UserError
@@ -145,7 +146,7 @@ def test_a_slimmed_plan_loads_from_either_weights(tmp_path):
   masks = method.cut(dense.spec, arch, (0.5, 0.5, 0.7), min_units=2)
   layers, indices = deploy(dense.spec, masks)
   save_plan(make_plan(dense.spec, layers, {"method": "vit_slim"}, indices), tmp_path / "plan.json")
-  files.write(slice_params(params, indices), str(tmp_path / "slim.safetensors"))
+  save_params(dense.spec, slice_params(params, indices), tmp_path / "slim.safetensors")
   plan = load_plan(str(tmp_path / "plan.json"))
   assert plan.layers_for(dense.spec) == layers and plan.indices == indices
   cut, cut_params = vc.load(variant, "bundled", plan)
