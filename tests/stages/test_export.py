@@ -14,8 +14,9 @@ from vitcomp_jax import predict
 from vitcomp_jax.config import from_config_dict
 from vitcomp_jax.convert import files
 from vitcomp_jax.convert.slicing import LayerIndex
+from vitcomp_jax.methods import diffrate, evit, tome, vit_slim
+from vitcomp_jax.methods.dynamicvit import PredictorSelect
 from vitcomp_jax.models import reducers
-from vitcomp_jax.models.predictor import PredictorSelect
 from vitcomp_jax.plans import PlanLayer, make_plan, save_plan
 from vitcomp_jax.stages import export, run_stages
 
@@ -60,7 +61,7 @@ def _close(got, expected):
   np.testing.assert_allclose(got, expected, rtol=0, atol=1e-4 * np.abs(expected).max())
 
 
-PRUNE_MERGE = (reducers.PruneMerge(20, 18), reducers.PruneMerge(15, 12))
+PRUNE_MERGE = (diffrate.PruneMerge(20, 18), diffrate.PruneMerge(15, 12))
 
 
 def test_plain_jax_runs_it_at_any_batch_size(tmp_path):
@@ -166,14 +167,14 @@ def test_what_a_format_cannot_hold_is_refused(tmp_path, monkeypatch):
   ("reductions", "select"),
   [
     (PRUNE_MERGE, reducers.keep_all),
-    ((reducers.BipartiteMerge(4), reducers.BipartiteMerge(3)), reducers.keep_all),
+    ((tome.BipartiteMerge(4), tome.BipartiteMerge(3)), reducers.keep_all),
     (
-      (reducers.AttentiveSelect(18), reducers.PruneMerge(12, 12, importance="value_norm")),
+      (evit.AttentiveSelect(18), diffrate.PruneMerge(12, 12, importance="value_norm")),
       PredictorSelect(16),
     ),
     (
-      (reducers.keep_all, reducers.PruneMerge(10, 9, importance="mean_attention")),
-      reducers.KeepPositions(tuple(range(0, 26, 2))),
+      (reducers.keep_all, diffrate.PruneMerge(10, 9, importance="mean_attention")),
+      vit_slim.KeepPositions(tuple(range(0, 26, 2))),
     ),
   ],
 )

@@ -9,7 +9,8 @@ import pytest
 import vitcomp_jax as vc
 from tests.stages.test_slim import TINY, tiny_config, tiny_variant  # noqa: F401
 from vitcomp_jax.data.transforms import normalize
-from vitcomp_jax.models.reducers import AttentiveSelect, PruneMerge
+from vitcomp_jax.methods.diffrate import PruneMerge
+from vitcomp_jax.methods.evit import AttentiveSelect
 from vitcomp_jax.models.variants import get_spec
 from vitcomp_jax.models.vit import ViT
 from vitcomp_jax.plans import save_plan
