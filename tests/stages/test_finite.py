@@ -162,7 +162,6 @@ def test_no_prediction_comes_of_it(how, overflowing, tmp_path, monkeypatch, caps
   for image in images:
     PIL.Image.new("RGB", (30, 30), (9, 9, 9)).save(image)
   if how == "weights":
-    monkeypatch.setattr(predict, "get_spec", lambda name: get_spec(name, num_classes=10))
     options = ["--weights", overflowing, "--variant", TINY]
   else:
     spec = get_spec(TINY, num_classes=10)
