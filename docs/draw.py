@@ -21,7 +21,8 @@ import vitcomp_jax as vc
 from vitcomp_jax.data import sources
 from vitcomp_jax.data.transforms import evaluation_image, normalize
 from vitcomp_jax.macs import static_counts
-from vitcomp_jax.methods import diffrate, vit_slim
+from vitcomp_jax.methods.diffrate import search as diffrate
+from vitcomp_jax.methods.vit_slim import search as vit_slim
 from vitcomp_jax.models.spec import LayerSpec, ViTSpec
 from vitcomp_jax.models.tokens import AttentionStats, Aux, Tokens
 from vitcomp_jax.models.vit import ViT
