@@ -178,12 +178,12 @@ def test_an_unknown_tag_is_told_in_one_line(caplog):
   (record,) = caplog.records
   line = record.getMessage()
   assert record.levelname == "WARNING" and "\n" not in line
-  assert line.startswith("variant vit_base_patch16_224.dinno: timm 1.0.31 has no such tag")
+  assert line.startswith("vit_base_patch16_224.dinno: timm 1.0.31 has no such tag")
   assert "vit_base_patch16_224 (mean (0.5, 0.5, 0.5), std" in line
   assert "near it are vit_base_patch16_224.dino, " in line
   caplog.clear()
   get_spec("vit_mini_patch3_30.mine")
-  assert caplog.records[0].getMessage().endswith("bicubic); it has none for this model")
+  assert caplog.records[0].getMessage().endswith("and the keys beside it")
 
 
 def test_a_tag_is_found_by_hub_ids_too():

@@ -123,17 +123,7 @@ def _preprocess_of(spec: ViTSpec, weights: str, about: Description) -> dict[str,
   if tag := tags.tag_of(weights):
     return {k: v for k, v in tags.spec_changes(tag).items() if k in description.PREPROCESS}
   if files.is_hub_id(weights):
-    logging.warning(
-      "weights %s: timm %s has no such tag, so images are prepared as for %s (mean %s, std %s, "
-      "crop_pct %g, %s); see config.data.mean and the keys beside it",
-      weights,
-      tags.timm_version(),
-      spec.name,
-      spec.mean,
-      spec.std,
-      spec.crop_pct,
-      spec.crop_mode,
-    )
+    tags.warn_unknown(weights, spec)
   return {}
 
 

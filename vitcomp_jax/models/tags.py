@@ -7,8 +7,11 @@ import difflib
 import functools
 import importlib.resources
 import json
+import logging
 from collections.abc import Mapping
 from typing import Any
+
+from vitcomp_jax.models.spec import ViTSpec
 
 _HUB = ("hf-hub:", "timm/")
 
@@ -52,6 +55,29 @@ def near_tags(name: str) -> list[str]:
 def timm_version() -> str:
   """Returns the version of timm whose tags are known."""
   return _table()["timm"]
+
+
+def warn_unknown(name: str, spec: ViTSpec) -> None:
+  """Warns that timm's preprocessing of weights is not known, and says what is done instead.
+
+  Args:
+    name: Of the weights, as the user gave it.
+    spec: Whose preprocessing is taken.
+  """
+  near = near_tags(_without_hub(name))
+  logging.warning(
+    "%s: timm %s has no such tag, so images are prepared as for %s (mean %s, std %s, crop_pct %g, "
+    "%s, %s); %s",
+    name,
+    timm_version(),
+    spec.name,
+    spec.mean,
+    spec.std,
+    spec.crop_pct,
+    spec.crop_mode,
+    spec.interpolation,
+    f"near it are {', '.join(near)}" if near else "see config.data.mean and the keys beside it",
+  )
 
 
 @functools.cache

@@ -2,7 +2,6 @@
 
 import dataclasses
 import difflib
-import logging
 from collections.abc import Iterator
 from typing import Any
 
@@ -177,18 +176,5 @@ def _tagged(variant: str, spec: ViTSpec) -> dict[str, Any]:
   """Returns the fields of the architecture's spec that a pre-training tag changes."""
   if (tag := tags.tag_of(variant)) is not None:
     return tags.spec_changes(tag)
-  near = tags.near_tags(variant)
-  logging.warning(
-    "variant %s: timm %s has no such tag, so that images are prepared as for %s (mean %s, std %s, "
-    "crop_pct %g, %s, %s); %s",
-    variant,
-    tags.timm_version(),
-    spec.name,
-    spec.mean,
-    spec.std,
-    spec.crop_pct,
-    spec.crop_mode,
-    spec.interpolation,
-    f"near it are {', '.join(near)}" if near else "it has none for this model",
-  )
+  tags.warn_unknown(variant, spec)
   return {}
