@@ -129,8 +129,7 @@ def _preprocess_of(spec: ViTSpec, weights: str, about: Description) -> dict[str,
 
 # What a spec says of images, classes and computation, and not of the weights' meaning.
 _FREE_FIELDS = {"name", "image_size", "num_classes", "class_names", "dtype", "attention"}
-_FREE_FIELDS |= {"mean", "std", "crop_pct", "crop_mode", "interpolation", "pad", "exif_orientation"}
-_FREE_FIELDS |= {"antialias"}
+_FREE_FIELDS |= {"antialias", *description.PREPROCESS}
 
 
 def _check_variant(spec: ViTSpec, about: Description) -> None:

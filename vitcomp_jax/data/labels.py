@@ -185,8 +185,13 @@ def differing(old: Sequence[str], new: Sequence[str]) -> str:
   """Describes in what names of outputs differ."""
   if len(old) != len(new):
     return f"{len(old)} classes, not {len(new)}"
-  i = next(i for i, pair in enumerate(zip(old, new, strict=True)) if len(set(pair)) > 1)
+  i = _first_difference(old, new)
   return f"another class {i}, {old[i]} and not {new[i]}"
+
+
+def _first_difference(a: Sequence[str], b: Sequence[str]) -> int:
+  """Returns where two equally long sequences that differ do so first."""
+  return next(i for i, (x, y) in enumerate(zip(a, b, strict=True)) if x != y)
 
 
 def _warn(names: Sequence[str], where: str, order: str | None) -> None:
@@ -201,7 +206,7 @@ def _warn(names: Sequence[str], where: str, order: str | None) -> None:
   )
   natural = sort_classes(names, "natural")
   if order is None and natural != tuple(names):
-    i = next(i for i, pair in enumerate(zip(names, natural, strict=True)) if len(set(pair)) > 1)
+    i = _first_difference(names, natural)
     logging.warning(
       "%s: class %d is %s in sorted order (torchvision's, which is taken), and %s in natural order "
       "(timm's); set config.data.class_order to the one that the model was trained with",

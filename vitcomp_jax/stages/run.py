@@ -16,7 +16,7 @@ from vitcomp_jax import api, paths, processes, strict_json
 from vitcomp_jax import config as config_lib
 from vitcomp_jax.atomic import write_json
 from vitcomp_jax.config import Config
-from vitcomp_jax.convert import timm_slimmed
+from vitcomp_jax.convert import description, timm_slimmed
 from vitcomp_jax.costs import MACS, Cost
 from vitcomp_jax.data import labels, loader, sources, transforms
 from vitcomp_jax.errors import UserError
@@ -26,16 +26,6 @@ from vitcomp_jax.parallel import Layout
 from vitcomp_jax.plans import Plan, load_plan
 from vitcomp_jax.stages import latency
 
-# Keys of the config's data part that go before what the weights say of preprocessing.
-_PREPROCESS = (
-  "mean",
-  "std",
-  "crop_pct",
-  "crop_mode",
-  "interpolation",
-  "pad",
-  "exif_orientation",
-)
 _PACKAGES = ("vitcomp_jax", "jax", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 
@@ -118,7 +108,8 @@ class Run:
     spec = dataclasses.replace(spec, attention=model.attention)
     if model.antialias is not None:
       spec = dataclasses.replace(spec, antialias=model.antialias)
-    asked = {key: getattr(self.config.data, key) for key in _PREPROCESS}
+    # The config goes before what the weights say of preprocessing.
+    asked = {key: getattr(self.config.data, key) for key in description.PREPROCESS}
     asked = {key: value for key, value in asked.items() if value is not None}
     dataclasses.replace(preprocess_for(spec), **asked)  # refuses what no image can be made with
     return dataclasses.replace(spec, **asked)
