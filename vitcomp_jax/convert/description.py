@@ -115,7 +115,8 @@ def metadata(
     "grid": list(grid),
     "preprocess": {name: preprocess[name] for name in PREPROCESS},
   }
-  return {"variant": variant, KEY: json.dumps(values, allow_nan=False)}
+  # One key: safetensors writes several in an order of its own, so that equal runs' files differed.
+  return {KEY: json.dumps(values, allow_nan=False)}
 
 
 def _pair(values: Sequence[int]) -> tuple[int, int]:
