@@ -19,12 +19,12 @@ import numpy as np
 
 import vitcomp_jax as vc
 from vitcomp_jax.atomic import write_json
+from vitcomp_jax.cost import latency, timing
 from vitcomp_jax.methods.diffrate import PruneMerge
 from vitcomp_jax.methods.handmade import compressed_layers
 from vitcomp_jax.models.spec import LayerSpec, ViTSpec
 from vitcomp_jax.models.vit import ViT
 from vitcomp_jax.paths import expand
-from vitcomp_jax.stages import latency, timing
 
 
 def random_plan(spec: ViTSpec, rng: np.random.Generator) -> tuple[LayerSpec, ...]:

@@ -30,14 +30,15 @@ import optax
 import vitcomp_jax as vc
 from vitcomp_jax.atomic import write_json
 from vitcomp_jax.config import from_config_dict
-from vitcomp_jax.convert.timm import to_timm
+from vitcomp_jax.cost import timing
 from vitcomp_jax.data.transforms import normalize
 from vitcomp_jax.methods.diffrate import PruneMerge
 from vitcomp_jax.models.tokens import AttentionStats, Aux, TokenReducer, Tokens
 from vitcomp_jax.models.vit import ViT
 from vitcomp_jax.paths import expand
-from vitcomp_jax.stages import search, timing
-from vitcomp_jax.stages.run import Run, environment
+from vitcomp_jax.runs.run import Run, environment
+from vitcomp_jax.stages import search
+from vitcomp_jax.weights.timm import to_timm
 
 # What is measured, at which batch sizes, and the ways in which PyTorch does it there.
 BATCH = 16

@@ -11,8 +11,8 @@ Nothing was measured here; what was published stands in those configs.
 
 import ml_collections
 
-from vitcomp_jax import macs
 from vitcomp_jax.configs import common
+from vitcomp_jax.cost import macs
 from vitcomp_jax.errors import UserError
 from vitcomp_jax.models.variants import get_spec
 from vitcomp_jax.plans import list_plans, load_plan

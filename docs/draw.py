@@ -18,19 +18,18 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 import vitcomp_jax as vc
+from vitcomp_jax.cost.macs import static_counts
 from vitcomp_jax.data import sources
 from vitcomp_jax.data.transforms import evaluation_image, normalize
-from vitcomp_jax.macs import static_counts
 from vitcomp_jax.methods.diffrate import search as diffrate
 from vitcomp_jax.methods.vit_slim import search as vit_slim
 from vitcomp_jax.models.spec import LayerSpec, ViTSpec
 from vitcomp_jax.models.tokens import AttentionStats, Aux, Tokens
 from vitcomp_jax.models.vit import ViT
 from vitcomp_jax.ops import merge
-from vitcomp_jax.stages import drawing
-from vitcomp_jax.stages.figures import token_map, tokens_left
-from vitcomp_jax.stages.figures.style import BLUE, GRAY, GREEN, ORANGE, PURPLE, VERMILION
-from vitcomp_jax.stages.run import preprocess_for
+from vitcomp_jax.reporting import run_plots
+from vitcomp_jax.reporting.plots import token_map, tokens_left
+from vitcomp_jax.reporting.plots.style import BLUE, GRAY, GREEN, ORANGE, PURPLE, VERMILION
 
 DEIT = vc.get_spec("deit_small_patch16_224")
 MINI = vc.get_spec("vit_mini_patch3_30")
@@ -106,7 +105,7 @@ def diffrate_figure(figure: Figure) -> None:
   middle.legend(fontsize=8, frameon=False, loc="upper right")
   _plain(middle, "2. Is the token of this rank kept?", "rank by importance", "kept")
 
-  counts = drawing.kept_counts(DEIT, PLAN.layers_for(DEIT))
+  counts = run_plots.kept_counts(DEIT, PLAN.layers_for(DEIT))
   after_pruning, after_merging = np.transpose(tokens_left(counts, DEIT.num_tokens))
   numbers = np.arange(1, DEIT.depth + 1)
   before = np.array([DEIT.num_tokens, *after_merging[:-1]])
@@ -210,7 +209,7 @@ class _Importance:
 
 def _bundled(spec: ViTSpec, count: int) -> tuple[np.ndarray, np.ndarray]:
   """Images of the bundled data set, as pixels and normalised."""
-  pre = dataclasses.replace(preprocess_for(spec), pad=1)
+  pre = dataclasses.replace(spec.preprocess, pad=1)
   source = sources.make_source("bundled", None, "test", (1, 1), 0)
   pixels = np.stack([evaluation_image(source[i].image, pre) for i in range(count)])
   return pixels, np.asarray(normalize(pixels, pre))

@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vitcomp_jax.api import abstract_params
 from vitcomp_jax.models.build import build
 from vitcomp_jax.models.spec import LayerSpec, ViTSpec
+from vitcomp_jax.weights.loading import abstract_params
 
 
 def small_spec(**changes: Any) -> ViTSpec:

@@ -12,15 +12,14 @@ import pytest
 import safetensors.numpy
 
 import vitcomp_jax as vc
-from tests.convert.test_files import make_hub_cache
-from vitcomp_jax import api
+from tests.weights.test_files import make_hub_cache
 from vitcomp_jax.config import default_config
-from vitcomp_jax.convert import files
-from vitcomp_jax.convert.positions import resample_positions
 from vitcomp_jax.errors import UserError
 from vitcomp_jax.methods.diffrate import PruneMerge
 from vitcomp_jax.models.variants import VARIANTS
 from vitcomp_jax.plans import parse_plan
+from vitcomp_jax.weights import files, loading
+from vitcomp_jax.weights.positions import resample_positions
 
 MINI = "vit_mini_patch3_30"
 
@@ -83,7 +82,7 @@ def weights_of(tmp_path):
   """Writes the bundled weights, changed, as other libraries do."""
 
   def write(change):
-    state = files.read(api.bundled_weights(vc.get_spec(MINI)))
+    state = files.read(loading.bundled_weights(vc.get_spec(MINI)))
     path = tmp_path / "weights.safetensors"
     safetensors.numpy.save_file(change(state), path)
     return path, state
@@ -129,7 +128,7 @@ def test_a_file_is_looked_at_before_anything_is_built(num_classes, monkeypatch):
   def never(*_):
     raise AssertionError
 
-  monkeypatch.setattr(api, "build", never)
+  monkeypatch.setattr(loading, "build", never)
   with pytest.raises(UserError, match="are not there"):
     vc.load("deit_base_patch16_224", "/nowhere/w.safetensors", num_classes=num_classes)
 
@@ -145,7 +144,7 @@ def test_positions_of_an_oblong_grid_are_taken_as_they_are(tmp_path):
   files.write(params, str(path))  # without a word on the grid: 20 x 5 could be 10 x 10
   _, same = vc.load(MINI, path, image_size=(60, 15))
   np.testing.assert_array_equal(same["pos_embed"], params["pos_embed"])
-  api.save_params(model.spec, params, path)
+  loading.save_params(model.spec, params, path)
   model, same = vc.load(MINI, path)
   assert model.spec.image_size == (60, 15)
   np.testing.assert_array_equal(same["pos_embed"], params["pos_embed"])
@@ -176,14 +175,14 @@ def test_preprocessing_is_that_of_a_hub_ids_tag(on_the_hub, caplog):
     on_the_hub(hub_id)
   variant = vc.get_spec("vit_base_patch16_224")
   for weights in (dino, f"hf-hub:{dino}"):
-    spec = api.spec_for("vit_base_patch16_224", weights)
+    spec = loading.spec_for("vit_base_patch16_224", weights)
     assert (spec.mean, spec.std) == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)) != variant.mean
   assert spec.num_classes == 2  # the weights', whatever timm's have
   assert not caplog.records
-  assert api.spec_for("vit_base_patch16_224", plain).mean == variant.mean
+  assert loading.spec_for("vit_base_patch16_224", plain).mean == variant.mean
   assert "has no such tag" in caplog.text and plain in caplog.text
   with pytest.raises(UserError, match="give that variant"):
-    api.spec_for("vit_base_patch16_clip_224", clip)
+    loading.spec_for("vit_base_patch16_clip_224", clip)
 
 
 @pytest.mark.parametrize("size", [(30,), "30", 30.0, (30, 30.0)])

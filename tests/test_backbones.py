@@ -9,16 +9,17 @@ import pytest
 import vitcomp_jax as vc
 from tests.models import random_images, random_params, small_spec
 from tests.stages.test_slim import tiny_config
-from vitcomp_jax import macs, predict
+from vitcomp_jax import predict
 from vitcomp_jax.config import from_config_dict
+from vitcomp_jax.cost import macs
 from vitcomp_jax.methods import within
 from vitcomp_jax.models.caformer import caformer
 from vitcomp_jax.models.variants import VARIANTS
 from vitcomp_jax.models.vit import ViT
 from vitcomp_jax.ops.attention import probe_attention
 from vitcomp_jax.plans import load_plan, make_plan, save_plan
+from vitcomp_jax.runs.run import read_json
 from vitcomp_jax.stages import run_stages
-from vitcomp_jax.stages.run import read_json
 
 MAP = small_spec(class_token=False, pool="map")
 

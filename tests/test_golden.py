@@ -20,19 +20,11 @@ import optax
 import pytest
 
 from tests.conftest import golden_dir
-from vitcomp_jax import macs, methods
-from vitcomp_jax.api import abstract_params
-from vitcomp_jax.convert.positions import resample_positions
-from vitcomp_jax.convert.timm import port, to_timm
+from vitcomp_jax import methods
+from vitcomp_jax.cost import macs
 from vitcomp_jax.methods import dynamicvit
-from vitcomp_jax.methods.diffrate.search import (
-  DiffRate,
-  PruneMerge,
-  _rank_mask,
-  candidates,
-  keep_probability,
-  search_counts,
-)
+from vitcomp_jax.methods.diffrate.masking import _rank_mask, candidates, keep_probability
+from vitcomp_jax.methods.diffrate.search import DiffRate, PruneMerge, search_counts
 from vitcomp_jax.methods.vit_slim.search import ViTSlim, authors_cost, masked_layers, thresholds
 from vitcomp_jax.models.build import build
 from vitcomp_jax.models.caformer import caformer
@@ -41,6 +33,9 @@ from vitcomp_jax.models.spec import LayerSpec, ViTSpec, of_layer, to_tree
 from vitcomp_jax.models.variants import get_spec
 from vitcomp_jax.models.vit import ViT
 from vitcomp_jax.ops.losses import cross_entropy
+from vitcomp_jax.weights.loading import abstract_params
+from vitcomp_jax.weights.positions import resample_positions
+from vitcomp_jax.weights.timm import port, to_timm
 
 F32, F64, HIDDEN = 2e-5, 1e-9, 5e-5
 

@@ -8,9 +8,9 @@ import pytest
 
 import vitcomp_jax as vc
 from tests.stages.test_slim import tiny_config, tiny_variant  # noqa: F401
-from vitcomp_jax.convert import files
-from vitcomp_jax.stages.run import Run
+from vitcomp_jax.runs.run import Run
 from vitcomp_jax.training.preemption import Preemption
+from vitcomp_jax.weights import files
 
 
 def test_a_loss_that_is_not_finite_stops_and_tells_what_led_to_it(tmp_path, monkeypatch):

@@ -14,12 +14,12 @@ from tests.stages.test_slim import TINY, tiny_config, tiny_variant  # noqa: F401
 from tests.test_api import MINI, mini_plan
 from vitcomp_jax import exported, main, predict
 from vitcomp_jax.config import from_config_dict
-from vitcomp_jax.convert import files
 from vitcomp_jax.data import sources
 from vitcomp_jax.paths import expand
 from vitcomp_jax.plans import save_plan
+from vitcomp_jax.runs.run import open_run
 from vitcomp_jax.stages import compare, visualize
-from vitcomp_jax.stages.run import open_run
+from vitcomp_jax.weights import files
 
 ROOT = pathlib.Path(__file__).parents[1]
 

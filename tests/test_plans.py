@@ -5,7 +5,8 @@ import json
 
 import pytest
 
-from vitcomp_jax import api, macs
+from vitcomp_jax import api
+from vitcomp_jax.cost import macs
 from vitcomp_jax.errors import UserError
 from vitcomp_jax.methods.diffrate import PruneMerge
 from vitcomp_jax.models.reducers import KeepAll

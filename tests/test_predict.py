@@ -14,9 +14,9 @@ import pytest
 import vitcomp_jax as vc
 from tests.test_api import MINI, mini_plan
 from tests.test_main import OTHER
-from vitcomp_jax import api, predict
+from vitcomp_jax import predict
 from vitcomp_jax.data import class_names, sources
-from vitcomp_jax.stages.run import preprocess_for
+from vitcomp_jax.weights import loading
 
 
 @pytest.fixture(scope="module")
@@ -63,13 +63,13 @@ def test_classes_are_the_weights(files, tmp_path, capsys):
   spec = vc.get_spec(MINI)
   _, params = vc.load(MINI, "bundled")
   head = {name: np.asarray(array)[..., :7] for name, array in params["head"].items()}
-  api.save_params(spec, params | {"head": head}, tmp_path / "seven.safetensors")
+  loading.save_params(spec, params | {"head": head}, tmp_path / "seven.safetensors")
   options = ["--variant", MINI, "--top", "9", files / "0.png"]
   assert _predict("--weights", tmp_path / "seven.safetensors", *options) == 0
   lines = capsys.readouterr().out.splitlines()[1:]
   assert sorted(line.split("%  ")[1] for line in lines) == [f"class {i}" for i in range(7)]
   named = dataclasses.replace(spec, class_names=tuple("abcdefg"))
-  api.save_params(named, params | {"head": head}, tmp_path / "seven.safetensors")
+  loading.save_params(named, params | {"head": head}, tmp_path / "seven.safetensors")
   assert _predict("--weights", tmp_path / "seven.safetensors", *options) == 0
   lines = capsys.readouterr().out.splitlines()[1:]
   assert sorted(line.split("%  ")[1] for line in lines) == list("abcdefg")
@@ -104,7 +104,7 @@ def test_photographs_are_turned_and_deep_files_refused(files, tmp_path, capsys):
   ],
 )
 def test_every_classifier_turns_photographs(of, options, monkeypatch):
-  stored = preprocess_for(vc.get_spec(MINI))
+  stored = vc.get_spec(MINI).preprocess
   assert not stored.exif_orientation
   found = predict.Classifier(lambda images: images, stored, ["one"])
   monkeypatch.setattr(predict, of, lambda *_: found)

@@ -4,9 +4,9 @@
 of a run are `vc.pretrain`, `vc.slim`, `vc.search`, `vc.finetune`, `vc.evaluate`, `vc.benchmark`,
 `vc.compare`, `vc.visualize` and `vc.export`, whose artefacts `vc.load_exported` runs.
 `vc.methods` makes the layers of ToMe, EViT, DynamicViT and hand-made schedules, `vc.make_plan` a
-plan of them, and `vc.unmerge` brings tokens back to the grid of patches. `vc.pictures` draws what
-plans and models do, `vc.figures` whatever else a run has figures of, `vc.published_accuracies` says
-what others measured.
+plan of them, and `vc.unmerge` brings tokens back to the grid of patches. `vc.model_plots` draws
+what plans and models do, `vc.plots` metrics of a run, `vc.published_accuracies` gives what others
+measured.
 """
 
 import functools
@@ -20,8 +20,9 @@ from vitcomp_jax.exported import Exported, load_exported
 from vitcomp_jax.models.tokens import unmerge
 from vitcomp_jax.models.variants import get_spec, list_variants
 from vitcomp_jax.plans import Plan, list_plans, load_plan, make_plan
-from vitcomp_jax.stages import figures, pictures, run_stage
-from vitcomp_jax.stages.published import accuracies as published_accuracies
+from vitcomp_jax.reporting import model_plots, plots
+from vitcomp_jax.reporting.published import accuracies as published_accuracies
+from vitcomp_jax.stages import run_stage
 
 __version__ = importlib.metadata.version("vitcomp_jax")
 
@@ -47,7 +48,7 @@ __all__ = [
   "default_config",
   "evaluate",
   "export",
-  "figures",
+  "model_plots",
   "finetune",
   "get_spec",
   "list_plans",
@@ -57,7 +58,7 @@ __all__ = [
   "load_plan",
   "make_plan",
   "methods",
-  "pictures",
+  "plots",
   "pretrain",
   "published_accuracies",
   "search",

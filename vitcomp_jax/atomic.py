@@ -9,13 +9,13 @@ import tempfile
 from collections.abc import Iterator
 from typing import Any
 
-from vitcomp_jax import processes, strict_json
+from vitcomp_jax import multihost, strict_json
 
 
 @contextlib.contextmanager
 def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
   """A path beside `path` to write to; it takes the place of `path` when the block ends well."""
-  if not processes.is_first():
+  if not multihost.is_first():
     with tempfile.TemporaryDirectory() as folder:
       yield pathlib.Path(folder) / path.name
     return

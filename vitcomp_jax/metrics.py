@@ -11,7 +11,7 @@ from typing import Any
 import tqdm
 from tensorboardX import SummaryWriter
 
-from vitcomp_jax import processes, strict_json
+from vitcomp_jax import multihost, strict_json
 from vitcomp_jax.atomic import write_text
 
 
@@ -29,16 +29,16 @@ class MetricsWriter:
     """
     self._path, self._stage, self._begin = workdir / "metrics.jsonl", stage, time.monotonic()
     self._elapsed = _drop_later(self._path, stage, start_step)
-    processes.meet("metrics")  # All have read what was logged before more of it is.
+    multihost.meet("metrics")  # All have read what was logged before more of it is.
     self._board = None
-    if processes.is_first():
+    if multihost.is_first():
       self._board = SummaryWriter(str(workdir / "tensorboard" / stage), purge_step=start_step + 1)
     self._bar = tqdm.tqdm(
       total=total_steps,
       initial=start_step,
       desc=stage,
       unit="step",
-      disable=not (processes.is_first() and sys.stderr.isatty()),
+      disable=not (multihost.is_first() and sys.stderr.isatty()),
     )
 
   @property
@@ -75,7 +75,7 @@ class MetricsWriter:
     self._bar.close()
     if self._board is not None:
       self._board.close()
-    processes.meet("logged")
+    multihost.meet("logged")
 
   def __enter__(self) -> "MetricsWriter":
     return self
@@ -123,5 +123,5 @@ def _plain(value: Any) -> Any:
 def progress(items: Iterable[Any], what: str, total: int) -> Iterable[Any]:
   """The items, with a progress bar on a terminal."""
   return tqdm.tqdm(
-    items, desc=what, total=total, disable=not (processes.is_first() and sys.stderr.isatty())
+    items, desc=what, total=total, disable=not (multihost.is_first() and sys.stderr.isatty())
   )

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import filelock
 import numpy as np
 
-from vitcomp_jax import processes, strict_json
+from vitcomp_jax import multihost, strict_json
 from vitcomp_jax.atomic import write_json
 from vitcomp_jax.errors import UserError
 
@@ -38,7 +38,7 @@ def owned(workdir: pathlib.Path) -> Iterator[None]:
   """
   with contextlib.ExitStack() as held:
     refusal = None
-    if processes.is_first():
+    if multihost.is_first():
       try:
         _own(workdir, held)
       except UserError as error:
@@ -121,4 +121,4 @@ def _owner(workdir: pathlib.Path) -> str | None:
 def _from_first(text: str) -> str:
   """Broadcasts the first process's text to all processes."""
   content = np.frombuffer(text.encode()[:_LONGEST].ljust(_LONGEST, b"\0"), np.uint8)
-  return processes.from_first(content).tobytes().rstrip(b"\0").decode(errors="ignore")
+  return multihost.from_first(content).tobytes().rstrip(b"\0").decode(errors="ignore")

@@ -10,9 +10,9 @@ import reprlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from vitcomp_jax import macs, paths, strict_json
+from vitcomp_jax import paths, strict_json
 from vitcomp_jax.atomic import write_json
-from vitcomp_jax.convert.slicing import LayerIndex
+from vitcomp_jax.cost import macs
 from vitcomp_jax.errors import UserError
 from vitcomp_jax.methods.diffrate import PruneMerge
 from vitcomp_jax.methods.registry import reducer_types
@@ -20,6 +20,7 @@ from vitcomp_jax.models.gates import HardMask
 from vitcomp_jax.models.reducers import LARGEST, KeepAll, StaticReducer
 from vitcomp_jax.models.spec import LayerSpec, ViTSpec
 from vitcomp_jax.models.variants import VARIANTS, get_spec
+from vitcomp_jax.weights.slicing import LayerIndex
 
 FORMAT, VERSION = "vitcomp-plan", 1
 _TOP_KEYS = ("format", "version", "variant", "num_tokens", "gmacs", "made_by", "layers")

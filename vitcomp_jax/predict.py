@@ -16,7 +16,7 @@ from typing import NoReturn
 
 import numpy as np
 
-from vitcomp_jax import api, paths
+from vitcomp_jax import api, paths, scoring
 from vitcomp_jax.config import from_config_dict
 from vitcomp_jax.data import class_names, sources
 from vitcomp_jax.data.transforms import Preprocess, evaluation_image, normalize
@@ -25,8 +25,9 @@ from vitcomp_jax.exported import load_exported
 from vitcomp_jax.models.build import build
 from vitcomp_jax.models.vit import ViT
 from vitcomp_jax.plans import load_plan
-from vitcomp_jax.stages import figures, measure, pictures
-from vitcomp_jax.stages.run import Run, preprocess_for, read_json
+from vitcomp_jax.reporting import model_plots, plots
+from vitcomp_jax.runs.run import Run, read_json
+from vitcomp_jax.weights import loading
 
 _BATCH = 32  # images at once
 
@@ -47,7 +48,7 @@ class Classifier:
   preprocess: Preprocess
   classes: Sequence[str]
   model: ViT | None = None
-  params: api.Params = dataclasses.field(default_factory=dict)
+  params: loading.Params = dataclasses.field(default_factory=dict)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -62,7 +63,7 @@ def main(argv: Sequence[str]) -> int:
     parts = np.split(images, range(_BATCH, len(images), _BATCH))
     logits = np.concatenate([classifier.logits(part) for part in parts])
     for path, row in zip(options.images, logits, strict=True):
-      measure.check_finite(row, path)
+      scoring.check_finite(row, path)
     for path, row in zip(options.images, logits, strict=True):
       print(_answer(path, row, classifier.classes, options.top))
     if options.maps:
@@ -86,12 +87,15 @@ def _draw(options: argparse.Namespace, classifier: Classifier, images: np.ndarra
   if classifier.model is None:
     raise UserError("command line: --maps needs the model itself; an exported one gives no tokens.")
   for i, (path, image) in enumerate(zip(options.images, images, strict=True), 1):
-    name, layers = f"{i}_{pathlib.Path(path).stem}", pictures.spaced(classifier.model.spec.depth, 4)
+    name, layers = (
+      f"{i}_{pathlib.Path(path).stem}",
+      model_plots.spaced(classifier.model.spec.depth, 4),
+    )
     try:
-      figure = pictures.token_maps(
+      figure = model_plots.token_maps(
         classifier.model, classifier.params, image[None], [pathlib.Path(path).name], layers
       )
-      figures.save(figure, options.maps, name)
+      plots.save(figure, options.maps, name)
     except OSError as error:
       raise UserError(f"--maps {options.maps}: cannot be written ({error.strerror}).") from error
     print(f"tokens: {options.maps / name}.png")
@@ -161,10 +165,10 @@ def _from_weights(variant: str | None, weights: str | None, plan: str | None) ->
       "command line: expected --weights with --plan or --variant, or --workdir, or --exported."
     )
   model, params = api.load(name, weights, found)
-  return _of(model, params, preprocess_for(model.spec), model.spec.class_names)
+  return _of(model, params, model.spec.preprocess, model.spec.class_names)
 
 
-def _of(model: ViT, params: api.Params, pre: Preprocess, names: Sequence[str]) -> Classifier:
+def _of(model: ViT, params: loading.Params, pre: Preprocess, names: Sequence[str]) -> Classifier:
   def logits(images: np.ndarray) -> np.ndarray:
     return np.asarray(api.apply(model, params, normalize(images, pre)), np.float32)
 

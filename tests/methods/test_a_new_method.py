@@ -5,8 +5,8 @@ import pytest
 import vitcomp_jax as vc
 from tests.methods import toy
 from tests.models import forward, random_images, random_params, small_spec
-from vitcomp_jax import macs
 from vitcomp_jax.config import from_config_dict
+from vitcomp_jax.cost import macs
 from vitcomp_jax.errors import UserError
 from vitcomp_jax.methods import registry
 from vitcomp_jax.models.variants import VARIANTS

@@ -10,12 +10,13 @@ import pytest
 
 import vitcomp_jax as vc
 from tests.models import forward, random_images, random_params, small_spec
-from vitcomp_jax import macs
 from vitcomp_jax.config import ParallelConfig, SearchConfig
+from vitcomp_jax.cost import macs
 from vitcomp_jax.data.transforms import Preprocess
 from vitcomp_jax.errors import UserError
 from vitcomp_jax.methods.diffrate import PruneMerge
-from vitcomp_jax.methods.diffrate.search import DiffRate, candidates, expected_count, kept_count
+from vitcomp_jax.methods.diffrate.masking import candidates, expected_count, kept_count
+from vitcomp_jax.methods.diffrate.search import DiffRate
 from vitcomp_jax.models.caformer import caformer
 from vitcomp_jax.models.spec import to_tree
 from vitcomp_jax.models.vit import ViT

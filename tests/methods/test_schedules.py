@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from tests.models import forward, random_images, random_params, small_spec
-from vitcomp_jax import macs
+from vitcomp_jax.cost import macs
 from vitcomp_jax.errors import UserError
 from vitcomp_jax.methods import evit, handmade, tome
 from vitcomp_jax.methods.diffrate import PruneMerge

@@ -8,12 +8,9 @@ import numpy as np
 import pytest
 
 import vitcomp_jax as vc
+from tests.cost.test_macs import embed, traced
 from tests.models import forward, random_images, random_params, small_spec
-from tests.test_macs import embed, traced
-from vitcomp_jax import macs
-from vitcomp_jax.api import save_params
-from vitcomp_jax.convert import files
-from vitcomp_jax.convert.slicing import slice_params
+from vitcomp_jax.cost import macs
 from vitcomp_jax.errors import UserError
 from vitcomp_jax.methods.vit_slim.search import (
   Masks,
@@ -27,6 +24,9 @@ from vitcomp_jax.methods.vit_slim.search import (
 )
 from vitcomp_jax.models.vit import ViT
 from vitcomp_jax.plans import load_plan, make_plan, parse_plan, save_plan
+from vitcomp_jax.weights import files
+from vitcomp_jax.weights.loading import save_params
+from vitcomp_jax.weights.slicing import slice_params
 
 KINDS = ("dims", "heads", "uniform")
 

@@ -10,7 +10,7 @@ import pytest
 
 import vitcomp_jax as vc
 from tests.models import random_images, random_params, small_spec
-from vitcomp_jax import macs
+from vitcomp_jax.cost import macs
 from vitcomp_jax.methods.registry import schedules, within
 from vitcomp_jax.models.tokens import Tokens
 from vitcomp_jax.models.vit import ViT

@@ -7,7 +7,8 @@ import pytest
 import vitcomp_jax as vc
 from tests.stages.test_slim import tiny_config, tiny_variant  # noqa: F401
 from vitcomp_jax.config import from_config_dict
-from vitcomp_jax.stages import benchmark, run_stages, timing
+from vitcomp_jax.cost import timing
+from vitcomp_jax.stages import benchmark, run_stages
 
 
 def _config():

@@ -9,10 +9,11 @@ import pytest
 import vitcomp_jax as vc
 from tests.models import random_params
 from tests.stages.test_slim import tiny_config, tiny_variant  # noqa: F401
-from vitcomp_jax import macs, methods
-from vitcomp_jax.convert import files
+from vitcomp_jax import methods
+from vitcomp_jax.cost import macs
 from vitcomp_jax.models.variants import get_spec
 from vitcomp_jax.plans import make_plan, save_plan
+from vitcomp_jax.weights import files
 
 _METHODS = ("diffrate", "uniform[importance=value_norm]", "tome")
 

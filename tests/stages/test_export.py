@@ -12,13 +12,13 @@ import vitcomp_jax as vc
 from tests.stages.test_slim import TINY, tiny_config, tiny_variant  # noqa: F401
 from vitcomp_jax import predict
 from vitcomp_jax.config import from_config_dict
-from vitcomp_jax.convert import files
-from vitcomp_jax.convert.slicing import LayerIndex
 from vitcomp_jax.methods import diffrate, evit, tome, vit_slim
 from vitcomp_jax.methods.dynamicvit import PredictorSelect
 from vitcomp_jax.models import reducers
 from vitcomp_jax.plans import PlanLayer, make_plan, save_plan
 from vitcomp_jax.stages import export, run_stages
+from vitcomp_jax.weights import files
+from vitcomp_jax.weights.slicing import LayerIndex
 
 # What a user has who has JAX and nothing else of what this library needs.
 PLAIN = """

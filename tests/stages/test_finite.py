@@ -11,16 +11,17 @@ import safetensors.numpy
 import vitcomp_jax as vc
 from tests.models import random_params
 from tests.stages.test_slim import TINY, tiny_config, tiny_variant  # noqa: F401
-from vitcomp_jax import exported, main, predict, strict_json
+from vitcomp_jax import exported, main, predict, scoring, strict_json
+from vitcomp_jax.comparison import random_schedules
 from vitcomp_jax.config import from_config_dict
-from vitcomp_jax.convert import files
 from vitcomp_jax.methods.vit_slim import search as vit_slim
 from vitcomp_jax.metrics import read_metrics
 from vitcomp_jax.models.variants import get_spec
 from vitcomp_jax.parallel import Layout
-from vitcomp_jax.stages import cloud, measure, search
-from vitcomp_jax.stages.run import open_run
+from vitcomp_jax.runs.run import open_run
+from vitcomp_jax.stages import search
 from vitcomp_jax.training import step
+from vitcomp_jax.weights import files
 
 
 @pytest.fixture
@@ -45,9 +46,9 @@ def _config(weights, **slim):
 def test_an_example_that_is_not_finite_is_wrong_whatever_its_label(value, classes):
   rng = np.random.default_rng(0)
   logits = rng.standard_normal((classes, classes)).astype(np.float32)
-  whole = measure.scores(jnp.array(logits), jnp.arange(classes))
+  whole = scoring.scores(jnp.array(logits), jnp.arange(classes))
   logits[0, 0] = logits[1] = logits[2, 1] = value
-  found = measure.scores(jnp.array(logits), jnp.arange(classes))
+  found = scoring.scores(jnp.array(logits), jnp.arange(classes))
   for key in ("top1", "top5"):
     np.testing.assert_array_equal(found[key][:3], 0)
   assert not np.isfinite(found["loss"][:3]).any()
@@ -98,7 +99,7 @@ def test_no_random_schedule_holds_it(overflowing, tmp_path):
   said = "random schedule 1 of .* GMACs: expected finite outputs, got 30 of 30"
   path = tmp_path / "random.jsonl"
   with pytest.raises(vc.UserError, match=said):
-    cloud.points(run, run.target_gmacs, path)
+    random_schedules.points(run, run.target_gmacs, path)
   assert path.read_text() == ""
 
 

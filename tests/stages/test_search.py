@@ -8,10 +8,11 @@ import pytest
 import vitcomp_jax as vc
 from tests.stages.test_slim import tiny_config, tiny_variant  # noqa: F401
 from vitcomp_jax.config import from_config_dict
-from vitcomp_jax.costs import Latency
+from vitcomp_jax.cost import latency
+from vitcomp_jax.cost.cost_models import Latency
 from vitcomp_jax.metrics import read_metrics
-from vitcomp_jax.stages import latency, run_stages
-from vitcomp_jax.stages.run import Run, open_run
+from vitcomp_jax.runs.run import Run, open_run
+from vitcomp_jax.stages import run_stages
 
 
 def test_a_search_by_latency(tmp_path, monkeypatch):

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 import vitcomp_jax as vc
-from vitcomp_jax.convert import files
 from vitcomp_jax.models.variants import VARIANTS
+from vitcomp_jax.weights import files
 
 TINY = "vit_tiny_for_tests"
 

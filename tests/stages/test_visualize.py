@@ -14,8 +14,7 @@ from vitcomp_jax.methods.evit import AttentiveSelect
 from vitcomp_jax.models.variants import get_spec
 from vitcomp_jax.models.vit import ViT
 from vitcomp_jax.plans import save_plan
-from vitcomp_jax.stages import drawing, pictures
-from vitcomp_jax.stages.run import preprocess_for
+from vitcomp_jax.reporting import model_plots, run_plots
 
 
 def _figures(workdir):
@@ -84,8 +83,8 @@ def test_what_does_not_fit_is_refused(tmp_path):
 def test_attention_is_that_of_a_plain_softmax():
   model, params = vc.load(TINY)
   images = _images(2)
-  shares = pictures._inside(model, params, images)[1][0]
-  pixels = normalize(jnp.asarray(images), preprocess_for(model.spec))
+  shares = model_plots._inside(model, params, images)[1][0]
+  pixels = normalize(jnp.asarray(images), model.spec.preprocess)
   x = np.asarray(model.apply({"params": params}, pixels, method="embed").x, np.float64)
   block = params["blocks_0"]
   x = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + model.spec.norm_eps)
@@ -112,7 +111,7 @@ def test_attention_follows_the_patches():
     for counts in ((20, 14), (12, 12), (12, 12))
   )
   model, params = ViT(spec, layers), vc.load(TINY)[1]
-  sources, shares = pictures._inside(model, params, _images(2))
+  sources, shares = model_plots._inside(model, params, _images(2))
   for before, share in zip(sources[:2], shares[1:], strict=True):
     np.testing.assert_array_equal(share < 0, before < 0)
     for source, values in zip(before, share, strict=True):
@@ -124,13 +123,13 @@ def test_attention_follows_the_patches():
 
 def test_counts_say_who_prunes_and_who_merges():
   spec = get_spec(TINY)
-  tome = drawing.kept_counts(spec, vc.methods.tome.layers(spec, 3))
+  tome = run_plots.kept_counts(spec, vc.methods.tome.layers(spec, 3))
   assert tome == [(26, 23), (23, 20), (20, 17)]
   evit = vc.methods.evit.layers(spec, [1, 0.5, 1])
   assert isinstance(evit[1].reduce, AttentiveSelect)
-  assert drawing.kept_counts(spec, evit) == [(26, 26), (15, 15), (15, 15)]
+  assert run_plots.kept_counts(spec, evit) == [(26, 26), (15, 15), (15, 15)]
   models = {"a": vc.methods.tome.layers(spec, 3), "b": evit, "dense": spec.dense_layers}
-  assert list(drawing.schedules_of(spec, {**models, "again": models["a"]})) == ["a", "b"]
+  assert list(run_plots.schedules_of(spec, {**models, "again": models["a"]})) == ["a", "b"]
 
 
 def test_published_accuracies():
@@ -147,6 +146,6 @@ def test_published_accuracies():
 
 
 def test_layers_at_even_distances():
-  assert pictures.spaced(12, 4) == [3, 6, 9, 12]
-  assert pictures.spaced(3, 4) == [1, 2, 3]
-  assert len(pictures.spaced(32, 14)) == 14 and pictures.spaced(32, 14)[-1] == 32
+  assert model_plots.spaced(12, 4) == [3, 6, 9, 12]
+  assert model_plots.spaced(3, 4) == [1, 2, 3]
+  assert len(model_plots.spaced(32, 14)) == 14 and model_plots.spaced(32, 14)[-1] == 32

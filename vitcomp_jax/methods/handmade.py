@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from vitcomp_jax import macs
+from vitcomp_jax.cost import macs
 from vitcomp_jax.errors import UserError
 from vitcomp_jax.methods.base import Layers, Method, Schedule
 from vitcomp_jax.methods.diffrate.reducer import PruneMerge

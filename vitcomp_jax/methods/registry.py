@@ -2,7 +2,7 @@
 
 import logging
 
-from vitcomp_jax import macs
+from vitcomp_jax.cost import macs
 from vitcomp_jax.errors import UserError
 from vitcomp_jax.methods import diffrate, dynamicvit, evit, handmade, tome, vit_slim
 from vitcomp_jax.methods.base import Layers, Method, Schedule

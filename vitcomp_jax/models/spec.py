@@ -7,6 +7,7 @@ from typing import Any
 
 from flax import traverse_util
 
+from vitcomp_jax.data.transforms import Preprocess
 from vitcomp_jax.errors import UserError
 from vitcomp_jax.models.gates import Gate, open_gate
 from vitcomp_jax.models.reducers import keep_all
@@ -132,6 +133,20 @@ class ViTSpec:
           f"image size: expected a multiple of the patch size {self.patch_size} for "
           f"{self.name}, got {side}; use {max(side // self.patch_size, 1) * self.patch_size}."
         )
+
+  @property
+  def preprocess(self) -> Preprocess:
+    """Returns how the model's images are made."""
+    return Preprocess(
+      self.image_size,
+      self.mean,
+      self.std,
+      self.crop_pct,
+      self.interpolation,
+      self.pad,
+      crop_mode=self.crop_mode,
+      exif_orientation=self.exif_orientation,
+    )
 
   @property
   def grid(self) -> tuple[int, int]:

@@ -9,6 +9,7 @@ from typing import Any
 from vitcomp_jax import paths
 from vitcomp_jax.config import Config, from_config_dict
 from vitcomp_jax.ownership import owned
+from vitcomp_jax.runs.run import Run, open_run
 from vitcomp_jax.stages import (
   benchmark,
   compare,
@@ -20,7 +21,6 @@ from vitcomp_jax.stages import (
   slim,
   visualize,
 )
-from vitcomp_jax.stages.run import Run, open_run
 
 
 @dataclasses.dataclass(frozen=True)

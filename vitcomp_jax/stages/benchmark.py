@@ -9,15 +9,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vitcomp_jax.api import Params, count_cost
+from vitcomp_jax.api import count_cost
 from vitcomp_jax.atomic import write_json
-from vitcomp_jax.costs import Latency
+from vitcomp_jax.cost.cost_models import Latency
+from vitcomp_jax.cost.timing import Subject, compiled, take_turns
 from vitcomp_jax.errors import UserError
 from vitcomp_jax.models.build import build
 from vitcomp_jax.models.vit import ViT
+from vitcomp_jax.runs.run import Run, environment, read_json
 from vitcomp_jax.stages import evaluate
-from vitcomp_jax.stages.run import Run, environment, read_json
-from vitcomp_jax.stages.timing import Subject, compiled, take_turns
+from vitcomp_jax.weights.loading import Params
 
 _PERCENTILES = (50, 90, 99)
 _PEAK_SIDE = 2048  # of the square matrices whose product tells the machine's peak

@@ -13,9 +13,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from vitcomp_jax import macs, paths, processes
-from vitcomp_jax.api import Params
+from vitcomp_jax import multihost, paths, scoring
 from vitcomp_jax.atomic import replacing, write_json
+from vitcomp_jax.comparison import random_schedules
 from vitcomp_jax.config import (
   BudgetConfig,
   Config,
@@ -24,15 +24,18 @@ from vitcomp_jax.config import (
   to_dict,
   with_overrides,
 )
+from vitcomp_jax.cost import macs
 from vitcomp_jax.errors import UserError
 from vitcomp_jax.methods.registry import schedules, untrained_schedules, within
 from vitcomp_jax.models.build import build
 from vitcomp_jax.models.spec import LayerSpec
 from vitcomp_jax.ownership import owned
 from vitcomp_jax.plans import load_plan, make_plan, save_plan
-from vitcomp_jax.stages import cloud, evaluate, figures, finetune, measure, report, search, slim
-from vitcomp_jax.stages.measure import Outcomes
-from vitcomp_jax.stages.run import Run, open_run, read_json
+from vitcomp_jax.reporting import plots, report
+from vitcomp_jax.runs.run import Run, open_run, read_json
+from vitcomp_jax.scoring import Outcomes
+from vitcomp_jax.stages import evaluate, finetune, search, slim
+from vitcomp_jax.weights.loading import Params
 
 _STAGES = {"search": search.search, "slim": slim.slim, "finetune": finetune.finetune}
 _REFERENCE = "diffrate"
@@ -114,7 +117,7 @@ def compare(run: Run) -> dict[str, Any]:
     folder = _made(run.workdir / "compare")
     for budget in config.budgets:
       path = folder / f"random@{budget:g}.jsonl"
-      clouds[budget] = cloud.points(run, _gmacs(run, budget), path)
+      clouds[budget] = random_schedules.points(run, _gmacs(run, budget), path)
   result = {
     **evaluate.empty_result(run),
     "rows": rows,
@@ -122,8 +125,8 @@ def compare(run: Run) -> dict[str, Any]:
   }
   write_json(run.workdir / "result.json", result)
   points = [(p["gmacs"], p["top1"]) for c in clouds.values() for p in c]
-  figure = figures.accuracy_against_gmacs(rows, points)
-  figures.save(figure, run.workdir / "figures", "accuracy")
+  figure = plots.accuracy_against_gmacs(rows, points)
+  plots.save(figure, run.workdir / "figures", "accuracy")
   report.write_comparison(run.workdir, result)
   return result
 
@@ -221,7 +224,7 @@ def _row(
   ]
   mean = {key: np.mean([f[key] for f in found], axis=0) for key in found[0]}
   _save(_path(run, f"{name}.mean"), mean)
-  row = measure.row(mean, build(run.spec, models[0][0]), name)
+  row = scoring.row(mean, build(run.spec, models[0][0]), name)
   for key in _PAIRED:
     row |= _standard_error(key, mean[key])
   if len(models) > 1:
@@ -250,7 +253,7 @@ def _outcomes(run: Run, name: str, layers: tuple[LayerSpec, ...], params: Params
   """Measured once, then kept."""
   path = _path(run, name)
   if not path.exists():
-    _save(path, measure.outcomes(build(run.spec, layers), params, run, name))
+    _save(path, scoring.outcomes(build(run.spec, layers), params, run, name))
   with np.load(path) as arrays:
     return dict(arrays)
 
@@ -258,7 +261,7 @@ def _outcomes(run: Run, name: str, layers: tuple[LayerSpec, ...], params: Params
 def _save(path: pathlib.Path, arrays: Mapping[str, np.ndarray]) -> None:
   with replacing(path) as unfinished, unfinished.open("wb") as stream:
     np.savez_compressed(stream, allow_pickle=False, **arrays)
-  processes.meet(f"saved {path.name}")  # or another process would look for it too early
+  multihost.meet(f"saved {path.name}")  # or another process would look for it too early
 
 
 def _path(run: Run, name: str) -> pathlib.Path:

@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Any
 
-from vitcomp_jax.api import Params
+from vitcomp_jax import scoring
 from vitcomp_jax.atomic import write_json
 from vitcomp_jax.data.loader import Batch
 from vitcomp_jax.errors import UserError
@@ -12,8 +12,9 @@ from vitcomp_jax.models.build import build
 from vitcomp_jax.models.reducers import keep_all
 from vitcomp_jax.models.spec import LayerSpec, removes_tokens
 from vitcomp_jax.plans import Plan
-from vitcomp_jax.stages import drawing, figures, measure, pictures, report
-from vitcomp_jax.stages.run import Run, environment, read_json
+from vitcomp_jax.reporting import model_plots, plots, report, run_plots
+from vitcomp_jax.runs.run import Run, environment, read_json
+from vitcomp_jax.weights.loading import Params
 
 _FIGURES = {"loss", "feature_divergence"}  # One of them is in every row that was evaluated.
 
@@ -66,12 +67,12 @@ def evaluate(run: Run) -> dict[str, Any]:
   for name, row in rows.items():
     if not _FIGURES & there.get(name, {}).keys():
       model = build(run.spec, row.layers)
-      found = measure.outcomes(model, row.params, run, name)
+      found = scoring.outcomes(model, row.params, run, name)
       # A benchmark may have made the row.
-      there[name] = measure.row(found, model, name) | there.get(name, {})
+      there[name] = scoring.row(found, model, name) | there.get(name, {})
       result |= {"rows": list(there.values()), "examples": len(next(iter(found.values())))}
       write_json(run.workdir / "result.json", result)
-  drawing.draw(run, {name: row.layers for name, row in rows.items()}, result["rows"])
+  run_plots.draw(run, {name: row.layers for name, row in rows.items()}, result["rows"])
   if run.plan and removes_tokens(run.layers) and run.config.evaluate.token_maps:
     _draw_token_maps(run, run.plan)
   write_report(run)
@@ -164,7 +165,7 @@ def write_report(run: Run, complete: bool = False) -> None:
     complete: Whether the stage `visualize` has drawn all that there is.
   """
   plan, summary = run.plan, run.finished("search")
-  kept = drawing.kept_counts(run.spec, run.layers) if plan else []
+  kept = run_plots.kept_counts(run.spec, run.layers) if plan else []
   plan_json = plan.to_json() if plan else None
   slimming = run.finished("slim")
   complete = complete or run.finished("visualize") is not None
@@ -176,10 +177,10 @@ def _draw_token_maps(run: Run, plan: Plan) -> None:
   """Draws what the plan does to a few images, at four depths."""
   data, model = run.eval_data, build(run.spec, plan.layers_for(run.spec))
   batch = data.sample(run.config.evaluate.token_maps)
-  figure = pictures.token_maps(
-    model, run.params, batch["image"], titles(run, batch), pictures.spaced(run.spec.depth, 4)
+  figure = model_plots.token_maps(
+    model, run.params, batch["image"], titles(run, batch), model_plots.spaced(run.spec.depth, 4)
   )
-  figures.save(figure, run.workdir / "figures", "token_maps")
+  plots.save(figure, run.workdir / "figures", "token_maps")
 
 
 def titles(run: Run, batch: Batch) -> list[str] | None:

@@ -14,15 +14,15 @@ import numpy as np
 from jax import export as jax_export
 from jaxtyping import Array
 
-from vitcomp_jax import api, exported, processes
+from vitcomp_jax import api, exported, multihost, scoring
 from vitcomp_jax.atomic import replacing, write_json
 from vitcomp_jax.data import class_names
 from vitcomp_jax.data.transforms import normalize
 from vitcomp_jax.errors import UserError
 from vitcomp_jax.models.build import build
 from vitcomp_jax.models.reducers import StaticReducer
-from vitcomp_jax.stages import measure
-from vitcomp_jax.stages.run import Run, environment, for_timm
+from vitcomp_jax.runs.run import Run, environment, for_timm
+from vitcomp_jax.weights import loading
 
 _IMAGES = 64  # on which every artefact is compared with the model
 # Of the largest output, by the type that is computed in: bfloat16 rounds by 1/256.
@@ -54,12 +54,12 @@ def export(run: Run) -> dict[str, Any]:
   """
   check(run)  # Once more: the plan may be younger than the run.
   folder, entries = run.workdir / "export", []
-  if processes.is_first():
+  if multihost.is_first():
     folder.mkdir(exist_ok=True)
   for name in run.config.export.formats:
     path = folder / exported.FILES[name]
     about = _WRITERS[name](run, path)
-    processes.meet(f"export {name}")
+    multihost.meet(f"export {name}")
     try:
       compared = _compare(run, name, path)
     except BaseException:
@@ -69,7 +69,7 @@ def export(run: Run) -> dict[str, Any]:
     entries.append({**entry, "sha256": exported.sha256(path), **about, "compared": compared})
     logging.info("export: %s, largest difference %.2g", path, compared["largest_difference"])
   write_json(folder / exported.MANIFEST, {**_manifest(run), "artefacts": entries})
-  processes.meet("exported")
+  multihost.meet("exported")
   return {"artefacts": entries}
 
 
@@ -232,7 +232,7 @@ def _compare(run: Run, name: str, path: pathlib.Path) -> dict[str, Any]:
   device = None if name == "stablehlo" else jax.local_devices(backend="cpu")[0]
   with jax.default_device(device):
     expected = np.asarray(api.apply(build(run.spec, run.layers), run.params, normal), np.float32)
-    measure.check_finite(expected, "stage export: the model")
+    scoring.check_finite(expected, "stage export: the model")
     if name == "timm":
       got = _timm_outputs(run, path, normal)
     else:
@@ -257,5 +257,5 @@ def _compare(run: Run, name: str, path: pathlib.Path) -> dict[str, Any]:
 def _timm_outputs(run: Run, path: pathlib.Path, images: np.ndarray) -> np.ndarray:
   """The outputs of the weights as timm computes, which scales by the slimmed head's size."""
   layers = tuple(dataclasses.replace(l, qk_scale=l.head_dim**-0.5) for l in run.layers)
-  params = api.load_params(run.spec, layers, str(path))
+  params = loading.load_params(run.spec, layers, str(path))
   return np.asarray(api.apply(build(run.spec, layers), params, images), np.float32)

@@ -5,14 +5,13 @@ from typing import Any
 
 import jax
 
-from vitcomp_jax.api import Params
 from vitcomp_jax.config import TrainConfig
 from vitcomp_jax.data.mixing import training_inputs
 from vitcomp_jax.methods import dynamicvit, evit
 from vitcomp_jax.models.build import build
 from vitcomp_jax.models.spec import LayerSpec, with_drop_path
 from vitcomp_jax.ops import losses
-from vitcomp_jax.stages.run import Run, write_for_timm
+from vitcomp_jax.runs.run import Run, write_for_timm
 from vitcomp_jax.training import loop, optimizer
 from vitcomp_jax.training.step import (
   LossFn,
@@ -22,6 +21,7 @@ from vitcomp_jax.training.step import (
   random_streams,
   top1,
 )
+from vitcomp_jax.weights.loading import Params
 
 
 def check(run: Run) -> None:

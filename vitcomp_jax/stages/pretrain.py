@@ -2,8 +2,8 @@
 
 from typing import Any
 
+from vitcomp_jax.runs.run import Run
 from vitcomp_jax.stages.finetune import fit, weights_task
-from vitcomp_jax.stages.run import Run
 from vitcomp_jax.training.loop import Task
 
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from vitcomp_jax.atomic import write_json
 from vitcomp_jax.config import SearchConfig
-from vitcomp_jax.costs import MACS, Cost, Latency
+from vitcomp_jax.cost.cost_models import MACS, CostModel, Latency
 from vitcomp_jax.data.mixing import training_inputs
 from vitcomp_jax.data.transforms import Preprocess
 from vitcomp_jax.errors import UserError
@@ -26,7 +26,7 @@ from vitcomp_jax.models.tokens import Output
 from vitcomp_jax.models.vit import ViT
 from vitcomp_jax.ops import losses
 from vitcomp_jax.plans import Plan, load_plan, make_plan, save_plan
-from vitcomp_jax.stages.run import Run
+from vitcomp_jax.runs.run import Run
 from vitcomp_jax.training import loop, optimizer
 from vitcomp_jax.training.step import (
   LossFn,
@@ -295,7 +295,7 @@ def make_method(
   spec: ViTSpec,
   target: float,
   base: tuple[LayerSpec, ...] | None = None,
-  cost: Cost = MACS,
+  cost: CostModel = MACS,
 ) -> DiffRate:
   """The method of a search.
 

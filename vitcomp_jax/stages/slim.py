@@ -6,9 +6,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from vitcomp_jax import api, macs
-from vitcomp_jax.convert import files
-from vitcomp_jax.convert.slicing import slice_params
+from vitcomp_jax import api, scoring
+from vitcomp_jax.cost import macs
 from vitcomp_jax.data.mixing import training_inputs
 from vitcomp_jax.data.transforms import normalize
 from vitcomp_jax.errors import UserError
@@ -19,10 +18,11 @@ from vitcomp_jax.models.spec import ViTSpec, with_drop_path
 from vitcomp_jax.models.vit import ViT
 from vitcomp_jax.ops import losses
 from vitcomp_jax.plans import Plan, load_plan, make_plan, save_plan
-from vitcomp_jax.stages import measure
-from vitcomp_jax.stages.run import Run, write_for_timm
+from vitcomp_jax.runs.run import Run, write_for_timm
 from vitcomp_jax.training import loop, optimizer
 from vitcomp_jax.training.step import init_state, make_step, random_streams, top1
+from vitcomp_jax.weights import files
+from vitcomp_jax.weights.slicing import slice_params
 
 _TRIED = 16  # images on which the slimmed network must give finite outputs
 
@@ -90,7 +90,7 @@ def slim(run: Run) -> dict[str, Any]:
   kept = vit_slim.fold(spec, params, arch) if config.keep_factors else params
   slimmed = slice_params(kept, indices)
   tried = normalize(run.train_data.sample(_TRIED)["image"], run.preprocess)
-  measure.check_finite(
+  scoring.check_finite(
     np.asarray(api.apply(ViT(spec, layers), slimmed, tried)), "stage slim: the slimmed network"
   )
   run.save(slimmed, run.workdir / "slimmed.safetensors")

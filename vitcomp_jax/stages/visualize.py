@@ -6,16 +6,17 @@ from typing import Any
 
 import numpy as np
 
-from vitcomp_jax import api, paths, processes
+from vitcomp_jax import api, multihost, paths, scoring
 from vitcomp_jax.data.transforms import normalize
 from vitcomp_jax.errors import UserError
 from vitcomp_jax.models.build import build
 from vitcomp_jax.models.spec import removes_tokens
 from vitcomp_jax.plans import load_plan
-from vitcomp_jax.stages import drawing, evaluate, figures, measure, pictures, report
+from vitcomp_jax.reporting import model_plots, plots, report, run_plots
+from vitcomp_jax.reporting.published import NUM_CLASSES, accuracies
+from vitcomp_jax.runs.run import Run
+from vitcomp_jax.stages import evaluate
 from vitcomp_jax.stages.evaluate import Row
-from vitcomp_jax.stages.published import NUM_CLASSES, accuracies
-from vitcomp_jax.stages.run import Run
 
 _MOST_LAYERS = 14  # with the image itself, three lines of pictures
 
@@ -45,11 +46,11 @@ def visualize(run: Run) -> dict[str, Any]:
   rows = evaluate.rows_of(run) | _compared(run)
   models = {name: row.layers for name, row in rows.items()}
   # A comparison has drawn its rows itself, among random schedules.
-  drawing.draw(run, models, [] if run.finished("compare") else measured)
+  run_plots.draw(run, models, [] if run.finished("compare") else measured)
   _draw_plans(run, models)
   _draw_published(run, measured)
   _draw_images(run, rows)
-  processes.meet("drawn")
+  multihost.meet("drawn")
   _write_report(run)
   return {"figures": sorted(path.stem for path in (run.workdir / "figures").glob("*.svg"))}
 
@@ -81,13 +82,13 @@ def _compared(run: Run) -> dict[str, Row]:
   return {name: Row(layers[name], run.dense_params) for name in names}
 
 
-def _draw_plans(run: Run, models: Mapping[str, drawing.Layers]) -> None:
+def _draw_plans(run: Run, models: Mapping[str, run_plots.Layers]) -> None:
   """The run's schedules beside those of other plans."""
   others = {name: load_plan(name).layers_for(run.spec) for name in run.config.visualize.plans}
-  schedules = drawing.schedules_of(run.spec, {**models, **others})
+  schedules = run_plots.schedules_of(run.spec, {**models, **others})
   if others and schedules:
-    figure = figures.schedules(schedules, run.spec.num_tokens)
-    figures.save(figure, run.workdir / "figures", "plans")
+    figure = plots.schedules(schedules, run.spec.num_tokens)
+    plots.save(figure, run.workdir / "figures", "plans")
 
 
 def _draw_published(run: Run, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -96,21 +97,21 @@ def _draw_published(run: Run, rows: Sequence[Mapping[str, Any]]) -> None:
   if run.config.visualize.published and data.name != "fake" and data.num_present == NUM_CLASSES:
     known = accuracies(run.spec)
     if known:
-      figure = figures.accuracy_against_gmacs(rows, published=known)
-      figures.save(figure, run.workdir / "figures", "published")
+      figure = plots.accuracy_against_gmacs(rows, published=known)
+      plots.save(figure, run.workdir / "figures", "published")
 
 
 def _removing(run: Run, row: Row) -> list[int]:
   """The layers after which there are fewer tokens than before, from 1."""
   num_tokens = run.spec.num_tokens
-  left = figures.tokens_left(drawing.kept_counts(run.spec, row.layers), num_tokens)
+  left = plots.tokens_left(run_plots.kept_counts(run.spec, row.layers), num_tokens)
   before = [num_tokens, *(after for _, after in left)]
   return [i for i, (_, after) in enumerate(left, 1) if after < before[i - 1]]
 
 
 def _some(layers: Sequence[int]) -> list[int]:
   """Returns all layers, or evenly spaced ones, as many as a plot shows."""
-  return [layers[i - 1] for i in pictures.spaced(len(layers), min(_MOST_LAYERS, len(layers)))]
+  return [layers[i - 1] for i in model_plots.spaced(len(layers), min(_MOST_LAYERS, len(layers)))]
 
 
 def _draw_images(run: Run, rows: Mapping[str, Row]) -> None:
@@ -124,11 +125,11 @@ def _draw_images(run: Run, rows: Mapping[str, Row]) -> None:
   row = rows[name]
   model, images = build(run.spec, row.layers), batch["image"]
   outputs = api.apply(model, row.params, normalize(images, run.preprocess))
-  measure.check_finite(np.asarray(outputs), f"stage visualize: row {name}")
+  scoring.check_finite(np.asarray(outputs), f"stage visualize: row {name}")
   about = f"Model: {name}."
   shown = model, row.params, images, evaluate.titles(run, batch)
   if name in reduced:
     layers = config.layers or _some(_removing(run, row))
-    figures.save(pictures.token_maps(*shown, layers, about), folder, "token_maps_by_layer")
+    plots.save(model_plots.token_maps(*shown, layers, about), folder, "token_maps_by_layer")
   layers = config.layers or _some(range(1, run.spec.depth + 1))
-  figures.save(pictures.cls_attention(*shown, layers, about), folder, "attention")
+  plots.save(model_plots.cls_attention(*shown, layers, about), folder, "attention")

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import optax
 
-from vitcomp_jax import processes
+from vitcomp_jax import multihost
 from vitcomp_jax.atomic import write_json
 from vitcomp_jax.checkpoint import Checkpointer
 from vitcomp_jax.errors import UserError
@@ -177,7 +177,7 @@ class _LossWatch:
     if math.isfinite(value):
       return
     last = self._checkpoints.latest_step()
-    index = processes.gathered(index)
+    index = multihost.gathered(index)
     path = self._workdir / "failure.json"
     what = {"stage": self._stage, "step": step, "loss": str(value), "checkpoint": last}
     write_json(path, what | {"indices": index.tolist()})

@@ -1,0 +1,103 @@
+"""The counter against published numbers, and against the products in the traced model."""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.extend import core as jax_core
+
+from vitcomp_jax.cost import macs
+from vitcomp_jax.methods.diffrate import PruneMerge
+from vitcomp_jax.models.variants import get_spec
+from vitcomp_jax.models.vit import ViT
+
+SMALL = dict(image_size=(32, 32), patch_size=8, width=24, depth=4, num_heads=3, mlp_dim=96)
+
+
+def small_spec(variant, **changes):
+  return dataclasses.replace(get_spec(variant), **SMALL, num_classes=10, **changes)
+
+
+@pytest.mark.parametrize(
+  ("variant", "gmacs"),
+  [
+    ("deit_tiny_patch16_224", 1.253830656),
+    ("deit_small_patch16_224", 4.599177216),
+    ("deit_base_patch16_224", 17.564418048),
+    ("vit_base_patch16_224.mae", 17.564418048),
+    ("vit_large_patch16_224.mae", 61.555499008),
+    ("vit_huge_patch14_224.mae", 167.29586176),
+  ],
+)
+def test_dense(variant, gmacs):
+  """N·C·3P² + 1000·C + layers·(12·N·C² + 2·N²·C), as in the paper."""
+  spec = get_spec(variant)
+  assert macs.static_macs(spec, spec.dense_layers) / 1e9 == pytest.approx(gmacs, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+  "variant",
+  [
+    "deit_tiny_patch16_224",
+    "deit_tiny_distilled_patch16_224",
+    "vit_base_patch16_224.mae",
+    "vit_small_patch14_reg4_dinov2",
+    "vit_base_patch16_clip_quickgelu_224",
+    "vit_base_patch16_siglip_224",
+  ],
+)
+def test_dense_is_the_products_of_the_traced_model(variant):
+  spec = small_spec(variant)
+  assert macs.static_macs(spec, spec.dense_layers) == traced(spec, spec.dense_layers) + embed(spec)
+
+
+@pytest.mark.parametrize("variant", ["deit_tiny_patch16_224", "vit_base_patch16_224.mae"])
+def test_reduced_is_the_products_of_the_traced_model(variant):
+  spec = small_spec(variant)
+  keeps = [(17, 17), (15, 11), (11, 11), (9, 6)]
+  layers = tuple(
+    dataclasses.replace(layer, reduce=PruneMerge(*keep))
+    for layer, keep in zip(spec.dense_layers, keeps, strict=True)
+  )
+  merging = 0
+  for pruned, merged in keeps:
+    # Similarities with receivers (CLS is none), sums of joining tokens, and of their sizes.
+    joining = pruned - merged
+    merging += joining * ((merged - 1) * spec.width + merged * spec.width + merged)
+  expected = traced(spec, layers) + embed(spec) - merging
+  assert macs.static_macs(spec, layers) == expected
+
+
+def embed(spec):
+  """What the rule counts and the model does not do: the embedding of the prefix tokens."""
+  return spec.num_prefix * spec.width * 3 * spec.patch_size**2
+
+
+def traced(spec, layers):
+  """Multiply-accumulates of one image's matrix products, without the importance's CLS rows."""
+  model = ViT(spec, layers)
+  images = jax.ShapeDtypeStruct((1, *spec.image_size, 3), jnp.float32)
+  variables = jax.eval_shape(model.init, jax.random.key(0), images)
+  jaxpr = jax.make_jaxpr(model.apply)(variables, images)
+  counts = macs.static_counts(spec, layers)
+  cls_rows = sum(
+    n * layer.num_heads * layer.head_dim
+    for layer, (n, after) in zip(layers, counts, strict=True)
+    if after < n
+  )
+  return products(jaxpr.jaxpr) - cls_rows
+
+
+def products(jaxpr):
+  total = 0
+  for equation in jaxpr.eqns:
+    for inner in jax_core.jaxprs_in_params(equation.params):
+      total += products(inner)
+    assert equation.primitive.name != "conv_general_dilated"
+    if equation.primitive.name == "dot_general":
+      (contracted, _), _ = equation.params["dimension_numbers"]
+      depth = math.prod(equation.invars[0].aval.shape[axis] for axis in contracted)
+      total += depth * math.prod(equation.outvars[0].aval.shape)
+  return total

@@ -1,0 +1,1 @@
+"""Comparisons for papers: tables of methods and budgets, random schedules."""

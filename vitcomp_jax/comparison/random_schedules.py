@@ -1,0 +1,116 @@
+"""Measures random schedules of a budget, with which a search is compared."""
+
+import functools
+import itertools
+import json
+import pathlib
+from typing import Any
+
+import jax
+import numpy as np
+
+from vitcomp_jax import scoring, strict_json
+from vitcomp_jax.atomic import write_text
+from vitcomp_jax.cost import macs
+from vitcomp_jax.data.transforms import Preprocess, normalize
+from vitcomp_jax.methods.diffrate.search import DiffRate
+from vitcomp_jax.methods.handmade import random_counts
+from vitcomp_jax.metrics import progress
+from vitcomp_jax.models.spec import LayerSpec, ViTSpec
+from vitcomp_jax.models.tokens import Tokens
+from vitcomp_jax.models.vit import ViT, encoder_block
+from vitcomp_jax.runs.run import Run
+from vitcomp_jax.weights.loading import Params
+
+# Dropped tokens go on, masked, up to the next multiple.
+_BUCKET = 8
+
+Point = dict[str, float]
+
+
+def points(run: Run, gmacs: float, path: pathlib.Path) -> list[Point]:
+  """Measures `config.compare.random_schedules` random schedules on the first of the examples.
+
+  Args:
+    run: The run.
+    gmacs: The budget, in 1e9 multiply-accumulates.
+    path: Where each schedule's figures are kept, a line each; those that are there stand.
+
+  Returns:
+    Of each schedule `gmacs`, `top1` in percent and `loss` in nats.
+
+  Raises:
+    UserError: If outputs under a schedule are not finite.
+  """
+  config, spec = run.config.compare, run.spec
+  lines = path.read_text().splitlines() if path.exists() else []
+  # A kill may have left half a line, which must not grow into the next one.
+  whole = [line for line in lines if line.endswith("}")]
+  write_text(path, "".join(f"{line}\n" for line in whole))
+  found = [json.loads(line) for line in whole]
+  schedules = random_counts(spec, gmacs, config.random_schedules, run.config.seed)
+  left = list(itertools.islice(schedules, len(found), None))
+  method = DiffRate(gmacs, importance=run.config.search.importance)
+  batches = _first(run, config.random_examples) if left else []
+  with path.open("a") as stream:
+    for layers in progress(left, f"random schedules of {gmacs:.3g} GMACs", len(left)):
+      parts = [_score(run, method, layers, *batch) for batch in batches]
+      scores = {key: np.concatenate([part[key] for part in parts]) for key in ("top1", "loss")}
+      what = f"random schedule {len(found) + 1} of {gmacs:.3g} GMACs"
+      scoring.check_finite(scores["loss"], what)
+      mean = {key: float(np.mean(values)) for key, values in scores.items()}
+      found.append({"gmacs": macs.static_macs(spec, layers) / 1e9, **mean})
+      stream.write(strict_json.dumps(found[-1]) + "\n")
+      stream.flush()
+  return found[: config.random_schedules]
+
+
+def _score(
+  run: Run, method: DiffRate, layers: tuple[LayerSpec, ...], images: jax.Array, labels: jax.Array
+) -> dict[str, np.ndarray]:
+  """Top-1 and loss of every example under a schedule, layer by layer.
+
+  A schedule's counts are data to a layer, and its numbers of tokens are rounded up: so schedules
+  share what is compiled, and still cost little more than if they were compiled themselves.
+  """
+  spec, params = run.spec, run.dense_params
+  arch = method.counts_arch(spec, layers)
+  kept = [after for _, after in macs.static_counts(spec, layers)]
+  limits = [min(-(-n // _BUCKET) * _BUCKET, spec.num_tokens) for n in kept]
+  tokens = _embed(ViT(spec, method.masked_layers(spec)), run.preprocess, params, images)
+  for i, layer in enumerate(method.masked_layers(spec, limits)):
+    variables = {"params": params[f"blocks_{i}"], "arch": arch[f"blocks_{i}"]}
+    tokens = _block(spec, layer, variables, tokens)
+  return jax.device_get(_classify(spec, params, tokens, labels))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _embed(model: ViT, preprocess: Preprocess, params: Params, images: jax.Array) -> Tokens:
+  images = normalize(images, preprocess)
+  return model.apply({"params": params}, images, method="embed")
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _block(spec: ViTSpec, layer: LayerSpec, variables: Params, tokens: Tokens) -> Tokens:
+  return encoder_block(spec, layer).apply(variables, tokens)[0]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _classify(
+  spec: ViTSpec, params: Params, tokens: Tokens, labels: jax.Array
+) -> dict[str, jax.Array]:
+  model = ViT(spec, spec.dense_layers)
+  _, _, logits = model.apply({"params": params}, tokens, method="classify")
+  return scoring.scores(logits, labels)
+
+
+def _first(run: Run, count: int) -> list[tuple[Any, Any]]:
+  """Images and labels of the first examples, in batches; the last one may be smaller."""
+  size = run.config.evaluate.batch_size
+  found = []
+  for i, batch in enumerate(run.eval_data.eval_batches(size)):
+    real = min(int(np.sum(batch["mask"])), count - i * size)
+    if real <= 0:
+      break
+    found.append((batch["image"][:real], batch["label"][:real]))
+  return found

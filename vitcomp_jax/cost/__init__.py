@@ -1,0 +1,1 @@
+"""Costs of models: multiply-accumulates, and latency on one device."""

@@ -1,0 +1,195 @@
+"""Measures the latency table of a model on this device, once, by which a search counts time."""
+
+import dataclasses
+import hashlib
+import json
+import logging
+import os
+import pathlib
+import platform
+import statistics
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vitcomp_jax import multihost, strict_json
+from vitcomp_jax.atomic import write_json
+from vitcomp_jax.cost import macs, timing
+from vitcomp_jax.cost.cost_models import Latency, never_falling, parse_latency
+from vitcomp_jax.errors import UserError
+from vitcomp_jax.methods.diffrate import PruneMerge
+from vitcomp_jax.models.spec import LayerSpec, ViTSpec
+from vitcomp_jax.models.tokens import AttentionStats, Aux, Tokens
+from vitcomp_jax.models.vit import ViT
+from vitcomp_jax.weights import loading
+
+_COUNTS = 11  # token counts in the table
+_DEPTH = 4  # layers that are timed as one program: one alone would pay for each call
+_REMOVED = 24  # a layer that is timed with its reduction prunes and merges one token in so many
+_ROUNDS, _SECONDS = 5, 1.0  # in which all programs take turns, and what each gets at least
+
+
+@dataclasses.dataclass(frozen=True)
+class _Resize:
+  """Makes the tokens as many as are to be timed: the first ones, again and again.
+
+  Attributes:
+    num_tokens: How many there are afterwards.
+  """
+
+  num_tokens: int
+
+  def __call__(self, tokens: Tokens, stats: AttentionStats | None) -> tuple[Tokens, Aux]:
+    del stats
+    n = tokens.x.shape[1]
+    size = jnp.ones(tokens.x.shape[:2], jnp.float32) if tokens.size is None else tokens.size
+    if n != self.num_tokens:
+      # Or XLA would leave out the work on what is cut off, and do that on equal tokens once.
+      x, size = jax.lax.optimization_barrier((tokens.x, size))
+      times = -(-self.num_tokens // n)
+      x, size = (jnp.concatenate([y] * times, axis=1)[:, : self.num_tokens] for y in (x, size))
+      tokens = tokens.replace(x=x)
+    tokens = tokens.replace(size=size)
+    return tokens, Aux(self.num_tokens)
+
+  def count(self, n: int) -> int:
+    del n
+    return self.num_tokens
+
+
+def table(spec: ViTSpec, batch: int, importance: str, cache: pathlib.Path | None) -> Latency:
+  """The latency table of a model on this device, from the cache if it was measured before.
+
+  Args:
+    spec: The model.
+    batch: Images at once.
+    importance: By which tokens are pruned and merged.
+    cache: A folder; None: nothing is kept.
+  """
+  about = {
+    "device": device_name(),
+    "batch": batch,
+    "model": repr(spec),
+    "layer": repr(spec.dense_layers[0]),
+    "importance": importance,
+    "jax": jax.__version__,
+    "xla_flags": os.environ.get("XLA_FLAGS", ""),
+  }
+  digest = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]
+  path = cache / f"{spec.name}-batch{batch}-{digest}.json" if cache else None
+  if path and path.exists():
+    found = read(path)
+  else:
+    logging.info("measuring the latency of %s, batch %d, a few minutes", spec.name, batch)
+    subjects = programs(spec, batch, importance)
+    timing.take_turns(list(subjects.values()), _SECONDS, _ROUNDS)
+    found = dataclasses.replace(tabulate(spec, subjects, importance), about=about)
+    if path:
+      path.parent.mkdir(parents=True, exist_ok=True)
+      write_json(path, found.to_json())
+  # Of several processes, each with a device of its own, all count by the same numbers.
+  fixed = (found.fixed_ms,) * len(found.counts)
+  shared = np.array([found.attention_ms, found.reduction_ms, found.mlp_ms, fixed])
+  attention, reduction, mlp, fixed = map(tuple, multihost.from_first(shared).tolist())
+  return Latency(found.counts, attention, reduction, mlp, fixed[0], about)
+
+
+def read(path: pathlib.Path) -> Latency:
+  """A table from its file.
+
+  Raises:
+    UserError: If it holds something else.
+  """
+  try:
+    values = strict_json.loads(path.read_text())
+  except (OSError, ValueError) as error:
+    raise UserError(f"{path} cannot be read ({error}); remove it to measure anew.") from error
+  return parse_latency(values, str(path))
+
+
+def device_name() -> str:
+  """Names the device: the accelerator's kind, or the processor's name and cores."""
+  kind = jax.devices()[0].device_kind
+  if jax.default_backend() != "cpu":
+    return kind
+  info = pathlib.Path("/proc/cpuinfo")
+  lines = info.read_text().splitlines() if info.exists() else []
+  names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+  cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+  return f"{next(iter(names), platform.processor() or kind)}, {cores} cores"
+
+
+def programs(spec: ViTSpec, batch: int, importance: str) -> dict[tuple[str, int], timing.Subject]:
+  """Lists what is timed for a table: short stacks of layers, by kind and token count.
+
+  Args:
+    spec: The model.
+    batch: Images at once.
+    importance: By which tokens are pruned and merged.
+
+  Returns:
+    `none`, without a layer; `whole` layers; `attention`, whose MLPs see one token; and `reduction`,
+    layers that prune and merge, each from where the one before it left off.
+  """
+  short = dataclasses.replace(spec, depth=_DEPTH)
+  params = loading.load_params(short, short.dense_layers, None)
+  return {
+    key: timing.compiled(f"{key[0]} of {key[1]} tokens", ViT(short, layers), params, batch)
+    for key, layers in _stacks(spec, importance).items()
+  }
+
+
+def tabulate(
+  spec: ViTSpec, subjects: Mapping[tuple[str, int], timing.Subject], importance: str
+) -> Latency:
+  """The table from the medians of what was timed.
+
+  Args:
+    spec: The model.
+    subjects: From `programs`, timed.
+    importance: As there.
+  """
+  ms = {key: 1e3 * statistics.median(subject.seconds) for key, subject in subjects.items()}
+  fixed, counts = ms["none", 0], _counts(spec)
+  whole, attention = (
+    never_falling(np.array([ms[kind, n] - fixed for n in counts]) / _DEPTH)
+    for kind in ("whole", "attention")
+  )
+  mlp, zeros = never_falling(whole - attention), (0.0,) * len(counts)
+  without = Latency(tuple(counts), tuple(attention.tolist()), zeros, tuple(mlp.tolist()), fixed, {})
+  at, left = [0.0], [0.0]  # What a stack takes beyond that is its reductions'.
+  for (kind, n), layers in _stacks(spec, importance).items():
+    if kind == "reduction":
+      passed = macs.static_counts(spec, layers)
+      at.append(float(np.mean([entered for entered, _ in passed])))
+      left.append((ms[kind, n] - without.count(spec, layers, passed)) / _DEPTH)
+  reduction = np.interp(counts, at, never_falling(np.array(left)))
+  return dataclasses.replace(without, reduction_ms=tuple(reduction.tolist()))
+
+
+def _counts(spec: ViTSpec) -> list[int]:
+  """The token counts of a table, from the fewest that a plan can keep."""
+  places = np.linspace(spec.num_prefix + 1, spec.num_tokens, _COUNTS)
+  return np.unique(places.round().astype(int)).tolist()
+
+
+def _stacks(spec: ViTSpec, importance: str) -> dict[tuple[str, int], tuple[LayerSpec, ...]]:
+  """The layers of what is timed."""
+  base = spec.dense_layers[0]
+  stacks: dict[tuple[str, int], tuple[LayerSpec, ...]] = {("none", 0): ()}
+  for n in _counts(spec):
+    whole = dataclasses.replace(base, select=_Resize(n))
+    stacks["whole", n] = (whole,) * _DEPTH
+    stacks["attention", n] = (dataclasses.replace(whole, reduce=_Resize(1)),) * _DEPTH
+    kept = [n - i * max(1, n // _REMOVED) for i in range(1, 2 * _DEPTH + 1)]
+    if kept[-1] > spec.num_prefix:
+      pairs = zip(kept[::2], kept[1::2], strict=True)
+      reducers = [PruneMerge(p, m, importance=importance) for p, m in pairs]
+      first = (whole,) + (base,) * (_DEPTH - 1)
+      stacks["reduction", n] = tuple(
+        dataclasses.replace(layer, reduce=reduce)
+        for layer, reduce in zip(first, reducers, strict=True)
+      )
+  return stacks

@@ -1,0 +1,1 @@
+"""Reports and plots of results, plans and models; knows no stage."""

@@ -1,0 +1,146 @@
+"""Plots of plans and models: the tokens they keep, and what becomes of images."""
+
+import functools
+from collections.abc import Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from matplotlib.figure import Figure
+
+from vitcomp_jax.data.transforms import normalize
+from vitcomp_jax.models.layers import Attention
+from vitcomp_jax.models.reducers import keep_all
+from vitcomp_jax.models.spec import ViTSpec, of_layer
+from vitcomp_jax.models.vit import ViT
+from vitcomp_jax.plans import Plan
+from vitcomp_jax.reporting import plots, run_plots
+from vitcomp_jax.weights.loading import Params
+
+
+def token_maps(
+  model: ViT,
+  params: Params,
+  images: np.ndarray,
+  titles: Sequence[str] | None = None,
+  layers: Sequence[int] | None = None,
+  about: str = "",
+) -> Figure:
+  """Draws which patches of images were pruned and which were merged, layer by layer.
+
+  Args:
+    model: With static reducers.
+    params: Its weights.
+    images: uint8[n h w 3].
+    titles: Of the images; None: numbers.
+    layers: After which tokens are drawn, from 1; None: all.
+    about: A sentence to stand below, such as which model it is.
+  """
+  spec, sources = model.spec, _inside(model, params, images)[0]
+  chosen = _named(model, sources, layers)
+  titles = _titles(titles, images)
+  return plots.token_maps(images, chosen, spec.num_prefix, spec.grid, titles, about)
+
+
+def cls_attention(
+  model: ViT,
+  params: Params,
+  images: np.ndarray,
+  titles: Sequence[str] | None = None,
+  layers: Sequence[int] | None = None,
+  about: str = "",
+) -> Figure:
+  """Draws how much attention CLS, or without it the mean token, pays each patch of images.
+
+  Arguments as for `token_maps`.
+  """
+  if _shown_attention(model.spec) != "cls":
+    about += " There is no CLS token: attention from all tokens."
+  chosen = _named(model, _inside(model, params, images)[1], layers)
+  return plots.cls_attention(images, chosen, model.spec.grid, _titles(titles, images), about)
+
+
+def schedules(spec: ViTSpec, plans: Mapping[str, Plan]) -> Figure:
+  """Draws the tokens that each layer leaves under plans, by their names."""
+  models = {name: plan.layers_for(spec) for name, plan in plans.items()}
+  return plots.schedules(run_plots.schedules_of(spec, models), spec.num_tokens)
+
+
+def spaced(depth: int, most: int) -> list[int]:
+  """So many layers at even distances, from 1; the last one is among them."""
+  return sorted({depth * part // most for part in range(1, most + 1)} - {0})
+
+
+def _named(
+  model: ViT, found: Sequence[np.ndarray], layers: Sequence[int] | None
+) -> dict[str, np.ndarray]:
+  chosen = range(1, model.spec.depth + 1) if layers is None else layers
+  return {f"layer {layer}": found[layer - 1] for layer in chosen}
+
+
+def _titles(titles: Sequence[str] | None, images: np.ndarray) -> Sequence[str]:
+  return titles or [f"image {i}" for i in range(1, len(images) + 1)]
+
+
+def _inside(
+  model: ViT, params: Params, images: np.ndarray
+) -> tuple[list[np.ndarray], list[np.ndarray]]:
+  """Returns, for each layer, the token that holds each patch, and CLS's attention to each patch."""
+  found: tuple[list[np.ndarray], list[np.ndarray]]
+  found = jax.device_get(_traced_inside(model, params, jnp.asarray(images)))
+  return found
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _traced_inside(
+  model: ViT, params: Params, images: jax.Array
+) -> tuple[list[jax.Array], list[jax.Array]]:
+  """Runs one layer of `_inside`; returns i[b p] and f[b p]."""
+  spec = model.spec
+  out, captured = model.apply(
+    {"params": params},
+    normalize(images, spec.preprocess),
+    method="forward",
+    mutable=["intermediates"],
+    capture_intermediates=_is_attention,
+  )
+  sources, shares = [], []
+  for i, (layer, tokens) in enumerate(zip(model.layers, out.layers, strict=True)):
+    if i in spec.starts:
+      patches = spec.num_prefix + jnp.arange(spec.patches_at(i))
+      before = jnp.broadcast_to(patches, (images.shape[0], patches.size))
+    (attention,) = of_layer(spec, captured["intermediates"], i).values()
+    _, stats = attention["__call__"][0]
+    # A layer that removes tokens before attention removes none after it.
+    held = before if layer.select == keep_all else tokens.source
+    share = _per_patch(stats.importance(_shown_attention(spec), tokens), held)
+    sources.append(_on_first_grid(spec, i, tokens.source))
+    shares.append(_on_first_grid(spec, i, share))
+    before = tokens.source
+  return sources, shares
+
+
+def _on_first_grid(spec: ViTSpec, layer: int, values: jax.Array) -> jax.Array:
+  """A layer's values for all patches that the first layer knows, each its part of a later one."""
+  (h, w), (rows, columns) = spec.grid, spec.grid_at(layer)
+  places = np.arange(h)[:, None] * rows // h * columns + np.arange(w) * columns // w
+  return values[:, places.ravel()]
+
+
+def _shown_attention(spec: ViTSpec) -> str:
+  """Whose attention is drawn: that of CLS, or, where there is none, the mean of all."""
+  return "cls" if spec.class_token else "mean_attention"
+
+
+def _is_attention(module: nn.Module, method: str) -> bool:
+  return isinstance(module, Attention) and method == "__call__"
+
+
+def _per_patch(attention: jax.Array, source: jax.Array) -> jax.Array:
+  """The attention that tokens get, f[b n], spread evenly over their patches; -1 where pruned."""
+  tokens = jnp.arange(attention.shape[1], dtype=source.dtype)
+  sizes = jnp.sum(source[:, None] == tokens[None, :, None], axis=2)
+  shares = attention / jnp.maximum(sizes, 1).astype(attention.dtype)
+  held = jnp.take_along_axis(shares, jnp.maximum(source, 0), axis=1)
+  return jnp.where(source >= 0, held, -1.0)

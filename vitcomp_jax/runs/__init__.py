@@ -1,0 +1,1 @@
+"""A run: its workdir, its inputs and its artefacts."""
