@@ -125,13 +125,13 @@ def vit_slim_figure(figure: Figure) -> None:
     DEIT, name="example", width=24, depth=2, num_heads=3, mlp_dim=8, image_size=(32, 32)
   )
   random = np.random.default_rng(3)
-  method = vit_slim.ViTSlim()
-  arch = method.initial_arch(spec)
+  method = vit_slim.ViTSlim(spec)
+  arch = method.init()
   for gates in arch.values():
     gates["head_gate"]["zeta"] = random.beta(0.9, 0.8, (1, 1, 3, 1, 8))
     gates["hidden_gate"]["zeta"] = random.random((1, 1, 8))
   budget = 0.6
-  masks = method.cut(spec, arch, (budget, 1.0, 1.0))
+  masks = method.cut(arch, (budget, 1.0, 1.0))
   threshold = vit_slim.thresholds(arch, (budget, 1.0, 1.0))[0]
   values = np.sort(np.concatenate([np.ravel(g["head_gate"]["zeta"]) for g in arch.values()]))
   colors = [BLUE if value >= threshold else PALE for value in values]

@@ -21,17 +21,21 @@ import pytest
 
 from tests.conftest import golden_dir
 from vitcomp_jax import methods
+from vitcomp_jax.config import DiffRateOptions, ViTSlimOptions
 from vitcomp_jax.cost import macs
 from vitcomp_jax.methods import dynamicvit
 from vitcomp_jax.methods.diffrate.masking import _rank_mask, candidates, keep_probability
-from vitcomp_jax.methods.diffrate.search import DiffRate, PruneMerge, search_counts
+from vitcomp_jax.methods.diffrate.reducer import PruneMerge
+from vitcomp_jax.methods.diffrate.search import DiffRate, search_counts
 from vitcomp_jax.methods.vit_slim.search import ViTSlim, authors_cost, masked_layers, thresholds
 from vitcomp_jax.models.build import build
 from vitcomp_jax.models.caformer import caformer
 from vitcomp_jax.models.reducers import keep_all
 from vitcomp_jax.models.spec import LayerSpec, ViTSpec, of_layer, to_tree
+from vitcomp_jax.models.tokens import Aux, take_tokens
 from vitcomp_jax.models.variants import get_spec
 from vitcomp_jax.models.vit import ViT
+from vitcomp_jax.ops import select
 from vitcomp_jax.ops.losses import cross_entropy
 from vitcomp_jax.weights.loading import abstract_params
 from vitcomp_jax.weights.positions import resample_positions
@@ -201,11 +205,21 @@ def _sizes(size: Any, shape: tuple[int, int]) -> np.ndarray:
 def _static_layers(spec: ViTSpec, prune: np.ndarray, merge: np.ndarray) -> tuple[LayerSpec, ...]:
   """The layers that the authors run where tokens are removed and not masked."""
   return tuple(
-    dataclasses.replace(
-      layer, reduce=PruneMerge(int(p), int(m), signed_similarity=True, always_sort=True)
-    )
+    dataclasses.replace(layer, reduce=_Sorted(int(p), int(m), signed_similarity=True))
     for layer, p, m in zip(spec.dense_layers, prune, merge, strict=True)
   )
+
+
+class _Sorted(PruneMerge):
+  """Sorts the tokens even where none is removed, as the authors do; nothing else differs."""
+
+  def __call__(self, tokens, stats):
+    n = tokens.x.shape[1]
+    if self.count(n) < n:
+      return super().__call__(tokens, stats)
+    importance = stats.importance(self.importance, tokens)
+    order = select.importance_order(importance, tokens.num_prefix, n)
+    return take_tokens(tokens, order), Aux(n)
 
 
 def replay_diffrate_eval(fixture: Fixture, pool: str = "cls") -> None:
@@ -265,11 +279,11 @@ def replay_diffrate_caformer_eval(fixture: Fixture) -> None:
 
 def _caformer_layers(spec: ViTSpec, merge: np.ndarray) -> tuple[LayerSpec, ...]:
   """What the authors run where tokens are removed."""
-  options = dict(whole_sizes=True, first_receives=False, always_sort=True)
+  options = dict(whole_sizes=True, first_receives=False)
   return tuple(
     dataclasses.replace(
       layer,
-      reduce=PruneMerge(spec.tokens_at(i), int(m), importance="mean_attention", **options),
+      reduce=_Sorted(spec.tokens_at(i), int(m), importance="mean_attention", **options),
     )
     for i, (layer, m) in enumerate(zip(spec.dense_layers, merge, strict=True))
   )
@@ -374,7 +388,7 @@ def _forward(model: ViT, params: dict[str, Any], images: np.ndarray) -> Any:
 def replay_diffrate_search(fixture: Fixture, pool: str = "cls") -> None:
   spec = _spec(fixture.info["model"], pool)
   for name, settings in fixture.info["cases"].items():
-    method = _authors(settings)
+    method = _authors(spec, settings)
     for dtype, tolerance in _precisions():
       _check_search(fixture, spec, method, fixture.case(name), dtype, tolerance, name)
     _check_deployed(fixture, spec, method, fixture.case(name), name)
@@ -384,17 +398,19 @@ def replay_diffrate_search(fixture: Fixture, pool: str = "cls") -> None:
       _check_trajectory(fixture, spec, settings, fixture.case(name), name)
 
 
-def _authors(settings: dict[str, Any]) -> DiffRate:
-  return DiffRate(
-    target=settings["target_mflops"] / 1e3,
+# The fixtures' models are so small that their budget term counts in 1e6 MACs, squared.
+_PER_GMACS = 1e6
+
+
+def _authors(spec: ViTSpec, settings: dict[str, Any], **options: Any) -> DiffRate:
+  options = DiffRateOptions(
+    recipe="paper",
     granularity=settings["granularity"],
     init="zeros",
-    budget_weight=settings.get("lam", 5.0),
-    budget_unit=1e6,
-    clamp_size=True,
-    signed_similarity=True,
-    mask_eps=1e-6,
+    budget_weight=_PER_GMACS * settings.get("lam", 5.0),
+    **options,
   )
+  return DiffRate(spec, settings["target_mflops"] / 1e3, options)
 
 
 def _arch(case: dict[str, np.ndarray], kind: str, depth: int, dtype: str) -> dict[str, Any]:
@@ -428,7 +444,8 @@ def _searched(
 
   def terms(arch):
     out = model.apply({"params": params, "arch": arch}, images, method="forward")
-    penalty = method.penalty(spec, arch, out, jnp.asarray(0))[0] / method.budget_weight
+    penalty = method.penalty(arch, out, jnp.asarray(0))[0] / method.options.budget_weight
+    penalty = _PER_GMACS * penalty
     flops = macs.macs(spec, spec.dense_layers, search_counts(spec, out))
     return (cross_entropy(out.logits, labels), penalty), (out, flops)
 
@@ -446,7 +463,7 @@ def _check_search(
   tolerance: float,
   name: str,
 ) -> None:
-  model = ViT(spec, method.layers(spec))
+  model = ViT(spec, method.layers())
   params = _params(fixture, model, dtype)
   arch = _arch(case, "selected_probability", spec.depth, dtype)
   images, labels = jnp.asarray(_images(case["x"], dtype)), jnp.asarray(case["y"], jnp.int32)
@@ -480,18 +497,10 @@ def replay_diffrate_caformer_search(fixture: Fixture) -> None:
   spec = _caformer_spec(fixture.info["model"])
   for name, settings in fixture.info["cases"].items():
     case = fixture.case(name)
-    method = dataclasses.replace(
-      _authors(settings),
-      actions="merge",
-      clamp_size=False,
-      mask_follows=False,
-      importance="mean_attention_of_all",
-      whole_sizes=True,
-      first_receives=False,
-    )
+    method = _authors(spec, settings, actions="merge", importance="mean_attention_of_all")
     for dtype, tolerance in _precisions():
       _check_caformer_search(fixture, spec, method, case, settings, dtype, tolerance, name)
-    learnt = method.deploy(spec, _merge_arch(spec, method, case, "float32"))
+    learnt = _learnt(method, _merge_arch(spec, method, case, "float32"))
     layers = _caformer_layers(spec, case["merge_kept_num"])
     assert [l.reduce.merge_keep for l in learnt] == [l.reduce.merge_keep for l in layers], name
     assert macs.static_macs(spec, learnt) == macs.static_macs(spec, layers) == case["flops"], name
@@ -501,9 +510,14 @@ def replay_diffrate_caformer_search(fixture: Fixture) -> None:
     _close(out.logits, case["eval_logits"], F32, f"{name} eval_logits")
 
 
+def _learnt(method: DiffRate, arch: dict[str, Any]) -> tuple[LayerSpec, ...]:
+  """The layers that keep what was learnt, not adjusted to the budget."""
+  return method.static_layers(method.expected_counts(arch))
+
+
 def _merge_arch(spec: ViTSpec, method: DiffRate, case: dict, dtype: str) -> dict[str, Any]:
   """The authors' logits; there is nothing to choose in pruning."""
-  start = dataclasses.replace(method, init="zeros").initial_arch(spec)
+  start = method.init()
   layers = [of_layer(spec, start, i)["reduce"] for i in range(spec.depth)]
   logits = [case[f"selected_probability/{i}"] for i in range(spec.depth)]
   kept = jax.tree.map(lambda x: jnp.asarray(x, dtype), layers)
@@ -526,7 +540,7 @@ def _check_caformer_search(
   tolerance: float,
   name: str,
 ) -> None:
-  model = build(spec, method.layers(spec))
+  model = build(spec, method.layers())
   params, arch = _params(fixture, model, dtype), _merge_arch(spec, method, case, dtype)
   images, labels = jnp.asarray(_images(case["x"], dtype)), jnp.asarray(case["y"], jnp.int32)
   found = _searched(model, method, arch, params, images, labels)
@@ -559,7 +573,7 @@ def _check_gradients(found: dict[str, np.ndarray], case: dict, relative: float) 
 
 def _check_modules(spec: ViTSpec, method: DiffRate, arch: dict, case: dict) -> None:
   """What each layer chooses among, and what the authors' modules make of it."""
-  layers = method.layers(spec)
+  layers = method.layers()
   options = [candidates(spec.num_patches, layer.reduce.granularity[0]) for layer in layers]
   for key in (k for k in case if k.startswith("candidates/")):
     np.testing.assert_array_equal(options[int(key.split("/")[2])], case[key], err_msg=key)
@@ -586,7 +600,7 @@ def _check_deployed(
 ) -> None:
   """The same counts with tokens removed; the authors' masks clamp sizes, their removal does not."""
   layers = _static_layers(spec, case["prune_kept_num"], case["merge_kept_num"])
-  learnt = method.deploy(spec, _arch(case, "selected_probability", spec.depth, "float32"))
+  learnt = _learnt(method, _arch(case, "selected_probability", spec.depth, "float32"))
   found = [(layer.reduce.prune_keep, layer.reduce.merge_keep) for layer in learnt]
   expected = [(layer.reduce.prune_keep, layer.reduce.merge_keep) for layer in layers]
   assert found == expected, name
@@ -605,8 +619,8 @@ def _check_trajectory(
   fixture: Fixture, spec: ViTSpec, settings: dict, case: dict[str, np.ndarray], name: str
 ) -> None:
   """The authors' AdamW on the rates, step by step."""
-  method = _authors(settings)
-  model = ViT(spec, method.layers(spec))
+  method = _authors(spec, settings)
+  model = ViT(spec, method.layers())
   params = _params(fixture, model, "float32")
   tx = optax.adamw(
     settings["lr"], *settings["betas"], eps=settings["eps"], weight_decay=settings["weight_decay"]
@@ -618,7 +632,7 @@ def _check_trajectory(
   def step(arch, state, params, images, labels):
     def loss_fn(arch):
       out = model.apply({"params": params, "arch": arch}, images, method="forward")
-      penalty, figures = method.penalty(spec, arch, out, jnp.asarray(0))
+      penalty, figures = method.penalty(arch, out, jnp.asarray(0))
       return cross_entropy(out.logits, labels) + penalty, figures
 
     (loss, figures), grads = jax.value_and_grad(loss_fn, has_aux=True)(arch)
@@ -629,7 +643,7 @@ def _check_trajectory(
   labels = jnp.asarray(case["y"], jnp.int32)
   for i in range(settings["steps"]):
     batch = i % len(images)
-    expected = np.ceil(np.round(method.expected_counts(spec, arch), 5)) + spec.num_prefix
+    expected = np.ceil(np.round(method.expected_counts(arch), 5)) + spec.num_prefix
     np.testing.assert_array_equal(expected[:, 0], case["prune_kept_num"][i], f"{name} {i}")
     np.testing.assert_array_equal(expected[:, 1], case["merge_kept_num"][i], f"{name} {i}")
     arch, state, loss, figures = step(arch, state, params, images[batch], labels[batch])
@@ -710,7 +724,8 @@ def replay_vit_slim(fixture: Fixture) -> None:
   spec, info = _spec(fixture.info["model"], "cls"), fixture.info
   cases = [name for name in info["cases"] if "/compress" in name]
   for kind in sorted({name.split("/")[0] for name in info["cases"]}):
-    method = ViTSlim(_ATTN_MASKS[kind], info["w1"], info["w2"], info["w3"])
+    weights = dict(w_attn=info["w1"], w_mlp=info["w2"], w_patch=info["w3"])
+    method = ViTSlim(spec, ViTSlimOptions(attn=_ATTN_MASKS[kind], **weights))
     for dtype, tolerance in _precisions():
       arch = _zetas(fixture.case(f"{kind}/zeta"), spec.depth, dtype)
       params = _params(fixture, ViT(spec, spec.dense_layers), dtype)
@@ -741,12 +756,12 @@ def _check_slim_search(
   params, arch, images = inputs
   case = fixture.case(f"{kind}/search")
   labels = jnp.asarray(fixture.arrays["y"], jnp.int32)
-  model = ViT(spec, method.layers(spec))
+  model = ViT(spec, method.layers())
 
   def loss_fn(arch, params, images):
     out = model.apply({"params": params, "arch": arch}, images, method="forward")
     task = cross_entropy(out.logits, labels)
-    penalty, norms = method.penalty(spec, arch, out, jnp.asarray(0))
+    penalty, norms = method.penalty(arch, out, jnp.asarray(0))
     return task + penalty, (out.logits, task, norms)
 
   step = jax.jit(jax.value_and_grad(loss_fn, has_aux=True))
@@ -776,7 +791,7 @@ def _check_cut(
   params, arch, images = inputs
   budgets = tuple(case["budgets"].tolist())
   np.testing.assert_allclose(thresholds(arch, budgets), case["thresholds"], rtol=1e-6)
-  masks = method.cut(spec, arch, budgets, refuse_empty=False)
+  masks = method.cut(arch, budgets, refuse_empty=False)
   for i in range(spec.depth):
     for kept, key in ((masks.attn, "attn"), (masks.mlp, "mlp"), (masks.patch, "patch")):
       np.testing.assert_array_equal(kept[i].ravel(), case[f"mask_{key}/{i}"].ravel() > 0)

@@ -231,7 +231,7 @@ def test_a_plan_that_is_not_one(values, message):
       {"reduce": {**REDUCER, "signed_similarity": [1]}},
       r"reduce: expected true or false for signed_similarity, got \[1\]",
     ),
-    ({"reduce": {**REDUCER, "always_sort": 1}}, "expected true or false for always_sort, got 1"),
+    ({"reduce": {**REDUCER, "whole_sizes": 1}}, "expected true or false for whole_sizes, got 1"),
     ({"select": "keep"}, "select: expected an object such as .* got 'keep'"),
     (
       {"select": REDUCER},

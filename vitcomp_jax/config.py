@@ -144,11 +144,15 @@ class TrainConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class SlimConfig(TrainConfig):
+class ViTSlimOptions:
   attn: Literal["dims", "heads", "uniform"] = "dims"  # what a mask of the attention stands for
   w_attn: PositiveOrZero = 2e-4  # weight of the attention masks' L1 norm; 0: not searched
   w_mlp: PositiveOrZero = 5e-5  # weight of the L1 norm of the hidden units' masks
   w_patch: PositiveOrZero = 1e-4  # weight of the L1 norm of the patches' masks
+
+
+@dataclasses.dataclass(frozen=True)
+class SlimConfig(TrainConfig, ViTSlimOptions):
   # The masks' own; none: `learning_rate`, as the authors.
   mask_learning_rate: Positive | None = None
   mask_weight_decay: PositiveOrZero = 0.0  # of the masks
@@ -174,20 +178,9 @@ class DistillConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class SearchConfig:
-  method: Literal["diffrate"] = "diffrate"  # what is searched
-  steps: Count = 300  # optimizer steps
-  batch_size: Count = 64  # images per step
-  learning_rate: Positive = 0.1  # of the rates (Adam)
-  min_learning_rate: PositiveOrZero = 0.01  # at the end of the schedule
-  # Adam's memory of squared gradients; the budget's, large at first, must be forgotten soon
-  # (authors: 0.999).
-  adam_b2: Rate = 0.95
-  schedule: Literal["cosine", "authors"] = "cosine"  # per step, or per epoch and one epoch late
-  epoch_steps: Count | None = None  # steps per epoch of `authors`; none: one pass over the images
-  # Cross-entropy with the labels, or the divergence from the dense model's logits or features.
-  loss: Literal["labels", "logits", "features"] = "labels"
-  label_smoothing: Share = 0.0  # share of the target spread over all classes
+class DiffRateOptions:
+  # `paper`: the authors' code, quirks included (`methods/diffrate/recipe.py` lists them).
+  recipe: Literal["ours", "paper"] = "ours"
   granularity: Count = 1  # distance between neighbouring candidate counts
   tile: Count = 1  # the plan's counts are rounded up to multiples of it (8, 16), prefix included
   actions: Literal["both", "prune", "merge"] = "both"  # what a layer may do with its tokens
@@ -204,17 +197,26 @@ class SearchConfig:
   ] = "auto"
   init: Literal["merge_first", "zeros"] = "merge_first"  # where the rates start; authors: `zeros`
   budget_weight: PositiveOrZero = 5.0  # lambda of the budget term
-  # The budget term counts MACs in units of dense/4.6, or, as the authors', of 1e9.
-  budget_scale: Literal["relative", "gmacs"] = "relative"
   warmup_steps: CountOrZero = 0  # steps without the budget term
   compress_first: bool = False  # may the first layer lose tokens
   compress_last: bool | None = None  # none: as the authors, yes with a CLS head, no with a mean
-  clamp_size: bool = False  # the authors' clamp of sizes to 1, which deployment does not have
-  mask_follows: bool = True  # does a sorted token take its mask along (authors' CAFormer: no)
-  signed_similarity: bool = False  # the authors' merge weight, which may be negative
-  whole_sizes: bool = False  # the authors' merge weight for CAFormer, 1
-  first_receives: bool = True  # may the most important token receive (authors' CAFormer: no)
-  mask_eps: PositiveOrZero = 0.0  # smoothing of the masked softmax (authors: 1e-6)
+
+
+@dataclasses.dataclass(frozen=True)
+class SearchConfig(DiffRateOptions):
+  method: Literal["diffrate"] = "diffrate"  # what is searched
+  steps: Count = 300  # optimizer steps
+  batch_size: Count = 64  # images per step
+  learning_rate: Positive = 0.1  # of the rates (Adam)
+  min_learning_rate: PositiveOrZero = 0.01  # at the end of the schedule
+  # Adam's memory of squared gradients; the budget's, large at first, must be forgotten soon
+  # (authors: 0.999).
+  adam_b2: Rate = 0.95
+  schedule: Literal["cosine", "authors"] = "cosine"  # per step, or per epoch and one epoch late
+  epoch_steps: Count | None = None  # steps per epoch of `authors`; none: one pass over the images
+  # Cross-entropy with the labels, or the divergence from the dense model's logits or features.
+  loss: Literal["labels", "logits", "features"] = "labels"
+  label_smoothing: Share = 0.0  # share of the target spread over all classes
   drop_path: Rate = 0.0  # stochastic depth while searching (authors: 0.1)
   remat: bool = False  # compute activations again in the backward pass, to save memory
   parts: Count = 1  # in which a batch is done one after the other, to save memory

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from tests.models import small_spec
+from vitcomp_jax.config import DiffRateOptions
 from vitcomp_jax.cost import latency, macs
 from vitcomp_jax.cost.cost_models import MACS, Latency, never_falling, parse_latency
 from vitcomp_jax.errors import UserError
@@ -73,29 +74,34 @@ def test_noise_is_evened_out_and_what_rises_stays():
 @pytest.mark.parametrize("share", [0.35, 0.6, 0.9])
 def test_start_and_plan_meet_a_latency(share):
   dense = TABLE.static(SPEC, SPEC.dense_layers)
-  method = DiffRate(share * dense, cost=TABLE)
-  assert method.smallest(SPEC) < share * dense
-  arch = jax.device_get(method.initial_arch(SPEC))
-  assert 0.95 * share * dense <= TABLE.static(SPEC, method.deploy(SPEC, arch)) <= share * dense
+  method = DiffRate(SPEC, share * dense, cost=TABLE)
+  method.check()
+  arch = jax.device_get(method.init())
+  assert (
+    0.95 * share * dense
+    <= TABLE.static(SPEC, method.static_layers(method.expected_counts(arch)))
+    <= share * dense
+  )
   rng = np.random.default_rng(0)
   arch = jax.tree.map(lambda a: a + 3 * rng.standard_normal(a.shape), arch)
-  layers, _ = method.deploy_within(SPEC, method.expected_counts(SPEC, arch))
+  layers, _ = method.deploy_counts(method.expected_counts(arch))
   assert TABLE.static(SPEC, layers) == pytest.approx(share * dense, rel=0.01)
 
 
 @pytest.mark.parametrize("init", ["merge_first", "zeros"])
 def test_a_search_goes_on_from_another_budget(init):
   dense = MACS.static(SPEC, SPEC.dense_layers)
-  first = DiffRate(0.8 * dense, init=init).initial_arch(SPEC)
+  options = DiffRateOptions(init=init)
+  first = DiffRate(SPEC, 0.8 * dense, options).init()
   rng = np.random.default_rng(0)
   learnt = jax.device_get(jax.tree.map(lambda a: a + 3 * rng.standard_normal(a.shape), first))
-  method = DiffRate(0.5 * dense, init=init)
-  arch = jax.device_get(method.initial_arch(SPEC, learnt))
-  spent = MACS.static(SPEC, method.deploy(SPEC, arch))
+  method = DiffRate(SPEC, 0.5 * dense, options)
+  arch = jax.device_get(method.init(learnt))
+  spent = MACS.static(SPEC, method.static_layers(method.expected_counts(arch)))
   assert 0.47 * dense <= spent <= 0.5 * dense
   moved = jax.tree.map(np.subtract, arch, learnt)
   slope = moved["blocks_1"]["reduce"]["merge_logits"][0]  # at all patches
-  for i, options in enumerate(method._candidates(SPEC)):
+  for i, options in enumerate(method._candidates()):
     for name, counts in options.items():
       expected = slope * counts / SPEC.num_patches
       np.testing.assert_allclose(moved[f"blocks_{i}"]["reduce"][name], expected, atol=1e-3)

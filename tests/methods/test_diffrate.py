@@ -10,7 +10,7 @@ import pytest
 
 import vitcomp_jax as vc
 from tests.models import forward, random_images, random_params, small_spec
-from vitcomp_jax.config import ParallelConfig, SearchConfig
+from vitcomp_jax.config import DiffRateOptions, ParallelConfig, SearchConfig
 from vitcomp_jax.cost import macs
 from vitcomp_jax.data.transforms import Preprocess
 from vitcomp_jax.errors import UserError
@@ -21,7 +21,7 @@ from vitcomp_jax.models.caformer import caformer
 from vitcomp_jax.models.spec import to_tree
 from vitcomp_jax.models.vit import ViT
 from vitcomp_jax.parallel import Layout
-from vitcomp_jax.stages.search import make_method, search_loss
+from vitcomp_jax.training.search import Search
 from vitcomp_jax.training.step import init_state, make_step, with_rows
 
 SPECS = {
@@ -88,18 +88,18 @@ def test_masked_search_equals_static_plan_on_trained_weights(seed):
 
 
 def _check_parity(spec, layers, params, seed):
-  method = DiffRate(target=1.0, compress_first=True, compress_last=True)
+  method = DiffRate(spec, 1.0, DiffRateOptions(compress_first=True, compress_last=True))
   images = random_images(spec, 3, seed)
   variables = {"params": params, "arch": _arch_of(spec, layers)}
-  masked = forward(spec, method.layers(spec), variables, images)
+  masked = forward(spec, method.layers(), variables, images)
   static = forward(spec, layers, {"params": params}, images)
   np.testing.assert_allclose(masked.logits, static.logits, rtol=0, atol=1e-5)
-  tried = {"params": params, "arch": method.counts_arch(spec, layers)}
-  given = forward(spec, method.masked_layers(spec), tried, images)
+  tried = {"params": params, "arch": method.replayed_arch(layers)}
+  given = forward(spec, method.replayed_layers(), tried, images)
   np.testing.assert_allclose(given.logits, static.logits, rtol=0, atol=1e-5)
   counts = [int(reduced.count) for _, reduced in masked.aux]
   assert counts == [n for _, n in macs.static_counts(spec, layers)]
-  spent = method.penalty(spec, variables["arch"], masked, jnp.asarray(0))[1]["gmacs"]
+  spent = method.penalty(variables["arch"], masked, jnp.asarray(0))[1]["gmacs"]
   np.testing.assert_allclose(spent * 1e9, macs.static_macs(spec, layers), rtol=1e-6)
   held, expected = np.asarray(masked.tokens.source), np.asarray(static.tokens.source)
   np.testing.assert_array_equal(_together(held), _together(expected))
@@ -107,20 +107,21 @@ def _check_parity(spec, layers, params, seed):
 
 
 @pytest.mark.parametrize(
-  ("kind", "mask_eps"), [("cls", 0.0), ("cls", 1e-6), ("mean", 0.0), ("distilled", 0.0)]
+  ("kind", "recipe"), [("cls", "ours"), ("cls", "paper"), ("mean", "ours"), ("distilled", "ours")]
 )
-def test_logits_alone_need_no_more_than_the_head_reads(kind, mask_eps):
+def test_logits_alone_need_no_more_than_the_head_reads(kind, recipe):
   spec = SPECS[kind]
-  method = DiffRate(1.0, compress_first=True, compress_last=True, mask_eps=mask_eps)
+  options = DiffRateOptions(recipe=recipe, compress_first=True, compress_last=True)
+  method = DiffRate(spec, 1.0, options)
   params, images = random_params(spec), random_images(spec, 3)
   arch = jax.tree.map(lambda x: x / 50, _arch_of(spec, _random_plan(spec, 1)))
 
   def figures(arch, layers):
     out = ViT(spec, layers).apply({"params": params, "arch": arch}, images, method="forward")
-    penalty, _ = method.penalty(spec, arch, out, jnp.asarray(0))
+    penalty, _ = method.penalty(arch, out, jnp.asarray(0))
     return jnp.sum(out.logits**2) + penalty, out.logits
 
-  both = [method.layers(spec, logits_only=given) for given in (False, True)]
+  both = [method.layers(logits_only=given) for given in (False, True)]
   assert (both[0] == both[1]) == spec.pools_patches
   whole, less = (
     jax.jit(jax.value_and_grad(lambda a, l=l: figures(a, l), has_aux=True))(arch) for l in both
@@ -133,8 +134,8 @@ def test_authors_clamp_sees_something_else():
   layers = _random_plan(spec, 3)
   params, images = random_params(spec), random_images(spec, 3)
   variables = {"params": params, "arch": _arch_of(spec, layers)}
-  method = DiffRate(1.0, compress_first=True, clamp_size=True, signed_similarity=True)
-  masked = forward(spec, method.layers(spec), variables, images)
+  method = DiffRate(spec, 1.0, DiffRateOptions(recipe="paper", compress_first=True))
+  masked = forward(spec, method.layers(), variables, images)
   static = forward(spec, layers, {"params": params}, images)
   assert np.abs(masked.logits - static.logits).max() > 1e-3
 
@@ -148,17 +149,17 @@ def test_even_start_is_not_rounded_up_by_noise(num_patches, granularity):
 
 
 def _step(spec, config):
-  method = make_method(config, spec, 0.6 * macs.static_macs(spec, spec.dense_layers) / 1e9)
+  method = DiffRate(spec, 0.6 * macs.static_macs(spec, spec.dense_layers) / 1e9, config)
   pre = Preprocess(spec.image_size, spec.mean, spec.std, spec.crop_pct, spec.interpolation)
   tx = optax.adam(0.1)
-  arch = method.initial_arch(spec)
+  arch = method.init()
   state = init_state(random_params(spec), arch, tx, ("arch",), 0)
-  loss_fn = search_loss(config, method, spec, pre)
+  layout = Layout(ParallelConfig(devices=1))
+  loss_fn = Search(method, config, pre, layout).loss()
   shape = (8, *spec.image_size, 3)
   images = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
   labels = jnp.arange(8, dtype=jnp.int32) % spec.num_classes
   batch = {"image": jnp.asarray(images), "label": labels}
-  layout = Layout(ParallelConfig(devices=1))
   state = layout.put_state(state)
   return state, batch, loss_fn, make_step(loss_fn, tx, ("arch",), layout)
 
@@ -199,20 +200,21 @@ def test_adjusted_plan_meets_the_budget(seed):
   spec = small_spec(image_size=(56, 56), depth=12)
   dense = macs.static_macs(spec, spec.dense_layers) / 1e9
   for fraction in (0.4, 0.65, 0.9):
-    method = DiffRate(fraction * dense)
-    arch = method.initial_arch(spec)
+    method = DiffRate(spec, fraction * dense)
+    arch = method.init()
     rng = np.random.default_rng(seed)
     arch = jax.tree.map(lambda a, rng=rng: a + 3 * rng.standard_normal(a.shape), arch)
-    layers, _ = method.deploy_within(spec, method.expected_counts(spec, jax.device_get(arch)))
+    layers, _ = method.deploy_counts(method.expected_counts(jax.device_get(arch)))
     assert abs(macs.static_macs(spec, layers) / 1e9 / dense - fraction) <= 0.01 * fraction
 
 
 def test_counts_of_a_plan_are_whole_tiles():
   spec = small_spec(image_size=(56, 56), depth=12)
-  method = DiffRate(0.6 * macs.static_macs(spec, spec.dense_layers) / 1e9, tile=8)
+  target = 0.6 * macs.static_macs(spec, spec.dense_layers) / 1e9
+  method = DiffRate(spec, target, DiffRateOptions(tile=8))
   rng = np.random.default_rng(0)
-  arch = jax.tree.map(lambda a: a + 3 * rng.standard_normal(a.shape), method.initial_arch(spec))
-  layers, _ = method.deploy_within(spec, method.expected_counts(spec, jax.device_get(arch)))
+  arch = jax.tree.map(lambda a: a + 3 * rng.standard_normal(a.shape), method.init())
+  layers, _ = method.deploy_counts(method.expected_counts(jax.device_get(arch)))
   counts = {c for layer in layers for c in (layer.reduce.prune_keep, layer.reduce.merge_keep)}
   assert len(counts) > 2 and all(c % 8 == 0 or c == spec.num_tokens for c in counts)
   assert abs(macs.static_macs(spec, layers) / 1e9 / method.target - 1) < 0.02
@@ -223,8 +225,8 @@ def test_counts_of_a_plan_are_whole_tiles():
 def test_merge_first_starts_on_the_budget(actions, fraction):
   spec = small_spec(image_size=(56, 56), depth=12)
   target = fraction * macs.static_macs(spec, spec.dense_layers)
-  method = DiffRate(target / 1e9, actions=actions)
-  layers = method.deploy(spec, jax.device_get(method.initial_arch(spec)))
+  method = DiffRate(spec, target / 1e9, DiffRateOptions(actions=actions))
+  layers = method.static_layers(method.expected_counts(jax.device_get(method.init())))
   # One token more in every layer would be past it.
   assert 0.97 * target <= macs.static_macs(spec, layers) <= target
   for layer in layers[1:]:
@@ -234,7 +236,7 @@ def test_merge_first_starts_on_the_budget(actions, fraction):
 
 def test_budget_below_the_smallest_plan_is_refused():
   with pytest.raises(UserError, match="smallest plan"):
-    make_method(SearchConfig(), small_spec(), 1e-6)
+    DiffRate(small_spec(), 1e-6).check()
 
 
 @pytest.mark.parametrize("kind", SPECS)

@@ -10,6 +10,7 @@ import pytest
 import vitcomp_jax as vc
 from tests.cost.test_macs import embed, traced
 from tests.models import forward, random_images, random_params, small_spec
+from vitcomp_jax.config import ViTSlimOptions
 from vitcomp_jax.cost import macs
 from vitcomp_jax.errors import UserError
 from vitcomp_jax.methods.vit_slim.search import (
@@ -34,9 +35,7 @@ KINDS = ("dims", "heads", "uniform")
 def random_arch(method, spec, seed, patches=True):
   """Masks as a search may leave them; patches all open if asked."""
   rng = np.random.default_rng(seed)
-  arch = jax.tree.map(
-    lambda z: jnp.asarray(rng.normal(0.5, 0.5, z.shape), z.dtype), method.initial_arch(spec)
-  )
+  arch = jax.tree.map(lambda z: jnp.asarray(rng.normal(0.5, 0.5, z.shape), z.dtype), method.init())
   if not patches:
     for block in arch.values():
       block["token_gate"]["zeta"] = jnp.full_like(block["token_gate"]["zeta"], 3.0)
@@ -52,9 +51,10 @@ def random_arch(method, spec, seed, patches=True):
   seed=st.integers(0, 2**16),
 )
 def test_extracted_equals_masked(kind, heads, budgets, tile, seed):
-  spec, method = small_spec(num_heads=heads, depth=2), ViTSlim(kind)
+  spec = small_spec(num_heads=heads, depth=2)
+  method = ViTSlim(spec, ViTSlimOptions(attn=kind))
   arch = random_arch(method, spec, seed, patches=False)
-  masks = method.cut(spec, arch, (*budgets, 1.0), min_units=2)
+  masks = method.cut(arch, (*budgets, 1.0), min_units=2)
   params, images = random_params(spec, seed), random_images(spec, 3, seed)
   masked = forward(spec, masked_layers(spec, masks), {"params": params}, images)
   layers, indices = deploy(spec, masks, tile)
@@ -68,12 +68,13 @@ def test_extracted_equals_masked(kind, heads, budgets, tile, seed):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_folded_weights_do_what_the_soft_masks_did(kind):
-  spec, method = small_spec(depth=2), ViTSlim(kind)
+  spec = small_spec(depth=2)
+  method = ViTSlim(spec, ViTSlimOptions(attn=kind))
   arch = random_arch(method, spec, 0)
   for block in arch.values():
     block["token_gate"]["zeta"] = jnp.full_like(block["token_gate"]["zeta"], 20.0)  # tanh: 1
   params, images = random_params(spec), random_images(spec, 2)
-  soft = forward(spec, method.layers(spec), {"params": params, "arch": arch}, images)
+  soft = forward(spec, method.layers(), {"params": params, "arch": arch}, images)
   folded = forward(spec, spec.dense_layers, {"params": fold(spec, params, arch)}, images)
   np.testing.assert_allclose(folded.logits, soft.logits, rtol=0, atol=1e-5)
 
@@ -81,10 +82,9 @@ def test_folded_weights_do_what_the_soft_masks_did(kind):
 @hypothesis.settings(max_examples=6, deadline=None, derandomize=True)
 @hypothesis.given(budget=st.floats(0.1, 1), prefix=st.integers(0, 2), seed=st.integers(0, 2**16))
 def test_removed_patches_cost_nothing(budget, prefix, seed):
-  spec, method = small_spec(num_registers=prefix, depth=3), ViTSlim()
-  masks = method.cut(
-    spec, random_arch(method, spec, seed), (1.0, 1.0, budget), min_units=prefix + 2
-  )
+  spec = small_spec(num_registers=prefix, depth=3)
+  method = ViTSlim(spec)
+  masks = method.cut(random_arch(method, spec, seed), (1.0, 1.0, budget), min_units=prefix + 2)
   layers, indices = deploy(spec, masks)
   assert traced(spec, layers) + embed(spec) == macs.static_macs(spec, layers)
   kept = masks.patch[:, spec.num_prefix :].sum(axis=1) + spec.num_prefix
@@ -92,7 +92,8 @@ def test_removed_patches_cost_nothing(budget, prefix, seed):
 
 
 def test_the_masks_of_the_authors_names_come_back(tmp_path):
-  spec, method = small_spec(), ViTSlim()
+  spec = small_spec()
+  method = ViTSlim(spec)
   arch = random_arch(method, spec, 0)
   files.write(to_authors(arch), str(tmp_path / "masks.safetensors"))
   state = files.read(str(tmp_path / "masks.safetensors"))
@@ -101,8 +102,9 @@ def test_the_masks_of_the_authors_names_come_back(tmp_path):
 
 
 def test_removed_patches_are_gone():
-  spec, method = small_spec(pool="size_mean"), ViTSlim()
-  masks = method.cut(spec, random_arch(method, spec, 0), (1.0, 1.0, 0.5))
+  spec = small_spec(pool="size_mean")
+  method = ViTSlim(spec)
+  masks = method.cut(random_arch(method, spec, 0), (1.0, 1.0, 0.5))
   assert not masks.patch[-1].all()
   layers, indices = deploy(spec, masks)
   params = slice_params(random_params(spec), indices)
@@ -115,35 +117,38 @@ def test_removed_patches_are_gone():
 
 
 def test_a_patch_dropped_once_stays_dropped():
-  spec, method = small_spec(), ViTSlim()
-  masks = method.cut(spec, random_arch(method, spec, 1), (1.0, 1.0, 0.4))
+  spec = small_spec()
+  method = ViTSlim(spec)
+  masks = method.cut(random_arch(method, spec, 1), (1.0, 1.0, 0.4))
   assert (masks.patch[:-1] >= masks.patch[1:]).all()
 
 
 def test_equal_masks_are_all_kept():
   """What was never searched is not cut, whatever its budget."""
-  spec, method = small_spec(), ViTSlim()
-  masks = method.cut(spec, method.initial_arch(spec), (0.3, 0.3, 0.3))
+  spec = small_spec()
+  method = ViTSlim(spec)
+  masks = method.cut(method.init(), (0.3, 0.3, 0.3))
   assert all(getattr(masks, kind).all() for kind in ("attn", "mlp", "patch"))
 
 
 def test_an_empty_layer_is_refused_by_name():
-  spec, method = small_spec(), ViTSlim()
+  spec = small_spec()
+  method = ViTSlim(spec)
   arch = random_arch(method, spec, 0)
   gate = arch["blocks_2"]["hidden_gate"]
   gate["zeta"] = jnp.full_like(gate["zeta"], -9.0)
   with pytest.raises(UserError, match="hidden unit in every layer, got none in layer 2"):
-    method.cut(spec, arch, (1.0, 0.5, 1.0))
-  masks = method.cut(spec, arch, (1.0, 0.5, 1.0), min_units=3)
+    method.cut(arch, (1.0, 0.5, 1.0))
+  masks = method.cut(arch, (1.0, 0.5, 1.0), min_units=3)
   assert masks.mlp[2].sum() == 3
 
 
 def test_a_slimmed_plan_loads_from_either_weights(tmp_path):
   variant = "vit_mini_patch3_30"
   dense, params = vc.load(variant, "bundled")
-  method = ViTSlim()
+  method = ViTSlim(dense.spec)
   arch = random_arch(method, dense.spec, 0, patches=True)
-  masks = method.cut(dense.spec, arch, (0.5, 0.5, 0.7), min_units=2)
+  masks = method.cut(arch, (0.5, 0.5, 0.7), min_units=2)
   layers, indices = deploy(dense.spec, masks)
   save_plan(make_plan(dense.spec, layers, {"method": "vit_slim"}, indices), tmp_path / "plan.json")
   save_params(dense.spec, slice_params(params, indices), tmp_path / "slim.safetensors")

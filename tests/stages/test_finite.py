@@ -15,12 +15,11 @@ from vitcomp_jax import exported, main, predict, scoring, strict_json
 from vitcomp_jax.comparison import random_schedules
 from vitcomp_jax.config import from_config_dict
 from vitcomp_jax.methods.vit_slim import search as vit_slim
-from vitcomp_jax.metrics import read_metrics
 from vitcomp_jax.models.variants import get_spec
-from vitcomp_jax.parallel import Layout
 from vitcomp_jax.runs.run import open_run
 from vitcomp_jax.stages import search
 from vitcomp_jax.training import step
+from vitcomp_jax.training.search import Passed, Search
 from vitcomp_jax.weights import files
 
 
@@ -108,15 +107,16 @@ def test_a_search_never_chooses_it(tmp_path, monkeypatch):
   config.search.log_every, config.budget.fraction = 1, 0.8
   vc.search(config, tmp_path)
   run = open_run(from_config_dict(config), tmp_path)
-  method, learnt = search._method(run, ""), read_metrics(tmp_path, "search")[-1]["expected"]
+  searcher, trained = search.searcher(run), search.task(run)
 
   def best(losses):
-    given = iter(losses)
-    monkeypatch.setattr(Layout, "get", lambda self, tree: next(given))
-    return search._best(run, "", method, np.array(learnt))
+    passed = [Passed(i, loss, run.spec.dense_layers) for i, loss in enumerate(losses)]
+    monkeypatch.setattr(Search, "_tried", lambda *_: passed)
+    return searcher.choose(trained.state, run.params, [])
 
-  at, _, tried = best([3.0, math.nan, 1.0, math.inf, 2.0])
-  assert (at, tried) == (2, [(0, 3.0), (2, 1.0), (4, 2.0)])
+  found = best([3.0, math.nan, 1.0, math.inf, 2.0])
+  assert found.step == 2
+  assert [(each.step, each.loss) for each in found.passed] == [(0, 3.0), (2, 1.0), (4, 2.0)]
   with pytest.raises(vc.UserError, match="expected plans with a finite loss, got 5 of 5"):
     best([math.nan] * 5)
 
@@ -125,7 +125,7 @@ def test_no_slimmed_network_gives_it(overflowing, tmp_path):
   config = _config(overflowing, w_patch=0.0, budgets=(0.8, 0.8, 1.0))
   config.slim.masks = str(tmp_path / "masks.safetensors")
   run = open_run(from_config_dict(config), tmp_path / "none")
-  arch = vit_slim.ViTSlim("dims", 1.0, 1.0, 0.0).initial_arch(run.spec)
+  arch = vit_slim.ViTSlim(run.spec).init()
   files.write(vit_slim.to_authors(arch), config.slim.masks)
   said = "stage slim: the slimmed network: expected finite outputs, got 160 of 160"
   with pytest.raises(vc.UserError, match=said):

@@ -124,7 +124,10 @@ def test_a_front_goes_on_where_it_was_cut_off(tmp_path, monkeypatch):
     ({"fractions": (0.9,), "latency_ms": 3.0}, r"got fractions \(0.9,\) and latency_ms 3.0"),
     ({}, "expected one of fraction, fractions, gmacs, latency_ms, got none"),
     ({"fractions": (0.9, 0.8, 0.7)}, "config.search.steps: expected at least one for each of 3"),
-    ({"latency_ms": 3.0, "scale": "gmacs"}, "config.search.budget_scale: expected relative"),
+    (
+      {"latency_ms": 3.0, "recipe": "paper"},
+      "config.search.recipe: expected ours for a budget in ms",
+    ),
     ({"latency_ms": 3.0, "stages": ("slim", "search")}, "expected a search on the dense model"),
   ],
 )
@@ -132,7 +135,7 @@ def test_a_budget_that_cannot_be_met_is_refused(changes, said, tmp_path):
   config = tiny_config(w_patch=0.0)
   changes = dict(changes)
   config.budget.fraction, config.search.steps = None, 1
-  config.search.budget_scale = changes.pop("scale", "relative")
+  config.search.recipe = changes.pop("recipe", "ours")
   config.stages = changes.pop("stages", ("search",))
   for key, value in changes.items():
     config.budget[key] = value

@@ -11,6 +11,7 @@ import numpy as np
 
 from vitcomp_jax import scoring, strict_json
 from vitcomp_jax.atomic import write_text
+from vitcomp_jax.config import DiffRateOptions
 from vitcomp_jax.cost import macs
 from vitcomp_jax.data.transforms import Preprocess, normalize
 from vitcomp_jax.methods.diffrate.search import DiffRate
@@ -50,7 +51,7 @@ def points(run: Run, gmacs: float, path: pathlib.Path) -> list[Point]:
   found = [json.loads(line) for line in whole]
   schedules = random_counts(spec, gmacs, config.random_schedules, run.config.seed)
   left = list(itertools.islice(schedules, len(found), None))
-  method = DiffRate(gmacs, importance=run.config.search.importance)
+  method = DiffRate(spec, gmacs, DiffRateOptions(importance=run.config.search.importance))
   batches = _first(run, config.random_examples) if left else []
   with path.open("a") as stream:
     for layers in progress(left, f"random schedules of {gmacs:.3g} GMACs", len(left)):
@@ -74,11 +75,11 @@ def _score(
   share what is compiled, and still cost little more than if they were compiled themselves.
   """
   spec, params = run.spec, run.dense_params
-  arch = method.counts_arch(spec, layers)
+  arch = method.replayed_arch(layers)
   kept = [after for _, after in macs.static_counts(spec, layers)]
   limits = [min(-(-n // _BUCKET) * _BUCKET, spec.num_tokens) for n in kept]
-  tokens = _embed(ViT(spec, method.masked_layers(spec)), run.preprocess, params, images)
-  for i, layer in enumerate(method.masked_layers(spec, limits)):
+  tokens = _embed(ViT(spec, method.replayed_layers()), run.preprocess, params, images)
+  for i, layer in enumerate(method.replayed_layers(limits)):
     variables = {"params": params[f"blocks_{i}"], "arch": arch[f"blocks_{i}"]}
     tokens = _block(spec, layer, variables, tokens)
   return jax.device_get(_classify(spec, params, tokens, labels))

@@ -170,12 +170,14 @@ def normalize(images: Array, pre: Preprocess) -> Array:
   """Scales pixels to [0, 1], then subtracts the mean and divides by the standard deviation.
 
   Args:
-    images: uint8[... 3], of NumPy or JAX.
+    images: uint8[... 3], of NumPy or JAX; floats are taken as normalised, and returned as they are.
     pre: Holds `mean` and `std`.
 
   Returns:
     float32[... 3], of the same library.
   """
+  if np.issubdtype(cast(Any, images).dtype, np.floating):
+    return images
   shape = (1,) * (images.ndim - 1) + (3,)  # type: ignore[attr-defined]
   mean = np.asarray(pre.mean, np.float32).reshape(shape)
   std = np.asarray(pre.std, np.float32).reshape(shape)

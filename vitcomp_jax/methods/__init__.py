@@ -1,10 +1,27 @@
 """Compression methods, each a file or a folder: its reducers, its schedules, its search.
 
 `methods.tome.layers(spec, r=13)` and its like make layers without a search;
-`methods.within("tome", spec, gmacs)` makes them as strong as a budget asks for.
+`methods.within("tome", spec, gmacs)` makes them as strong as a budget asks for. `DiffRate` and
+`ViTSlim` search inside training loops of your own.
 """
 
+from vitcomp_jax.config import DiffRateOptions, ViTSlimOptions
 from vitcomp_jax.methods import diffrate, dynamicvit, evit, handmade, registry, tome, vit_slim
+from vitcomp_jax.methods.diffrate.search import DiffRate
 from vitcomp_jax.methods.registry import within
+from vitcomp_jax.methods.vit_slim.search import ViTSlim
 
-__all__ = ["diffrate", "dynamicvit", "evit", "handmade", "registry", "tome", "vit_slim", "within"]
+__all__ = [
+  "DiffRate",
+  "DiffRateOptions",
+  "ViTSlim",
+  "ViTSlimOptions",
+  "diffrate",
+  "dynamicvit",
+  "evit",
+  "handmade",
+  "registry",
+  "tome",
+  "vit_slim",
+  "within",
+]

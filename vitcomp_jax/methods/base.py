@@ -41,18 +41,19 @@ def quarters(spec: ViTSpec) -> list[int]:
 
 @runtime_checkable
 class SearchMethod(Protocol):
-  """Builds the layers of a search and penalises them; its stage makes a plan of what was learnt."""
+  """Builds the layers of a search for one model, and penalises what they cost.
 
-  def layers(self, spec: ViTSpec) -> Layers:
-    """Returns layers to search with."""
+  A training loop applies `layers()` with the collections `params` and `arch`.
+  """
+
+  def layers(self) -> Layers:
+    """Returns the layers to search with."""
     ...
 
-  def initial_arch(self, spec: ViTSpec) -> dict[str, Any]:
+  def init(self) -> dict[str, Any]:
     """Returns the search variables before the first step: the collection `arch`."""
     ...
 
-  def penalty(
-    self, spec: ViTSpec, arch: Mapping[str, Any], out: Output, step: Array
-  ) -> tuple[Array, Metrics]:
-    """Returns what is added to the task loss, and metrics to log."""
+  def penalty(self, arch: Mapping[str, Any], out: Output, step: Array) -> tuple[Array, Metrics]:
+    """Computes what is added to the task loss, and metrics to log."""
     ...

@@ -41,7 +41,7 @@ def check(run: Run) -> None:
   if run.config.slim.masks:
     _read_masks(run, run.config.slim.masks)
   if budgets is None:
-    least = _gmacs(run.spec, _method(run).smallest(run.spec, run.config.slim.min_units), 1)
+    least = _gmacs(run.spec, _method(run).smallest(run.config.slim.min_units), 1)
     if least > 1.01 * run.target_gmacs:
       raise UserError(
         f"config.budget: expected at least {least:.4g} GMACs, what the smallest cut of what is "
@@ -122,15 +122,14 @@ def made(run: Run, name: str = "plan.json") -> Plan:
 
 
 def _method(run: Run) -> ViTSlim:
-  config = run.config.slim
-  return ViTSlim(config.attn, config.w_attn, config.w_mlp, config.w_patch)
+  return ViTSlim(run.spec, run.config.slim)
 
 
 def task(run: Run) -> loop.Task:
   """Returns the training task of the search: masks and weights."""
   method = _method(run)
   config, spec, data = run.config.slim, run.spec, run.train_data
-  model = ViT(spec, with_drop_path(method.layers(spec), config.drop_path))
+  model = ViT(spec, with_drop_path(method.layers(), config.drop_path))
 
   def loss_fn(params, arch, fixed, batch, key, step):
     del fixed
@@ -140,7 +139,7 @@ def task(run: Run) -> loop.Task:
     variables, rngs = {"params": params, "arch": arch}, random_streams(key, batch, ("drop_path",))
     out = model.apply(variables, images, method="forward", rngs=rngs)
     task = losses.soft_cross_entropy(out.logits, targets)
-    penalty, figures = method.penalty(spec, arch, out, step)
+    penalty, figures = method.penalty(arch, out, step)
     return task + penalty, {"task_loss": task, "top1": top1(out.logits, targets), **figures}
 
   def group_of(path: tuple[str, ...]) -> str:
@@ -156,7 +155,7 @@ def task(run: Run) -> loop.Task:
   tx = optimizer.per_group(group_of, groups)
   trains = ("params", "arch")
   step_fn = make_step(loss_fn, tx, trains, run.layout, config.ema, config.parts)
-  start = run.dense_params, method.initial_arch(spec)
+  start = run.dense_params, method.init()
   return loop.Task(
     stage="slim",
     state=init_state(*start, tx, trains, run.config.seed, config.ema is not None),
@@ -177,7 +176,7 @@ def _read_masks(run: Run, path: str) -> Any:
       attention mask.
   """
   arch = vit_slim.from_authors(files.read(path))
-  expected = jax.eval_shape(lambda: _method(run).initial_arch(run.spec))
+  expected = jax.eval_shape(_method(run).init)
   if jax.tree.map(np.shape, arch) != jax.tree.map(np.shape, expected):
     raise UserError(
       f"config.slim.masks: expected the masks of {run.spec.name} with config.slim.attn="
@@ -197,10 +196,10 @@ def _cut(run: Run, method: ViTSlim, arch: Any) -> tuple[Masks, tuple[float, ...]
   """The masks at the config's budgets, or at the one share that meets its compute budget."""
   config, spec = run.config.slim, run.spec
   if config.budgets is not None:
-    return method.cut(spec, arch, config.budgets, config.min_units), config.budgets
+    return method.cut(arch, config.budgets, config.min_units), config.budgets
 
   def spent(share: float) -> float:
-    masks = method.cut(spec, arch, (share,) * 3, config.min_units, refuse_empty=False)
+    masks = method.cut(arch, (share,) * 3, config.min_units, refuse_empty=False)
     return _gmacs(spec, masks, config.tile)
 
   shares = bracket(lambda share: spent(share) > run.target_gmacs, 1e-9, 1.0)
@@ -209,7 +208,7 @@ def _cut(run: Run, method: ViTSlim, arch: Any) -> tuple[Masks, tuple[float, ...]
   if abs(reached - run.target_gmacs) > 0.01 * run.target_gmacs:
     logging.warning("the nearest cut has %.4g GMACs, the budget is %.4g", reached, run.target_gmacs)
   budgets = (share,) * 3
-  return method.cut(spec, arch, budgets, config.min_units), budgets
+  return method.cut(arch, budgets, config.min_units), budgets
 
 
 def _gmacs(spec: ViTSpec, masks: Masks, tile: int) -> float:

@@ -1,6 +1,7 @@
 """The loop around the step: batches in, figures and checkpoints out, resumable anywhere."""
 
 import dataclasses
+import itertools
 import logging
 import math
 import pathlib
@@ -17,7 +18,7 @@ from vitcomp_jax import multihost
 from vitcomp_jax.atomic import write_json
 from vitcomp_jax.checkpoint import Checkpointer
 from vitcomp_jax.errors import UserError
-from vitcomp_jax.metrics import MetricsWriter
+from vitcomp_jax.metrics import MetricsWriter, progress
 from vitcomp_jax.parallel import Layout
 from vitcomp_jax.training.preemption import Preemption
 from vitcomp_jax.training.step import StepFn, TrainState
@@ -117,6 +118,29 @@ def train(
         if stops and not is_last:
           preemption.end(f"stage {task.stage} ended at step {step} of {task.steps}")
       return state, metrics.seconds
+
+
+def run(task: Task, layout: Layout) -> TrainState:
+  """Runs a task's steps without a workdir: nothing is logged, nothing kept but the last state.
+
+  Args:
+    task: To do.
+    layout: On the devices.
+
+  Raises:
+    UserError: If the loss is not finite.
+  """
+  state, fixed = layout.put_state(task.state), layout.put_state(task.fixed)
+  batches = progress(itertools.islice(task.batches(0), task.steps), task.stage, task.steps)
+  for step, batch in enumerate(batches):
+    state, metrics = task.step_at(step)(state, layout.put_batch(batch), fixed)
+    loss = float(metrics["loss"])
+    if not math.isfinite(loss):
+      raise UserError(
+        f"{task.stage}: expected a finite loss, got {loss} at step {step + 1}; lower the learning "
+        "rate, or start from other weights."
+      )
+  return state
 
 
 class _Clock:

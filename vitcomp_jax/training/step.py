@@ -27,6 +27,7 @@ class TrainState(flax.struct.PyTreeNode):
   opt_state: Any
   ema: Any  # averaged weights; None where they are not kept
   rng: Any  # key data of the run
+  passed: Any = None  # search variables at some steps, [k ...]; None where they are not kept
 
 
 # (params, arch, fixed, batch, random key, step) -> loss and figures. The batch also holds `row`,
@@ -44,6 +45,7 @@ def init_state(
   trains: Sequence[str],
   seed: int,
   ema: bool = False,
+  keeps: int = 0,
 ) -> TrainState:
   """The state before the first step.
 
@@ -54,6 +56,7 @@ def init_state(
     trains: Of `params` and `arch`, those that are trained.
     seed: Of all randomness.
     ema: Whether averaged weights are kept.
+    keeps: At how many steps the search variables are kept.
   """
   variables = {"params": params, "arch": arch}
   return TrainState(
@@ -63,6 +66,7 @@ def init_state(
     opt_state=tx.init({name: variables[name] for name in trains}),
     ema=params if ema else None,
     rng=jax.random.key_data(jax.random.key(seed)),
+    passed=jax.tree.map(lambda x: jnp.stack([x] * keeps), arch) if keeps else None,
   )
 
 
@@ -73,6 +77,7 @@ def make_step(
   layout: Layout,
   ema_decay: float | None = None,
   parts: int = 1,
+  keeps: Sequence[int] = (),
 ) -> StepFn:
   """The compiled step.
 
@@ -84,6 +89,7 @@ def make_step(
     layout: On the devices.
     ema_decay: Of the averaged weights.
     parts: In which the batch is done one after the other, their gradients averaged.
+    keeps: Steps, counted from 0, before which the search variables are kept, in `passed`.
 
   Returns:
     A function that maps state, batch and what is fixed (such as a teacher's weights) to the next
@@ -113,10 +119,23 @@ def make_step(
       # The warm-up lets a short run's average forget its random start.
       decay = jnp.minimum(ema_decay, (1 + state.step) / (10 + state.step))
       ema = optax.incremental_update(held["params"], ema, 1 - decay)
-    state = state.replace(step=state.step + 1, opt_state=opt_state, ema=ema, **held)
+    passed = _kept(state, keeps)
+    state = state.replace(step=state.step + 1, opt_state=opt_state, ema=ema, passed=passed, **held)
     return layout.cut(state), figures
 
   return layout.compile(step)
+
+
+def _kept(state: TrainState, steps: Sequence[int]) -> Any:
+  """Returns `state.passed` with the search variables as they are, if this is one of the steps."""
+  if not steps:
+    return state.passed
+  is_now = jnp.asarray(steps) == state.step
+
+  def kept(passed: Array, now: Array) -> Array:
+    return jnp.where(is_now.reshape(-1, *[1] * now.ndim), now[None], passed)
+
+  return jax.tree.map(kept, state.passed, state.arch)
 
 
 def random_streams(key: Array, batch: Batch, names: Sequence[str]) -> dict[str, Array]:

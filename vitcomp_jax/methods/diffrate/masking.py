@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from vitcomp_jax.methods.diffrate.recipe import OURS, Recipe
 from vitcomp_jax.models.tokens import AttentionStats, Aux, Tokens, mark_pruned
 from vitcomp_jax.ops import merge, select
 from vitcomp_jax.ops.straight_through import ste_ceil, ste_mask, ste_min
@@ -52,15 +53,8 @@ class PruneMergeSearch(nn.Module):
     num_prefix: Prefix tokens of the model.
     granularity: Distance between candidate counts of pruning and of merging; `num_patches + 1`
       leaves the single candidate that keeps all.
-    clamp_size: Clamp sizes to 1 wherever a merge happens, as the authors do while searching (and
-      not when deployed).
-    mask_follows: A token takes its mask along when the tokens are sorted. In CAFormer's authors'
-      code the mask stays at its rank: no value differs, as dropped tokens stay behind the kept
-      ones, but a rate gets the gradient of whichever dropped token stands there later.
-    signed_similarity: The authors' merge weight, see `PruneMerge`.
     importance: See `PruneMerge`.
-    whole_sizes: See `PruneMerge`.
-    first_receives: See `PruneMerge`.
+    recipe: How tokens are sorted and merged.
 
   References:
     Chen et al., `DiffRate <https://arxiv.org/abs/2305.17997>`_, 2023, Sec. 3.3 and Eq. 4-7.
@@ -69,12 +63,8 @@ class PruneMergeSearch(nn.Module):
   num_patches: int
   num_prefix: int
   granularity: tuple[int, int] = (1, 1)
-  clamp_size: bool = False
-  mask_follows: bool = True
-  signed_similarity: bool = False
   importance: str = "cls"
-  whole_sizes: bool = False
-  first_receives: bool = True
+  recipe: Recipe = OURS
 
   @nn.compact
   def __call__(self, tokens: Tokens, stats: AttentionStats | None) -> tuple[Tokens, Aux]:
@@ -123,7 +113,7 @@ class PruneMergeSearch(nn.Module):
     return tokens.replace(
       x=select.permute(tokens.x, order),
       size=select.take(ones if tokens.size is None else tokens.size, order),
-      keep=select.take(keep, order) if self.mask_follows else keep,
+      keep=select.take(keep, order) if self.recipe.mask_follows else keep,
       source=select.follow(tokens.source, order, n),
       place=None if tokens.place is None else select.follow(tokens.place, order, n),
     )
@@ -133,18 +123,18 @@ class PruneMergeSearch(nn.Module):
     assert tokens.size is not None
     rank = jnp.arange(tokens.x.shape[1], dtype=start.dtype)[None]
     joins = (rank >= start) & (rank < stop)
-    first = jnp.minimum(tokens.num_prefix + (not self.first_receives), start - 1)
+    first = jnp.minimum(tokens.num_prefix + (not self.recipe.first_receives), start - 1)
     receives = (rank >= first) & (rank < start)
     scores = jnp.where(receives[:, None], merge.similarity(tokens.x, tokens.x), -jnp.inf)
     receiver, weight = merge.best(scores)
-    weight = jnp.ones_like(weight) if self.whole_sizes else weight
+    weight = jnp.ones_like(weight) if self.recipe.whole_sizes else weight
     weight = jnp.where(joins, weight, 0).astype(tokens.size.dtype)
-    weight = weight if self.signed_similarity else jnp.maximum(weight, 0)
+    weight = weight if self.recipe.signed_similarity else jnp.maximum(weight, 0)
     joined = merge.joins(receiver, rank.size, tokens.x.dtype)
     joined = joined * joins[:, None].astype(joined.dtype)
     total = tokens.x + merge.join(tokens.x, receiver, joins)
     size, share = tokens.size, tokens.size * weight
-    if self.clamp_size:
+    if self.recipe.clamp_size:
       share = jnp.where(joins, jnp.maximum(share, 1), 0)
       size = jnp.where(joins, share, size)
     size = size + jnp.einsum("bts,bs->bt", joined.astype(size.dtype), share)

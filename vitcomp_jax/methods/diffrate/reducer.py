@@ -19,13 +19,10 @@ class PruneMerge(StaticReducer):
   Attributes:
     prune_keep: Tokens after pruning.
     merge_keep: Tokens after merging.
-    signed_similarity: Add joining sizes times the similarity even where it is negative, as the
-      authors do; otherwise times max(similarity, 0), so that no size can shrink below its own.
-    always_sort: Sort by importance even where nothing is removed, as the authors do. It changes
-      the order of the tokens and nothing else.
-    importance: What tells the important tokens, see `AttentionStats.importance`.
-    whole_sizes: Add joining sizes whole, whatever the similarity, as CAFormer's authors do.
-    first_receives: May the most important token receive; in CAFormer's authors' code it cannot.
+    signed_similarity: See `Recipe`.
+    importance: Ranks the tokens, see `AttentionStats.importance`.
+    whole_sizes: See `Recipe`.
+    first_receives: See `Recipe`.
 
   References:
     Chen et al., `DiffRate <https://arxiv.org/abs/2305.17997>`_, 2023, Sec. 3.2 and Fig. 3a.
@@ -36,7 +33,6 @@ class PruneMerge(StaticReducer):
   prune_keep: int
   merge_keep: int
   signed_similarity: bool = False
-  always_sort: bool = False
   importance: str = "cls"
   whole_sizes: bool = False
   first_receives: bool = True
@@ -45,7 +41,7 @@ class PruneMerge(StaticReducer):
     assert stats is not None, "PruneMerge needs the attention's statistics"
     n = tokens.x.shape[1]
     pruned, merged = min(n, self.prune_keep), self.count(n)
-    if merged < n or self.always_sort:
+    if merged < n:
       importance = stats.importance(self.importance, tokens)
       tokens = take_tokens(tokens, select.importance_order(importance, tokens.num_prefix, pruned))
     if merged < pruned:

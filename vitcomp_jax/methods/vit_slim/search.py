@@ -12,7 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+from vitcomp_jax.config import ViTSlimOptions
 from vitcomp_jax.errors import UserError
+from vitcomp_jax.methods.base import Metrics
 from vitcomp_jax.methods.vit_slim.reducer import KeepPositions
 from vitcomp_jax.models.gates import HardMask, SoftMask
 from vitcomp_jax.models.reducers import keep_all
@@ -24,7 +26,7 @@ from vitcomp_jax.weights.slicing import LayerIndex, layer_index, scale_qkv
 KINDS = ("attn", "mlp", "patch")
 _GATES = {"attn": "head_gate", "mlp": "hidden_gate", "patch": "token_gate"}
 _INITIAL_PATCH = 3.0  # tanh(3) = 0.995
-# Between these lie the factors that figures show; others count at the ends.
+# Between these lie the factors that plots show; others count at the ends.
 HISTOGRAM_LIMITS = (-1.0, 1.5)
 _BINS = 50
 
@@ -46,54 +48,59 @@ class Masks:
 
 @dataclasses.dataclass(frozen=True)
 class ViTSlim:
-  """The method.
+  """Learns soft masks on attention, hidden units and patches of a model, under an L1 penalty.
 
   Attributes:
-    attn: What a mask of the attention stands for: `dims` (a dimension of a head), `heads` (a whole
-      head) or `uniform` (a dimension in every head).
-    w_attn: Weight of the attention masks' L1 norm; 0: they are not searched.
-    w_mlp: Of the hidden units'.
-    w_patch: Of the patches'.
+    spec: The dense model.
+    options: Of the method, `config.slim` for one: what an attention mask stands for (`dims`, a
+      dimension of a head; `heads`, a whole head; `uniform`, a dimension in every head), and the
+      weights of the L1 norms.
+
+  References:
+    Chavan et al., `ViT-Slim <https://arxiv.org/abs/2201.00814>`_, 2022.
   """
 
-  attn: str = "dims"
-  w_attn: float = 2e-4
-  w_mlp: float = 5e-5
-  w_patch: float = 1e-4
+  spec: ViTSpec
+  options: ViTSlimOptions = ViTSlimOptions()
 
-  def attn_shape(self, spec: ViTSpec) -> tuple[int, int]:
+  def attn_shape(self) -> tuple[int, int]:
     """Heads and dimensions that have masks of their own."""
-    heads, dims = spec.num_heads, spec.width // spec.num_heads
-    return {"dims": (heads, dims), "heads": (heads, 1), "uniform": (1, dims)}[self.attn]
+    heads, dims = self.spec.num_heads, self.spec.width // self.spec.num_heads
+    return {"dims": (heads, dims), "heads": (heads, 1), "uniform": (1, dims)}[self.options.attn]
 
-  def layers(self, spec: ViTSpec) -> tuple[LayerSpec, ...]:
+  def layers(self) -> tuple[LayerSpec, ...]:
     """Layers whose gates learn; one module per layer and gate, as each has masks of its own."""
-    heads, dims = self.attn_shape(spec)
+    heads, dims = self.attn_shape()
     return tuple(
       dataclasses.replace(
         layer,
         head_gate=SoftMask((1, 1, heads, 1, dims)),
-        hidden_gate=SoftMask((1, 1, spec.mlp_dim)),
-        token_gate=SoftMask((1, spec.num_tokens, 1), _INITIAL_PATCH, squash=True),
+        hidden_gate=SoftMask((1, 1, self.spec.mlp_dim)),
+        token_gate=SoftMask((1, self.spec.num_tokens, 1), _INITIAL_PATCH, squash=True),
       )
-      for layer in spec.dense_layers
+      for layer in self.spec.dense_layers
     )
 
   def searches(self, gate: str) -> bool:
     """Whether a gate's masks are trained: their weight is not 0."""
-    weights = {"head_gate": self.w_attn, "hidden_gate": self.w_mlp, "token_gate": self.w_patch}
+    options = self.options
+    weights = {
+      "head_gate": options.w_attn,
+      "hidden_gate": options.w_mlp,
+      "token_gate": options.w_patch,
+    }
     return weights[gate] > 0
 
-  def initial_arch(self, spec: ViTSpec) -> dict[str, Any]:
+  def init(self) -> dict[str, Any]:
     """The masks before the first step: all open."""
-    heads, dims = self.attn_shape(spec)
+    heads, dims = self.attn_shape()
     return {
       f"blocks_{i}": {
         "head_gate": {"zeta": jnp.ones((1, 1, heads, 1, dims))},
-        "hidden_gate": {"zeta": jnp.ones((1, 1, spec.mlp_dim))},
-        "token_gate": {"zeta": jnp.full((1, spec.num_tokens, 1), _INITIAL_PATCH)},
+        "hidden_gate": {"zeta": jnp.ones((1, 1, self.spec.mlp_dim))},
+        "token_gate": {"zeta": jnp.full((1, self.spec.num_tokens, 1), _INITIAL_PATCH)},
       }
-      for i in range(spec.depth)
+      for i in range(self.spec.depth)
     }
 
   def sparsity(self, arch: Mapping[str, Any]) -> dict[str, Array]:
@@ -104,23 +111,20 @@ class ViTSlim:
 
     return {kind: norm(kind) for kind in KINDS}
 
-  def penalty(
-    self, spec: ViTSpec, arch: Mapping[str, Any], out: Output, step: Array
-  ) -> tuple[Array, dict[str, Array]]:
-    """The weighted L1 norms; each of them, and histograms of the masks that learn, for figures."""
-    del spec, out, step
+  def penalty(self, arch: Mapping[str, Any], out: Output, step: Array) -> tuple[Array, Metrics]:
+    """Computes the weighted L1 norms; as metrics each, and histograms of the masks."""
+    del out, step
     norms = self.sparsity(arch)
-    weighted = self.w_attn * norms["attn"] + self.w_mlp * norms["mlp"]
-    total = weighted + self.w_patch * norms["patch"]
-    figures = {f"l1_{kind}": norm for kind, norm in norms.items()}
+    weighted = self.options.w_attn * norms["attn"] + self.options.w_mlp * norms["mlp"]
+    total = weighted + self.options.w_patch * norms["patch"]
+    metrics = {f"l1_{kind}": norm for kind, norm in norms.items()}
     for kind in KINDS:
       if self.searches(_GATES[kind]):
-        figures[f"{kind}_histogram"] = _histogram(_factors(arch, kind, jnp.tanh))
-    return total, figures
+        metrics[f"{kind}_histogram"] = _histogram(_factors(arch, kind, jnp.tanh))
+    return total, metrics
 
   def cut(
     self,
-    spec: ViTSpec,
     arch: Mapping[str, Any],
     budgets: Sequence[float],
     min_units: int = 0,
@@ -129,7 +133,6 @@ class ViTSlim:
     """Cuts by one global threshold per kind.
 
     Args:
-      spec: The model.
       arch: The learnt masks.
       budgets: Shares of attention masks, hidden units and patches to keep, each in (0, 1].
       min_units: Head dimensions, hidden units and patches that each layer keeps at least.
@@ -144,24 +147,24 @@ class ViTSlim:
       kept[kind] = _above(values.reshape(len(values), -1), budget, min_units)
     # From deep to shallow: what a later layer uses, the earlier ones pass on.
     kept["patch"] = np.logical_or.accumulate(kept["patch"][::-1])[::-1]
-    kept["attn"] = kept["attn"].reshape(-1, *self.attn_shape(spec))
+    kept["attn"] = kept["attn"].reshape(-1, *self.attn_shape())
     masks = Masks(**kept)
     if refuse_empty:
-      _check_not_empty(masks, spec)
+      _check_not_empty(masks, self.spec)
     return masks
 
-  def smallest(self, spec: ViTSpec, min_units: int) -> Masks:
+  def smallest(self, min_units: int) -> Masks:
     """The least that a cut can leave: of what is searched, `min_units` or one in every layer."""
 
     def kept(gate: str, units: int, always: int = 0) -> np.ndarray:
       least = always + max(min_units, 1) if self.searches(gate) else units
-      return np.tile(np.arange(units) < least, (spec.depth, 1))
+      return np.tile(np.arange(units) < least, (self.spec.depth, 1))
 
-    shape = self.attn_shape(spec)
+    shape = self.attn_shape()
     return Masks(
       kept("head_gate", shape[0] * shape[1]).reshape(-1, *shape),
-      kept("hidden_gate", spec.mlp_dim),
-      kept("token_gate", spec.num_tokens, spec.num_prefix),
+      kept("hidden_gate", self.spec.mlp_dim),
+      kept("token_gate", self.spec.num_tokens, self.spec.num_prefix),
     )
 
 

@@ -1,0 +1,227 @@
+"""Searches a plan by gradient: what is trained, and which of the plans passed through is chosen."""
+
+import dataclasses
+import logging
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from vitcomp_jax.config import SearchConfig
+from vitcomp_jax.data.mixing import training_inputs
+from vitcomp_jax.data.transforms import Preprocess
+from vitcomp_jax.errors import UserError
+from vitcomp_jax.methods.base import Layers, Metrics
+from vitcomp_jax.methods.diffrate.search import DiffRate
+from vitcomp_jax.models.build import build
+from vitcomp_jax.models.spec import with_drop_path
+from vitcomp_jax.models.tokens import Output
+from vitcomp_jax.models.vit import ViT
+from vitcomp_jax.ops import losses
+from vitcomp_jax.parallel import Layout
+from vitcomp_jax.training import loop, optimizer
+from vitcomp_jax.training.step import (
+  LossFn,
+  TrainState,
+  init_state,
+  make_step,
+  random_streams,
+  top1,
+  with_rows,
+)
+
+_KEPT = 7  # plans that a search passed through, beside its last, that are tried at the end
+
+Batches = Iterable[Mapping[str, np.ndarray]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Passed:
+  """A plan that a search passed through.
+
+  Attributes:
+    step: Steps that were done by then.
+    loss: Task loss of the deployed plan, on images that it was not chosen by.
+    layers: The plan's, adjusted to the budget.
+  """
+
+  step: int
+  loss: float
+  layers: Layers
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+  """The outcome of a search.
+
+  Attributes:
+    step: Steps after which the chosen rates were there.
+    raw: Layers that keep what was learnt.
+    layers: The same, adjusted to the budget.
+    offset: Tokens that the adjustment adds to every expected count.
+    passed: All plans that were tried and have a finite loss.
+  """
+
+  step: int
+  raw: Layers
+  layers: Layers
+  offset: float
+  passed: tuple[Passed, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Search:
+  """Searches with one method on one model.
+
+  Attributes:
+    method: Knows the model and the budget.
+    config: Of the optimizer and the loss.
+    preprocess: Of images that are uint8.
+    layout: On the devices.
+    seed: Of all randomness.
+  """
+
+  method: DiffRate
+  config: SearchConfig
+  preprocess: Preprocess
+  layout: Layout
+  seed: int = 0
+
+  def task(
+    self,
+    name: str,
+    params: Any,
+    batches: Callable[[int], Iterator[Mapping[str, np.ndarray]]],
+    epoch_steps: int,
+    learnt: Mapping[str, Any] | None = None,
+  ) -> loop.Task:
+    """Returns the training task: only the rates are trained.
+
+    Args:
+      name: Of the stage in logs and checkpoints.
+      params: The model's weights.
+      batches: Gives this process's rows of the batches from a step on.
+      epoch_steps: Steps of an epoch, for the authors' schedule.
+      learnt: Rates of a search at another budget to go on from; None: the method's start.
+    """
+    config, layout = self.config, self.layout
+    tx = optimizer.search_optimizer(config, epoch_steps)
+    keeps = self._kept_steps()
+    step_fn = make_step(self.loss(), tx, ("arch",), layout, parts=config.parts, keeps=keeps)
+    arch = self.method.init(learnt)
+    return loop.Task(
+      stage=name,
+      state=init_state(params, arch, tx, ("arch",), self.seed, keeps=len(keeps)),
+      step_at=lambda _: step_fn,
+      batches=batches,
+      steps=config.steps,
+      log_every=config.log_every,
+      checkpoint_every=config.checkpoint_every,
+      schedule=optimizer.search_schedule(config, epoch_steps),
+    )
+
+  def _kept_steps(self) -> list[int]:
+    """Returns the steps at even distances, the first among them, whose rates are kept."""
+    if not self.config.choose_images:
+      return []
+    return sorted({self.config.steps * i // _KEPT for i in range(_KEPT)})
+
+  def loss(self) -> LossFn:
+    """Returns the task loss of the masked model plus the method's penalty."""
+    layers = with_drop_path(self.method.layers(logits_only=True), self.config.drop_path)
+    model = build(self.method.spec, layers, self.config.remat)
+
+    def loss_fn(params, arch, fixed, batch, key, step):
+      del fixed
+      task, out, metrics = self._task_loss(model, {"params": params, "arch": arch}, batch, key)
+      penalty, of_method = self.method.penalty(arch, out, step)
+      return task + penalty, {"task_loss": task, **metrics, **of_method}
+
+    return loss_fn
+
+  def _task_loss(
+    self, model: ViT, variables: Mapping[str, Any], batch: Mapping[str, jax.Array], key: jax.Array
+  ) -> tuple[jax.Array, Output, Metrics]:
+    """Computes the cross-entropy, or the divergence from the model that keeps all tokens."""
+    spec, config = model.spec, self.config
+    images, targets = training_inputs(
+      batch, self.preprocess, spec.num_classes, config.label_smoothing, key
+    )
+    rngs = random_streams(key, batch, ("drop_path",))
+    out = model.apply(variables, images, method="forward", rngs=rngs)
+    if config.loss == "labels":
+      score = {"top1": top1(out.logits, targets)}
+      return losses.soft_cross_entropy(out.logits, targets), out, score
+    whole = build(spec, self.method.dense)
+    teacher = whole.apply({"params": variables["params"]}, images, method="forward")
+    if config.loss == "logits":
+      return losses.logit_divergence(out.logits, teacher.logits), out, {}
+    return losses.feature_divergence(out.features, teacher.features), out, {}
+
+  def choose(self, state: TrainState, params: Any, batches: Batches) -> Found:
+    """Returns the plan with the least task loss among those that the search passed through.
+
+    A gradient tells what one token more or less costs a layer, not what many in several layers do:
+    a search may leave a good plan behind. So a few of them, the start and the end included, are
+    tried on images that were not trained on.
+
+    Args:
+      state: After the last step.
+      params: The model's weights.
+      batches: This process's rows of those images; not used if the config chooses on none.
+
+    Raises:
+      UserError: If no plan has a finite loss.
+    """
+    rates = self._rates(state)
+    if not self.config.choose_images:
+      return self._found(*rates[-1])
+    passed = self._tried(rates, params, batches)
+    finite = [each for each in passed if math.isfinite(each.loss)]
+    if not finite:
+      raise UserError(
+        f"stage search: expected plans with a finite loss, got {len(passed)} of {len(passed)} "
+        "that have none; start from other weights, or set config.model.dtype=float32."
+      )
+    best = min(finite, key=lambda each: each.loss)
+    found = self._found(best.step, dict(rates)[best.step])
+    return dataclasses.replace(found, passed=tuple(finite))
+
+  def _rates(self, state: TrainState) -> list[tuple[int, np.ndarray]]:
+    """Returns the steps whose rates were kept, and the expected counts there; the last one too."""
+    kept = self.layout.get(state.passed)
+    found = []
+    for i, step in enumerate(self._kept_steps()):
+      arch = jax.tree.map(lambda x, i=i: x[i], kept)
+      found.append((step, self.method.expected_counts(arch)))
+    return [*found, (self.config.steps, self.method.expected_counts(self.layout.get(state.arch)))]
+
+  def _found(self, step: int, expected: np.ndarray) -> Found:
+    layers, offset = self.method.deploy_counts(expected)
+    return Found(step, self.method.static_layers(expected), layers, offset)
+
+  def _tried(
+    self, rates: list[tuple[int, np.ndarray]], params: Any, batches: Batches
+  ) -> list[Passed]:
+    """Measures the task loss of the plans; one program serves all of them."""
+    model = build(self.method.spec, self.method.replayed_layers())
+
+    @jax.jit
+    def loss(variables: Mapping[str, Any], batch: Mapping[str, jax.Array]) -> jax.Array:
+      return self._task_loss(model, variables, with_rows(batch), jax.random.key(0))[0]
+
+    params = self.layout.put(params)
+    placed = [self.layout.put_batch(batch) for batch in batches]
+    passed = []
+    for step, expected in rates:
+      layers, _ = self.method.deploy_counts(expected)
+      arch = self.layout.put(self.method.replayed_arch(layers))
+      # One by one: with many programs under way XLA's CPU devices may wait for each other for good.
+      found = [
+        float(self.layout.get(loss({"params": params, "arch": arch}, batch))) for batch in placed
+      ]
+      passed.append(Passed(step, float(np.mean(found)), layers))
+      logging.info("search: the plan of step %d has a loss of %.4f", step, passed[-1].loss)
+    return passed
