@@ -41,6 +41,7 @@ class Plan:
     layers: Of each layer, the widths (None: the variant's) and the two reducers.
     gmacs: 1e9 multiply-accumulates per image.
     made_by: How it came about.
+    history: Plans that the search passed through; empty where it was not kept, as in a file.
   """
 
   variant: str
@@ -48,6 +49,7 @@ class Plan:
   layers: tuple["PlanLayer", ...]
   gmacs: float
   made_by: Mapping[str, Any] = dataclasses.field(default_factory=dict, hash=False)
+  history: tuple["PassedPlan", ...] = dataclasses.field(default=(), compare=False, repr=False)
 
   def layers_for(self, spec: ViTSpec) -> tuple[LayerSpec, ...]:
     """The layer specs of a model under this plan.
@@ -102,6 +104,21 @@ class Plan:
       "made_by": dict(self.made_by),
       "layers": [layer.to_json(base) for layer, base in zip(self.layers, bases, strict=True)],
     }
+
+
+@dataclasses.dataclass(frozen=True)
+class PassedPlan:
+  """A plan that a search passed through.
+
+  Attributes:
+    step: Steps that were done by then.
+    loss: On images that were not trained on.
+    plan: Adjusted to the budget.
+  """
+
+  step: int
+  loss: float
+  plan: Plan
 
 
 @dataclasses.dataclass(frozen=True)

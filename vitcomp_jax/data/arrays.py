@@ -1,0 +1,99 @@
+"""Endless batches from arrays in memory, or from any iterable of batches."""
+
+import itertools
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TypeGuard, cast
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from vitcomp_jax.errors import UserError
+
+Batch = dict[str, np.ndarray]
+
+
+def endless_batches(data: object, batch_size: int, seed: int) -> tuple[Iterator[Batch], bool]:
+  """Returns endless batches, and whether they have labels.
+
+  Args:
+    data: Images [n h w 3]; a tuple of images and labels [n]; or an iterable of batches, each one
+      images, a tuple of images and labels, or a mapping with `image` and maybe `label`. Arrays are
+      drawn from in an order that is new in every epoch; an iterable begins again where it ends.
+    batch_size: Of batches from arrays.
+    seed: Of the order.
+
+  Raises:
+    UserError: For something else, or no images; while iterating, for batches of another kind than
+      the first, or too few in an iterable that cannot begin again.
+  """
+  if hasattr(data, "shape") or _is_pair(data):
+    stream = _drawn(_batch(data), batch_size, seed)
+  elif isinstance(data, Iterable):
+    stream = _repeated(data)
+  else:
+    raise UserError(f"data: expected arrays or an iterable of batches, got {type(data).__name__}.")
+  first = next(stream)
+  has_labels = "label" in first
+  return _labelled(itertools.chain([first], stream), has_labels), has_labels
+
+
+def _is_pair(data: object) -> TypeGuard[tuple[ArrayLike, ArrayLike]]:
+  """Returns whether this is images and labels, and not two batches."""
+  if not (isinstance(data, tuple) and len(data) == 2):
+    return False
+  images, labels = data
+  return hasattr(images, "shape") and getattr(labels, "ndim", 1) == 1
+
+
+def _batch(data: object) -> Batch:
+  """Returns images, and labels where there are some, by name."""
+  if isinstance(data, Mapping):
+    found = {name: np.asarray(data[name]) for name in ("image", "label") if name in data}
+  elif _is_pair(data):
+    found = {"image": np.asarray(data[0]), "label": np.asarray(data[1])}
+  else:
+    found = {"image": np.asarray(cast(ArrayLike, data))}
+  shape = found["image"].shape if "image" in found else ()
+  if len(shape) != 4 or shape[-1] != 3 or not shape[0]:
+    raise UserError(f"data: expected images of shape [n, height, width, 3], got {list(shape)}.")
+  if "label" in found and found["label"].shape != shape[:1]:
+    raise UserError(
+      f"data: expected {shape[0]} labels, one for each image, got an array of shape "
+      f"{list(found['label'].shape)}."
+    )
+  return found
+
+
+def _drawn(arrays: Batch, batch_size: int, seed: int) -> Iterator[Batch]:
+  """Yields rows in a random order; what is left of an epoch begins the next batch."""
+  rng, count = np.random.default_rng(seed), len(arrays["image"])
+  order = rng.permutation(count)
+  while True:
+    while len(order) < batch_size:
+      order = np.concatenate([order, rng.permutation(count)])
+    rows, order = order[:batch_size], order[batch_size:]
+    yield {name: values[rows] for name, values in arrays.items()}
+
+
+def _repeated(data: Iterable[object]) -> Iterator[Batch]:
+  """Yields the batches of an iterable again and again."""
+  total = 0
+  while True:
+    before = total
+    for batch in data:
+      total += 1
+      yield _batch(batch)
+    if total == before:
+      raise UserError(
+        f"data: expected more batches than {total}; give an iterable that can begin again, such as "
+        "a list or a data loader, or ask for fewer steps."
+      )
+
+
+def _labelled(stream: Iterator[Batch], has_labels: bool) -> Iterator[Batch]:
+  """Yields batches that all have labels, zeros where there are none."""
+  for batch in stream:
+    if ("label" in batch) != has_labels:
+      raise UserError("data: expected labels in every batch or in none, got both.")
+    count = len(batch["image"])
+    yield {"image": batch["image"], "label": batch.get("label", np.zeros(count)).astype(np.int32)}

@@ -1,0 +1,165 @@
+"""Searches a plan for a model on arrays, or on any iterable of batches; no run is needed."""
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Iterator
+
+import numpy as np
+
+from vitcomp_jax.config import SearchConfig, from_config_dict
+from vitcomp_jax.cost import latency
+from vitcomp_jax.cost.cost_models import MACS, CostModel
+from vitcomp_jax.data.arrays import Batch, endless_batches
+from vitcomp_jax.errors import UserError
+from vitcomp_jax.methods.diffrate.search import DiffRate
+from vitcomp_jax.models.spec import ViTSpec
+from vitcomp_jax.models.vit import ViT
+from vitcomp_jax.parallel import Layout
+from vitcomp_jax.plans import PassedPlan, Plan, make_plan
+from vitcomp_jax.training import loop
+from vitcomp_jax.training.search import Search
+from vitcomp_jax.weights.loading import Params
+
+
+def search(
+  model: ViT,
+  params: Params,
+  data: object,
+  macs: float | None = None,
+  *,
+  gmacs: float | None = None,
+  latency_ms: float | None = None,
+  loss: str | None = None,
+  steps: int = 150,
+  batch_size: int = 32,
+  seed: int = 0,
+  **options: object,
+) -> Plan:
+  """Learns how many tokens each layer of a model prunes and merges, under a budget.
+
+  Args:
+    model: A dense one, from `vc.load`.
+    params: Its weights, which stay as they are.
+    data: Images [n h w 3]; a tuple of images and labels [n]; or an iterable of batches of these.
+      Images are uint8 of the model's size, or floats that `vc.preprocess` made.
+    macs: The budget as a fraction of the dense model's multiply-accumulates, in (0, 1].
+    gmacs: The budget in 1e9 multiply-accumulates per image.
+    latency_ms: The budget as the time that one image takes on this device, in milliseconds.
+    loss: `labels` (cross-entropy), `logits` or `features` (divergence from the dense model's);
+      None: the first that data and model allow.
+    steps: Of the optimizer.
+    batch_size: Images per step, where data are arrays.
+    seed: Of all randomness.
+    **options: Other keys of `config.search`, such as `granularity` or `learning_rate`.
+
+  Returns:
+    The plan, adjusted to the budget. Its `history` holds the plans that the search passed through.
+
+  Raises:
+    UserError: For data, a budget or an option that does not fit, or a loss that is not finite.
+
+  References:
+    Chen et al., `DiffRate <https://arxiv.org/abs/2305.17997>`_, 2023.
+
+  Example:
+    >>> import numpy as np
+    >>> import vitcomp_jax as vc
+    >>> model, params = vc.load("vit_mini_patch3_30", weights="bundled")
+    >>> images = np.zeros((16, 30, 30, 3), np.uint8)
+    >>> plan = vc.search(model, params, images, macs=0.7, steps=2, batch_size=8, choose_images=8)
+    >>> small, small_params = vc.compress(model, params, plan)
+    >>> round(vc.count_cost(small).gmacs / vc.count_cost(model).gmacs, 1)
+    0.7
+  """
+  spec, layout = model.spec, Layout()
+  if model.layers != spec.dense_layers:
+    raise UserError("model: expected a dense one to search on, got one that is compressed already.")
+  batches, has_labels = endless_batches(data, batch_size, seed)
+  batches = _checked(batches, spec, has_labels, layout)
+  loss = loss or _best_loss(spec, has_labels)
+  _check_loss(loss, spec, has_labels)
+  values = {"loss": loss, "steps": steps, "batch_size": batch_size, **options}
+  config = from_config_dict({"search": values}).search
+  cost = MACS if latency_ms is None else _latency(spec, config)
+  method = DiffRate(spec, _target(spec, cost, macs, gmacs, latency_ms), config, cost=cost)
+  method.check()
+  engine = Search(method, config, spec.preprocess, layout, seed)
+  state = loop.run(engine.task("search", params, lambda _: batches, config.steps), layout)
+  left = math.ceil(config.choose_images / batch_size)
+  found = engine.choose(state, params, itertools.islice(batches, left))
+  made_by = {
+    "method": config.method,
+    "steps": config.steps,
+    "images": config.steps * batch_size + config.choose_images,
+    "seed": seed,
+  }
+  passed = [PassedPlan(p.step, p.loss, make_plan(spec, p.layers, made_by)) for p in found.passed]
+  return dataclasses.replace(make_plan(spec, found.layers, made_by), history=tuple(passed))
+
+
+def _best_loss(spec: ViTSpec, has_labels: bool) -> str:
+  if has_labels and spec.num_classes:
+    return "labels"
+  return "logits" if spec.num_classes else "features"
+
+
+def _check_loss(loss: str, spec: ViTSpec, has_labels: bool) -> None:
+  if loss == "labels" and not has_labels:
+    raise UserError("loss: expected logits or features for data without labels, got labels.")
+  if loss != "features" and not spec.num_classes:
+    raise UserError(
+      f"loss: expected features for {spec.name}, which has no classifier, got {loss}."
+    )
+
+
+def _target(
+  spec: ViTSpec,
+  cost: CostModel,
+  macs: float | None,
+  gmacs: float | None,
+  latency_ms: float | None,
+) -> float:
+  """Returns the one budget that is given, in the cost's unit."""
+  asked = {"macs": macs, "gmacs": gmacs, "latency_ms": latency_ms}
+  given = {name: value for name, value in asked.items() if value is not None}
+  if len(given) != 1:
+    got = " and ".join(given) or "none"
+    raise UserError(f"budget: expected one of macs, gmacs and latency_ms, got {got}.")
+  ((name, value),) = given.items()
+  dense = cost.static(spec, spec.dense_layers)
+  most = 1.0 if name == "macs" else dense
+  if not 0 < value <= most:
+    raise UserError(
+      f"{name}: expected more than 0 and at most {most:.4g}, what the dense model takes, got "
+      f"{value:g}."
+    )
+  return value * dense if name == "macs" else value
+
+
+def _latency(spec: ViTSpec, config: SearchConfig) -> CostModel:
+  spec.check_plain("latency_ms")
+  return latency.table(spec, 1, spec.importance(config.importance), None)
+
+
+def _checked(
+  batches: Iterator[Batch], spec: ViTSpec, has_labels: bool, layout: Layout
+) -> Iterator[Batch]:
+  """Yields batches as a step takes them; refuses images and labels of another model."""
+  for batch in batches:
+    images, labels = batch["image"], batch["label"]
+    height, width = spec.image_size
+    if images.shape[1:] != (height, width, 3):
+      raise UserError(
+        f"data: expected images of {height} x {width} pixels for {spec.name}, got "
+        f"{images.shape[1]} x {images.shape[2]}; vc.preprocess makes them so."
+      )
+    if images.dtype != np.uint8 and not np.issubdtype(images.dtype, np.floating):
+      raise UserError(f"data: expected images of uint8 or floats, got {images.dtype}.")
+    if has_labels and spec.num_classes and not 0 <= labels.min() <= labels.max() < spec.num_classes:
+      raise UserError(
+        f"data: expected labels from 0 to {spec.num_classes - 1}, got {labels.min()} to "
+        f"{labels.max()}."
+      )
+    layout.check_batch_size("search.batch_size", len(images))
+    yield batch if images.dtype == np.uint8 else {**batch, "image": images.astype(np.float32)}
