@@ -81,6 +81,8 @@ class DataConfig:
   dir: str | None = None  # the image folder, or TFDS's data_dir
   train_split: str = "train"  # a split's name; TFDS slices such as `train[:90%]` work
   eval_split: str | None = None  # none: `validation`, `val` or `test`, whichever is there
+  # A folder without `train` and `val`: half of its images to train on, the others to evaluate on.
+  divide: bool = False
   train_examples: Count | None = None  # use only this many training images (drawn by seed)
   eval_examples: Count | None = None  # use only this many evaluation images (drawn by seed)
   # Names of the model's outputs, which say what a class folder is: a file, one name per line, or

@@ -16,7 +16,7 @@ import numpy as np
 import PIL.Image
 
 from vitcomp_jax.config import DataConfig
-from vitcomp_jax.data import images, labels, mixing, sources, transforms
+from vitcomp_jax.data import halves, images, labels, mixing, sources, transforms
 from vitcomp_jax.data.rand_augment import rand_augment
 from vitcomp_jax.errors import UserError
 
@@ -94,6 +94,8 @@ def open_source(
   Raises:
     UserError: If the data set or the split is not usable.
   """
+  if config.name == "folder" and config.divide and not halves.has_splits(config.dir):
+    return halves.half(config.dir, split, config.class_order or "sorted")
   name = config.train_split if split == "train" else config.eval_split
   return sources.make_source(
     config.name, config.dir, name, fake_size, fake_classes, class_order=config.class_order

@@ -1,0 +1,84 @@
+"""Divides a folder of images that has no splits of its own, and leaves labels out of a source."""
+
+import logging
+import os
+
+import numpy as np
+
+from vitcomp_jax import paths
+from vitcomp_jax.data.sources import EVAL_SPLITS, Example, FolderSource, Source
+from vitcomp_jax.errors import UserError
+
+
+class Half:
+  """Holds every image of a folder that is not in the other half; drawn by chance, once for all."""
+
+  def __init__(self, whole: FolderSource, split: str) -> None:
+    """Chooses the images.
+
+    Args:
+      whole: The folder.
+      split: `train`, or another name for the other half.
+    """
+    order = np.random.default_rng(0).permutation(len(whole))
+    middle = (len(whole) + 1) // 2
+    chosen = order[:middle] if split == "train" else order[middle:]
+    self._whole, self._indices = whole, np.sort(chosen)
+    self.name, self.split, self.class_names = whole.name, split, whole.class_names
+    self.image_shape = whole.image_shape
+
+  def __len__(self) -> int:
+    return len(self._indices)
+
+  def __getitem__(self, index: int) -> Example:
+    return self._whole[int(self._indices[index])]
+
+
+class Unlabelled:
+  """Holds the images of a source without their labels."""
+
+  def __init__(self, source: Source) -> None:
+    self._source = source
+    self.name, self.split, self.class_names = source.name, source.split, ()
+    self.image_shape = source.image_shape
+
+  def __len__(self) -> int:
+    return len(self._source)
+
+  def __getitem__(self, index: int) -> Example:
+    return Example(self._source[index].image, -1)
+
+
+def has_splits(directory: str | None) -> bool:
+  """Returns whether a folder holds both a split to train on and one to evaluate on."""
+  names = set(os.listdir(_checked(directory)))
+  return "train" in names and bool(names & set(EVAL_SPLITS))
+
+
+def half(directory: str | None, split: str, class_order: str) -> Half:
+  """Opens one half of the images in a folder, or in the one split that it has.
+
+  Args:
+    directory: The folder.
+    split: `train` or `eval`.
+    class_order: Of the classes, see `labels.sort_classes`.
+
+  Raises:
+    UserError: If there is no such folder, or it has fewer than two images.
+  """
+  path = _checked(directory)
+  splits = [name for name in ("train", *EVAL_SPLITS) if os.path.isdir(os.path.join(path, name))]
+  whole = FolderSource(path, splits[0] if splits else ".", class_order)
+  if len(whole) < 2:
+    raise UserError(f"{path}: expected two images at least, one to evaluate on, got {len(whole)}.")
+  found = Half(whole, split)
+  what = "to search and train on" if split == "train" else "to evaluate on"
+  logging.info("%s: no splits: %d of its %d images are %s", path, len(found), len(whole), what)
+  return found
+
+
+def _checked(directory: str | None) -> str:
+  path = "" if directory is None else paths.expand(directory)
+  if not os.path.isdir(path):
+    raise UserError(f"config.data.dir: expected a folder with images, got {directory!r}.")
+  return path
