@@ -3,7 +3,11 @@
 import collections
 import json
 import math
+import pathlib
+import reprlib
 from typing import Any, NoReturn
+
+from vitcomp_jax.errors import UserError
 
 
 def dumps(values: Any, indent: int | None = None) -> str:
@@ -37,6 +41,21 @@ def loads(text: str) -> Any:
   values = json.loads(text, object_pairs_hook=once, parse_constant=_refuse, parse_float=_finite)
   if twice:
     raise ValueError(f"{', '.join(map(repr, dict.fromkeys(twice)))} more than once in an object")
+  return values
+
+
+def read(path: pathlib.Path) -> dict[str, Any]:
+  """Reads a JSON object that a run has written.
+
+  Raises:
+    UserError: If it is something else by now.
+  """
+  try:
+    values = loads(path.read_text(encoding="utf-8"))
+  except (OSError, ValueError, RecursionError) as error:
+    raise UserError(f"{path} cannot be read ({error}); remove it.") from error
+  if not isinstance(values, dict):
+    raise UserError(f"{path}: expected a JSON object, got {reprlib.repr(values)}; remove it.")
   return values
 
 
