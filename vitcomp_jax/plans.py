@@ -402,7 +402,8 @@ def _published() -> dict[str, dict[str, Any]]:
 
 def _from_published(name: str) -> Plan:
   entry = _published()[name]
-  made_by = {k: v for k, v in entry.items() if k in ("source", "published")}
+  about = {k: v for k, v in entry.items() if k in ("source", "published")}
+  made_by = {"method": "diffrate", **about}
   # CAFormer's authors only merge, by whole sizes.
   spec, merges = get_spec(entry["variant"]), entry["prune_keep"] is None
   prune_keep = [spec.tokens_at(i) for i in range(spec.depth)] if merges else entry["prune_keep"]

@@ -1,12 +1,76 @@
 """Slimmed networks for timm's own `VisionTransformer`, which has one width for all layers."""
 
 import math
+import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from vitcomp_jax.errors import UserError
+from vitcomp_jax.models.spec import LayerSpec, ViTSpec, removes_tokens
+from vitcomp_jax.weights.loading import Params, save_params
 from vitcomp_jax.weights.slicing import LayerIndex, scale_qkv
+
+
+def for_timm(
+  spec: ViTSpec,
+  layers: Sequence[LayerSpec],
+  indices: Sequence[LayerIndex] | None,
+  params: Params,
+) -> tuple[Params, str]:
+  """Returns parameters for timm's own model, and which model they are for.
+
+  Args:
+    spec: The dense model.
+    layers: Those of the network.
+    indices: What each layer keeps; None: all.
+    params: Of the network.
+
+  Raises:
+    UserError: If timm's model cannot hold the network.
+  """
+  if removes_tokens(layers):
+    raise UserError("timm's VisionTransformer does not remove tokens")
+  if not indices:
+    return params, f"timm.safetensors is for timm's {spec.name}"
+  found = arguments(indices, spec.width)
+  if found is None:
+    raise UserError("timm's VisionTransformer has the same widths in all layers")
+  head_dim = found["attn_head_dim"]
+  return (
+    rescale(params, spec.width // spec.num_heads, head_dim),
+    f"timm.safetensors is for timm's model with num_heads={found['num_heads']}, mlp_ratio="
+    f"{found['mlp_ratio']}, attn_layer=a subclass of timm.layers.Attention with `__init__ = "
+    f"functools.partialmethod(timm.layers.Attention.__init__, attn_head_dim={head_dim})`",
+  )
+
+
+def write(
+  spec: ViTSpec,
+  layers: Sequence[LayerSpec],
+  indices: Sequence[LayerIndex],
+  params: Params,
+  folder: pathlib.Path,
+) -> str:
+  """Writes `timm.safetensors` if timm's own model can hold a slimmed network.
+
+  Args:
+    spec: The dense model, with the names of its classes.
+    layers: Those of the network.
+    indices: What each layer keeps.
+    params: Of the network.
+    folder: Where to.
+
+  Returns:
+    How to load it, or why it was not written.
+  """
+  try:
+    params, how = for_timm(spec, layers, indices, params)
+  except UserError as why:
+    return f"Not written for timm: {why}"
+  save_params(spec, params, folder / "timm.safetensors")
+  return how
 
 
 def arguments(indices: Sequence[LayerIndex], width: int) -> dict[str, Any] | None:
