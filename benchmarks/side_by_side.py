@@ -36,7 +36,8 @@ from vitcomp_jax.methods.diffrate import PruneMerge
 from vitcomp_jax.models.tokens import AttentionStats, Aux, TokenReducer, Tokens
 from vitcomp_jax.models.vit import ViT
 from vitcomp_jax.paths import expand
-from vitcomp_jax.runs.run import Run, environment
+from vitcomp_jax.results import environment
+from vitcomp_jax.runs.run import Run, open_run
 from vitcomp_jax.stages import search
 from vitcomp_jax.weights.timm import to_timm
 
@@ -97,11 +98,11 @@ class Search:
     task = search.task(run)
     batch = next(task.batches(0))
     batch.pop("index")
-    self._step, self._batch = task.step_at(0), run.layout.put_batch(batch)
-    self._state = run.layout.put_state(task.state)
+    self._step, self._batch = task.step_at(0), run.inputs.layout.put_batch(batch)
+    self._state = run.inputs.layout.put_state(task.state)
     # The first rates stand where a count just is whole; which one it is, rounding decides.
     self.time_once()
-    images = normalize(batch["image"], run.preprocess)
+    images = normalize(batch["image"], run.inputs.preprocess)
     self.arrays = {"search_images": _to_torch(images), "labels": batch["label"].astype(np.int64)}
     self.arrays |= _rates(self._state.arch)
 
@@ -153,7 +154,7 @@ def make_run(variant: str, plan: vc.Plan) -> Run:
   config = vc.default_config()
   config.model.variant, config.data.name, config.data.workers = variant, "fake", 1
   config.budget.gmacs, config.search.batch_size = plan.gmacs, BATCH
-  return Run(from_config_dict(config), pathlib.Path("nowhere"))
+  return open_run(from_config_dict(config), pathlib.Path("nowhere"))
 
 
 def plan_counts(run: Run, plan: vc.Plan) -> list[tuple[int, int]]:
@@ -162,7 +163,7 @@ def plan_counts(run: Run, plan: vc.Plan) -> list[tuple[int, int]]:
   Raises:
     vc.UserError: For a model or a plan that the PyTorch side does not know.
   """
-  spec, layers = run.spec, plan.layers_for(run.spec)
+  spec, layers = run.inputs.spec, plan.layers_for(run.inputs.spec)
   reducers = [layer.reduce for layer in layers]
   counts = [(r.prune_keep, r.merge_keep) for r in reducers if isinstance(r, PruneMerge)]
   pairs = zip(spec.dense_layers, counts, strict=False)
@@ -196,9 +197,9 @@ def torch_side(
   python: str, run: Run, counts: Sequence[tuple[int, int]], arrays: Mapping[str, np.ndarray]
 ) -> Iterator[tuple[Peer, str]]:
   """PyTorch's process, which has our weights, plan and images, and PyTorch's version."""
-  config, spec = run.config.search, run.spec
+  config, spec = run.config.search, run.inputs.spec
   options = {
-    "target": run.target_gmacs * 1e9,
+    "target": run.inputs.target_gmacs * 1e9,
     "unit": search.searcher(run).method.budget_unit,
     "weight": config.budget_weight,
     "learning_rate": config.learning_rate,
@@ -207,7 +208,9 @@ def torch_side(
   setup = {"threads": threads(), "heads": spec.num_heads, "plan": counts, "search": options}
   with tempfile.TemporaryDirectory() as folder:
     path = os.path.join(folder, "arrays.npz")
-    np.savez(path, **arrays, **{f"weights.{k}": v for k, v in to_timm(run.params).items()})
+    np.savez(
+      path, **arrays, **{f"weights.{k}": v for k, v in to_timm(run.artefacts.params).items()}
+    )
     peer = Peer([python, str(pathlib.Path(__file__).with_name("torch_vit.py"))])
     with contextlib.closing(peer):
       yield peer, peer.ask({**setup, "arrays": path})["version"]
@@ -231,7 +234,7 @@ def compare(
     how far its first outputs are from ours, relative to them (`distances`).
   """
   counts = plan_counts(run, plan)
-  spec, params = run.spec, run.params
+  spec, params = run.inputs.spec, run.artefacts.params
   dense, planned = spec.dense_layers, plan.layers_for(spec)
   sliced = tuple(dataclasses.replace(p, reduce=FirstTokens(p.reduce)) for p in planned)
   models = {"dense": dense, "plan": planned, "sliced": sliced}

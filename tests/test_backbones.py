@@ -9,7 +9,7 @@ import pytest
 import vitcomp_jax as vc
 from tests.models import random_images, random_params, small_spec
 from tests.stages.test_slim import tiny_config
-from vitcomp_jax import predict
+from vitcomp_jax import predict, strict_json
 from vitcomp_jax.config import from_config_dict
 from vitcomp_jax.cost import macs
 from vitcomp_jax.methods import within
@@ -18,7 +18,6 @@ from vitcomp_jax.models.variants import VARIANTS
 from vitcomp_jax.models.vit import ViT
 from vitcomp_jax.ops.attention import probe_attention
 from vitcomp_jax.plans import load_plan, make_plan, save_plan
-from vitcomp_jax.runs.run import read_json
 from vitcomp_jax.stages import run_stages
 
 MAP = small_spec(class_token=False, pool="map")
@@ -121,14 +120,16 @@ def test_from_a_search_to_an_export(kind, tmp_path, monkeypatch, optax_promotion
   config.evaluate.baselines = ("uniform_merge", "tome", "evit")
   config.search.importance = "mean_attention" if kind == "dinov2_reg4" else "auto"
   run = run_stages(from_config_dict(config), tmp_path / "run", config.stages)
-  rows = {row["name"]: row["gmacs"] for row in read_json(tmp_path / "run/result.json")["rows"]}
+  rows = {
+    row["name"]: row["gmacs"] for row in strict_json.read(tmp_path / "run/result.json")["rows"]
+  }
   assert set(rows) == {"dense", "diffrate", "uniform_merge", "tome", "evit"}
   assert all(
     rows[name] == pytest.approx(rows["diffrate"], rel=0.05) for name in rows if name != "dense"
   )
   expected = {"clip": "cls", "siglip": "pool_query"}.get(kind, "mean_attention")
-  assert {layer.reduce.importance for layer in run.layers} == {expected}
-  (artefact,) = read_json(tmp_path / "run/export/manifest.json")["artefacts"]
+  assert {layer.reduce.importance for layer in run.artefacts.layers} == {expected}
+  (artefact,) = strict_json.read(tmp_path / "run/export/manifest.json")["artefacts"]
   assert artefact["compared"]["differing"] <= 3
   PIL.Image.new("RGB", (40, 40), "red").save(tmp_path / "image.png")
   command = ["predict", "--workdir", str(tmp_path / "run"), "--maps", str(tmp_path / "maps")]

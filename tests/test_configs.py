@@ -102,6 +102,6 @@ def test_a_config_runs(name, part, monkeypatch, tmp_path, optax_promotion):
   _shorten(config)
   config = from_config_dict(config)
   run = run_stages(config, tmp_path / "run", config.stages)
-  assert all(run.finished(stage) is not None for stage in config.stages)
+  assert all(run.workdir.is_finished(stage) for stage in config.stages)
   measured = [stage for stage in config.stages if stage != "visualize"][-1]
   assert STAGES[measured].made(run)["entries" if measured == "benchmark" else "rows"]

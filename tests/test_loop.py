@@ -8,7 +8,7 @@ import pytest
 
 import vitcomp_jax as vc
 from tests.stages.test_slim import tiny_config, tiny_variant  # noqa: F401
-from vitcomp_jax.runs.run import Run
+from vitcomp_jax.runs.inputs import Inputs
 from vitcomp_jax.training.preemption import Preemption
 from vitcomp_jax.weights import files
 
@@ -44,17 +44,17 @@ def test_what_ends_it_early_loses_no_step(why, tmp_path, monkeypatch, foreground
   config = tiny_config()
   config.budget.fraction, config.search.choose_images = 0.8, 0
   alone = vc.search(config, tmp_path / "alone")
-  batches = Run.train_batches
+  batches = Inputs.train_batches
 
-  def ending(run, size, start):
-    for step, batch in enumerate(batches(run, size, start), start + 1):
+  def ending(inputs, size, start):
+    for step, batch in enumerate(batches(inputs, size, start), start + 1):
       if start == 0 and step == 3:
         if why == "a corrupt image":
           raise vc.UserError("Corrupt image")
         signal.raise_signal(signal.SIGINT)
       yield batch
 
-  monkeypatch.setattr(Run, "train_batches", ending)
+  monkeypatch.setattr(Inputs, "train_batches", ending)
   expected = {"Ctrl-C": KeyboardInterrupt, "a corrupt image": vc.UserError}[why]
   with pytest.raises(expected, match="ended at step 3 of" if why == "Ctrl-C" else "Corrupt"):
     vc.search(config, tmp_path / "cut")

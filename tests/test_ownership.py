@@ -17,7 +17,7 @@ import pytest
 import vitcomp_jax as vc
 from tests.stages.test_slim import tiny_config, tiny_variant  # noqa: F401
 from tests.test_parallel import _finish, _losses, _start, _wait_for
-from vitcomp_jax.ownership import owned
+from vitcomp_jax.runs.ownership import owned
 
 STEPS = 300
 
@@ -97,7 +97,7 @@ def test_what_ends_a_run_ends_its_ownership(tmp_path, monkeypatch):
     vc.evaluate(config, workdir)
   assert not list(tmp_path.iterdir())  # Refused before it began, it leaves nothing.
   with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
-    patch.setattr("vitcomp_jax.scoring.row", lambda *_: 1 / 0)
+    patch.setattr("vitcomp_jax.scoring.measured", lambda *_: 1 / 0)
     vc.evaluate(tiny_config(), workdir)
   assert {path.name for path in workdir.iterdir()} == {"config.json"}
   vc.evaluate(tiny_config(), workdir)

@@ -1,5 +1,6 @@
 """`~` and `$HOME` mean what they mean in a shell, wherever a path is asked for."""
 
+import dataclasses
 import json
 import pathlib
 import runpy
@@ -13,10 +14,13 @@ import vitcomp_jax as vc
 from tests.stages.test_slim import TINY, tiny_config, tiny_variant  # noqa: F401
 from tests.test_api import MINI, mini_plan
 from vitcomp_jax import exported, main, predict
+from vitcomp_jax.comparison import methods
 from vitcomp_jax.config import from_config_dict
 from vitcomp_jax.data import sources
 from vitcomp_jax.paths import expand
 from vitcomp_jax.plans import save_plan
+from vitcomp_jax.results import Row
+from vitcomp_jax.runs import table
 from vitcomp_jax.runs.run import open_run
 from vitcomp_jax.stages import compare, visualize
 from vitcomp_jax.weights import files
@@ -134,14 +138,15 @@ def test_masks_and_plans_of_a_config(home):
   config.compare.searched, config.compare.random_schedules = "$ASKED/plans", 0
   config.slim.masks = "~/masks.safetensors"
   run = open_run(from_config_dict(config), home / "run")
-  assert run.plan == vc.load_plan(folder / "diffrate@0.5-seed0.json")
+  assert run.artefacts.plan == vc.load_plan(folder / "diffrate@0.5-seed0.json")
   compare.check(run)
-  found = compare._searched_before(run, "diffrate", 0.8)
+  found = methods.searched_before(run.config, "diffrate", 0.8)
   assert found == [home / f"plans/diffrate@0.8-seed{seed}.json" for seed in range(3)]
   visualize.check(run)
   (home / "run/finished").mkdir(parents=True)
-  (home / "run/finished/compare.json").write_text("{}")
-  (home / "run/result.json").write_text('{"rows": [{"name": "diffrate@0.8"}]}')
+  row = Row(method="diffrate", budget=0.8)
+  result = dataclasses.replace(table.empty_result(run), rows=(row,))
+  result.write(home / "run/finished/compare.json")
   assert list(visualize._compared(run)) == ["diffrate@0.8"]
   config.model.plan = None
   with pytest.raises(vc.UserError, match=f"{home}/masks.safetensors"):

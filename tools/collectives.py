@@ -36,18 +36,19 @@ def compiled_step(options: list[str], stage: str, batch_size: int) -> str:
   """The program of a stage's first step."""
   # Only here, when the number of devices is set.
   from vitcomp_jax import main, stages
+  from vitcomp_jax.runs.run import open_run
 
   options += ["--config.data.name=fake", "--config.model.weights=none"]
   options += [f"--config.{stage}.batch_size={batch_size}", "--config.data.train_examples=none"]
   config, _ = main._parse(options)
   with tempfile.TemporaryDirectory() as folder:
-    run = stages.open_run(config, pathlib.Path(folder) / "run")
+    run = open_run(config, pathlib.Path(folder) / "run")
     task = getattr(stages, stage).task(run)
     batch = next(task.batches(0))
     batch.pop("index")
-    place = run.layout.put_state
-    arguments = place(task.state), run.layout.put_batch(batch), place(task.fixed)
-    return task.step_at(0).lower(*arguments).compile().as_text()
+    layout = run.inputs.layout
+    placed = layout.put_state(task.state), layout.put_batch(batch), layout.put_state(task.fixed)
+    return task.step_at(0).lower(*placed).compile().as_text()
 
 
 def main() -> int:

@@ -51,7 +51,7 @@ def main(argv: Sequence[str]) -> int:
       signal.signal(signal.SIGTERM, _end)
     _keep_compiled(config.compilation_cache)
     run = run_stages(config, workdir, config.stages)
-    logging.info("done: %s", run.workdir)
+    logging.info("done: %s", run.workdir.path)
   except KeyboardInterrupt as why:
     saved = f"{why}, and is saved" if str(why) else "what has a checkpoint is saved"
     return _say(f"interrupted; {saved}: the same command goes on from there.", 130)

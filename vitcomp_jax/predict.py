@@ -16,7 +16,7 @@ from typing import NoReturn
 
 import numpy as np
 
-from vitcomp_jax import api, paths, scoring
+from vitcomp_jax import api, paths, scoring, strict_json
 from vitcomp_jax.config import from_config_dict
 from vitcomp_jax.data import class_names, sources
 from vitcomp_jax.data.transforms import Preprocess, evaluation_image, normalize
@@ -26,7 +26,7 @@ from vitcomp_jax.models.build import build
 from vitcomp_jax.models.vit import ViT
 from vitcomp_jax.plans import load_plan
 from vitcomp_jax.reporting import model_plots, plots
-from vitcomp_jax.runs.run import Run, read_json
+from vitcomp_jax.runs.run import make_run
 from vitcomp_jax.weights import loading
 
 _BATCH = 32  # images at once
@@ -145,16 +145,17 @@ def _from_run(workdir: pathlib.Path) -> Classifier:
   path = workdir / "config.json"
   if not path.is_file():
     raise UserError(f"--workdir {workdir}: expected a run, got no config.json there.")
-  found = read_json(path)
-  config = found.get("config")
+  config = strict_json.read(path).get("config")
   if not isinstance(config, dict):
     raise UserError(f"{path}: expected a run's config, got none.")
-  run = Run(from_config_dict(config), workdir)
-  left = [stage for stage in run.config.stages if run.finished(stage) is None]
+  run = make_run(from_config_dict(config), workdir)
+  left = [stage for stage in run.config.stages if not run.workdir.is_finished(stage)]
   if left:
     raise UserError(f"--workdir {workdir}: expected a finished run, got no end of {left[0]}.")
-  names = found.get("class_names") or run.class_names
-  return _of(build(run.spec, run.layers), run.params, run.preprocess, names)
+  inputs, artefacts = run.inputs, run.artefacts
+  names = inputs.names.recorded or inputs.class_names
+  model = build(inputs.spec, artefacts.layers)
+  return _of(model, artefacts.params, inputs.preprocess, names)
 
 
 def _from_weights(variant: str | None, weights: str | None, plan: str | None) -> Classifier:

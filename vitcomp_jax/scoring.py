@@ -2,9 +2,7 @@
 
 import functools
 import logging
-import math
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -13,39 +11,51 @@ import numpy as np
 from vitcomp_jax.api import count_cost
 from vitcomp_jax.data.transforms import Preprocess, normalize
 from vitcomp_jax.errors import UserError
-from vitcomp_jax.metrics import progress
 from vitcomp_jax.models.build import build
 from vitcomp_jax.models.vit import ViT
 from vitcomp_jax.ops import losses
-from vitcomp_jax.runs.run import Run
+from vitcomp_jax.parallel import Layout
+from vitcomp_jax.results import Row
 from vitcomp_jax.weights.loading import Params
 
-Outcomes = dict[str, np.ndarray]  # f32[examples], by figure
+Outcomes = dict[str, np.ndarray]  # f32[examples], by metric
 
 
-def outcomes(model: ViT, params: Params, run: Run, name: str) -> Outcomes:
+def outcomes(
+  model: ViT,
+  params: Params,
+  batches: Iterable[Mapping[str, np.ndarray]],
+  layout: Layout,
+  name: str,
+  dense_params: Params | None = None,
+) -> Outcomes:
   """Measures one model over every example once.
 
+  Args:
+    model: Which is measured.
+    params: Its weights.
+    batches: This process's rows of all examples, from `Dataset.eval_batches`.
+    layout: On the devices.
+    name: Of the model, for errors.
+    dense_params: Where there are no labels, or no classifier: the dense model's weights.
+
   Returns:
-    Of every example, `top1` and `top5` (0 or 100) and cross-entropy in nats (`loss`); without
-    labels, or without a classifier, how far the outputs are from the dense model's instead.
+    Of every example, `top1` and `top5` (0 or 100) and cross-entropy in nats (`loss`); or, with
+    `dense_params`, the divergence of the outputs from the dense model's.
 
   Raises:
     UserError: If outputs are not finite.
   """
-  size, data, layout = run.config.evaluate.batch_size, run.eval_data, run.layout
-  can_score = data.has_labels and run.spec.num_classes > 0
-  params, dense_params = layout.put(params), None if can_score else layout.put(run.dense_params)
+  preprocess = model.spec.preprocess
+  params, dense_params = layout.put(params), layout.put(dense_params)
   found: dict[str, list[np.ndarray]] = {}
-  batches = math.ceil(data.num_examples / size)
-  for rows in progress(run.eval_batches(size), f"evaluate {name}", batches):
+  for rows in batches:
     batch = layout.put_batch(rows)
-    image, label = batch["image"], batch["label"]
-    if can_score:
-      figures = _score(model, run.preprocess, params, image, label)
+    if dense_params is None:
+      metrics = _score(model, preprocess, params, batch["image"], batch["label"])
     else:
-      figures = _compare(model, run.preprocess, params, dense_params, image)
-    fetched = layout.get({**figures, "mask": batch["mask"]})
+      metrics = _compare(model, preprocess, params, dense_params, batch["image"])
+    fetched = layout.get({**metrics, "mask": batch["mask"]})
     real = fetched.pop("mask") > 0
     for key, values in fetched.items():
       found.setdefault(key, []).append(np.asarray(values, np.float32)[real])
@@ -55,7 +65,7 @@ def outcomes(model: ViT, params: Params, run: Run, name: str) -> Outcomes:
 
 
 def check_finite(outputs: np.ndarray, what: str) -> None:
-  """Refuses outputs, or one figure for each example, that are not all finite.
+  """Refuses outputs, or one metric for each example, that are not all finite.
 
   Args:
     outputs: Of any shape.
@@ -72,13 +82,14 @@ def check_finite(outputs: np.ndarray, what: str) -> None:
     )
 
 
-def row(found: Outcomes, model: ViT, name: str) -> dict[str, Any]:
-  """The means over all examples, and the cost, as they stand in `result.json`."""
+def measured(row: Row, found: Outcomes, model: ViT) -> Row:
+  """Returns a row with the means over all examples, and the model's cost."""
   cost = count_cost(model)
-  figures = {key: round(float(np.mean(v, dtype=np.float64)), 6) for key, v in found.items()}
-  figures |= {"gmacs": round(cost.gmacs, 6), "params_m": round(cost.params / 1e6, 4)}
-  logging.info("evaluate %s: %s", name, " ".join(f"{k} {v:.4g}" for k, v in figures.items()))
-  return {"name": name, **figures}
+  metrics = {key: round(float(np.mean(v, dtype=np.float64)), 6) for key, v in found.items()}
+  metrics |= {"gmacs": round(cost.gmacs, 6), "params_m": round(cost.params / 1e6, 4)}
+  shown = " ".join(f"{key} {value:.4g}" for key, value in metrics.items())
+  logging.info("evaluate %s: %s", row.name, shown)
+  return row.with_metrics(metrics)
 
 
 def scores(logits: jax.Array, labels: jax.Array) -> dict[str, jax.Array]:

@@ -1,6 +1,7 @@
 """The figures are valid and show what they should; the report has what was measured, once."""
 
 import base64
+import dataclasses
 import html.parser
 import pathlib
 import re
@@ -10,45 +11,37 @@ import numpy as np
 import PIL.Image
 import pytest
 
+from vitcomp_jax.errors import UserError
+from vitcomp_jax.methods.diffrate import PruneMerge
+from vitcomp_jax.plans import Plan, PlanLayer
 from vitcomp_jax.reporting import plots, render, report
 from vitcomp_jax.reporting.plots import labels, style, tokens
+from vitcomp_jax.reporting.report import Findings
+from vitcomp_jax.results import Result, Row, SearchResult
 
 PLAN = [(17, 17), (16, 14), (13, 10), (9, 6)]
-ROWS = [
-  {"name": "dense", "top1": 91.2, "top5": 99.8, "loss": 0.31, "gmacs": 4.0, "params_m": 22.05},
-  {"name": "diffrate", "top1": 90.5, "top5": 99.7, "loss": 0.33, "gmacs": 2.9, "params_m": 22.05},
-  {"name": "uniform", "top1": 88.25, "top5": 99.1, "loss": 0.41, "gmacs": 2.9, "params_m": 22.05},
-]
-RESULT = {
-  "dataset": "fashion_mnist",
-  "split": "test",
-  "examples": 1000,
-  "device": "1 x cpu",
-  "versions": {"jax": "0.9", "flax": "0.12"},
-  "rows": ROWS,
-}
-SUMMARY = {
-  "steps": 300,
-  "images": 19200,
-  "minutes": 3.25,
-  "budget_gmacs": 2.8,
-  "raw_gmacs": 2.91,
-  "gmacs": 2.795,
-  "offset": -1,
-  "raw_counts": [[17, 17], [16, 15], [14, 11], [10, 7]],
-  "counts": [list(pair) for pair in PLAN],
-}
-PLAN_JSON = {
-  "variant": "vit_x",
-  "num_tokens": 17,
-  "gmacs": 2.795,
-  "layers": [
-    {"reduce": {"type": "keep_all"}},
-    {"reduce": {"type": "prune_merge", "prune_keep": 16, "merge_keep": 14}},
-    {"prune_keep": 13, "merge_keep": 10},
-    {"reduce": {"type": "prune_merge", "prune_keep": 9, "merge_keep": 6}},
-  ],
-}
+ROWS = (
+  Row(method="dense", top1=91.2, top5=99.8, loss=0.31, gmacs=4.0, params_m=22.05),
+  Row(method="diffrate", top1=90.5, top5=99.7, loss=0.33, gmacs=2.9, params_m=22.05),
+  Row(method="uniform", top1=88.25, top5=99.1, loss=0.41, gmacs=2.9, params_m=22.05),
+)
+RESULT = Result("fashion_mnist", "test", 1000, "1 x cpu", {"jax": "0.9", "flax": "0.12"}, ROWS)
+SEARCH = SearchResult(
+  plan="diffrate",
+  steps=300,
+  images=19200,
+  minutes=3.25,
+  chosen_step=300,
+  budget_gmacs=2.8,
+  raw_gmacs=2.91,
+  gmacs=2.795,
+  offset=-1.0,
+  raw_counts=((17, 17), (16, 15), (14, 11), (10, 7)),
+  counts=tuple(PLAN),
+)
+LAYERS = (PlanLayer(), *(PlanLayer(reduce=PruneMerge(*counts)) for counts in PLAN[1:]))
+FOUND = Findings(plan=Plan("vit_x", 17, LAYERS, 2.795), counts=PLAN)
+SEARCHED = dataclasses.replace(FOUND, search=SEARCH)
 
 
 def check(figure, folder: pathlib.Path) -> None:
@@ -96,7 +89,7 @@ def test_search_curves(tmp_path, loss):
 
 
 def test_accuracy_against_gmacs(tmp_path):
-  unmeasured = {"name": "random", "gmacs": 2.9}
+  unmeasured = Row(method="random", gmacs=2.9)
   check(plots.accuracy_against_gmacs([*ROWS, unmeasured]), tmp_path)
 
 
@@ -196,16 +189,16 @@ def test_tokens_left_never_grow():
 
 
 def test_report_has_each_row_once_and_all_that_was_measured(tmp_path):
-  rows = [dict(row) for row in ROWS]
-  rows[1]["images_per_second"] = {"32": 88.0, "1": 40.06}
+  rows = list(ROWS)
+  rows[1] = dataclasses.replace(rows[1], images_per_second={"32": 88.0, "1": 40.06})
   (tmp_path / "figures").mkdir()
   for name in ("schedule.png", "schedule.svg", "own_drawing.png"):
     (tmp_path / "figures" / name).write_text(name)
-  report.write_report(tmp_path, {**RESULT, "rows": rows}, PLAN_JSON, PLAN, SUMMARY)
+  report.write_report(tmp_path, dataclasses.replace(RESULT, rows=tuple(rows)), SEARCHED)
   text = (tmp_path / "report.md").read_text(encoding="utf-8")
   lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()]
   for row in rows:
-    assert sum(cells[:1] == [row["name"]] for cells in lines) == 1
+    assert sum(cells[:1] == [row.name] for cells in lines) == 1
   speeds = ["40.1", "88.0"]
   expected = ["diffrate", "90.50", "99.70", "0.3300", "2.900", "72.5 %", "22.05", *speeds]
   assert expected in lines
@@ -224,8 +217,8 @@ def test_report_has_each_row_once_and_all_that_was_measured(tmp_path):
 
 
 def test_report_leaves_out_what_is_not_there(tmp_path):
-  rows = [{"name": "diffrate", "top1": 90.5, "loss": 0.3, "gmacs": 0.0359}]
-  report.write_report(tmp_path, {**RESULT, "rows": rows}, None, [], None)
+  rows = (Row(method="diffrate", top1=90.5, loss=0.3, gmacs=0.0359),)
+  report.write_report(tmp_path, dataclasses.replace(RESULT, rows=rows), Findings())
   text = (tmp_path / "report.md").read_text(encoding="utf-8")
   for absent in ("figures/", "Search", "Plan", "top-5", "of dense", "images/s", "params", "None"):
     assert absent not in text
@@ -233,7 +226,7 @@ def test_report_leaves_out_what_is_not_there(tmp_path):
 
 
 def test_report_of_a_given_plan(tmp_path):
-  report.write_report(tmp_path, RESULT, PLAN_JSON, PLAN, None)
+  report.write_report(tmp_path, RESULT, FOUND)
   text = (tmp_path / "report.md").read_text(encoding="utf-8")
   lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()]
   assert [lines[i] for i in range(len(lines)) if lines[i][:1] in (["1"], ["2"], ["3"])] == [
@@ -245,8 +238,8 @@ def test_report_of_a_given_plan(tmp_path):
 
 
 def test_report_of_a_search_without_an_offset(tmp_path):
-  summary = {key: value for key, value in SUMMARY.items() if key != "offset"}
-  report.write_report(tmp_path, RESULT, PLAN_JSON, PLAN, summary)
+  search = dataclasses.replace(SEARCH, offset=None)
+  report.write_report(tmp_path, RESULT, dataclasses.replace(FOUND, search=search))
   text = (tmp_path / "report.md").read_text(encoding="utf-8")
   assert "adjusted to the budget: 2.795 GMACs\n" in text and "offset" not in text
 
@@ -285,12 +278,12 @@ class _Page(html.parser.HTMLParser):
 
 
 def test_the_html_report_is_the_other_one_in_one_file(tmp_path):
-  rows = [{**row, "name": f"{row['name']} <&>"} for row in ROWS]
+  rows = tuple(dataclasses.replace(row, method=f"{row.method} <&>") for row in ROWS)
   (tmp_path / "figures").mkdir()
   for name in ("schedule.png", "schedule.svg", "own_drawing.png"):
     (tmp_path / "figures" / name).write_text(name)
-  result = {**RESULT, "rows": rows}
-  report.write_report(tmp_path, result, PLAN_JSON, PLAN, SUMMARY, None, complete=True)
+  result = dataclasses.replace(RESULT, rows=rows)
+  report.write_report(tmp_path, result, SEARCHED, complete=True)
   text = (tmp_path / "report.html").read_text(encoding="utf-8")
   page = _Page(text)
   markdown = (tmp_path / "report.md").read_text(encoding="utf-8").splitlines()
@@ -308,7 +301,8 @@ def test_the_html_report_is_the_other_one_in_one_file(tmp_path):
 
 
 def test_a_report_of_nothing(tmp_path):
-  report.write_report(tmp_path, {**RESULT, "rows": []}, None, [], None, complete=True)
+  result = dataclasses.replace(RESULT, rows=())
+  report.write_report(tmp_path, result, Findings(), complete=True)
   for name in ("report.md", "report.html"):
     text = (tmp_path / name).read_text(encoding="utf-8")
     assert "No model was measured" in text and "no model of this run removes tokens" in text
@@ -321,3 +315,9 @@ def test_blocks_say_the_same_twice():
   page = render.to_html("A & B", blocks)
   assert "<title>A &amp; B</title>" in page
   assert "<h1>A &amp; B</h1>\n<ul>\n<li>x <code>y &lt; z</code></li>\n<li>w</li>\n</ul>" in page
+
+
+def test_what_cannot_be_written_is_one_line(tmp_path):
+  (tmp_path / "report.md").mkdir()
+  with pytest.raises(UserError, match=r"report\.md: expected a file that can be written, got none"):
+    report.write_report(tmp_path, RESULT, FOUND)

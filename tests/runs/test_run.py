@@ -43,8 +43,12 @@ def opened(tmp_path: pathlib.Path, config: Config) -> Run:
   return open_run(config, tmp_path / "run")
 
 
+def begin(run: Run) -> None:
+  run.workdir.begin(run.config, run.inputs.class_names)
+
+
 def labels_of(run: Run, split="eval") -> list[int]:
-  data = run.open_data(split)
+  data = run.inputs.train_data if split == "train" else run.inputs.eval_data
   (batch,) = data.eval_batches(data.num_examples)
   return batch["label"].tolist()
 
@@ -60,7 +64,7 @@ def unnamed(tmp_path: pathlib.Path) -> pathlib.Path:
 @pytest.mark.parametrize("classes", [("Sneaker", "Bag", "Coat"), NAMES[1:]])
 def test_classes_are_known_by_their_names(classes, tmp_path, caplog):
   run = opened(tmp_path, config_of(put(tmp_path / "data" / "val", classes)))
-  assert run.class_names == NAMES and run.eval_data.class_names == NAMES
+  assert run.inputs.class_names == NAMES and run.inputs.eval_data.class_names == NAMES
   assert labels_of(run) == [NAMES.index(name) for name in sorted(classes)]
   assert not caplog.records
 
@@ -68,13 +72,13 @@ def test_classes_are_known_by_their_names(classes, tmp_path, caplog):
 def test_classes_that_the_weights_do_not_know_are_refused(tmp_path):
   run = opened(tmp_path, config_of(put(tmp_path / "data" / "val", ("Bag", "Hat"))))
   with pytest.raises(UserError, match=r"model's 10 \(T-shirt/top, .*, got 1 others \(Hat\)"):
-    run.open_data("eval")
+    run.inputs.check_data("eval")
 
 
 def test_numbered_folders_are_taken_on_trust_if_all_are_there(tmp_path, caplog):
   digits = [str(i) for i in range(10)]
   run = opened(tmp_path, config_of(put(tmp_path / "data" / "val", digits)))
-  assert labels_of(run) == list(range(10)) and run.class_names == NAMES
+  assert labels_of(run) == list(range(10)) and run.inputs.class_names == NAMES
   assert len(caplog.records) == 1 and "numbered by their order" in caplog.text
 
 
@@ -83,7 +87,7 @@ def test_a_part_of_numbered_folders_is_refused(asked, tmp_path):
   data = put(tmp_path / "data" / "val", ("3", "5", "7"))
   run = opened(tmp_path, config_of(data, model=asked))
   with pytest.raises(UserError, match=r"expected 10 classes, .* got 3 \(3, 5, 7\)"):
-    run.open_data("eval")
+    run.inputs.check_data("eval")
 
 
 @pytest.mark.parametrize(
@@ -93,10 +97,10 @@ def test_the_order_of_folders_can_be_chosen(order, expected, tmp_path, unnamed):
   folders = [str(i) for i in range(1, 11)]
   data = put(tmp_path / "data" / "val", folders)
   run = opened(tmp_path, config_of(data, unnamed, data={"class_order": order}))
-  assert list(run.class_names[:3]) == expected
-  (batch,) = run.eval_data.eval_batches(10)
+  assert list(run.inputs.class_names[:3]) == expected
+  (batch,) = run.inputs.eval_data.eval_batches(10)
   shade = {name: i for i, name in enumerate(folders)}
-  assert batch["image"][:, 0, 0, 0].tolist() == [shade[name] for name in run.class_names]
+  assert batch["image"][:, 0, 0, 0].tolist() == [shade[name] for name in run.inputs.class_names]
   assert batch["label"].tolist() == list(range(10))
 
 
@@ -105,12 +109,12 @@ def test_a_file_names_the_outputs(tmp_path, unnamed, caplog):
   names = tmp_path / "names.txt"
   names.write_text("\n".join([*(f"other {i}" for i in range(7)), "dog", "fox", "cat"]))
   run = opened(tmp_path, config_of(data, unnamed, data={"classes": str(names)}))
-  assert labels_of(run) == [9, 7] and run.class_names[7] == "dog"
+  assert labels_of(run) == [9, 7] and run.inputs.class_names[7] == "dog"
   assert not caplog.records
   names.write_text("cat\ndog\n")
   run = opened(tmp_path, config_of(data, unnamed, data={"classes": str(names)}))
   with pytest.raises(UserError, match="expected 10 names, .* got 2"):
-    run.open_data("eval")
+    run.inputs.check_data("eval")
 
 
 @pytest.fixture(scope="module")
@@ -127,7 +131,7 @@ def test_wordnet_folders_are_imagenets_classes(tmp_path, thousand, caplog):
   data = put(tmp_path / "data" / "val", found)
   (data / "val" / "n01443537").mkdir()  # no images: of a part of the validation set
   run = opened(tmp_path, config_of(data, thousand))
-  assert labels_of(run) == [0, 217, 569] and run.class_names == IDS
+  assert labels_of(run) == [0, 217, 569] and run.inputs.class_names == IDS
   assert not [r for r in caplog.records if "order" in r.getMessage()]
 
 
@@ -142,7 +146,7 @@ def test_both_splits_are_numbered_alike(tmp_path, unnamed):
   put(tmp_path / "data" / "holdout", ["c11"])
   run = opened(tmp_path, config_of(data, unnamed, stages, data=splits))
   with pytest.raises(UserError, match=r"split holdout: expected .* got 1 others \(c11\)"):
-    run.open_data("eval")
+    run.inputs.check_data("eval")
 
 
 def test_written_weights_carry_names_grid_and_preprocessing(tmp_path, unnamed):
@@ -150,9 +154,9 @@ def test_written_weights_carry_names_grid_and_preprocessing(tmp_path, unnamed):
   data = put(tmp_path / "data" / "val", names)
   asked = {"mean": (0.1, 0.2, 0.3), "crop_mode": "squash", "exif_orientation": True}
   run = opened(tmp_path, config_of(data, unnamed, data=asked))
-  run.save(run.dense_params, tmp_path / "named.safetensors")
+  run.artefacts.save(run.artefacts.dense_params, tmp_path / "named.safetensors")
   found = loading.spec_for(MINI, str(tmp_path / "named.safetensors"))
-  assert found == run.spec and found.class_names == tuple(names)
+  assert found == run.inputs.spec and found.class_names == tuple(names)
   assert (found.mean, found.std) == ((0.1, 0.2, 0.3), (0.5, 0.5, 0.5))
   assert found.crop_mode == "squash" and found.exif_orientation
   described = files.describe(str(tmp_path / "named.safetensors"))
@@ -162,13 +166,16 @@ def test_written_weights_carry_names_grid_and_preprocessing(tmp_path, unnamed):
   asked = {"mean": (0.0, 0.0, 0.0), "interpolation": "bilinear"}
   run = opened(tmp_path, config_of(other, tmp_path / "named.safetensors", data=asked))
   assert labels_of(run) == [0, 9]
-  assert run.spec.mean == (0, 0, 0) and run.preprocess.interpolation == "bilinear"
-  assert run.eval_data.pre == run.preprocess and run.preprocess.crop_mode == "squash"
+  assert run.inputs.spec.mean == (0, 0, 0) and run.inputs.preprocess.interpolation == "bilinear"
+  assert (
+    run.inputs.eval_data.pre == run.inputs.preprocess
+    and run.inputs.preprocess.crop_mode == "squash"
+  )
 
 
 def test_a_run_and_its_config_say_the_names(tmp_path):
   run = opened(tmp_path, config_of(put(tmp_path / "data" / "val", ("Bag",))))
-  run.begin()
+  begin(run)
   assert json.loads((tmp_path / "run" / "config.json").read_text())["class_names"] == list(NAMES)
 
 
@@ -183,8 +190,8 @@ def test_a_head_for_other_classes_is_fresh(classes, is_fresh, names, tmp_path, c
   data = put(tmp_path / "data" / "train", classes)
   put(tmp_path / "data" / "val", classes[:1])
   run = opened(tmp_path, config_of(data, stages=("pretrain",)))
-  assert run.class_names == names and labels_of(run) == [0]
-  head = np.asarray(run.dense_params["head"]["kernel"])
+  assert run.inputs.class_names == names and labels_of(run) == [0]
+  head = np.asarray(run.artefacts.dense_params["head"]["kernel"])
   assert head.shape == (64, len(classes))
   assert "replaced by a random one" in caplog.text
 
@@ -199,9 +206,11 @@ def test_a_head_that_is_trained_on_a_part_keeps_the_known_order(weights, tmp_pat
   places = places or {"Bag": 0, "Sandal": 1}
   assert labels_of(run, "train") == [places["Bag"], places["Sandal"]]
   assert labels_of(run) == [places["Bag"]]
-  run.save(run.dense_params, tmp_path / "named.safetensors")
+  run.artefacts.save(run.artefacts.dense_params, tmp_path / "named.safetensors")
   again = open_run(config_of(data, tmp_path / "named.safetensors"), tmp_path / "again")
-  assert labels_of(again) == [places["Bag"]] and again.class_names[places["Sandal"]] == "Sandal"
+  assert (
+    labels_of(again) == [places["Bag"]] and again.inputs.class_names[places["Sandal"]] == "Sandal"
+  )
 
 
 def test_wordnet_ids_keep_imagenets_places_in_training(tmp_path, thousand):
@@ -210,30 +219,30 @@ def test_wordnet_ids_keep_imagenets_places_in_training(tmp_path, thousand):
   config = config_of(data, thousand, stages=("pretrain",), model={"num_classes": 1000})
   run = opened(tmp_path, config)
   assert labels_of(run, "train") == [217, 569] and labels_of(run) == [569]
-  assert run.class_names == IDS
+  assert run.inputs.class_names == IDS
 
 
 def test_a_run_goes_on_with_the_classes_that_it_began_with(tmp_path, unnamed):
   data = put(tmp_path / "data" / "train", ("a", "b", "c"))
   put(tmp_path / "data" / "val", ("a", "b", "c"))
   config = config_of(data, unnamed, stages=("pretrain",))
-  opened(tmp_path, config).begin()
-  opened(tmp_path, config).begin()
+  begin(opened(tmp_path, config))
+  begin(opened(tmp_path, config))
   for split in ("train", "val"):
     (data / split / "a").rename(data / split / "z")
   with pytest.raises(UserError, match="was begun with another class 0, a and not b"):
-    opened(tmp_path, config).begin()
+    begin(opened(tmp_path, config))
   for split in ("train", "val"):
     put(data / split, ("a",))
   with pytest.raises(UserError, match="expected at least the 4"):
-    opened(tmp_path, config).begin()
+    begin(opened(tmp_path, config))
 
 
 def test_a_stage_that_the_config_does_not_name_counts(tmp_path):
   data = put(tmp_path / "data" / "train", ("a", "b"))
   put(tmp_path / "data" / "val", ("b",))
   run = open_run(config_of(data), tmp_path / "run", ("pretrain",))
-  assert run.class_names == ("a", "b") and labels_of(run) == [1]
+  assert run.inputs.class_names == ("a", "b") and labels_of(run) == [1]
 
 
 def test_names_are_asked_for_without_labels_too(tmp_path, unnamed):
@@ -241,15 +250,15 @@ def test_names_are_asked_for_without_labels_too(tmp_path, unnamed):
   names = tmp_path / "names.txt"
   names.write_text("\n".join(NAMES))
   config = config_of(tmp_path / "data", unnamed, data={"classes": str(names)})
-  assert opened(tmp_path, config).class_names == NAMES
+  assert opened(tmp_path, config).inputs.class_names == NAMES
   names.write_text("a\nb")
   with pytest.raises(UserError, match="expected 10 names, .* got 2"):
-    opened(tmp_path, config).class_names  # noqa: B018
+    _ = opened(tmp_path, config).inputs.class_names
 
 
 def test_only_folders_have_an_order_to_choose(tmp_path, unnamed, caplog):
   config = from_config_dict({"model": {"variant": MINI, "weights": str(unnamed)}})
-  assert opened(tmp_path, config).class_names == NAMES
+  assert opened(tmp_path, config).inputs.class_names == NAMES
   assert "natural order" not in caplog.text and "numbered by their order" in caplog.text
 
 
@@ -257,13 +266,13 @@ def test_only_folders_have_an_order_to_choose(tmp_path, unnamed, caplog):
 def test_colours_are_three(mean, tmp_path):
   config = config_of(put(tmp_path / "data" / "val", ("Bag",)), data={"mean": mean})
   with pytest.raises(UserError, match=r"config.data.mean: expected three numbers"):
-    opened(tmp_path, config).open_data("eval")
+    opened(tmp_path, config).inputs.check_data("eval")
 
 
 def test_padding_belongs_to_weights(tmp_path):
   data = put(tmp_path / "data" / "val", ("Bag",))
-  assert opened(tmp_path, config_of(data)).preprocess.pad == 1  # the bundled weights'
-  assert opened(tmp_path, config_of(data, data={"pad": 0})).eval_data.pre.pad == 0
+  assert opened(tmp_path, config_of(data)).inputs.preprocess.pad == 1  # the bundled weights'
+  assert opened(tmp_path, config_of(data, data={"pad": 0})).inputs.eval_data.pre.pad == 0
 
 
 def test_a_head_for_the_same_classes_stays_in_its_order(tmp_path, unnamed, caplog):
@@ -274,7 +283,7 @@ def test_a_head_for_the_same_classes_stays_in_its_order(tmp_path, unnamed, caplo
   data = put(tmp_path / "data" / "train", names)
   run = opened(tmp_path, config_of(data, tmp_path / "named.safetensors", stages=("pretrain",)))
   assert labels_of(run, "train") == list(range(9, -1, -1))
-  jax.tree.map(np.testing.assert_array_equal, run.dense_params, params)
+  jax.tree.map(np.testing.assert_array_equal, run.artefacts.dense_params, params)
   assert not caplog.records
 
 
@@ -282,7 +291,7 @@ def test_more_folders_than_outputs_are_refused(tmp_path):
   data = put(tmp_path / "data" / "val", NAMES[1:])
   run = opened(tmp_path, config_of(data, None, model={"num_classes": 5}))
   with pytest.raises(UserError, match="expected at least the 9 of folder, got 5"):
-    run.open_data("eval")
+    run.inputs.check_data("eval")
 
 
 def test_weights_of_a_look_alike_are_refused(tmp_path):

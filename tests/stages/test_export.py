@@ -119,10 +119,10 @@ def test_an_artefact_of_other_weights_is_removed(name, tmp_path, monkeypatch):
   write = export._WRITERS[name]
 
   def of_others(run, path):
-    params = dict(run.params)
+    params = dict(run.artefacts.params)
     params["head"] = {**params["head"], "bias": params["head"]["bias"] + 1e-2}
-    run = export.Run(run.config, run.workdir)
-    vars(run)["params"] = params
+    run = run.reread()
+    vars(run.artefacts)["params"] = params
     return write(run, path)
 
   monkeypatch.setitem(export._WRITERS, name, of_others)

@@ -93,12 +93,11 @@ def test_features_must_be_finite_too(tmp_path):
 def test_no_random_schedule_holds_it(overflowing, tmp_path):
   config = _config(overflowing)
   config.compare.random_schedules, config.compare.random_examples = 2, 30
-  config.budget.fraction = 0.8
   run = open_run(from_config_dict(config), tmp_path / "run")
   said = "random schedule 1 of .* GMACs: expected finite outputs, got 30 of 30"
-  path = tmp_path / "random.jsonl"
+  path = tmp_path / "run/compare/random@0.8.jsonl"
   with pytest.raises(vc.UserError, match=said):
-    random_schedules.points(run, run.target_gmacs, path)
+    random_schedules.points(run, 0.8)
   assert path.read_text() == ""
 
 
@@ -110,9 +109,9 @@ def test_a_search_never_chooses_it(tmp_path, monkeypatch):
   searcher, trained = search.searcher(run), search.task(run)
 
   def best(losses):
-    passed = [Passed(i, loss, run.spec.dense_layers) for i, loss in enumerate(losses)]
+    passed = [Passed(i, loss, run.inputs.spec.dense_layers) for i, loss in enumerate(losses)]
     monkeypatch.setattr(Search, "_tried", lambda *_: passed)
-    return searcher.choose(trained.state, run.params, [])
+    return searcher.choose(trained.state, run.artefacts.params, [])
 
   found = best([3.0, math.nan, 1.0, math.inf, 2.0])
   assert found.step == 2
@@ -125,7 +124,7 @@ def test_no_slimmed_network_gives_it(overflowing, tmp_path):
   config = _config(overflowing, w_patch=0.0, budgets=(0.8, 0.8, 1.0))
   config.slim.masks = str(tmp_path / "masks.safetensors")
   run = open_run(from_config_dict(config), tmp_path / "none")
-  arch = vit_slim.ViTSlim(run.spec).init()
+  arch = vit_slim.ViTSlim(run.inputs.spec).init()
   files.write(vit_slim.to_authors(arch), config.slim.masks)
   said = "stage slim: the slimmed network: expected finite outputs, got 160 of 160"
   with pytest.raises(vc.UserError, match=said):

@@ -11,7 +11,8 @@ from vitcomp_jax.config import from_config_dict
 from vitcomp_jax.cost import latency
 from vitcomp_jax.cost.cost_models import Latency
 from vitcomp_jax.metrics import read_metrics
-from vitcomp_jax.runs.run import Run, open_run
+from vitcomp_jax.runs.inputs import Inputs
+from vitcomp_jax.runs.run import make_run, open_run
 from vitcomp_jax.stages import run_stages
 
 
@@ -25,7 +26,7 @@ def test_a_search_by_latency(tmp_path, monkeypatch):
   config.budget.fraction, config.budget.latency_ms, config.budget.latency_batch = None, 1.0, 2
   config.benchmark.batch_sizes, config.benchmark.seconds, config.benchmark.rounds = (), 0.01, 1
   config.stages = ("search", "benchmark")
-  spec = open_run(from_config_dict(config), tmp_path / "none").spec
+  spec = open_run(from_config_dict(config), tmp_path / "none").inputs.spec
   cost = latency.table(spec, 2, "cls", tmp_path / "cache/latency")
   dense = cost.static(spec, spec.dense_layers)
   assert dense == 0.5 + 3 * 9.0
@@ -33,10 +34,10 @@ def test_a_search_by_latency(tmp_path, monkeypatch):
   # From here on the table is in the cache, and nothing is measured again.
   monkeypatch.setattr(latency, "programs", None)
   run = run_stages(from_config_dict(config), tmp_path / "run", config.stages)
-  assert latency.read(tmp_path / "run/latency.json") == cost == run.cost
-  made_by = run.plan.made_by
+  assert latency.read(tmp_path / "run/latency.json") == cost == run.inputs.cost
+  made_by = run.artefacts.plan.made_by
   assert made_by["device"] == latency.device_name() and made_by["batch"] == 2
-  assert made_by["latency_ms"] == pytest.approx(cost.static(spec, run.layers), abs=1e-3)
+  assert made_by["latency_ms"] == pytest.approx(cost.static(spec, run.artefacts.layers), abs=1e-3)
   assert made_by["latency_ms"] == pytest.approx(20, rel=0.03)
   records = read_metrics(tmp_path / "run", "search")
   assert all(record["latency_ms"] > 0 and record["gmacs"] > 0 for record in records)
@@ -49,10 +50,10 @@ def test_a_search_by_latency(tmp_path, monkeypatch):
 
   # Without a cache a workdir's own table stands, so that a run goes on as it began.
   config.compilation_cache = None
-  assert Run(from_config_dict(config), tmp_path / "run").cost == cost
+  assert make_run(from_config_dict(config), tmp_path / "run").inputs.cost == cost
   config.budget.latency_ms = 2 * dense
   with pytest.raises(vc.UserError, match="at most .* ms, what the dense model takes, got"):
-    Run(from_config_dict(config), tmp_path / "run").targets  # noqa: B018
+    _ = make_run(from_config_dict(config), tmp_path / "run").inputs.targets
 
 
 _SHARES = (0.9, 0.7)
@@ -95,7 +96,7 @@ def test_a_front(tmp_path):
 def test_a_front_goes_on_where_it_was_cut_off(tmp_path, monkeypatch):
   alone, cut = tmp_path / "alone", tmp_path / "cut"
   plan = vc.search(_front(), alone)
-  given, batches = itertools.count(), Run.train_batches
+  given, batches = itertools.count(), Inputs.train_batches
 
   def cut_off(self, batch_size, start_step):
     for batch in batches(self, batch_size, start_step):
@@ -104,7 +105,7 @@ def test_a_front_goes_on_where_it_was_cut_off(tmp_path, monkeypatch):
       yield batch
 
   with monkeypatch.context() as patch:
-    patch.setattr(Run, "train_batches", cut_off)
+    patch.setattr(Inputs, "train_batches", cut_off)
     with pytest.raises(KeyboardInterrupt):
       vc.search(_front(), cut)
   assert len(_losses(cut)[1]) == 2 and not (cut / "plans/diffrate@0.7.json").exists()

@@ -29,13 +29,14 @@ _BUCKET = 8
 Point = dict[str, float]
 
 
-def points(run: Run, gmacs: float, path: pathlib.Path) -> list[Point]:
+def points(run: Run, budget: float) -> list[Point]:
   """Measures `config.compare.random_schedules` random schedules on the first of the examples.
+
+  Each schedule's metrics are a line of `compare/random@BUDGET.jsonl`; those that are there stand.
 
   Args:
     run: The run.
-    gmacs: The budget, in 1e9 multiply-accumulates.
-    path: Where each schedule's figures are kept, a line each; those that are there stand.
+    budget: A share of the dense model's MACs.
 
   Returns:
     Of each schedule `gmacs`, `top1` in percent and `loss` in nats.
@@ -43,12 +44,9 @@ def points(run: Run, gmacs: float, path: pathlib.Path) -> list[Point]:
   Raises:
     UserError: If outputs under a schedule are not finite.
   """
-  config, spec = run.config.compare, run.spec
-  lines = path.read_text().splitlines() if path.exists() else []
-  # A kill may have left half a line, which must not grow into the next one.
-  whole = [line for line in lines if line.endswith("}")]
-  write_text(path, "".join(f"{line}\n" for line in whole))
-  found = [json.loads(line) for line in whole]
+  config, spec = run.config.compare, run.inputs.spec
+  gmacs, path = run.inputs.gmacs_of(budget), _file(run, budget)
+  found = _kept(path)
   schedules = random_counts(spec, gmacs, config.random_schedules, run.config.seed)
   left = list(itertools.islice(schedules, len(found), None))
   method = DiffRate(spec, gmacs, DiffRateOptions(importance=run.config.search.importance))
@@ -66,6 +64,23 @@ def points(run: Run, gmacs: float, path: pathlib.Path) -> list[Point]:
   return found[: config.random_schedules]
 
 
+def _file(run: Run, budget: float) -> pathlib.Path:
+  folder = run.workdir.path / "compare"
+  folder.mkdir(parents=True, exist_ok=True)
+  return folder / f"random@{budget:g}.jsonl"
+
+
+def _kept(path: pathlib.Path) -> list[Point]:
+  """Returns what was measured before.
+
+  A kill may have left half a line, which is removed: it must not grow into the next one.
+  """
+  lines = path.read_text().splitlines() if path.exists() else []
+  whole = [line for line in lines if line.endswith("}")]
+  write_text(path, "".join(f"{line}\n" for line in whole))
+  return [json.loads(line) for line in whole]
+
+
 def _score(
   run: Run, method: DiffRate, layers: tuple[LayerSpec, ...], images: jax.Array, labels: jax.Array
 ) -> dict[str, np.ndarray]:
@@ -74,11 +89,11 @@ def _score(
   A schedule's counts are data to a layer, and its numbers of tokens are rounded up: so schedules
   share what is compiled, and still cost little more than if they were compiled themselves.
   """
-  spec, params = run.spec, run.dense_params
+  spec, params = run.inputs.spec, run.artefacts.dense_params
   arch = method.replayed_arch(layers)
   kept = [after for _, after in macs.static_counts(spec, layers)]
   limits = [min(-(-n // _BUCKET) * _BUCKET, spec.num_tokens) for n in kept]
-  tokens = _embed(ViT(spec, method.replayed_layers()), run.preprocess, params, images)
+  tokens = _embed(ViT(spec, method.replayed_layers()), run.inputs.preprocess, params, images)
   for i, layer in enumerate(method.replayed_layers(limits)):
     variables = {"params": params[f"blocks_{i}"], "arch": arch[f"blocks_{i}"]}
     tokens = _block(spec, layer, variables, tokens)
@@ -109,7 +124,7 @@ def _first(run: Run, count: int) -> list[tuple[Any, Any]]:
   """Images and labels of the first examples, in batches; the last one may be smaller."""
   size = run.config.evaluate.batch_size
   found = []
-  for i, batch in enumerate(run.eval_data.eval_batches(size)):
+  for i, batch in enumerate(run.inputs.eval_data.eval_batches(size)):
     real = min(int(np.sum(batch["mask"])), count - i * size)
     if real <= 0:
       break

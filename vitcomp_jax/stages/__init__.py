@@ -8,7 +8,8 @@ from typing import Any
 
 from vitcomp_jax import paths
 from vitcomp_jax.config import Config, from_config_dict
-from vitcomp_jax.ownership import owned
+from vitcomp_jax.records import Record
+from vitcomp_jax.runs.ownership import owned
 from vitcomp_jax.runs.run import Run, open_run
 from vitcomp_jax.stages import (
   benchmark,
@@ -29,25 +30,25 @@ class Stage:
 
   Attributes:
     check: Raises a `UserError` for what the stage could not do; called before any stage begins.
-    run: Does it; returns a summary.
+    run: Does it; returns what it has to report, which marks the stage as finished.
     made: What the finished stage wrote, as Python callers get it.
   """
 
   check: Callable[[Run], None]
-  run: Callable[[Run], dict[str, Any]]
+  run: Callable[[Run], Record]
   made: Callable[[Run], Any]
 
 
 STAGES = {
-  "pretrain": Stage(pretrain.check, pretrain.pretrain, pretrain.made),
-  "slim": Stage(slim.check, slim.slim, slim.made),
-  "search": Stage(search.check, search.search, search.made),
-  "finetune": Stage(finetune.check, finetune.finetune, finetune.made),
-  "evaluate": Stage(evaluate.check, evaluate.evaluate, evaluate.made),
-  "benchmark": Stage(benchmark.check, benchmark.benchmark, benchmark.made),
-  "compare": Stage(compare.check, compare.compare, compare.made),
-  "visualize": Stage(visualize.check, visualize.visualize, visualize.made),
-  "export": Stage(export.check, export.export, export.made),
+  "pretrain": Stage(pretrain.check, pretrain.run, pretrain.made),
+  "slim": Stage(slim.check, slim.run, slim.made),
+  "search": Stage(search.check, search.run, search.made),
+  "finetune": Stage(finetune.check, finetune.run, finetune.made),
+  "evaluate": Stage(evaluate.check, evaluate.run, evaluate.made),
+  "benchmark": Stage(benchmark.check, benchmark.run, benchmark.made),
+  "compare": Stage(compare.check, compare.run, compare.made),
+  "visualize": Stage(visualize.check, visualize.run, visualize.made),
+  "export": Stage(export.check, export.run, export.made),
 }
 
 
@@ -60,15 +61,16 @@ def run_stages(config: Config, workdir: pathlib.Path, names: Sequence[str]) -> R
   workdir = pathlib.Path(paths.expand(workdir))
   with owned(workdir):
     run = open_run(config, workdir, names)
-    left = [name for name in names if run.finished(name) is None]
+    left = [name for name in names if not run.workdir.is_finished(name)]
     for name in left:
       STAGES[name].check(run)
     if left:
-      run.params  # noqa: B018, weights that do not fit are refused here
-    run.begin()
+      run.artefacts.check_weights()
+    run.workdir.begin(config, run.inputs.class_names)
     for name in names:
       if name in left:
-        run.finish(name, STAGES[name].run(run))
+        run.workdir.finish(name, STAGES[name].run(run))
+        run = run.reread()
       else:
         logging.info("%s: finished before", name)
   return run

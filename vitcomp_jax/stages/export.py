@@ -21,8 +21,9 @@ from vitcomp_jax.data.transforms import normalize
 from vitcomp_jax.errors import UserError
 from vitcomp_jax.models.build import build
 from vitcomp_jax.models.reducers import StaticReducer
-from vitcomp_jax.runs.run import Run, environment, for_timm
-from vitcomp_jax.weights import loading
+from vitcomp_jax.results import ExportResult, environment
+from vitcomp_jax.runs.run import Run
+from vitcomp_jax.weights import loading, timm_slimmed
 
 _IMAGES = 64  # on which every artefact is compared with the model
 # Of the largest output, by the type that is computed in: bfloat16 rounds by 1/256.
@@ -36,13 +37,13 @@ _LARGEST_ONNX = 2**31 - 2**20  # bytes that a protobuf message can hold, and som
 
 def check(run: Run) -> None:
   """Refuses formats that cannot hold the model."""
-  if run.plan:
-    run.plan.layers_for(run.spec)
+  if run.artefacts.plan:
+    run.artefacts.plan.layers_for(run.inputs.spec)
   for name in run.config.export.formats:
     _CHECKS[name](run)
 
 
-def export(run: Run) -> dict[str, Any]:
+def run(run: Run) -> ExportResult:
   """Writes the artefacts, compares each with the model, and lists them in the manifest.
 
   Returns:
@@ -53,7 +54,7 @@ def export(run: Run) -> dict[str, Any]:
     RuntimeError: If an artefact's outputs are not the model's.
   """
   check(run)  # Once more: the plan may be younger than the run.
-  folder, entries = run.workdir / "export", []
+  folder, entries = run.workdir.path / "export", []
   if multihost.is_first():
     folder.mkdir(exist_ok=True)
   for name in run.config.export.formats:
@@ -70,23 +71,23 @@ def export(run: Run) -> dict[str, Any]:
     logging.info("export: %s, largest difference %.2g", path, compared["largest_difference"])
   write_json(folder / exported.MANIFEST, {**_manifest(run), "artefacts": entries})
   multihost.meet("exported")
-  return {"artefacts": entries}
+  return ExportResult(tuple(entries))
 
 
 def made(run: Run) -> dict[str, Any]:
   """The content of `manifest.json`."""
-  return exported.read_manifest(run.workdir / "export")
+  return exported.read_manifest(run.workdir.path / "export")
 
 
 def _manifest(run: Run) -> dict[str, Any]:
   """Returns the part of the manifest that all artefacts share."""
-  spec, data, config = run.spec, run.eval_data, run.config.export
-  cost = api.count_cost(build(spec, run.layers))
+  spec, data, config = run.inputs.spec, run.inputs.eval_data, run.config.export
+  cost = api.count_cost(build(spec, run.artefacts.layers))
   return {
     "format": exported.FORMAT,
     "version": exported.VERSION,
     "variant": spec.name,
-    "plan": run.plan.to_json() if run.plan else None,
+    "plan": run.artefacts.plan.to_json() if run.artefacts.plan else None,
     "gmacs": round(cost.gmacs, 6),
     "params_m": round(cost.params / 1e6, 4),
     "input": {
@@ -99,13 +100,13 @@ def _manifest(run: Run) -> dict[str, Any]:
       "preprocess": dataclasses.asdict(data.pre),
     },
     "output": _output(run),
-    "class_names": class_names.readable(run.class_names) or None,
+    "class_names": class_names.readable(run.inputs.class_names) or None,
     **environment(),
   }
 
 
 def _output(run: Run) -> dict[str, Any]:
-  classes, width = run.spec.num_classes, run.spec.width
+  classes, width = run.inputs.spec.num_classes, run.inputs.spec.width
   name = "logits" if classes else "features"
   return {"name": name, "shape": ["b", classes or width], "dtype": "float32"}
 
@@ -117,8 +118,12 @@ def _input_dtype(run: Run) -> str:
 def _function(run: Run) -> Callable[[Array], Array]:
   """Returns the exported function, from images to logits, with the weights as constants."""
   # cuDNN's kernel is a custom call, which no other platform has and no format may hold.
-  spec = dataclasses.replace(run.spec, attention="xla")
-  model, params, preprocess = build(spec, run.layers), run.params, run.preprocess
+  spec = dataclasses.replace(run.inputs.spec, attention="xla")
+  model, params, preprocess = (
+    build(spec, run.artefacts.layers),
+    run.artefacts.params,
+    run.inputs.preprocess,
+  )
   scales = run.config.export.normalize
 
   def logits(images: Array) -> Array:
@@ -131,7 +136,7 @@ def _function(run: Run) -> Callable[[Array], Array]:
 def _abstract_images(run: Run) -> jax.ShapeDtypeStruct:
   """Any number of them."""
   (b,) = jax_export.symbolic_shape("b")
-  return jax.ShapeDtypeStruct((b, *run.spec.image_size, 3), _input_dtype(run))
+  return jax.ShapeDtypeStruct((b, *run.inputs.spec.image_size, 3), _input_dtype(run))
 
 
 def _write_stablehlo(run: Run, path: pathlib.Path) -> dict[str, Any]:
@@ -166,9 +171,15 @@ def _write_onnx(run: Run, path: pathlib.Path) -> dict[str, Any]:
 
 
 def _write_timm(run: Run, path: pathlib.Path) -> dict[str, Any]:
-  params, how = for_timm(run, run.layers, run.params)
-  run.save(params, path)
+  params, how = _for_timm(run, run.artefacts.params)
+  run.artefacts.save(params, path)
   return {"model": how}
+
+
+def _for_timm(run: Run, params: loading.Params) -> tuple[loading.Params, str]:
+  plan = run.artefacts.plan
+  indices = plan.indices if plan else None
+  return timm_slimmed.for_timm(run.inputs.spec, run.artefacts.layers, indices, params)
 
 
 _WRITERS = {"stablehlo": _write_stablehlo, "onnx": _write_onnx, "timm": _write_timm}
@@ -187,7 +198,7 @@ def _check_onnx(run: Run) -> None:
       f"{where}: expected config.model.dtype float32, which ONNX Runtime has on every platform, "
       f"got {run.config.model.dtype}."
     )
-  size = 4 * api.count_cost(build(run.spec, run.layers)).params
+  size = 4 * api.count_cost(build(run.inputs.spec, run.artefacts.layers)).params
   if size > _LARGEST_ONNX:
     raise UserError(
       f"{where}: expected weights that one ONNX file holds (2 GB), got {size / 1e9:.3g} GB."
@@ -201,7 +212,7 @@ def _check_timm(run: Run) -> None:
       "search's plan does; leave timm out."
     )
   try:
-    for_timm(run, run.layers, {})
+    _for_timm(run, {})
   except UserError as why:
     raise UserError(f"config.export.formats: timm: {why}; leave timm out.") from why
 
@@ -224,14 +235,17 @@ def _compare(run: Run, name: str, path: pathlib.Path) -> dict[str, Any]:
     UserError: If the model's own outputs are not finite.
     RuntimeError: If it is not the same model.
   """
-  images = run.eval_data.sample(_IMAGES)["image"]
+  images = run.inputs.eval_data.sample(_IMAGES)["image"]
   images = np.resize(images, (_IMAGES, *images.shape[1:]))  # of a small set, again
-  normal = np.asarray(normalize(images, run.preprocess))
+  normal = np.asarray(normalize(images, run.inputs.preprocess))
   inputs = images if run.config.export.normalize else normal
   # Another format's own runtime is here to be compared on the CPU, in full precision.
   device = None if name == "stablehlo" else jax.local_devices(backend="cpu")[0]
   with jax.default_device(device):
-    expected = np.asarray(api.apply(build(run.spec, run.layers), run.params, normal), np.float32)
+    expected = np.asarray(
+      api.apply(build(run.inputs.spec, run.artefacts.layers), run.artefacts.params, normal),
+      np.float32,
+    )
     scoring.check_finite(expected, "stage export: the model")
     if name == "timm":
       got = _timm_outputs(run, path, normal)
@@ -241,7 +255,7 @@ def _compare(run: Run, name: str, path: pathlib.Path) -> dict[str, Any]:
   if got.shape != expected.shape:
     raise RuntimeError(f"{path}: expected outputs {expected.shape}, got {got.shape}")
   difference = np.abs(got - expected).max(axis=1) / np.abs(expected).max()
-  reducers = [r for layer in run.layers for r in (layer.select, layer.reduce)]
+  reducers = [r for layer in run.artefacts.layers for r in (layer.select, layer.reduce)]
   chosen = not all(isinstance(r, StaticReducer) and r.is_fixed for r in reducers)
   tolerance = _TOLERANCE[run.config.model.dtype]
   differing = int(np.sum(~(difference <= tolerance)))  # what is not a number differs
@@ -256,6 +270,6 @@ def _compare(run: Run, name: str, path: pathlib.Path) -> dict[str, Any]:
 
 def _timm_outputs(run: Run, path: pathlib.Path, images: np.ndarray) -> np.ndarray:
   """The outputs of the weights as timm computes, which scales by the slimmed head's size."""
-  layers = tuple(dataclasses.replace(l, qk_scale=l.head_dim**-0.5) for l in run.layers)
-  params = loading.load_params(run.spec, layers, str(path))
-  return np.asarray(api.apply(build(run.spec, layers), params, images), np.float32)
+  layers = tuple(dataclasses.replace(l, qk_scale=l.head_dim**-0.5) for l in run.artefacts.layers)
+  params = loading.load_params(run.inputs.spec, layers, str(path))
+  return np.asarray(api.apply(build(run.inputs.spec, layers), params, images), np.float32)

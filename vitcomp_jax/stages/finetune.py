@@ -1,7 +1,7 @@
 """Stages `pretrain` and `finetune`: train the weights of the dense or of the compressed model."""
 
+import dataclasses
 import functools
-from typing import Any
 
 import jax
 
@@ -11,7 +11,8 @@ from vitcomp_jax.methods import dynamicvit, evit
 from vitcomp_jax.models.build import build
 from vitcomp_jax.models.spec import LayerSpec, with_drop_path
 from vitcomp_jax.ops import losses
-from vitcomp_jax.runs.run import Run, write_for_timm
+from vitcomp_jax.results import TrainResult
+from vitcomp_jax.runs.run import Run
 from vitcomp_jax.training import loop, optimizer
 from vitcomp_jax.training.step import (
   LossFn,
@@ -21,52 +22,53 @@ from vitcomp_jax.training.step import (
   random_streams,
   top1,
 )
+from vitcomp_jax.weights import timm_slimmed
 from vitcomp_jax.weights.loading import Params
 
 
 def check(run: Run) -> None:
   """Refuses what cannot be trained."""
-  run.check_trainable("finetune")
-  run.check_batches("finetune")
+  run.inputs.check_trainable("finetune")
+  run.inputs.check_batches("finetune")
 
 
-def finetune(run: Run) -> dict[str, Any]:
+def run(run: Run) -> TrainResult:
   """Trains the model under the plan in force, from the weights in force.
 
   Returns:
     The steps, images and minutes it took. The weights are in `finetuned.safetensors`.
   """
-  summary = fit(run, task(run), run.config.finetune, made(run))
-  if run.plan and run.plan.indices:
-    summary["timm"] = write_for_timm(run, run.layers, run.params)
-  return summary
+  result, params = fit(run, task(run), run.config.finetune, made(run))
+  plan = run.artefacts.plan
+  if plan and plan.indices:
+    timm = timm_slimmed.write(
+      run.inputs.named_spec, run.artefacts.layers, plan.indices, params, run.workdir.path
+    )
+    return dataclasses.replace(result, timm=timm)
+  return result
 
 
 def task(run: Run) -> loop.Task:
   """Returns the training task."""
-  teacher = run.dense_params if run.config.distill.kind != "none" else None
-  return weights_task(
-    run, "finetune", run.config.finetune, run.layers, run.params_before_finetune, teacher
-  )
+  artefacts = run.artefacts
+  teacher = artefacts.dense_params if run.config.distill.kind != "none" else None
+  start = artefacts.params_before_finetune
+  return weights_task(run, "finetune", run.config.finetune, artefacts.layers, start, teacher)
 
 
 def made(run: Run) -> str:
-  """The path of the weights."""
-  return str(run.workdir / "finetuned.safetensors")
+  """Returns the path of the weights."""
+  return str(run.workdir.path / "finetuned.safetensors")
 
 
-def fit(run: Run, task: loop.Task, config: TrainConfig, path: str) -> dict[str, Any]:
-  """Trains, and writes the weights under timm's names.
-
-  Returns:
-    The steps, images and minutes it took.
-  """
-  state, seconds = loop.train(task, run.workdir, run.layout, run.config.profile.steps)
-  trained = run.layout.get(state.params if state.ema is None else state.ema)
-  run.save(trained, path)
-  run.forget()
+def fit(run: Run, task: loop.Task, config: TrainConfig, path: str) -> tuple[TrainResult, Params]:
+  """Trains, and writes the weights under timm's names; returns what it took, and the weights."""
+  layout = run.inputs.layout
+  state, seconds = loop.train(task, run.workdir.path, layout, run.config.profile.steps)
+  trained = layout.get(state.params if state.ema is None else state.ema)
+  run.artefacts.save(trained, path)
   images = task.steps * config.batch_size
-  return {"steps": task.steps, "images": images, "minutes": round(seconds / 60, 2)}
+  return TrainResult(task.steps, images, round(seconds / 60, 2)), trained
 
 
 def weights_task(
@@ -81,29 +83,30 @@ def weights_task(
 
   Args:
     run: With the data.
-    stage: Names checkpoints and figures.
+    stage: Names checkpoints and metrics.
     config: How to train.
     layers: Of the model.
     params: To start from.
     teacher: Weights of the dense model.
   """
-  count = run.train_data.num_examples
+  inputs = run.inputs
+  count = inputs.train_data.num_examples
   tx = optimizer.train_optimizer(config, count)
 
   @functools.cache
   def step_fn(phase: tuple[LayerSpec, ...]) -> StepFn:
     loss_fn = _loss(run, config, phase, teacher is not None)
-    return make_step(loss_fn, tx, ("params",), run.layout, config.ema, config.parts)
+    return make_step(loss_fn, tx, ("params",), inputs.layout, config.ema, config.parts)
 
   phases = [(0, layers)]
   if config.keep_rate_epochs:
     warmup = round(config.keep_rate_epochs * count / config.batch_size)
-    phases = evit.warmup(run.spec, layers, warmup)
+    phases = evit.warmup(inputs.spec, layers, warmup)
   return loop.Task(
     stage=stage,
     state=init_state(params, {}, tx, ("params",), run.config.seed, config.ema is not None),
     step_at=lambda step: step_fn(next(p for start, p in reversed(phases) if step >= start)),
-    batches=lambda done: run.train_batches(config.batch_size, done),
+    batches=lambda done: inputs.train_batches(config.batch_size, done),
     steps=optimizer.train_steps(config, count),
     log_every=config.log_every,
     checkpoint_every=config.checkpoint_every,
@@ -115,7 +118,7 @@ def weights_task(
 def _loss(
   run: Run, config: TrainConfig, layers: tuple[LayerSpec, ...], has_teacher: bool
 ) -> LossFn:
-  spec, distill = run.spec, run.config.distill
+  spec, distill = run.inputs.spec, run.config.distill
   trained = with_drop_path(dynamicvit.training_layers(layers), config.drop_path)
   model, dense = build(spec, trained), build(spec, spec.dense_layers)
   places = dynamicvit.places(layers)
@@ -123,12 +126,12 @@ def _loss(
   def loss_fn(params, arch, fixed, batch, key, step):
     del arch, step
     images, targets = training_inputs(
-      batch, run.preprocess, spec.num_classes, config.label_smoothing, key
+      batch, spec.preprocess, spec.num_classes, config.label_smoothing, key
     )
     rngs = random_streams(key, batch, ("drop_path", "gumbel"))
     out = model.apply({"params": params}, images, method="forward", rngs=rngs)
     loss = losses.soft_cross_entropy(out.logits, targets)
-    figures = {"top1": top1(out.logits, targets)}
+    metrics = {"top1": top1(out.logits, targets)}
     if has_teacher:
       whole = dense.apply({"params": fixed}, images, method="forward")
       target = jax.lax.stop_gradient(whole.logits)
@@ -138,8 +141,8 @@ def _loss(
         # Only masked tokens all are where the teacher's are.
         loss = loss + distill.tokens * dynamicvit.token_distance(out.tokens, whole.tokens)
     if places:
-      figures["ratio_loss"] = dynamicvit.ratio_loss(spec, layers, out)
-      loss = loss + dynamicvit.RATIO_WEIGHT / len(places) * figures["ratio_loss"]
-    return loss, figures
+      metrics["ratio_loss"] = dynamicvit.ratio_loss(spec, layers, out)
+      loss = loss + dynamicvit.RATIO_WEIGHT / len(places) * metrics["ratio_loss"]
+    return loss, metrics
 
   return loss_fn

@@ -1,7 +1,6 @@
 """Stage `pretrain`: trains the dense model, and writes its weights under timm's names."""
 
-from typing import Any
-
+from vitcomp_jax.results import TrainResult
 from vitcomp_jax.runs.run import Run
 from vitcomp_jax.stages.finetune import fit, weights_task
 from vitcomp_jax.training.loop import Task
@@ -9,24 +8,25 @@ from vitcomp_jax.training.loop import Task
 
 def check(run: Run) -> None:
   """Refuses what cannot be trained."""
-  run.check_trainable("pretrain")
-  run.check_batches("pretrain")
+  run.inputs.check_trainable("pretrain")
+  run.inputs.check_batches("pretrain")
 
 
-def pretrain(run: Run) -> dict[str, Any]:
+def run(run: Run) -> TrainResult:
   """Trains from the config's weights, or from scratch.
 
   Returns:
     The steps, images and minutes it took. The weights are in `weights.safetensors`.
   """
-  return fit(run, task(run), run.config.pretrain, made(run))
+  return fit(run, task(run), run.config.pretrain, made(run))[0]
 
 
 def task(run: Run) -> Task:
   """Returns the training task."""
-  return weights_task(run, "pretrain", run.config.pretrain, run.spec.dense_layers, run.dense_params)
+  layers, params = run.inputs.spec.dense_layers, run.artefacts.dense_params
+  return weights_task(run, "pretrain", run.config.pretrain, layers, params)
 
 
 def made(run: Run) -> str:
-  """The path of the weights."""
-  return str(run.workdir / "weights.safetensors")
+  """Returns the path of the weights."""
+  return str(run.workdir.path / "weights.safetensors")

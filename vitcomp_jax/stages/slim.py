@@ -1,7 +1,7 @@
 """Stage `slim`: trains soft masks with the weights, cuts, and extracts the smaller network."""
 
 import logging
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -14,24 +14,26 @@ from vitcomp_jax.errors import UserError
 from vitcomp_jax.methods.budget import bracket
 from vitcomp_jax.methods.vit_slim import search as vit_slim
 from vitcomp_jax.methods.vit_slim.search import KINDS, Masks, ViTSlim
-from vitcomp_jax.models.spec import ViTSpec, with_drop_path
+from vitcomp_jax.models.spec import LayerSpec, ViTSpec, with_drop_path
 from vitcomp_jax.models.vit import ViT
 from vitcomp_jax.ops import losses
 from vitcomp_jax.plans import Plan, load_plan, make_plan, save_plan
-from vitcomp_jax.runs.run import Run, write_for_timm
+from vitcomp_jax.results import SlimResult
+from vitcomp_jax.runs.run import Run
 from vitcomp_jax.training import loop, optimizer
 from vitcomp_jax.training.step import init_state, make_step, random_streams, top1
-from vitcomp_jax.weights import files
-from vitcomp_jax.weights.slicing import slice_params
+from vitcomp_jax.weights import files, timm_slimmed
+from vitcomp_jax.weights.loading import Params
+from vitcomp_jax.weights.slicing import LayerIndex, slice_params
 
 _TRIED = 16  # images on which the slimmed network must give finite outputs
 
 
 def check(run: Run) -> None:
   """Refuses a plan to start from, budgets that make no sense, and data without labels."""
-  run.spec.check_plain("stage slim")
-  run.check_trainable("slim")
-  run.check_batches("slim")
+  run.inputs.spec.check_plain("stage slim")
+  run.inputs.check_trainable("slim")
+  run.inputs.check_batches("slim")
   if run.config.model.plan:
     raise UserError(
       f"config.model.plan: expected none, as `slim` starts from the dense model, got "
@@ -41,11 +43,11 @@ def check(run: Run) -> None:
   if run.config.slim.masks:
     _read_masks(run, run.config.slim.masks)
   if budgets is None:
-    least = _gmacs(run.spec, _method(run).smallest(run.config.slim.min_units), 1)
-    if least > 1.01 * run.target_gmacs:
+    least = _gmacs(run.inputs.spec, _method(run).smallest(run.config.slim.min_units), 1)
+    if least > 1.01 * run.inputs.target_gmacs:
       raise UserError(
         f"config.budget: expected at least {least:.4g} GMACs, what the smallest cut of what is "
-        f"searched (config.slim.w_*) costs, got {run.target_gmacs:.4g}."
+        f"searched (config.slim.w_*) costs, got {run.inputs.target_gmacs:.4g}."
       )
   elif len(budgets) != len(KINDS):
     raise UserError(
@@ -53,7 +55,7 @@ def check(run: Run) -> None:
     )
 
 
-def slim(run: Run) -> dict[str, Any]:
+def run(run: Run) -> SlimResult:
   """Searches, cuts and extracts.
 
   Returns:
@@ -64,83 +66,125 @@ def slim(run: Run) -> dict[str, Any]:
     UserError: If the masks cannot be cut at the budgets, or the slimmed network's outputs are not
       finite.
   """
-  config, spec = run.config.slim, run.spec
-  method = _method(run)
+  searched = _searched(run)
+  masks, budgets = _cut_or_explain(run, searched.arch)
+  slimmed = _extract(run, searched, masks)
+  _check_outputs(run, slimmed)
+  _save(run, searched, slimmed, budgets)
+  return _summary(run, searched, slimmed, masks, budgets)
+
+
+class _Searched(NamedTuple):
+  steps: int
+  images: int
+  seconds: float
+  params: Params
+  arch: Any
+
+
+class _Slimmed(NamedTuple):
+  layers: tuple[LayerSpec, ...]
+  indices: tuple[LayerIndex, ...]
+  params: Params
+
+
+def _searched(run: Run) -> _Searched:
+  """Searches, or takes the search that is cut anew; writes its weights and masks."""
+  config, layout, path = run.config.slim, run.inputs.layout, run.workdir.path
+  steps, seconds, params = 0, 0.0, run.artefacts.dense_params
   if config.masks:
-    steps, seconds, params, arch = 0, 0.0, run.dense_params, _read_masks(run, config.masks)
+    arch = _read_masks(run, config.masks)
   else:
     searched = task(run)
-    state, seconds = loop.train(searched, run.workdir, run.layout, run.config.profile.steps)
-    params = run.layout.get(state.params if state.ema is None else state.ema)
-    steps, arch = searched.steps, run.layout.get(state.arch)
-  run.save(params, run.workdir / "searched.safetensors")
-  files.write(vit_slim.to_authors(arch), str(run.workdir / "masks.safetensors"))
-  try:
-    masks, budgets = _cut(run, method, arch)
-  except UserError as error:
-    raise UserError(
-      f"{error} Nothing need be searched anew: give another --workdir, config.model.weights="
-      f"{run.workdir}/searched.safetensors and config.slim.masks={run.workdir}/masks.safetensors."
-    ) from error
+    state, seconds = loop.train(searched, path, layout, run.config.profile.steps)
+    params = layout.get(state.params if state.ema is None else state.ema)
+    steps, arch = searched.steps, layout.get(state.arch)
+  run.artefacts.save(params, path / "searched.safetensors")
+  files.write(vit_slim.to_authors(arch), str(path / "masks.safetensors"))
+  return _Searched(steps, steps * config.batch_size, seconds, params, arch)
+
+
+def _extract(run: Run, searched: _Searched, masks: Masks) -> _Slimmed:
+  """Returns the smaller network that the masks leave."""
+  config, spec, params = run.config.slim, run.inputs.spec, searched.params
   layers, indices = vit_slim.deploy(spec, masks, config.tile)
-  images = steps * config.batch_size
-  made_by = {"method": "vit_slim", "steps": steps, "images": images, "budgets": budgets}
-  made_by |= {"weights": run.config.model.weights, "data": run.train_data.name}
-  made_by |= {"seed": run.config.seed}
-  kept = vit_slim.fold(spec, params, arch) if config.keep_factors else params
-  slimmed = slice_params(kept, indices)
-  tried = normalize(run.train_data.sample(_TRIED)["image"], run.preprocess)
-  scoring.check_finite(
-    np.asarray(api.apply(ViT(spec, layers), slimmed, tried)), "stage slim: the slimmed network"
-  )
-  run.save(slimmed, run.workdir / "slimmed.safetensors")
-  save_plan(make_plan(spec, layers, made_by, indices), run.workdir / "slimmed.json")
-  save_plan(made(run, "slimmed.json"), run.workdir / "plan.json")
-  run.forget()
-  cost = api.count_cost(ViT(spec, layers))
-  authors_params, authors_macs = vit_slim.authors_cost(spec, masks)
-  return {
-    "steps": steps,
-    "images": images,
-    "minutes": round(seconds / 60, 2),
-    "histogram_limits": vit_slim.HISTOGRAM_LIMITS,
-    "budget_gmacs": None if config.budgets else run.target_gmacs,
-    "shares": dict(zip(KINDS, budgets, strict=True)),
-    "kept": {kind: float(np.mean(getattr(masks, kind))) for kind in KINDS},
-    "gmacs": cost.gmacs,
-    "of_dense": cost.gmacs * 1e9 / macs.static_macs(spec, spec.dense_layers),
-    "params_m": cost.params / 1e6,
-    "authors_params_m": authors_params / 1e6,
-    "authors_gmacs": authors_macs / 1e9,
-    "timm": write_for_timm(run, layers, slimmed),
+  if config.keep_factors:
+    params = vit_slim.fold(spec, params, searched.arch)
+  return _Slimmed(layers, indices, slice_params(params, indices))
+
+
+def _save(run: Run, searched: _Searched, slimmed: _Slimmed, budgets: tuple[float, ...]) -> None:
+  """Writes the network's weights and plan; a search of token counts replaces `plan.json`."""
+  run.artefacts.save(slimmed.params, run.workdir.path / "slimmed.safetensors")
+  made_by = {
+    "method": "vit_slim",
+    "steps": searched.steps,
+    "images": searched.images,
+    "budgets": budgets,
+    "weights": run.config.model.weights,
+    "data": run.inputs.train_data.name,
+    "seed": run.config.seed,
   }
+  plan = make_plan(run.inputs.spec, slimmed.layers, made_by, slimmed.indices)
+  for name in ("slimmed.json", "plan.json"):
+    save_plan(plan, run.workdir.path / name)
 
 
-def made(run: Run, name: str = "plan.json") -> Plan:
-  """The slimmed network's plan."""
-  return load_plan(str(run.workdir / name))
+def _summary(
+  run: Run, searched: _Searched, slimmed: _Slimmed, masks: Masks, budgets: tuple[float, ...]
+) -> SlimResult:
+  spec, cost = run.inputs.spec, api.count_cost(ViT(run.inputs.spec, slimmed.layers))
+  authors_params, authors_macs = vit_slim.authors_cost(spec, masks)
+  return SlimResult(
+    steps=searched.steps,
+    images=searched.images,
+    minutes=round(searched.seconds / 60, 2),
+    histogram_limits=vit_slim.HISTOGRAM_LIMITS,
+    budget_gmacs=None if run.config.slim.budgets else run.inputs.target_gmacs,
+    shares=dict(zip(KINDS, budgets, strict=True)),
+    kept={kind: float(np.mean(getattr(masks, kind))) for kind in KINDS},
+    gmacs=cost.gmacs,
+    of_dense=cost.gmacs * 1e9 / macs.static_macs(spec, spec.dense_layers),
+    params_m=cost.params / 1e6,
+    authors_params_m=authors_params / 1e6,
+    authors_gmacs=authors_macs / 1e9,
+    timm=timm_slimmed.write(run.inputs.named_spec, *slimmed, run.workdir.path),
+  )
+
+
+def _check_outputs(run: Run, slimmed: _Slimmed) -> None:
+  """Refuses a network whose outputs are not finite."""
+  images = run.inputs.train_data.sample(_TRIED)["image"]
+  model = ViT(run.inputs.spec, slimmed.layers)
+  outputs = api.apply(model, slimmed.params, normalize(images, run.inputs.preprocess))
+  scoring.check_finite(np.asarray(outputs), "stage slim: the slimmed network")
+
+
+def made(run: Run) -> Plan:
+  """Returns the slimmed network's plan."""
+  return load_plan(str(run.workdir.path / "plan.json"))
 
 
 def _method(run: Run) -> ViTSlim:
-  return ViTSlim(run.spec, run.config.slim)
+  return ViTSlim(run.inputs.spec, run.config.slim)
 
 
 def task(run: Run) -> loop.Task:
   """Returns the training task of the search: masks and weights."""
   method = _method(run)
-  config, spec, data = run.config.slim, run.spec, run.train_data
+  config, spec, data = run.config.slim, run.inputs.spec, run.inputs.train_data
   model = ViT(spec, with_drop_path(method.layers(), config.drop_path))
 
   def loss_fn(params, arch, fixed, batch, key, step):
     del fixed
     images, targets = training_inputs(
-      batch, run.preprocess, spec.num_classes, config.label_smoothing, key
+      batch, run.inputs.preprocess, spec.num_classes, config.label_smoothing, key
     )
     variables, rngs = {"params": params, "arch": arch}, random_streams(key, batch, ("drop_path",))
     out = model.apply(variables, images, method="forward", rngs=rngs)
     task = losses.soft_cross_entropy(out.logits, targets)
-    penalty, figures = method.penalty(arch, out, step)
-    return task + penalty, {"task_loss": task, "top1": top1(out.logits, targets), **figures}
+    penalty, metrics = method.penalty(arch, out, step)
+    return task + penalty, {"task_loss": task, "top1": top1(out.logits, targets), **metrics}
 
   def group_of(path: tuple[str, ...]) -> str:
     if path[0] == "arch":
@@ -154,13 +198,13 @@ def task(run: Run) -> loop.Task:
   }
   tx = optimizer.per_group(group_of, groups)
   trains = ("params", "arch")
-  step_fn = make_step(loss_fn, tx, trains, run.layout, config.ema, config.parts)
-  start = run.dense_params, method.init()
+  step_fn = make_step(loss_fn, tx, trains, run.inputs.layout, config.ema, config.parts)
+  start = run.artefacts.dense_params, method.init()
   return loop.Task(
     stage="slim",
     state=init_state(*start, tx, trains, run.config.seed, config.ema is not None),
     step_at=lambda _: step_fn,
-    batches=lambda done: run.train_batches(config.batch_size, done),
+    batches=lambda done: run.inputs.train_batches(config.batch_size, done),
     steps=optimizer.train_steps(config, data.num_examples),
     log_every=config.log_every,
     checkpoint_every=config.checkpoint_every,
@@ -179,7 +223,7 @@ def _read_masks(run: Run, path: str) -> Any:
   expected = jax.eval_shape(_method(run).init)
   if jax.tree.map(np.shape, arch) != jax.tree.map(np.shape, expected):
     raise UserError(
-      f"config.slim.masks: expected the masks of {run.spec.name} with config.slim.attn="
+      f"config.slim.masks: expected the masks of {run.inputs.spec.name} with config.slim.attn="
       f"{run.config.slim.attn}, got others in {path}."
     )
   values = np.concatenate([np.ravel(mask) for mask in jax.tree.leaves(arch)])
@@ -192,9 +236,21 @@ def _read_masks(run: Run, path: str) -> Any:
   return arch
 
 
+def _cut_or_explain(run: Run, arch: Any) -> tuple[Masks, tuple[float, ...]]:
+  """Returns `_cut`'s masks and budgets; its refusals say how to cut again without a search."""
+  path = run.workdir.path
+  try:
+    return _cut(run, _method(run), arch)
+  except UserError as error:
+    raise UserError(
+      f"{error} Nothing need be searched anew: give another --workdir, config.model.weights="
+      f"{path}/searched.safetensors and config.slim.masks={path}/masks.safetensors."
+    ) from error
+
+
 def _cut(run: Run, method: ViTSlim, arch: Any) -> tuple[Masks, tuple[float, ...]]:
   """The masks at the config's budgets, or at the one share that meets its compute budget."""
-  config, spec = run.config.slim, run.spec
+  config, spec = run.config.slim, run.inputs.spec
   if config.budgets is not None:
     return method.cut(arch, config.budgets, config.min_units), config.budgets
 
@@ -202,11 +258,13 @@ def _cut(run: Run, method: ViTSlim, arch: Any) -> tuple[Masks, tuple[float, ...]
     masks = method.cut(arch, (share,) * 3, config.min_units, refuse_empty=False)
     return _gmacs(spec, masks, config.tile)
 
-  shares = bracket(lambda share: spent(share) > run.target_gmacs, 1e-9, 1.0)
-  share = min(shares, key=lambda share: abs(spent(share) - run.target_gmacs))
+  shares = bracket(lambda share: spent(share) > run.inputs.target_gmacs, 1e-9, 1.0)
+  share = min(shares, key=lambda share: abs(spent(share) - run.inputs.target_gmacs))
   reached = spent(share)
-  if abs(reached - run.target_gmacs) > 0.01 * run.target_gmacs:
-    logging.warning("the nearest cut has %.4g GMACs, the budget is %.4g", reached, run.target_gmacs)
+  if abs(reached - run.inputs.target_gmacs) > 0.01 * run.inputs.target_gmacs:
+    logging.warning(
+      "the nearest cut has %.4g GMACs, the budget is %.4g", reached, run.inputs.target_gmacs
+    )
   budgets = (share,) * 3
   return method.cut(arch, budgets, config.min_units), budgets
 

@@ -1,8 +1,7 @@
-"""Stage `visualize`: all figures that the run has something for, and the report that holds them."""
+"""Stage `visualize`: all plots that the run has something for, and the report that holds them."""
 
 import pathlib
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 
@@ -10,13 +9,15 @@ from vitcomp_jax import api, multihost, paths, scoring
 from vitcomp_jax.data.transforms import normalize
 from vitcomp_jax.errors import UserError
 from vitcomp_jax.models.build import build
-from vitcomp_jax.models.spec import removes_tokens
+from vitcomp_jax.models.spec import LayerSpec, ViTSpec, removes_tokens
 from vitcomp_jax.plans import load_plan
 from vitcomp_jax.reporting import model_plots, plots, report, run_plots
 from vitcomp_jax.reporting.published import NUM_CLASSES, accuracies
+from vitcomp_jax.results import Result, Row, VisualizeResult
+from vitcomp_jax.runs import reports, table
 from vitcomp_jax.runs.run import Run
+from vitcomp_jax.runs.table import Candidate
 from vitcomp_jax.stages import evaluate
-from vitcomp_jax.stages.evaluate import Row
 
 _MOST_LAYERS = 14  # with the image itself, three lines of pictures
 
@@ -25,111 +26,123 @@ def check(run: Run) -> None:
   """Refuses what `evaluate` refuses, plans for another model, and layers that do not exist."""
   evaluate.check(run)
   for name in run.config.visualize.plans:
-    load_plan(name).layers_for(run.spec)
-  beyond = [layer for layer in run.config.visualize.layers if layer > run.spec.depth]
+    load_plan(name).layers_for(run.inputs.spec)
+  depth = run.inputs.spec.depth
+  beyond = [layer for layer in run.config.visualize.layers if layer > depth]
   if beyond:
-    raise UserError(
-      f"config.visualize.layers: expected layers from 1 to {run.spec.depth}, got {beyond[0]}."
-    )
+    raise UserError(f"config.visualize.layers: expected layers from 1 to {depth}, got {beyond[0]}.")
 
 
-def visualize(run: Run) -> dict[str, Any]:
-  """Draws the figures, as PNG and SVG, and writes `report.md` and `report.html`.
+def run(run: Run) -> VisualizeResult:
+  """Draws the plots, as PNG and SVG, and writes `report.md` and `report.html`.
 
   Returns:
-    The names of the figures in `figures/`.
+    The names of the plots in `figures/`.
 
   Raises:
     UserError: If the outputs of the model whose inside is drawn are not finite.
   """
-  measured = evaluate.result_so_far(run)["rows"]
-  rows = evaluate.rows_of(run) | _compared(run)
-  models = {name: row.layers for name, row in rows.items()}
+  rows = table.result_so_far(run).rows
+  candidates = table.candidates(run) | _compared(run)
+  models = {name: candidate.layers for name, candidate in candidates.items()}
   # A comparison has drawn its rows itself, among random schedules.
-  run_plots.draw(run, models, [] if run.finished("compare") else measured)
+  reports.draw(run, models, () if run.workdir.is_finished("compare") else rows)
   _draw_plans(run, models)
-  _draw_published(run, measured)
-  _draw_images(run, rows)
+  _draw_published(run, rows)
+  _draw_images(run, candidates)
   multihost.meet("drawn")
   _write_report(run)
-  return {"figures": sorted(path.stem for path in (run.workdir / "figures").glob("*.svg"))}
+  plotted = (run.workdir.path / "figures").glob("*.svg")
+  return VisualizeResult(tuple(sorted(path.stem for path in plotted)))
 
 
 def made(run: Run) -> pathlib.Path:
-  """The path of `report.html`."""
-  return run.workdir / "report.html"
+  """Returns the path of `report.html`."""
+  return run.workdir.path / "report.html"
 
 
 def _write_report(run: Run) -> None:
-  """The comparison's report, or that of the other stages."""
-  if run.finished("compare") is None:
-    evaluate.write_report(run, complete=True)
+  """Writes the comparison's report, or that of the other stages."""
+  if compared := run.workdir.finished("compare", Result):
+    report.write_comparison(run.workdir.path, compared, complete=True)
   else:
-    report.write_comparison(run.workdir, evaluate.made(run), complete=True)
+    reports.write_report(run, complete=True)
 
 
-def _compared(run: Run) -> dict[str, Row]:
+def _compared(run: Run) -> dict[str, Candidate]:
   """Returns the plans of the first seed of a comparison's searches, by row name."""
-  if run.finished("compare") is None:
+  compared, config = run.workdir.finished("compare", Result), run.config
+  if compared is None:
     return {}
-  config = run.config
   searched = config.compare.searched
-  folder = pathlib.Path(paths.expand(searched)) if searched else run.workdir / "plans"
-  ending = f"-seed{config.seed}.json"
-  plans = {p.name.removesuffix(ending): p for p in folder.iterdir() if p.name.endswith(ending)}
-  names = [row["name"] for row in evaluate.made(run)["rows"] if row["name"] in plans]
-  layers = {name: load_plan(str(plans[name])).layers_for(run.spec) for name in names}
-  return {name: Row(layers[name], run.dense_params) for name in names}
+  folder = pathlib.Path(paths.expand(searched)) if searched else run.workdir.path / "plans"
+  found = {}
+  for row in compared.rows:
+    path = folder / f"{row.name}-seed{config.seed}.json"
+    if path.is_file():
+      layers = load_plan(str(path)).layers_for(run.inputs.spec)
+      found[row.name] = Candidate(row, layers, run.artefacts.dense_params)
+  return found
 
 
-def _draw_plans(run: Run, models: Mapping[str, run_plots.Layers]) -> None:
-  """The run's schedules beside those of other plans."""
-  others = {name: load_plan(name).layers_for(run.spec) for name in run.config.visualize.plans}
-  schedules = run_plots.schedules_of(run.spec, {**models, **others})
+def _draw_plans(run: Run, models: Mapping[str, tuple[LayerSpec, ...]]) -> None:
+  """Draws the run's schedules beside those of other plans."""
+  spec = run.inputs.spec
+  others = {name: load_plan(name).layers_for(spec) for name in run.config.visualize.plans}
+  schedules = run_plots.schedules_of(spec, {**models, **others})
   if others and schedules:
-    figure = plots.schedules(schedules, run.spec.num_tokens)
-    plots.save(figure, run.workdir / "figures", "plans")
+    figure = plots.schedules(schedules, spec.num_tokens)
+    plots.save(figure, run.workdir.path / "figures", "plans")
 
 
-def _draw_published(run: Run, rows: Sequence[Mapping[str, Any]]) -> None:
-  """The rows beside what was published of the same model, if they are of the same task."""
-  data = run.eval_data
+def _draw_published(run: Run, rows: Sequence[Row]) -> None:
+  """Draws the rows beside what was published of the same model, if of the same task."""
+  data = run.inputs.eval_data
   if run.config.visualize.published and data.name != "fake" and data.num_present == NUM_CLASSES:
-    known = accuracies(run.spec)
+    known = accuracies(run.inputs.spec)
     if known:
       figure = plots.accuracy_against_gmacs(rows, published=known)
-      plots.save(figure, run.workdir / "figures", "published")
+      plots.save(figure, run.workdir.path / "figures", "published")
 
 
-def _removing(run: Run, row: Row) -> list[int]:
-  """The layers after which there are fewer tokens than before, from 1."""
-  num_tokens = run.spec.num_tokens
-  left = plots.tokens_left(run_plots.kept_counts(run.spec, row.layers), num_tokens)
-  before = [num_tokens, *(after for _, after in left)]
-  return [i for i, (_, after) in enumerate(left, 1) if after < before[i - 1]]
+def _draw_images(run: Run, candidates: Mapping[str, Candidate]) -> None:
+  """Draws what the plan in force, or the first model that removes tokens, does to images."""
+  inputs, config = run.inputs, run.config.visualize
+  folder = run.workdir.path / "figures"
+  if not config.images or not candidates:
+    return
+  batch, chosen = inputs.eval_data.sample(config.images), _shown(run, candidates)
+  model, images = build(inputs.spec, chosen.layers), batch["image"]
+  outputs = api.apply(model, chosen.params, normalize(images, inputs.preprocess))
+  scoring.check_finite(np.asarray(outputs), f"stage visualize: row {chosen.name}")
+  about = f"Model: {chosen.name}."
+  shown = model, chosen.params, images, reports.titles(run, batch)
+  if removes_tokens(chosen.layers):
+    layers = config.layers or _some(_removing(inputs.spec, chosen.layers))
+    plots.save(model_plots.token_maps(*shown, layers, about), folder, "token_maps_by_layer")
+  layers = config.layers or _some(range(1, inputs.spec.depth + 1))
+  plots.save(model_plots.cls_attention(*shown, layers, about), folder, "attention")
+
+
+def _shown(run: Run, candidates: Mapping[str, Candidate]) -> Candidate:
+  """Returns the model whose inside is drawn."""
+  if run.artefacts.plan:
+    return candidates[table.plan_row(run, run.artefacts.plan).name]
+  reduced = [found for found in candidates.values() if removes_tokens(found.layers)]
+  return [*reduced, *candidates.values()][0]
+
+
+def _removing(spec: ViTSpec, layers: tuple[LayerSpec, ...]) -> list[int]:
+  """Returns the layers after which there are fewer tokens than before, from 1."""
+  left = plots.tokens_left(run_plots.kept_counts(spec, layers), spec.num_tokens)
+  before, found = spec.num_tokens, []
+  for layer, (_, after) in enumerate(left, 1):
+    if after < before:
+      found.append(layer)
+    before = after
+  return found
 
 
 def _some(layers: Sequence[int]) -> list[int]:
   """Returns all layers, or evenly spaced ones, as many as a plot shows."""
   return [layers[i - 1] for i in model_plots.spaced(len(layers), min(_MOST_LAYERS, len(layers)))]
-
-
-def _draw_images(run: Run, rows: Mapping[str, Row]) -> None:
-  """Draws what the plan in force, or the first model that removes tokens, does to images."""
-  config, folder = run.config.visualize, run.workdir / "figures"
-  batch = run.eval_data.sample(config.images) if config.images else None
-  if batch is None or not rows:
-    return
-  reduced = [name for name, row in rows.items() if removes_tokens(row.layers)]
-  name = evaluate.plan_name(run, run.plan) if run.plan else [*reduced, *rows][0]
-  row = rows[name]
-  model, images = build(run.spec, row.layers), batch["image"]
-  outputs = api.apply(model, row.params, normalize(images, run.preprocess))
-  scoring.check_finite(np.asarray(outputs), f"stage visualize: row {name}")
-  about = f"Model: {name}."
-  shown = model, row.params, images, evaluate.titles(run, batch)
-  if name in reduced:
-    layers = config.layers or _some(_removing(run, row))
-    plots.save(model_plots.token_maps(*shown, layers, about), folder, "token_maps_by_layer")
-  layers = config.layers or _some(range(1, run.spec.depth + 1))
-  plots.save(model_plots.cls_attention(*shown, layers, about), folder, "attention")

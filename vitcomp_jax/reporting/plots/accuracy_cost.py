@@ -1,7 +1,6 @@
 """Accuracy against compute."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from matplotlib.figure import Figure
 
@@ -16,19 +15,20 @@ from vitcomp_jax.reporting.plots.style import (
   name_axes,
   subplots,
 )
+from vitcomp_jax.results import Row
 
 _MOST_LABELS = 12  # points with names of their own; more get a legend
 
 
 def accuracy_against_gmacs(
-  rows: Sequence[Mapping[str, Any]],
+  rows: Sequence[Row],
   cloud: Sequence[tuple[float, float]] = (),
   published: Mapping[str, Sequence[tuple[float, float]]] | None = None,
 ) -> Figure:
   """Draws top-1 accuracy against compute; rows of one method at several budgets are joined.
 
   Args:
-    rows: Of result.json; those without `top1` or `gmacs` are left out.
+    rows: Of a result; those without `top1` or `gmacs` are left out.
     cloud: GMACs and top-1 of random schedules.
     published: By where they stand, GMACs and top-1 that were not measured here: open markers.
   """
@@ -38,10 +38,10 @@ def accuracy_against_gmacs(
   methods: dict[str, list[tuple[float, float]]] = {}
   labels: list[tuple[float, float, str, str]] = []
   for row in rows:
-    if row.get("top1") is not None and row.get("gmacs") is not None:
-      method, point = _method(row["name"]), (row["gmacs"], row["top1"])
-      methods.setdefault(method, []).append(point)
-      labels.append((*point, row["name"], _method_style(method, list(methods))[0]))
+    if row.top1 is not None and row.gmacs is not None:
+      point = row.gmacs, row.top1
+      methods.setdefault(row.series, []).append(point)
+      labels.append((*point, row.name, _method_style(row.series, list(methods))[0]))
   for source, points in (published or {}).items():
     color, marker, size = _method_style(source, list(published or {}))
     axes.plot(
@@ -75,12 +75,6 @@ def accuracy_against_gmacs(
   else:
     label_points(figure, axes, labels)
   return figure
-
-
-def _method(name: str) -> str:
-  """`tome@0.5` is tome at a budget; `vit_slim@masked` is something of its own."""
-  method, _, budget = name.partition("@")
-  return method if budget.replace(".", "", 1).isdigit() else name
 
 
 def _method_style(method: str, methods: list[str]) -> tuple[str, str, float]:

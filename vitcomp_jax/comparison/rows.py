@@ -1,0 +1,136 @@
+"""Rows of a comparison: means over examples and seeds, and paired differences.
+
+Whatever was measured is kept example by example, and measured once.
+"""
+
+import dataclasses
+import math
+import pathlib
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from vitcomp_jax import multihost, scoring
+from vitcomp_jax.atomic import replacing
+from vitcomp_jax.comparison.random_schedules import Point
+from vitcomp_jax.models.build import build
+from vitcomp_jax.models.spec import LayerSpec
+from vitcomp_jax.results import RandomSchedules, Row
+from vitcomp_jax.runs import table
+from vitcomp_jax.runs.run import Run
+from vitcomp_jax.scoring import Outcomes
+from vitcomp_jax.weights.loading import Params
+
+Model = tuple[tuple[LayerSpec, ...], Params]
+
+_PAIRED = ("top1", "loss")
+_QUANTILES = (0.01, 0.5, 0.99)
+
+
+def measured(run: Run, row: Row, models: Sequence[Model], reference: Row | None = None) -> Row:
+  """Measures a row.
+
+  Args:
+    run: With the examples.
+    row: Without metrics.
+    models: Of which it is the mean: one, or one for each seed.
+    reference: The row from which the differences are, if it is measured.
+
+  Returns:
+    The row with means, with their standard errors over the examples (what other images would have
+    changed), and with paired differences.
+  """
+  found = []
+  for i, model in enumerate(models):
+    name = f"{row.name}-{i}" if len(models) > 1 else row.name
+    found.append(_outcomes(run, name, *model))
+  mean = {key: np.mean([one[key] for one in found], axis=0) for key in found[0]}
+  _save(_mean_path(run, row), mean)
+  row = scoring.measured(row, mean, build(run.inputs.spec, models[0][0]))
+  row = row.with_metrics({f"{key}_se": _standard_error(mean[key]) for key in _PAIRED})
+  if len(models) > 1:
+    of_seeds = tuple(round(float(one["top1"].mean()), 4) for one in found)
+    row = dataclasses.replace(row, top1_of_seeds=of_seeds)
+  if reference and reference.name != row.name and (other := _mean(run, reference)):
+    row = _with_differences(row, mean, reference, other)
+  return row
+
+
+def _with_differences(row: Row, mean: Outcomes, reference: Row, other: Outcomes) -> Row:
+  differences: dict[str, float | None] = {}
+  for key in _PAIRED:
+    difference = mean[key] - other[key]
+    differences[f"{key}_over_reference"] = round(float(difference.mean()), 6)
+    differences[f"{key}_over_reference_se"] = _standard_error(difference)
+  return dataclasses.replace(row, reference=reference.name).with_metrics(differences)
+
+
+def _standard_error(values: np.ndarray) -> float | None:
+  """Returns the standard error of a mean; a single example has none."""
+  if values.size < 2:
+    return None
+  return round(float(values.std(ddof=1, dtype=np.float64) / math.sqrt(values.size)), 6)
+
+
+def rank(run: Run, searched: Row, points: Sequence[Point]) -> RandomSchedules:
+  """Summarises random schedules, and the share that a search beats on the same examples.
+
+  Args:
+    run: With the examples.
+    searched: The search's row.
+    points: Of `random_schedules.points`.
+  """
+  values = {key: np.array([point[key] for point in points]) for key in _PAIRED}
+  examples = min(run.config.compare.random_examples, run.inputs.eval_data.num_examples)
+  summary = RandomSchedules(
+    len(points), examples, _quantiles(values["top1"]), _quantiles(values["loss"])
+  )
+  mean = _mean(run, searched)
+  if mean is None:
+    return summary
+  mine = {key: float(mean[key][:examples].mean()) for key in _PAIRED}
+  return dataclasses.replace(
+    summary,
+    diffrate={key: round(value, 4) for key, value in mine.items()},
+    beaten_by_top1=round(float(np.mean(values["top1"] < mine["top1"])), 4),
+    beaten_by_loss=round(float(np.mean(values["loss"] > mine["loss"])), 4),
+  )
+
+
+def _quantiles(values: np.ndarray) -> dict[str, float]:
+  return {str(q): round(float(np.quantile(values, q)), 4) for q in _QUANTILES}
+
+
+def _outcomes(run: Run, name: str, layers: tuple[LayerSpec, ...], params: Params) -> Outcomes:
+  path = _path(run, name)
+  if not path.exists():
+    _save(path, table.outcomes(run, build(run.inputs.spec, layers), params, name))
+  return _read(path)
+
+
+def _mean(run: Run, row: Row) -> Outcomes | None:
+  """Returns the outcomes of a row that is measured; None for another."""
+  path = _mean_path(run, row)
+  return _read(path) if path.exists() else None
+
+
+def _read(path: pathlib.Path) -> Outcomes:
+  with np.load(path) as arrays:
+    return dict(arrays)
+
+
+def _save(path: pathlib.Path, arrays: Mapping[str, np.ndarray]) -> None:
+  with replacing(path) as unfinished, unfinished.open("wb") as stream:
+    np.savez_compressed(stream, allow_pickle=False, **arrays)
+  multihost.meet(f"saved {path.name}")  # or another process would look for it too early
+
+
+def _mean_path(run: Run, row: Row) -> pathlib.Path:
+  return _path(run, f"{row.name}.mean")
+
+
+def _path(run: Run, name: str) -> pathlib.Path:
+  """Returns the file of outcomes; a plan's name may be a path itself."""
+  folder = run.workdir.path / "compare" / "outcomes"
+  folder.mkdir(parents=True, exist_ok=True)
+  return folder / f"{name.replace('/', ':')}.npz"

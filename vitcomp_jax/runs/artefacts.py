@@ -1,0 +1,125 @@
+"""The plan and the weights in force: what this workdir's stages made, or the config's."""
+
+import dataclasses
+import functools
+import pathlib
+
+from vitcomp_jax.config import Config
+from vitcomp_jax.models.spec import LayerSpec
+from vitcomp_jax.plans import Plan, load_plan
+from vitcomp_jax.results import SearchResult
+from vitcomp_jax.runs.inputs import Inputs
+from vitcomp_jax.runs.workdir import Workdir
+from vitcomp_jax.weights import loading
+from vitcomp_jax.weights.loading import Params
+
+
+@dataclasses.dataclass(frozen=True)
+class Artefacts:
+  """The plan and the weights in force, each read once.
+
+  A stage makes some of them anew. So every stage gets an object of its own (`Run.reread`), and
+  never reads from it what itself has made.
+
+  Attributes:
+    config: Of the run.
+    workdir: Of the run.
+    inputs: Of the run.
+  """
+
+  config: Config
+  workdir: Workdir
+  inputs: Inputs
+
+  @functools.cached_property
+  def plan(self) -> Plan | None:
+    """Returns what this workdir's last search made, or the config's plan."""
+    made_here = self.workdir.path / "plan.json"
+    is_due = self.workdir.is_finished("search") or self.workdir.is_finished("slim")
+    if made_here.exists() or is_due:
+      return load_plan(str(made_here))
+    return self._plan_of_config
+
+  @functools.cached_property
+  def front(self) -> dict[float, Plan]:
+    """Returns the plans of a search for several budgets, by their shares of the dense MACs."""
+    search = self.workdir.finished("search", SearchResult)
+    if search is None or not search.front:
+      return {}
+    folder, shares = self.workdir.path / "plans", self.config.budget.fractions or ()
+    plans = [load_plan(str(folder / f"{found.plan}.json")) for found in search.front]
+    return dict(zip(shares, plans, strict=True))
+
+  @functools.cached_property
+  def base_plan(self) -> Plan | None:
+    """Returns the plan a search starts from: this workdir's slimmed plan, or the config's."""
+    made_here = self.workdir.path / "slimmed.json"
+    return load_plan(str(made_here)) if made_here.exists() else self._plan_of_config
+
+  @property
+  def _plan_of_config(self) -> Plan | None:
+    return load_plan(self.config.model.plan) if self.config.model.plan else None
+
+  @functools.cached_property
+  def layers(self) -> tuple[LayerSpec, ...]:
+    """Returns the layers under the plan in force."""
+    spec = self.inputs.spec
+    return self.plan.layers_for(spec) if self.plan else spec.dense_layers
+
+  @functools.cached_property
+  def params(self) -> Params:
+    """Returns the weights for `layers`: the last that this workdir made, or the config's."""
+    finetuned = self.workdir.path / "finetuned.safetensors"
+    if not finetuned.exists():
+      return self.params_before_finetune
+    return self._load(self.layers, str(finetuned))
+
+  @functools.cached_property
+  def params_before_finetune(self) -> Params:
+    """Returns the weights for `layers` that `finetune` starts from: slimmed, or dense ones."""
+    slimmed = str(self.workdir.path / "slimmed.safetensors")
+    weights = slimmed if self.workdir.is_finished("slim") else self._dense_weights
+    return self._load(self.layers, weights)
+
+  @functools.cached_property
+  def dense_params(self) -> Params:
+    """Returns the dense model's weights: what `pretrain` made here, or the config's."""
+    return self._load(self.inputs.spec.dense_layers, self._dense_weights)
+
+  @functools.cached_property
+  def searched_params(self) -> Params:
+    """Returns the dense model's weights after `slim` trained them together with the masks."""
+    searched = str(self.workdir.path / "searched.safetensors")
+    return self._load(self.inputs.spec.dense_layers, searched)
+
+  @property
+  def _dense_weights(self) -> str | None:
+    made_here = self.workdir.path / "weights.safetensors"
+    return str(made_here) if made_here.exists() else self.config.model.weights
+
+  def _load(self, layers: tuple[LayerSpec, ...], weights: str | None) -> Params:
+    head_is_new = self.inputs.names.head_is_new and not self.workdir.is_finished("pretrain")
+    is_dense = layers == self.inputs.spec.dense_layers
+    indices = self.plan.indices if self.plan and not is_dense else None
+    trains = "finetune" in self.config.stages and not self.workdir.is_finished("finetune")
+    return loading.load_params(
+      self.inputs.named_spec,
+      layers,
+      weights,
+      self.config.seed,
+      fresh_head=head_is_new,
+      indices=indices,
+      fresh_predictors=trains,
+    )
+
+  def save(self, params: Params, path: str | pathlib.Path) -> None:
+    """Writes weights of the model under timm's names, with its classes and preprocessing."""
+    loading.save_params(self.inputs.named_spec, params, path)
+
+  def check_weights(self) -> None:
+    """Refuses weights that do not fit the layers in force."""
+    _ = self.params
+
+  def check_dense_weights(self) -> None:
+    """Refuses weights that do not fit the dense model."""
+    _ = self.dense_params

@@ -1,0 +1,30 @@
+"""Runs below the workdir of another run."""
+
+from collections.abc import Callable, Mapping
+
+from vitcomp_jax.config import Config
+from vitcomp_jax.records import Record
+from vitcomp_jax.runs.ownership import owned
+from vitcomp_jax.runs.run import Run, open_run
+
+Stages = Mapping[str, Callable[[Run], Record]]
+
+
+def finished_child(run: Run, name: str, config: Config, stages: Stages) -> Run:
+  """Returns a finished run in `compare/NAME`, which goes on where it was cut off.
+
+  Args:
+    run: In whose workdir it is.
+    name: Of its folder.
+    config: Of its own.
+    stages: By name, what they do; those of the config are run.
+  """
+  path = run.workdir.path / "compare" / name
+  with owned(path):
+    child = open_run(config, path, config.stages)
+    child.workdir.begin(config, child.inputs.class_names)
+    for stage in config.stages:
+      if not child.workdir.is_finished(stage):
+        child.workdir.finish(stage, stages[stage](child))
+        child = child.reread()
+  return child

@@ -1,0 +1,179 @@
+"""What a run is given: the dense model's spec, the data, the devices and the budget."""
+
+import dataclasses
+import functools
+import pathlib
+from collections.abc import Iterator
+
+from vitcomp_jax import paths
+from vitcomp_jax.config import Config
+from vitcomp_jax.cost import latency
+from vitcomp_jax.cost.cost_models import MACS, CostModel
+from vitcomp_jax.data import loader, transforms
+from vitcomp_jax.errors import UserError
+from vitcomp_jax.models.spec import ViTSpec
+from vitcomp_jax.models.variants import get_spec
+from vitcomp_jax.parallel import Layout
+from vitcomp_jax.runs import budgets
+from vitcomp_jax.runs.class_names import ClassNames
+from vitcomp_jax.weights import description, loading
+
+
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+  """What a run is given, which no stage changes; each part is made when it is first asked for.
+
+  Attributes:
+    config: Of the run.
+    workdir: Where a latency table may be kept.
+    names: What is known of the classes.
+  """
+
+  config: Config
+  workdir: pathlib.Path
+  names: ClassNames
+
+  @functools.cached_property
+  def spec(self) -> ViTSpec:
+    """Returns the spec of the dense model, from its weights and the config.
+
+    A head that is trained, or random, gets as many outputs as the data have classes, unless the
+    config says otherwise.
+    """
+    model = self.config.model
+    dtype = None if model.dtype == "float32" else model.dtype
+    if model.attention == "cudnn" and dtype is None:
+      raise UserError(
+        "config.model.attention: cudnn computes in half precision only; set "
+        "config.model.dtype=bfloat16."
+      )
+    classes = model.num_classes
+    if classes is None and self.names.head_is_new and get_spec(model.variant).num_classes:
+      classes = self.names.num_trained
+    spec = loading.spec_for(model.variant, model.weights, classes, model.image_size, dtype)
+    spec = dataclasses.replace(spec, attention=model.attention)
+    if model.antialias is not None:
+      spec = dataclasses.replace(spec, antialias=model.antialias)
+    # The config goes before what the weights say of preprocessing.
+    asked = {key: getattr(self.config.data, key) for key in description.PREPROCESS}
+    asked = {key: value for key, value in asked.items() if value is not None}
+    dataclasses.replace(spec.preprocess, **asked)  # raises for what no image can be made with
+    return dataclasses.replace(spec, **asked)
+
+  @property
+  def named_spec(self) -> ViTSpec:
+    """Returns the spec with the names of this run's classes."""
+    return dataclasses.replace(self.spec, class_names=self.class_names)
+
+  @functools.cached_property
+  def class_names(self) -> tuple[str, ...]:
+    """Returns the names of the model's outputs, in order; empty if not known, or for features."""
+    return self.names.of_outputs(self.spec, self._label_names)
+
+  @functools.cached_property
+  def _label_names(self) -> tuple[str, ...]:
+    return self.names.of_labels(self.spec)
+
+  @property
+  def preprocess(self) -> transforms.Preprocess:
+    """Returns what is done to every image."""
+    return self.spec.preprocess
+
+  @functools.cached_property
+  def cost(self) -> CostModel:
+    """Returns the cost that the budget limits; measures a latency table on first use."""
+    budget = self.config.budget
+    if budget.latency_ms is None:
+      return MACS
+    kept = self.workdir / "latency.json"
+    if kept.exists():
+      return latency.read(kept)
+    compiled = self.config.compilation_cache
+    cache = pathlib.Path(paths.expand(compiled)).parent / "latency" if compiled else None
+    importance = self.spec.importance(self.config.search.importance)
+    return latency.table(self.spec, budget.latency_batch, importance, cache)
+
+  @functools.cached_property
+  def targets(self) -> dict[str, float]:
+    """Returns the budgets in the cost's unit, see `budgets.targets`."""
+    return budgets.targets(self.config.budget, self.cost, self.spec)
+
+  @property
+  def target_gmacs(self) -> float:
+    """Returns the one budget of what is no search of token counts, in 1e9 multiply-accumulates."""
+    budgets.check_single_gmacs(self.config.budget)
+    return self.targets[""]
+
+  def gmacs_of(self, share: float) -> float:
+    """Returns a share of what the dense model costs, in 1e9 multiply-accumulates."""
+    return share * MACS.static(self.spec, self.spec.dense_layers)
+
+  @functools.cached_property
+  def layout(self) -> Layout:
+    """Returns the layout of state and batches on the devices."""
+    return Layout(self.config.parallel)
+
+  @functools.cached_property
+  def train_data(self) -> loader.Dataset:
+    """Returns the training images.
+
+    Raises:
+      UserError: If they cannot be read, or have classes that the model does not know.
+    """
+    return self._opened("train")
+
+  @functools.cached_property
+  def eval_data(self) -> loader.Dataset:
+    """Returns the evaluation images.
+
+    Raises:
+      UserError: If they cannot be read, or have classes that the model does not know.
+    """
+    return self._opened("eval")
+
+  def _opened(self, split: str) -> loader.Dataset:
+    source = getattr(self.names.splits, split)
+    seed, classes = self.config.seed, self.spec.num_classes or 1000
+    return loader.load(
+      self.config.data, split, self.preprocess, seed, classes, source, self._label_names
+    )
+
+  def train_batches(self, batch_size: int, start_step: int) -> Iterator[loader.Batch]:
+    """Returns this process's rows of the training batches from a step on."""
+    return self.train_data.train_batches(batch_size, start_step, self.layout.rows(batch_size))
+
+  def eval_batches(self) -> Iterator[loader.Batch]:
+    """Returns this process's rows of batches that hold every example once.
+
+    Their size is `config.evaluate.batch_size`, or the next one that the devices divide.
+    """
+    count = self.layout.num_devices
+    size = -(-self.config.evaluate.batch_size // count) * count
+    return self.eval_data.eval_batches(size, self.layout.rows(size))
+
+  @property
+  def has_scores(self) -> bool:
+    """Returns whether the evaluation images have labels, and the model a classifier."""
+    return self.eval_data.has_labels and self.spec.num_classes > 0
+
+  def check_data(self, split: str) -> None:
+    """Refuses a split, `train` or `eval`, that is not there or has classes the model lacks."""
+    _ = self.train_data if split == "train" else self.eval_data
+
+  def check_budget(self) -> None:
+    """Refuses a budget that only the stage `search` can meet, or that is out of range."""
+    _ = self.target_gmacs
+
+  def check_trainable(self, stage: str) -> None:
+    """Refuses data without labels, or a model without a classifier."""
+    if not self.train_data.has_labels or not self.spec.num_classes:
+      raise UserError(
+        f"stage {stage}: expected labels and a classifier, got {self.spec.name} with "
+        f"{self.spec.num_classes} classes on {self.train_data.name}."
+      )
+
+  def check_batches(self, stage: str) -> None:
+    """Refuses batches of a stage that the devices do not divide."""
+    config = getattr(self.config, stage)
+    pairs = 2 if self.config.data.mixup or self.config.data.cutmix else 1
+    self.layout.check_batch_size(f"{stage}.batch_size", config.batch_size, config.parts, pairs)

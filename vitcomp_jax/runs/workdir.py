@@ -1,0 +1,147 @@
+"""The folder of a run: the config that made it, and what is finished in it."""
+
+import dataclasses
+import operator
+import pathlib
+import reprlib
+import subprocess
+from collections.abc import Sequence
+from typing import TypeVar
+
+from vitcomp_jax import config as config_lib
+from vitcomp_jax import multihost, strict_json
+from vitcomp_jax.atomic import write_json
+from vitcomp_jax.config import Config
+from vitcomp_jax.data import labels
+from vitcomp_jax.errors import UserError
+from vitcomp_jax.results import Record, environment
+
+R = TypeVar("R", bound=Record)
+
+
+@dataclasses.dataclass(frozen=True)
+class Workdir:
+  """The folder of a run.
+
+  Attributes:
+    path: Where it is; it need not be there before `begin`.
+  """
+
+  path: pathlib.Path
+
+  @property
+  def config_file(self) -> pathlib.Path:
+    return self.path / "config.json"
+
+  @property
+  def class_names(self) -> tuple[str, ...]:
+    """Returns the class names that the run began with; empty if it has not begun."""
+    if not self.config_file.exists():
+      return ()
+    return tuple(strict_json.read(self.config_file).get("class_names", ()))
+
+  def begin(self, config: Config, class_names: Sequence[str]) -> None:
+    """Records the config, or the stages that it got since; makes the folder if need be.
+
+    Raises:
+      UserError: If the folder cannot be written, or the run began with other class names.
+    """
+    is_there = self.config_file.exists()
+    multihost.meet("open")  # All have asked before the first one writes it.
+    if is_there:
+      self._go_on(config, tuple(class_names))
+      return
+    values = {
+      "config": config_lib.to_dict(config),
+      "class_names": list(class_names),
+      "git_commit": _git_commit(),
+    }
+    try:
+      self.path.mkdir(parents=True, exist_ok=True)
+      write_json(self.config_file, values | environment())
+      multihost.meet("begin")
+    except OSError as error:
+      raise UserError(f"--workdir {self.path}: cannot be written ({error.strerror}).") from error
+
+  def _go_on(self, config: Config, class_names: tuple[str, ...]) -> None:
+    if self.class_names and self.class_names != class_names:
+      how = labels.differing(self.class_names, class_names)
+      raise UserError(
+        f"{self.path} was begun with {how}; give another --workdir, or the class folders that it "
+        "was begun with."
+      )
+    found = strict_json.read(self.config_file)
+    if len(found["config"]["stages"]) < len(config.stages):
+      found["config"]["stages"] = list(config.stages)
+      write_json(self.config_file, found)
+
+  def is_finished(self, stage: str) -> bool:
+    """Returns whether a stage has run to its end."""
+    return self._marker(stage).exists()
+
+  def finished(self, stage: str, kind: type[R]) -> R | None:
+    """Returns what a finished stage reported; None if it is not finished.
+
+    Args:
+      stage: Its name.
+      kind: The type of its result.
+
+    Raises:
+      UserError: If the file that says it is damaged.
+    """
+    return kind.read(self._marker(stage)) if self.is_finished(stage) else None
+
+  def finish(self, stage: str, result: Record) -> None:
+    """Marks a stage as finished, with what it reports."""
+    self._marker(stage).parent.mkdir(exist_ok=True)
+    result.write(self._marker(stage))
+    multihost.meet(f"finish {stage}")
+
+  def _marker(self, stage: str) -> pathlib.Path:
+    return self.path / "finished" / f"{stage}.json"
+
+
+def check_resumable(workdir: Workdir, config: Config) -> None:
+  """Refuses a folder that cannot be read, or that another config made."""
+  path = workdir.path
+  try:
+    names = {entry.name for entry in path.iterdir()} if path.exists() else set()
+  except OSError as error:
+    raise UserError(f"--workdir {path}: cannot be read ({error.strerror}).") from error
+  if workdir.config_file.name in names:
+    _check_config(workdir, config)
+  elif names & {"finished", "checkpoints"}:
+    raise UserError(
+      f"{path} holds a run whose config.json is gone; give another --workdir, or empty it."
+    )
+
+
+def _check_config(workdir: Workdir, config: Config) -> None:
+  made_with = strict_json.read(workdir.config_file).get("config")
+  if not isinstance(made_with, dict):
+    raise UserError(
+      f"{workdir.config_file}: expected a run's config, got {reprlib.repr(made_with)}; remove it."
+    )
+  values = config_lib.to_dict(config)
+  # A run may be given further stages, and then be called by its old name.
+  before = made_with.get("stages")
+  if before and all(map(operator.eq, before, values["stages"])):
+    made_with = made_with | {"stages": values["stages"]}
+  differing = config_lib.differing_keys(made_with, values)
+  if differing:
+    raise UserError(
+      f"{workdir.path} was made with another config ({'; '.join(differing)}); give another "
+      "--workdir, or the config it was made with."
+    )
+
+
+def _git_commit() -> str | None:
+  """The commit of the code, where it runs from a checkout."""
+  command = ["git", "rev-parse", "HEAD"]
+  try:
+    result = subprocess.run(
+      command, cwd=pathlib.Path(__file__).parent, capture_output=True, text=True, check=False
+    )
+  except OSError:
+    return None
+  return result.stdout.strip() or None
