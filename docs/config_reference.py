@@ -9,7 +9,8 @@ import typing
 from collections.abc import Iterator
 from typing import Any
 
-from vitcomp_jax.config import Config, accepted
+from vitcomp_jax.config import Config
+from vitcomp_jax.config_parsing import accepted
 
 
 @dataclasses.dataclass(frozen=True)

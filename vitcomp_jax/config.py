@@ -5,40 +5,16 @@ changed; `main` turns it into a `Config` once, and nothing after that can change
 behind or above a field is its documentation.
 """
 
-import ast
-import copy
 import dataclasses
-import difflib
-import math
-import types
 import typing
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 import ml_collections
 
+from vitcomp_jax import config_parsing
+from vitcomp_jax.config_parsing import Range
 from vitcomp_jax.errors import UserError
-
-
-@dataclasses.dataclass(frozen=True)
-class Range:
-  """The finite numbers from `least`, or above `above`, to `most`, or below `below`."""
-
-  least: float = -math.inf
-  above: float = -math.inf
-  most: float = math.inf
-  below: float = math.inf
-
-  def __contains__(self, value: float) -> bool:
-    return self.least <= value <= self.most and self.above < value < self.below
-
-  def __str__(self) -> str:
-    if self == Range():
-      return "any finite value"
-    words = ("at least", self.least), ("more than", self.above), ("at most", self.most)
-    bounds = (*words, ("less than", self.below))
-    return " and ".join(f"{word} {bound:g}" for word, bound in bounds if math.isfinite(bound))
-
 
 Count = Annotated[int, Range(1)]
 CountOrZero = Annotated[int, Range(0)]
@@ -317,22 +293,8 @@ class Config:
 
 
 def default_config() -> ml_collections.ConfigDict:
-  """Every key with its default, for config files to change."""
-  return _to_config_dict(Config)
-
-
-def _to_config_dict(cls: type) -> ml_collections.ConfigDict:
-  values: dict[str, Any] = {}
-  for field in dataclasses.fields(cls):
-    kind = _field_type(cls, field.name)
-    if dataclasses.is_dataclass(kind):
-      values[field.name] = _to_config_dict(typing.cast(type, kind))
-    elif field.default is None:
-      # A placeholder knows the type that an override must have.
-      values[field.name] = ml_collections.config_dict.placeholder(_plain_type(kind))
-    else:
-      values[field.name] = field.default
-  return ml_collections.ConfigDict(values)
+  """Returns every key with its default, for config files to change."""
+  return config_parsing.defaults(Config)
 
 
 def from_config_dict(values: Mapping[str, Any]) -> Config:
@@ -342,7 +304,7 @@ def from_config_dict(values: Mapping[str, Any]) -> Config:
     UserError: For an unknown key (naming the nearest known one), or a value of the wrong type or
       out of its range.
   """
-  config: Config = _from_mapping(Config, values, "")
+  config = config_parsing.parse(Config, values)
   if not config.stages:
     raise UserError("config.stages: expected at least one stage, got none.")
   return config
@@ -354,133 +316,16 @@ def with_overrides(values: Mapping[str, Any], overrides: Mapping[str, str]) -> d
   Raises:
     UserError: For an unknown key (naming the nearest known one).
   """
-  changed: dict[str, Any] = copy.deepcopy(dict(values))
-  for key, text in overrides.items():
-    if key not in all_keys():
-      raise UserError(unknown_key(key))
-    *groups, last = key.split(".")
-    group = changed
-    for name in groups:
-      group = group.setdefault(name, {})
-    group[last] = _literal(text, _key_type(key))
-  return changed
+  return config_parsing.with_overrides(Config, values, overrides)
 
 
-def _key_type(key: str) -> type:
-  kind: Any = Config
-  for name in key.split("."):
-    kind = _field_type(kind, name)
-  return _plain_type(kind)
-
-
-def _literal(text: str, kind: type) -> Any:
-  if kind is str:
-    return text
-  if kind is bool and text.lower() in ("true", "false"):
-    return text.lower() == "true"
-  try:
-    return ast.literal_eval(text)
-  except (ValueError, SyntaxError, MemoryError, RecursionError):
-    return text  # which the check of its type will name
-
-
-def _from_mapping(cls: type, values: Mapping[str, Any], path: str) -> Any:
-  known = {field.name: field for field in dataclasses.fields(cls)}
-  result = {}
-  for key in values:
-    if key not in known:
-      raise UserError(unknown_key(path + key))
-    kind, value = _field_type(cls, key), values[key]
-    if dataclasses.is_dataclass(kind):
-      if not isinstance(value, Mapping | ml_collections.ConfigDict):
-        raise UserError(f"config.{path}{key}: expected a group of keys, got {value!r}.")
-      result[key] = _from_mapping(typing.cast(type, kind), value, f"{path}{key}.")
-    else:
-      result[key] = _checked(value, kind, path + key)
-  return cls(**result)
-
-
-def unknown_key(path: str) -> str:
-  """The message for a key that does not exist, with the nearest one that does."""
-  inside = [key for key in all_keys() if key.startswith(f"{path}.")]
-  if inside:
-    return f"config.{path} is a group of keys; set one of them, such as config.{inside[0]}."
-  near = difflib.get_close_matches(path, all_keys(), n=1, cutoff=0.0)
-  return f"config.{path} does not exist; did you mean config.{near[0]}?"
-
-
-def all_keys(cls: type = Config, path: str = "") -> list[str]:
-  """Dotted names of all keys."""
-  keys = []
-  for field in dataclasses.fields(cls):
-    kind = _field_type(cls, field.name)
-    keys += (
-      all_keys(typing.cast(type, kind), f"{path}{field.name}.")
-      if (dataclasses.is_dataclass(kind))
-      else [path + field.name]
-    )
-  return keys
-
-
-def _checked(value: Any, kind: Any, path: str) -> Any:
-  """`value` as `kind`, or an error that names the key."""
-  options = _options(kind)
-  is_bool, is_empty = isinstance(value, bool), value == ""
-  if type(None) in options and value in ("none", "None"):
-    return None  # how a command line unsets what a config file sets
-  for option in options:
-    base, known = _base_and_known(option)
-    if base is tuple and isinstance(value, tuple | list):
-      return tuple(_checked(v, typing.get_args(option)[0], path) for v in value)
-    if base is float and isinstance(value, int) and not isinstance(value, bool):
-      value = float(value)
-    is_right = isinstance(value, base) and is_bool == (base is bool) and not is_empty
-    if is_right and (known is None or value in known):
-      return value
-  raise UserError(f"config.{path}: expected {accepted(kind)}, got {value!r}.")
-
-
-def accepted(kind: Any) -> str:
-  """In words, what a field of a type may be set to."""
-  return " or ".join(map(_described, _options(kind)))
-
-
-def _options(kind: Any) -> tuple[Any, ...]:
-  """The alternatives of a union, or the one type there is."""
-  union = typing.get_origin(kind) in (types.UnionType, typing.Union)
-  return typing.get_args(kind) if union else (kind,)
-
-
-def _base_and_known(option: Any) -> tuple[type, Any]:
-  """A plain type, and what its values must be among; none: anything."""
-  if typing.get_origin(option) is Annotated:
-    return typing.get_args(option)
-  if typing.get_origin(option) is Literal:
-    return str, typing.get_args(option)
-  return typing.get_origin(option) or option, None
-
-
-def _described(option: Any) -> str:
-  if option is type(None):
-    return "none"
-  base, known = _base_and_known(option)
-  if base is tuple:
-    return f"tuple of {accepted(typing.get_args(option)[0])}"
-  if isinstance(known, Range):
-    return f"{base.__name__} of {known}"
-  return base.__name__ if known is None else f"one of {', '.join(known)}"
-
-
-def _plain_type(kind: Any) -> type:
-  return next(_base_and_known(t)[0] for t in _options(kind) if t is not type(None))
-
-
-def _field_type(cls: type, name: str) -> Any:
-  return typing.get_type_hints(cls, include_extras=True)[name]
+def all_keys() -> list[str]:
+  """Returns the dotted names of all keys."""
+  return config_parsing.all_keys(Config)
 
 
 def to_dict(config: Config) -> dict[str, Any]:
-  """Nested plain values, as they stand in `config.json` (tuples become lists)."""
+  """Returns nested plain values, as they stand in `config.json` (tuples become lists)."""
   return typing.cast(dict[str, Any], _listed(dataclasses.asdict(config)))
 
 
@@ -495,7 +340,7 @@ _FREE = ("parallel", "profile", "data.workers", "data.on_error", "compilation_ca
 
 
 def differing_keys(old: Mapping[str, Any], new: Mapping[str, Any], path: str = "") -> list[str]:
-  """Dotted names of the keys that matter and whose values differ, each with both values."""
+  """Returns the names of keys that matter and differ, each with both values."""
   lines = []
   for key in sorted(set(old) | set(new)):
     a, b = old.get(key), new.get(key)
