@@ -10,17 +10,18 @@ import tiny
 
 from vitcomp_jax.config import DataConfig
 from vitcomp_jax.data import loader, sources, transforms
+from vitcomp_jax.data.dataset import Dataset
 from vitcomp_jax.errors import UserError
 
 Batch = dict[str, np.ndarray]
 
 
-def open_set(split: str, seed: int = 0, size: int = 16, **config: Any) -> loader.Dataset:
+def open_set(split: str, seed: int = 0, size: int = 16, **config: Any) -> Dataset:
   pre = transforms.Preprocess((size, size), (0.5,) * 3, (0.5,) * 3, 1.0, "bilinear")
   return loader.load(DataConfig(**config), split, pre, seed, fake_classes=7)
 
 
-def take(dataset: loader.Dataset, count: int, batch_size: int, start: int = 0) -> list[Batch]:
+def take(dataset: Dataset, count: int, batch_size: int, start: int = 0) -> list[Batch]:
   return list(itertools.islice(dataset.train_batches(batch_size, start), count))
 
 

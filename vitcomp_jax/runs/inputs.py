@@ -10,6 +10,7 @@ from vitcomp_jax.config import Config
 from vitcomp_jax.cost import latency
 from vitcomp_jax.cost.cost_models import MACS, CostModel
 from vitcomp_jax.data import loader, transforms
+from vitcomp_jax.data.dataset import Batch, Dataset
 from vitcomp_jax.errors import UserError
 from vitcomp_jax.models.spec import ViTSpec
 from vitcomp_jax.models.variants import get_spec
@@ -114,7 +115,7 @@ class Inputs:
     return Layout(self.config.parallel)
 
   @functools.cached_property
-  def train_data(self) -> loader.Dataset:
+  def train_data(self) -> Dataset:
     """Returns the training images.
 
     Raises:
@@ -123,7 +124,7 @@ class Inputs:
     return self._opened("train")
 
   @functools.cached_property
-  def eval_data(self) -> loader.Dataset:
+  def eval_data(self) -> Dataset:
     """Returns the evaluation images.
 
     Raises:
@@ -131,18 +132,18 @@ class Inputs:
     """
     return self._opened("eval")
 
-  def _opened(self, split: str) -> loader.Dataset:
+  def _opened(self, split: str) -> Dataset:
     source = getattr(self.names.splits, split)
     seed, classes = self.config.seed, self.spec.num_classes or 1000
     return loader.load(
       self.config.data, split, self.preprocess, seed, classes, source, self._label_names
     )
 
-  def train_batches(self, batch_size: int, start_step: int) -> Iterator[loader.Batch]:
+  def train_batches(self, batch_size: int, start_step: int) -> Iterator[Batch]:
     """Returns this process's rows of the training batches from a step on."""
     return self.train_data.train_batches(batch_size, start_step, self.layout.rows(batch_size))
 
-  def eval_batches(self) -> Iterator[loader.Batch]:
+  def eval_batches(self) -> Iterator[Batch]:
     """Returns this process's rows of batches that hold every example once.
 
     Their size is `config.evaluate.batch_size`, or the next one that the devices divide.

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
-from vitcomp_jax.data.loader import Batch
+from vitcomp_jax.data.dataset import Batch
 from vitcomp_jax.models.spec import LayerSpec
 from vitcomp_jax.reporting import report, run_plots
 from vitcomp_jax.reporting.report import Findings
