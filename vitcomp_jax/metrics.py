@@ -1,4 +1,4 @@
-"""Figures of a run: JSON lines, TensorBoard events, and what the terminal shows."""
+"""Metrics of a run: JSON lines, TensorBoard events, and what the terminal shows."""
 
 import json
 import logging
@@ -16,10 +16,10 @@ from vitcomp_jax.atomic import write_text
 
 
 class MetricsWriter:
-  """Writes the figures of one stage."""
+  """Writes the metrics of one stage."""
 
   def __init__(self, workdir: pathlib.Path, stage: str, start_step: int, total_steps: int) -> None:
-    """Opens the files; figures past `start_step`, from a run that was cut off, are dropped.
+    """Opens the files; metrics past `start_step`, from a run that was cut off, are dropped.
 
     Args:
       workdir: Where `metrics.jsonl` and `tensorboard/` are.
@@ -46,14 +46,14 @@ class MetricsWriter:
     """Time spent in the stage, earlier sittings included as far as they were logged."""
     return self._elapsed + time.monotonic() - self._begin
 
-  def write(self, step: int, figures: Mapping[str, Any]) -> None:
-    """Logs the figures of a step.
+  def write(self, step: int, metrics: Mapping[str, Any]) -> None:
+    """Logs the metrics of a step.
 
     Arrays of one number become numbers, others lists; what is not finite is `null` in the file.
     """
     if self._board is None:
       return
-    values = {key: _plain(value) for key, value in figures.items()}
+    values = {key: _plain(value) for key, value in metrics.items()}
     record = {"stage": self._stage, "step": step, "time_s": round(self.seconds, 3), **values}
     with self._path.open("a") as file:
       file.write(strict_json.dumps_or_null(record) + "\n")
@@ -85,7 +85,7 @@ class MetricsWriter:
 
 
 def read_metrics(workdir: pathlib.Path, stage: str) -> list[dict[str, Any]]:
-  """The logged figures of a stage, in order."""
+  """Reads the logged metrics of a stage, in order."""
   path = workdir / "metrics.jsonl"
   if not path.exists():
     return []

@@ -111,7 +111,7 @@ class Layout:
     """Compiles a step.
 
     Args:
-      step: (state, batch, fixed) -> (state, figures), of the whole batch or, if it is called with
+      step: (state, batch, fixed) -> (state, metrics), of the whole batch or, if it is called with
         `axis`, of one device's rows. The state is donated. It may use `gathered` and `cut`.
 
     Returns:

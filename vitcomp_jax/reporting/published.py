@@ -35,7 +35,7 @@ def accuracies(spec: ViTSpec) -> dict[str, list[tuple[float, float]]]:
 
 
 def _of_plans(spec: ViTSpec) -> dict[str, list[tuple[float, float]]]:
-  """DiffRate's, whose figures stand with its plans."""
+  """Returns DiffRate's, whose accuracies stand with its plans."""
   found: dict[str, list[tuple[float, float]]] = {}
   for plan in map(load_plan, list_plans()):
     about = plan.made_by.get("published")

@@ -90,12 +90,12 @@ class Table:
 
 @dataclasses.dataclass(frozen=True)
 class Picture:
-  """A figure that was saved as PNG and SVG.
+  """A plot that was saved as PNG and SVG.
 
   Attributes:
     folder: Where it is, in the document's own folder.
     name: Of the two files, without their endings.
-    alt: What kind of figure it is, for those who cannot see it.
+    alt: What kind of plot it is, for those who cannot see it.
     caption: What it shows.
   """
 
@@ -108,7 +108,7 @@ class Picture:
     return f"![{self.alt}]({self.folder.name}/{self.name}.png)\n\n*{self.caption}*"
 
   def html(self) -> str:
-    """The lines of the SVG, or of a figure that someone else put there, the PNG."""
+    """The lines of the SVG, or of a plot that someone else put there, the PNG."""
     svg, png = (self.folder / f"{self.name}.{kind}" for kind in ("svg", "png"))
     path, kind = (svg, "svg+xml") if svg.exists() else (png, "png")
     data = base64.b64encode(path.read_bytes()).decode("ascii")

@@ -1,4 +1,4 @@
-"""The loop around the step: batches in, figures and checkpoints out, resumable anywhere."""
+"""The loop around the step: batches in, metrics and checkpoints out, resumable anywhere."""
 
 import dataclasses
 import itertools
@@ -29,12 +29,12 @@ class Task:
   """Describes what a stage trains.
 
   Attributes:
-    stage: Names the checkpoints and the figures.
+    stage: Names the checkpoints and the metrics.
     state: Before the first step; it may lie anywhere.
     step_at: Gives the function of a step (counted from 0), from `step.make_step`.
     batches: Gives this process's rows of the batches from a step on; each a function of its step.
     steps: How many in all.
-    log_every: Steps between logged figures.
+    log_every: Steps between logged metrics.
     checkpoint_every: Steps between checkpoints.
     schedule: The learning rate, which is logged.
     fixed: What no step changes, such as a teacher's weights.
@@ -80,7 +80,7 @@ def train(
     done, state = restored if restored else (0, state)
     logging.info("%s: steps %d to %d; the first is compiled", task.stage, done + 1, task.steps)
     watch = _LossWatch(task.stage, workdir, checkpoints)
-    with MetricsWriter(workdir, task.stage, done, task.steps) as metrics:
+    with MetricsWriter(workdir, task.stage, done, task.steps) as writer:
       iterator, clock = task.batches(done), _Clock()
       for step in range(done + 1, task.steps + 1):
         clock.begin_input()
@@ -96,17 +96,17 @@ def train(
         if traced and step == traced[0]:
           jax.profiler.start_trace(str(workdir / "profile"))
         placed = layout.put_batch({k: v for k, v in batch.items() if k != "index"})
-        state, figures = task.step_at(step - 1)(state, placed, fixed)
-        metrics.advance()
-        watch.add(step, figures["loss"], batch["index"])
+        state, metrics = task.step_at(step - 1)(state, placed, fixed)
+        writer.advance()
+        watch.add(step, metrics["loss"], batch["index"])
         is_last = step == task.steps
         if step % task.log_every == 0 or step == 1 or is_last:
-          figures = layout.get(figures)
+          metrics = layout.get(metrics)
           rate = {"learning_rate": np.asarray(task.schedule(step - 1))}
-          speed = clock.figures()
+          speed = clock.metrics()
           if step == 1:  # Compiling is most of it.
             speed = {"first_step_s": speed["step_s"]}
-          metrics.write(step, {**figures, **rate, **speed})
+          writer.write(step, {**metrics, **rate, **speed})
           watch.check()
         if traced and step == traced[-1]:
           jax.block_until_ready(state)
@@ -117,7 +117,7 @@ def train(
           checkpoints.save(step, state)
         if stops and not is_last:
           preemption.end(f"stage {task.stage} ended at step {step} of {task.steps}")
-      return state, metrics.seconds
+      return state, writer.seconds
 
 
 def run(task: Task, layout: Layout) -> TrainState:
@@ -160,7 +160,7 @@ class _Clock:
     self._waited += time.monotonic() - self._asked
     self._steps, self._images = self._steps + 1, self._images + images
 
-  def figures(self) -> dict[str, float]:
+  def metrics(self) -> dict[str, float]:
     """Means over the steps since the last call; it is called when the last step is done."""
     spent = time.monotonic() - self._begin
     found = {

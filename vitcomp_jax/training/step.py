@@ -30,11 +30,11 @@ class TrainState(flax.struct.PyTreeNode):
   passed: Any = None  # search variables at some steps, [k ...]; None where they are not kept
 
 
-# (params, arch, fixed, batch, random key, step) -> loss and figures. The batch also holds `row`,
+# (params, arch, fixed, batch, random key, step) -> loss and metrics. The batch also holds `row`,
 # i[b]: which of the whole batch's rows these are, for random numbers that are each row's own.
 LossFn = Callable[..., tuple[Array, Metrics]]
 
-# (state, batch, fixed) -> (state, figures)
+# (state, batch, fixed) -> (state, metrics)
 StepFn = Callable[[TrainState, Batch, Any], tuple[TrainState, Metrics]]
 
 
@@ -93,7 +93,7 @@ def make_step(
 
   Returns:
     A function that maps state, batch and what is fixed (such as a teacher's weights) to the next
-    state and figures. The state is donated.
+    state and metrics. The state is donated.
   """
 
   def step(
@@ -107,9 +107,9 @@ def make_step(
       whole = variables | trained
       return loss_fn(**whole, fixed=fixed, batch=part, key=key, step=state.step)
 
-    grads, figures = _mean_grads(loss_of, trained, with_rows(batch, axis), parts)
+    grads, metrics = _mean_grads(loss_of, trained, with_rows(batch, axis), parts)
     if axis:
-      grads, figures = jax.lax.pmean((grads, figures), axis)
+      grads, metrics = jax.lax.pmean((grads, metrics), axis)
     grads = layout.cut(grads)
     held = {name: getattr(state, name) for name in trains}
     updates, opt_state = tx.update(grads, state.opt_state, held)
@@ -121,7 +121,7 @@ def make_step(
       ema = optax.incremental_update(held["params"], ema, 1 - decay)
     passed = _kept(state, keeps)
     state = state.replace(step=state.step + 1, opt_state=opt_state, ema=ema, passed=passed, **held)
-    return layout.cut(state), figures
+    return layout.cut(state), metrics
 
   return layout.compile(step)
 
@@ -164,11 +164,11 @@ def with_rows(batch: Batch, axis: str | None = None) -> dict[str, Array]:
 def _mean_grads(
   loss_of: Callable[..., tuple[Array, Metrics]], trained: Any, batch: Batch, parts: int
 ) -> tuple[Any, Metrics]:
-  """Gradients and figures, the loss among them, as means over the parts of a batch."""
+  """Gradients and metrics, the loss among them, as means over the parts of a batch."""
 
   def one(part: Batch) -> tuple[Any, Metrics]:
-    (loss, figures), grads = jax.value_and_grad(loss_of, has_aux=True)(trained, part)
-    return grads, {"loss": loss, **figures}
+    (loss, metrics), grads = jax.value_and_grad(loss_of, has_aux=True)(trained, part)
+    return grads, {"loss": loss, **metrics}
 
   if parts == 1:
     return one(batch)

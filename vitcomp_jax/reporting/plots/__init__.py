@@ -1,4 +1,4 @@
-"""The figures of a run: each function draws measured values, `save` writes what it drew.
+"""The plots of a run: each function draws measured values, `save` writes what it drew.
 
 The colours are Okabe and Ito's, which colour-blind readers can tell apart; line styles and markers
 tell the same, for gray print.

@@ -28,7 +28,7 @@ def search_curves(
   """Draws how loss and cost went during a search.
 
   Args:
-    records: Logged figures, with `step`, `loss`, `task_loss` and the cost.
+    records: Logged metrics, with `step`, `loss`, `task_loss` and the cost.
     targets: The budget at each of them.
     key: Of the cost.
     label: Its name and unit.

@@ -25,7 +25,7 @@ def mask_histograms(records: Sequence[Mapping[str, Any]], limits: Sequence[float
   """Draws how the values of the soft masks spread while ViT-Slim searches.
 
   Args:
-    records: Logged figures, with `step` and the histogram of each kind of mask that learns.
+    records: Logged metrics, with `step` and the histogram of each kind of mask that learns.
     limits: Lower end of the first bin and upper end of the last.
   """
   names = {"attn": "attention", "mlp": "hidden units", "patch": "patches"}

@@ -20,7 +20,7 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "p", "h", "d")
 LINES = ("-", (0, (5, 1.5)), (0, (1.5, 1.2)), (0, (5, 1.5, 1.2, 1.5)))
 TITLE, TEXT, SMALL = 11, 10, 9  # font sizes in points
 
-# No date and no version: equal figures are equal files.
+# No date and no version: equal plots are equal files.
 _METADATA = {"png": {"Software": None}, "svg": {"Date": None, "Creator": None}}
 
 
@@ -36,14 +36,14 @@ def save(figure: Figure, folder: pathlib.Path, name: str) -> None:
 def new_figure(
   width: float, height: float, layout: Literal["constrained"] | None = "constrained"
 ) -> Figure:
-  """An empty figure of so many inches, outside of pyplot, which would keep it."""
+  """Returns an empty figure of so many inches, outside of pyplot, which would keep it."""
   figure = Figure(figsize=(width, height), dpi=DPI, layout=layout)
   FigureCanvasAgg(figure)
   return figure
 
 
 def subplots(width: float, height: float, rows: int = 1) -> tuple[Figure, Axes]:
-  """A figure of panels above each other; returns the upper one, the others are in `axes`."""
+  """Returns a figure of panels above each other, and the upper one; the others are in `axes`."""
   figure = new_figure(width, height)
   panels = figure.subplots(rows, 1, sharex=True, squeeze=False)
   return figure, panels[0, 0]
@@ -66,7 +66,7 @@ def columns(points: Sequence[tuple[float, float]]) -> tuple[list[float], list[fl
 
 
 def number(value: float) -> str:
-  """A figure with four significant digits, such as GMACs."""
+  """Returns a number with four significant digits, such as GMACs."""
   if value == 0 or not math.isfinite(value):
     return str(value)
   return f"{value:.{max(0, 3 - math.floor(math.log10(abs(value))))}f}"
