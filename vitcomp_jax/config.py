@@ -333,21 +333,3 @@ def _listed(value: Any) -> Any:
   if isinstance(value, dict):
     return {k: _listed(v) for k, v in value.items()}
   return [_listed(v) for v in value] if isinstance(value, tuple | list) else value
-
-
-# What does not change a run's outcome, and so may change while it is under way.
-_FREE = ("parallel", "profile", "data.workers", "data.on_error", "compilation_cache")
-
-
-def differing_keys(old: Mapping[str, Any], new: Mapping[str, Any], path: str = "") -> list[str]:
-  """Returns the names of keys that matter and differ, each with both values."""
-  lines = []
-  for key in sorted(set(old) | set(new)):
-    a, b = old.get(key), new.get(key)
-    if path + key in _FREE:
-      continue
-    if isinstance(a, Mapping) and isinstance(b, Mapping):
-      lines += differing_keys(a, b, f"{path}{key}.")
-    elif a != b:
-      lines.append(f"config.{path}{key}: {a!r} there, {b!r} here")
-  return lines

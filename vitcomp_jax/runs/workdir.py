@@ -5,8 +5,8 @@ import operator
 import pathlib
 import reprlib
 import subprocess
-from collections.abc import Sequence
-from typing import TypeVar
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
 
 from vitcomp_jax import config as config_lib
 from vitcomp_jax import multihost, strict_json
@@ -17,6 +17,9 @@ from vitcomp_jax.errors import UserError
 from vitcomp_jax.results import Record, environment
 
 R = TypeVar("R", bound=Record)
+
+# What does not change a run's outcome, and so may change while it is under way.
+_FREE = ("parallel", "profile", "data.workers", "data.on_error", "compilation_cache")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,12 +130,26 @@ def _check_config(workdir: Workdir, config: Config) -> None:
   before = made_with.get("stages")
   if before and all(map(operator.eq, before, values["stages"])):
     made_with = made_with | {"stages": values["stages"]}
-  differing = config_lib.differing_keys(made_with, values)
+  differing = _differing_keys(made_with, values)
   if differing:
     raise UserError(
       f"{workdir.path} was made with another config ({'; '.join(differing)}); give another "
       "--workdir, or the config it was made with."
     )
+
+
+def _differing_keys(old: Mapping[str, Any], new: Mapping[str, Any], path: str = "") -> list[str]:
+  """Returns the names of keys that matter and differ, each with both values."""
+  lines = []
+  for key in sorted(set(old) | set(new)):
+    a, b = old.get(key), new.get(key)
+    if path + key in _FREE:
+      continue
+    if isinstance(a, Mapping) and isinstance(b, Mapping):
+      lines += _differing_keys(a, b, f"{path}{key}.")
+    elif a != b:
+      lines.append(f"config.{path}{key}: {a!r} there, {b!r} here")
+  return lines
 
 
 def _git_commit() -> str | None:

@@ -59,15 +59,13 @@ def run(run: Run) -> Result:
   for budget in config.budgets:
     found += [_method_row(run, text, budget) for text in config.methods]
   found += [_trained_row(run, text) for text in config.finetuned]
-  points = {}
+  cloud, random = [], {}
   for budget in config.budgets if config.random_schedules else ():
-    points[budget] = random_schedules.points(run, budget)
-  random = {}
-  for budget, of_budget in points.items():
-    random[f"{budget:g}"] = rows.rank(run, Row(method=SEARCHED, budget=budget), of_budget)
+    points = random_schedules.points(run, budget)
+    random[f"{budget:g}"] = rows.rank(run, Row(method=SEARCHED, budget=budget), points)
+    cloud += [(point["gmacs"], point["top1"]) for point in points]
   result = dataclasses.replace(table.empty_result(run), rows=tuple(found), random=random)
   result.write(path / "result.json")
-  cloud = [(point["gmacs"], point["top1"]) for group in points.values() for point in group]
   plots.save(plots.accuracy_against_gmacs(found, cloud), path / "figures", "accuracy")
   report.write_comparison(path, result)
   return result
@@ -134,11 +132,10 @@ def _trained(run: Run, row: Row) -> Model:
   first: Stage = "slim" if method == SLIMMED else "search"
   stages: tuple[Stage, ...] = (first, "finetune")
   if method in schedules():
-    path, stages = _plan_path(run, row.name), ("finetune",)
-    layers = within(method, run.inputs.spec, run.inputs.gmacs_of(budget), config.search.importance)
-    save_plan(make_plan(run.inputs.spec, layers, {"method": method}), path)
-    model = dataclasses.replace(config.model, plan=str(path))
-    config = dataclasses.replace(config, model=model)
+    path, stages, spec = _plan_path(run, row.name), ("finetune",), run.inputs.spec
+    layers = within(method, spec, run.inputs.gmacs_of(budget), config.search.importance)
+    save_plan(make_plan(spec, layers, {"method": method}), path)
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, plan=str(path)))
   child = _child(run, row.name, config, stages, budget)
   return child.artefacts.layers, child.artefacts.params
 
