@@ -90,7 +90,11 @@ def test_search_curves(tmp_path, loss):
 
 def test_accuracy_against_gmacs(tmp_path):
   unmeasured = Row(method="random", gmacs=2.9)
-  check(plots.accuracy_against_gmacs([*ROWS, unmeasured]), tmp_path)
+  figure = plots.accuracy_against_gmacs([*ROWS, unmeasured])
+  check(figure, tmp_path)
+  again = plots.accuracy_against_gmacs([row.to_json() for row in ROWS])
+  points, same = ([line.get_xydata().tolist() for line in f.axes[0].lines] for f in (figure, again))
+  assert points == same and len(points) >= len(ROWS)
 
 
 def test_published_points_stand_beside_measured_ones():

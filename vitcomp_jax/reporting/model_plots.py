@@ -68,7 +68,7 @@ def schedules(spec: ViTSpec, plans: Mapping[str, Plan]) -> Figure:
 
 
 def spaced(depth: int, most: int) -> list[int]:
-  """So many layers at even distances, from 1; the last one is among them."""
+  """Returns so many layers at even distances, from 1; the last one is among them."""
   return sorted({depth * part // most for part in range(1, most + 1)} - {0})
 
 

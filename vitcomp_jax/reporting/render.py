@@ -64,7 +64,7 @@ class Table:
   lines: Sequence[Sequence[str]]
 
   def markdown(self) -> str:
-    """The columns lined up; numbers to the right."""
+    """Returns the columns lined up; numbers to the right."""
     widths = [max(map(len, column)) for column in zip(self.heads, *self.lines, strict=True)]
     rules = [f":{'-' * (widths[0] - 1)}", *(f"{'-' * (w - 1)}:" for w in widths[1:])]
     table = "\n".join(
@@ -108,7 +108,7 @@ class Picture:
     return f"![{self.alt}]({self.folder.name}/{self.name}.png)\n\n*{self.caption}*"
 
   def html(self) -> str:
-    """The lines of the SVG, or of a plot that someone else put there, the PNG."""
+    """Returns the lines of the SVG, or of a plot that someone else put there, the PNG."""
     svg, png = (self.folder / f"{self.name}.{kind}" for kind in ("svg", "png"))
     path, kind = (svg, "svg+xml") if svg.exists() else (png, "png")
     data = base64.b64encode(path.read_bytes()).decode("ascii")
@@ -118,12 +118,12 @@ class Picture:
 
 
 def to_markdown(blocks: Sequence[Block]) -> str:
-  """The text of a Markdown file."""
+  """Returns the text of a Markdown file."""
   return "\n\n".join(block.markdown() for block in blocks) + "\n"
 
 
 def to_html(title: str, blocks: Sequence[Block]) -> str:
-  """The text of an HTML page that needs no other file."""
+  """Returns the text of an HTML page that needs no other file."""
   body = "\n".join(block.html() for block in blocks)
   return _PAGE.replace("TITLE", html.escape(title)).replace("BODY", body)
 

@@ -211,7 +211,7 @@ def _save(run: Run, suffix: str, found: Found, seconds: float) -> SearchResult:
 
 
 def made(run: Run) -> Plan:
-  """The plan that was found."""
+  """Returns the plan that was found."""
   return load_plan(str(run.workdir.path / "plan.json"))
 
 

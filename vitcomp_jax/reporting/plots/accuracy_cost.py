@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from vitcomp_jax.reporting.plots.labels import label_points
@@ -21,29 +22,39 @@ _MOST_LABELS = 12  # points with names of their own; more get a legend
 
 
 def accuracy_against_gmacs(
-  rows: Sequence[Row],
+  rows: Sequence[Row | Mapping[str, object]],
   cloud: Sequence[tuple[float, float]] = (),
   published: Mapping[str, Sequence[tuple[float, float]]] | None = None,
 ) -> Figure:
   """Draws top-1 accuracy against compute; rows of one method at several budgets are joined.
 
   Args:
-    rows: Of a result; those without `top1` or `gmacs` are left out.
+    rows: Of a result, or as they stand in `result.json`; those without `top1` or `gmacs` are left
+      out.
     cloud: GMACs and top-1 of random schedules.
     published: By where they stand, GMACs and top-1 that were not measured here: open markers.
   """
   figure, axes = subplots(width=9.0 if published else 7.0, height=4.6)
   if cloud:
     axes.plot(*columns(cloud), ".", color="#B0B0B0", markersize=3, zorder=1)
-  methods: dict[str, list[tuple[float, float]]] = {}
-  labels: list[tuple[float, float, str, str]] = []
-  for row in rows:
-    if row.top1 is not None and row.gmacs is not None:
-      point = row.gmacs, row.top1
-      methods.setdefault(row.series, []).append(point)
-      labels.append((*point, row.name, _method_style(row.series, list(methods))[0]))
-  for source, points in (published or {}).items():
-    color, marker, size = _method_style(source, list(published or {}))
+  known = [row if isinstance(row, Row) else Row.from_json(row, "rows") for row in rows]
+  shown = [row for row in known if row.top1 is not None and row.gmacs is not None]
+  _draw_published(axes, published or {})
+  styles = _draw_measured(axes, shown, ", measured" if published else "")
+  axes.margins(0.18)
+  name_axes(axes, "GMACs per image", "top-1 accuracy (%)")
+  axes.ticklabel_format(useOffset=False)
+  if published or len(shown) > _MOST_LABELS:
+    axes.margins(0.05)
+    axes.legend(fontsize=SMALL, loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
+  else:
+    label_points(figure, axes, [(*_point(row), row.name, styles[row.series]) for row in shown])
+  return figure
+
+
+def _draw_published(axes: Axes, published: Mapping[str, Sequence[tuple[float, float]]]) -> None:
+  for source, points in published.items():
+    color, marker, size = _method_style(source, list(published))
     axes.plot(
       *columns(sorted(points)),
       label=source,
@@ -54,27 +65,31 @@ def accuracy_against_gmacs(
       markersize=size - 1,
       markerfacecolor="none",
     )
-  for index, (method, points) in enumerate(methods.items()):
-    color, marker, size = _method_style(method, list(methods))
-    line = LINES[index // len(COLORS) % len(LINES)]
+
+
+def _draw_measured(axes: Axes, rows: Sequence[Row], suffix: str) -> dict[str, str]:
+  """Draws a line for each series of rows; returns its colour."""
+  series: dict[str, list[tuple[float, float]]] = {}
+  for row in rows:
+    series.setdefault(row.series, []).append(_point(row))
+  colors = {}
+  for index, (name, points) in enumerate(series.items()):
+    colors[name], marker, size = _method_style(name, list(series))
     axes.plot(
       *columns(sorted(points)),
-      label=f"{method}, measured" if published else method,
-      color=color,
-      linestyle=line,
+      label=f"{name}{suffix}",
+      color=colors[name],
+      linestyle=LINES[index // len(COLORS) % len(LINES)],
       linewidth=1,
       marker=marker,
       markersize=size,
     )
-  axes.margins(0.18)
-  name_axes(axes, "GMACs per image", "top-1 accuracy (%)")
-  axes.ticklabel_format(useOffset=False)
-  if published or len(labels) > _MOST_LABELS:
-    axes.margins(0.05)
-    axes.legend(fontsize=SMALL, loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
-  else:
-    label_points(figure, axes, labels)
-  return figure
+  return colors
+
+
+def _point(row: Row) -> tuple[float, float]:
+  assert row.gmacs is not None and row.top1 is not None
+  return row.gmacs, row.top1
 
 
 def _method_style(method: str, methods: list[str]) -> tuple[str, str, float]:

@@ -47,7 +47,7 @@ def cls_attention(
 
 
 def attention_map(image: np.ndarray, share: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
-  """A picture of the patches' attention, hatched where they were pruned.
+  """Draws a picture of the patches' attention, hatched where they were pruned.
 
   Args:
     image: uint8[h w 3], whose size the picture has, enlarged.

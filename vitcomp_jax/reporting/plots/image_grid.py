@@ -25,7 +25,7 @@ def mosaic(
   bar: ScalarMappable | None = None,
   bar_label: str = "",
 ) -> Figure:
-  """A figure in which each pixel of a picture is one pixel of the PNG.
+  """Returns a figure in which each pixel of a picture is one pixel of the PNG.
 
   Args:
     blocks: Pictures of one size, a block for each image, on as many lines as it needs.
@@ -78,13 +78,13 @@ def enlarge(image: np.ndarray) -> np.ndarray:
 
 
 def spread(values: np.ndarray, shape: tuple[int, ...], grid: tuple[int, int]) -> np.ndarray:
-  """The value of the patch that each pixel lies in."""
+  """Returns the value of the patch that each pixel lies in."""
   y = np.arange(shape[0]) * grid[0] // shape[0]
   x = np.arange(shape[1]) * grid[1] // shape[1]
   return np.asarray(values).reshape(grid)[y[:, None], x[None]]
 
 
 def hatched(mask: np.ndarray) -> np.ndarray:
-  """The pixels of a mask, bool[h w], that a hatching covers."""
+  """Returns the pixels of a mask, bool[h w], that a hatching covers."""
   y, x = np.indices(mask.shape)
   return np.asarray(mask & ((x + y) % 12 < 2))

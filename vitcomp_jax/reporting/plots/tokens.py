@@ -54,7 +54,7 @@ def _count(source: np.ndarray, num_prefix: int) -> int:
 
 
 def token_map(image: np.ndarray, source: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
-  """An image's groups, enlarged, with outlines between them and hatched where pruned.
+  """Draws an image's groups, enlarged, with outlines between them and hatched where pruned.
 
   Args:
     image: uint8[h w 3].
