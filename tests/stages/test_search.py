@@ -126,7 +126,7 @@ def test_a_front_goes_on_where_it_was_cut_off(tmp_path, monkeypatch):
     ({}, "expected one of fraction, fractions, gmacs, latency_ms, got none"),
     ({"fractions": (0.9, 0.8, 0.7)}, "config.search.steps: expected at least one for each of 3"),
     (
-      {"latency_ms": 3.0, "recipe": "paper"},
+      {"latency_ms": 1e-3, "recipe": "paper"},
       "config.search.recipe: expected ours for a budget in ms",
     ),
     ({"latency_ms": 3.0, "stages": ("slim", "search")}, "expected a search on the dense model"),
