@@ -24,6 +24,8 @@ PositiveOrZero = Annotated[float, Range(0)]
 Share = Annotated[float, Range(0, most=1)]
 Rate = Annotated[float, Range(0, below=1)]
 
+Loss = Literal["labels", "logits", "features"]
+
 Stage = Literal[
   "pretrain",
   "slim",
@@ -39,7 +41,8 @@ Stage = Literal[
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-  variant: str = "deit_small_patch16_224"  # name, as timm's; `vc.list_variants()` names all
+  # Name, as timm's, `vc.list_variants()` names all; none: what the weights say that they are.
+  variant: str | None = "deit_small_patch16_224"
   weights: str | None = None  # file, hub id `timm/…`, `bundled`, or none: random weights
   plan: str | None = None  # published plan's name or path of a plan.json, for `evaluate`
   # Outputs of the classifier; none: the weights', or the data's for one that is trained anew.
@@ -64,6 +67,9 @@ class DataConfig:
   # Names of the model's outputs, which say what a class folder is: a file, one name per line, or
   # `imagenet1k`; none: the weights' own names, or WordNet ids, or else the order of the folders.
   classes: str | None = None
+  # `auto`: where the class folders do not match the model's classes, images have no labels, and a
+  # warning says so; otherwise that is refused.
+  labels: Literal["required", "auto"] = "required"
   # Of class folders where no names say more: `sorted` as torchvision (1, 10, 2), `natural` as timm
   # (1, 2, 10); none: sorted, with a warning where the two differ.
   class_order: Literal["sorted", "natural"] | None = None
@@ -192,8 +198,9 @@ class SearchConfig(DiffRateOptions):
   adam_b2: Rate = 0.95
   schedule: Literal["cosine", "authors"] = "cosine"  # per step, or per epoch and one epoch late
   epoch_steps: Count | None = None  # steps per epoch of `authors`; none: one pass over the images
-  # Cross-entropy with the labels, or the divergence from the dense model's logits or features.
-  loss: Literal["labels", "logits", "features"] = "labels"
+  # Cross-entropy with the labels, or the divergence from the dense model's logits or features;
+  # auto: the first of these that data and model allow.
+  loss: Literal["auto", "labels", "logits", "features"] = "labels"
   label_smoothing: Share = 0.0  # share of the target spread over all classes
   drop_path: Rate = 0.0  # stochastic depth while searching (authors: 0.1)
   remat: bool = False  # compute activations again in the backward pass, to save memory

@@ -27,8 +27,10 @@ import jax
 import ml_collections
 
 from vitcomp_jax import config as config_lib
-from vitcomp_jax import paths
+from vitcomp_jax import multihost, paths
 from vitcomp_jax.errors import UserError
+from vitcomp_jax.reporting.tables import rows_table
+from vitcomp_jax.results import Result
 from vitcomp_jax.stages import run_stages
 from vitcomp_jax.training.preemption import Preempted
 
@@ -51,6 +53,7 @@ def main(argv: Sequence[str]) -> int:
       signal.signal(signal.SIGTERM, _end)
     _keep_compiled(config.compilation_cache)
     run = run_stages(config, workdir, config.stages)
+    _print_table(run.workdir.path)
     logging.info("done: %s", run.workdir.path)
   except KeyboardInterrupt as why:
     saved = f"{why}, and is saved" if str(why) else "what has a checkpoint is saved"
@@ -64,6 +67,13 @@ def main(argv: Sequence[str]) -> int:
       raise
     return _say(str(error), 2)
   return 0
+
+
+def _print_table(workdir: pathlib.Path) -> None:
+  """Prints what was measured of each model, where something was."""
+  path = workdir / "result.json"
+  if path.exists() and multihost.is_first():
+    print(rows_table(Result.read(path).rows).markdown())
 
 
 def _keep_compiled(folder: str | None) -> None:

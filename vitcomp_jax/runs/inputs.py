@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import logging
 import pathlib
 from collections.abc import Iterator
 
@@ -11,6 +12,7 @@ from vitcomp_jax.cost import latency
 from vitcomp_jax.cost.cost_models import MACS, CostModel
 from vitcomp_jax.data import loader, transforms
 from vitcomp_jax.data.dataset import Batch, Dataset
+from vitcomp_jax.data.halves import Unlabelled
 from vitcomp_jax.errors import UserError
 from vitcomp_jax.models.spec import ViTSpec
 from vitcomp_jax.models.variants import get_spec
@@ -49,9 +51,9 @@ class Inputs:
         "config.model.dtype=bfloat16."
       )
     classes = model.num_classes
-    if classes is None and self.names.head_is_new and get_spec(model.variant).num_classes:
+    if classes is None and self.names.head_is_new and get_spec(self.variant).num_classes:
       classes = self.names.num_trained
-    spec = loading.spec_for(model.variant, model.weights, classes, model.image_size, dtype)
+    spec = loading.spec_for(self.variant, model.weights, classes, model.image_size, dtype)
     spec = dataclasses.replace(spec, attention=model.attention)
     if model.antialias is not None:
       spec = dataclasses.replace(spec, antialias=model.antialias)
@@ -62,6 +64,16 @@ class Inputs:
     return dataclasses.replace(spec, **asked)
 
   @property
+  def variant(self) -> str:
+    """Returns timm's name of the model: the config's, or else what the weights say."""
+    model = self.config.model
+    if model.variant is not None:
+      return model.variant
+    if model.weights is None:
+      raise UserError("config.model.weights: expected a file or a hub id, got none.")
+    return loading.variant_of(model.weights)
+
+  @property
   def named_spec(self) -> ViTSpec:
     """Returns the spec with the names of this run's classes."""
     return dataclasses.replace(self.spec, class_names=self.class_names)
@@ -69,11 +81,18 @@ class Inputs:
   @functools.cached_property
   def class_names(self) -> tuple[str, ...]:
     """Returns the names of the model's outputs, in order; empty if not known, or for features."""
-    return self.names.of_outputs(self.spec, self._label_names)
+    return self.names.of_outputs(self.spec, self._label_names or ())
 
   @functools.cached_property
-  def _label_names(self) -> tuple[str, ...]:
-    return self.names.of_labels(self.spec)
+  def _label_names(self) -> tuple[str, ...] | None:
+    """Returns the names of the data's classes among the outputs; None: labels are left out."""
+    try:
+      return self.names.of_labels(self.spec)
+    except UserError as why:
+      if self.config.data.labels == "required":
+        raise
+      logging.warning("labels are left out: %s", why)
+      return None
 
   @property
   def preprocess(self) -> transforms.Preprocess:
@@ -134,9 +153,11 @@ class Inputs:
 
   def _opened(self, split: str) -> Dataset:
     source = getattr(self.names.splits, split)
+    if source and self._label_names is None:
+      source = Unlabelled(source)
     seed, classes = self.config.seed, self.spec.num_classes or 1000
     return loader.load(
-      self.config.data, split, self.preprocess, seed, classes, source, self._label_names
+      self.config.data, split, self.preprocess, seed, classes, source, self._label_names or ()
     )
 
   def train_batches(self, batch_size: int, start_step: int) -> Iterator[Batch]:

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from vitcomp_jax.atomic import write_json
+from vitcomp_jax.config import Loss
 from vitcomp_jax.cost.cost_models import MACS, Latency
 from vitcomp_jax.errors import UserError
 from vitcomp_jax.methods.base import Layers
@@ -19,7 +20,7 @@ from vitcomp_jax.plans import Plan, load_plan, make_plan, save_plan
 from vitcomp_jax.results import SearchResult
 from vitcomp_jax.runs.run import Run
 from vitcomp_jax.training import loop
-from vitcomp_jax.training.search import Found, Search
+from vitcomp_jax.training.search import Found, Search, best_loss
 
 
 def check(run: Run) -> None:
@@ -31,7 +32,7 @@ def check(run: Run) -> None:
   if "slim" in run.config.stages and cuts_patches:
     raise _no_positions()
   inputs.check_batches("search")
-  loss, classes = run.config.search.loss, inputs.spec.num_classes
+  loss, classes = _loss(run), inputs.spec.num_classes
   if loss != "features" and not classes:
     raise UserError(
       f"config.search.loss: expected features for {inputs.spec.name}, which has no classifier, got "
@@ -51,6 +52,12 @@ def check(run: Run) -> None:
       f"config.search.steps: expected at least one for each of {len(inputs.targets)} budgets, "
       f"got {run.config.search.steps} for all."
     )
+
+
+def _loss(run: Run) -> Loss:
+  """Returns the loss of the config, `auto` resolved."""
+  loss, inputs = run.config.search.loss, run.inputs
+  return best_loss(inputs.spec, inputs.train_data.has_labels) if loss == "auto" else loss
 
 
 def _check_latency(run: Run) -> None:
@@ -113,7 +120,7 @@ def searcher(run: Run, suffix: str | None = None) -> Search:
     suffix: Of the budget, see `Inputs.targets`; None: the first.
   """
   suffix = next(iter(run.inputs.targets)) if suffix is None else suffix
-  config = dataclasses.replace(run.config.search, steps=steps_of(run))
+  config = dataclasses.replace(run.config.search, steps=steps_of(run), loss=_loss(run))
   return Search(
     _method(run, suffix), config, run.inputs.preprocess, run.inputs.layout, run.config.seed
   )

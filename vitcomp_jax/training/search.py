@@ -9,14 +9,14 @@ from typing import Any
 import jax
 import numpy as np
 
-from vitcomp_jax.config import SearchConfig
+from vitcomp_jax.config import Loss, SearchConfig
 from vitcomp_jax.data.mixing import training_inputs
 from vitcomp_jax.data.transforms import Preprocess
 from vitcomp_jax.errors import UserError
 from vitcomp_jax.methods.base import Layers, Metrics
 from vitcomp_jax.methods.diffrate.search import DiffRate
 from vitcomp_jax.models.build import build
-from vitcomp_jax.models.spec import with_drop_path
+from vitcomp_jax.models.spec import ViTSpec, with_drop_path
 from vitcomp_jax.models.tokens import Output
 from vitcomp_jax.models.vit import ViT
 from vitcomp_jax.ops import losses
@@ -35,6 +35,13 @@ from vitcomp_jax.training.step import (
 _KEPT = 7  # plans that a search passed through, beside its last, that are tried at the end
 
 Batches = Iterable[Mapping[str, np.ndarray]]
+
+
+def best_loss(spec: ViTSpec, has_labels: bool) -> Loss:
+  """Returns the first loss that a model and its data allow: labels, logits or features."""
+  if has_labels and spec.num_classes:
+    return "labels"
+  return "logits" if spec.num_classes else "features"
 
 
 @dataclasses.dataclass(frozen=True)

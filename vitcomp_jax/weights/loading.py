@@ -75,6 +75,22 @@ def spec_for(
   return dataclasses.replace(spec, **changes)
 
 
+def variant_of(weights: str) -> str:
+  """Returns the variant that weights name, in their metadata or as timm's hub id.
+
+  Raises:
+    UserError: If they are not there, or do not say.
+  """
+  about = files.describe(weights)
+  name = about.variant or tags.architecture(about.source)
+  if name is None:
+    raise UserError(
+      f"{weights}: expected weights that say what they are of, got none that do; name the "
+      "architecture, by config.model.variant, or as the first argument of load."
+    )
+  return name
+
+
 def _preprocess_of(spec: ViTSpec, weights: str, about: Description) -> dict[str, Any]:
   """Returns the preprocessing that the weights name, or that timm has for their hub id."""
   if about.preprocess:
