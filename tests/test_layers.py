@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vitcomp_jax.models import layers
+from vitcomp_jax.models.layers import LayerNorm
+from vitcomp_jax.ops.activations import gelu
 
 
 def _value_and_gradients(function, *arguments):
@@ -42,7 +43,7 @@ def test_layer_norm_is_its_definition(shape, dtype, tolerance):
       return normed * params["scale"].reshape(row) + params["bias"].reshape(row)
 
     found = _value_and_gradients(
-      lambda params, x: layers.LayerNorm(1e-6).apply({"params": params}, x), params, x
+      lambda params, x: LayerNorm(1e-6).apply({"params": params}, x), params, x
     )
     _check_equal(found, _value_and_gradients(definition, params, x), tolerance)
 
@@ -51,7 +52,7 @@ def test_layer_norm_is_its_definition(shape, dtype, tolerance):
 def test_gelu_is_the_exact_one(dtype, tolerance):
   with jax.enable_x64(True):
     x = jnp.linspace(-7, 7, 57, dtype=dtype)
-    found = _value_and_gradients(layers.gelu, x)
+    found = _value_and_gradients(gelu, x)
     _check_equal(
       found, _value_and_gradients(lambda x: jax.nn.gelu(x, approximate=False), x), tolerance
     )

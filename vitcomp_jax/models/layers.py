@@ -1,9 +1,5 @@
 """The parts of an encoder layer, under timm's names."""
 
-import functools
-import math
-from collections.abc import Callable
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -12,7 +8,9 @@ from jaxtyping import Array, Float
 from vitcomp_jax.models.gates import Gate, open_gate
 from vitcomp_jax.models.spec import LayerSpec
 from vitcomp_jax.models.tokens import AttentionStats, Aux, TokenReducer, Tokens, take_tokens
+from vitcomp_jax.ops.activations import ACTIVATIONS
 from vitcomp_jax.ops.attention import attend, attend_one
+from vitcomp_jax.ops.norm import layer_norm
 
 _kernel_init = nn.initializers.truncated_normal(0.02)
 
@@ -31,45 +29,7 @@ class LayerNorm(nn.Module):
     scale = self.param("scale", nn.initializers.ones, x.shape[-1:])
     bias = self.param("bias", nn.initializers.zeros, x.shape[-1:])
     dtype = x.dtype if x.dtype.itemsize >= 4 else jnp.dtype("float32")
-    return _scaled_norm(self.epsilon, *(a.astype(dtype) for a in (x, scale, bias)))
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _scaled_norm(epsilon: float, x: Array, scale: Array, bias: Array) -> Array:
-  normed, _ = _normed(epsilon, x)
-  return normed * _as_row(scale, x) + _as_row(bias, x)
-
-
-def _normed(epsilon: float, x: Array) -> tuple[Array, Array]:
-  """x with mean 0 and variance 1 in the last axis, and what it was multiplied with."""
-  # E[x²] - E[x]², which is faster, costs digits that the golden tests see.
-  centred = x - jnp.mean(x, axis=-1, keepdims=True)
-  factor = jax.lax.rsqrt(jnp.mean(centred * centred, axis=-1, keepdims=True) + epsilon)
-  return centred * factor, factor
-
-
-def _norm_forward(
-  epsilon: float, x: Array, scale: Array, bias: Array
-) -> tuple[Array, tuple[Array, ...]]:
-  return _scaled_norm(epsilon, x, scale, bias), (x, scale)
-
-
-def _norm_backward(epsilon: float, kept: tuple[Array, ...], grad: Array) -> tuple[Array, ...]:
-  x, scale = kept
-  normed, factor = _normed(epsilon, x)
-  # Behind the barrier it is an array; each mean would have XLA write down the scale for all tokens.
-  slope = jax.lax.optimization_barrier(grad * _as_row(scale, x))
-  along = jnp.mean(slope * normed, axis=-1, keepdims=True)
-  dx = factor * (slope - jnp.mean(slope, axis=-1, keepdims=True) - normed * along)
-  tokens = tuple(range(x.ndim - 1))
-  return dx, jnp.sum(grad * normed, axis=tokens), jnp.sum(grad, axis=tokens)
-
-
-_scaled_norm.defvjp(_norm_forward, _norm_backward)
-
-
-def _as_row(values: Array, x: Array) -> Array:
-  return values.reshape((1,) * (x.ndim - 1) + (-1,))
+    return layer_norm(self.epsilon, *(a.astype(dtype) for a in (x, scale, bias)))
 
 
 class PatchEmbed(nn.Module):
@@ -106,48 +66,6 @@ class _PatchProjection(nn.Module):
     patches, kernel, bias = nn.dtypes.promote_dtype(patches, kernel, bias, dtype=self.dtype)
     y = patches @ kernel.reshape(p * p * c, self.width)
     return y if bias is None else y + bias[None, None]
-
-
-@jax.custom_vjp
-def gelu(x: Array) -> Array:
-  """The exact GELU, x times the normal distribution's cumulative probability.
-
-  By erf, as PyTorch has it: `nn.gelu` asks for erfc, which takes three times as long on a CPU.
-  """
-  return x * _normal_cdf(x)
-
-
-def _gelu_forward(x: Array) -> tuple[Array, Array]:
-  return gelu(x), x
-
-
-def _gelu_backward(x: Array, grad: Array) -> tuple[Array]:
-  """The slope anew from the argument, which is kept anyway: less memory, and on a CPU less time.
-
-  The barrier keeps XLA from finding the probability in the forward pass, and storing it there.
-  """
-  x = jax.lax.optimization_barrier(x)
-  density = jnp.exp(-0.5 * x * x) * (1 / math.sqrt(2 * math.pi))
-  return (((_normal_cdf(x) + x * density) * grad).astype(x.dtype),)
-
-
-gelu.defvjp(_gelu_forward, _gelu_backward)
-
-
-def _normal_cdf(x: Array) -> Array:
-  return 0.5 * (1 + jax.lax.erf(x * math.sqrt(0.5)))
-
-
-def quick_gelu(x: Array) -> Array:
-  """OpenAI's stand-in for GELU, x times the logistic function of 1.702 x."""
-  return x * jax.nn.sigmoid(1.702 * x)
-
-
-ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
-  "gelu": gelu,
-  "gelu_tanh": jax.nn.gelu,
-  "quick_gelu": quick_gelu,
-}
 
 
 class Attention(nn.Module):

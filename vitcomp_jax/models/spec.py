@@ -79,7 +79,7 @@ class ViTSpec:
       (CAFormer: of the tokens), or `map` (SigLIP: a learnt query attends to the tokens, by their
       sizes too).
     norm_pre: Tokens are normed before the first layer, and the patch embedding has no bias (CLIP).
-    activation: Of every MLP, see `layers.ACTIVATIONS`.
+    activation: Of every MLP, see `ops.activations.ACTIVATIONS`.
     layer_scale: Learnt per-channel factors on the residual branches (DINOv2).
     norm_eps: Added to the variance in every LayerNorm.
     antialias: Position embeddings for another grid are resampled as timm does; otherwise as
