@@ -33,7 +33,7 @@ from vitcomp_jax.config import from_config_dict
 from vitcomp_jax.cost import timing
 from vitcomp_jax.data.transforms import normalize
 from vitcomp_jax.methods.diffrate import PruneMerge
-from vitcomp_jax.models.tokens import AttentionStats, Aux, TokenReducer, Tokens
+from vitcomp_jax.models.tokens import AttentionStats, TokenReducer, Tokens
 from vitcomp_jax.models.vit import ViT
 from vitcomp_jax.paths import expand
 from vitcomp_jax.results import environment
@@ -65,13 +65,13 @@ class FirstTokens:
 
   like: TokenReducer
 
-  def __call__(self, tokens: Tokens, stats: AttentionStats | None) -> tuple[Tokens, Aux]:
+  def __call__(self, tokens: Tokens, stats: AttentionStats | None) -> Tokens:
     n, keep = tokens.x.shape[1], self.count(tokens.x.shape[1])
-    if keep < n:
-      x = tokens.x[:, :keep]
-      # Any sizes that XLA cannot foresee: attention takes them into account as under the plan.
-      tokens = tokens.replace(x=x, size=1 + abs(x[..., 0]), source=tokens.source.clip(max=keep - 1))
-    return tokens, Aux(keep)
+    if keep == n:
+      return tokens
+    x = tokens.x[:, :keep]
+    # Any sizes that XLA cannot foresee: attention takes them into account as under the plan.
+    return Tokens.begin(x, tokens.num_prefix, size=1 + abs(x[..., 0]))
 
   def count(self, n: int) -> int:
     return self.like.count(n)

@@ -23,9 +23,9 @@ from vitcomp_jax.data import sources
 from vitcomp_jax.data.transforms import evaluation_image, normalize
 from vitcomp_jax.methods.diffrate import search as diffrate
 from vitcomp_jax.methods.vit_slim import search as vit_slim
+from vitcomp_jax.models.importance import cls_attention
+from vitcomp_jax.models.layers import Attention
 from vitcomp_jax.models.spec import LayerSpec, ViTSpec
-from vitcomp_jax.models.tokens import AttentionStats, Aux, Tokens
-from vitcomp_jax.models.vit import ViT
 from vitcomp_jax.ops import merge
 from vitcomp_jax.reporting import run_plots
 from vitcomp_jax.reporting.plots import token_map, tokens_left
@@ -168,8 +168,8 @@ def tome_figure(figure: Figure) -> None:
   left, right = _panels(figure, 2, 9.4, 3.5)
   keys = jax.random.normal(jax.random.key(5), (1, 11, 3))
   remove = 3
-  order, merged, receiver = merge.bipartite_match(keys, remove, num_prefix=1)
-  joins = {int(s): int(order[0, r]) for s, r in zip(merged[0], receiver[0], strict=True)}
+  order, receiver = merge.bipartite_match(keys, remove, num_prefix=1)
+  joins = {int(s): int(order[0, r]) for s, r in zip(order[0, -remove:], receiver[0], strict=True)}
   scores = merge.similarity(keys[:, 2::2], keys[:, 1::2])
   best = {2 * i + 2: 2 * int(j) + 1 for i, j in enumerate(jnp.argmax(scores[0], axis=1))}
   for source, target in best.items():
@@ -195,18 +195,6 @@ def tome_figure(figure: Figure) -> None:
   _tokens_by_layer(right, "DeiT-S", plans)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Importance:
-  """A reducer that removes nothing, and gives the importances as what it did."""
-
-  def __call__(self, tokens: Tokens, stats: AttentionStats | None) -> tuple[Tokens, Aux]:
-    assert stats is not None
-    return tokens, Aux(stats.importance("cls", tokens))
-
-  def count(self, n: int) -> int:
-    return n
-
-
 def _bundled(spec: ViTSpec, count: int) -> tuple[np.ndarray, np.ndarray]:
   """Images of the bundled data set, as pixels and normalised."""
   pre = dataclasses.replace(spec.preprocess, pad=1)
@@ -217,11 +205,17 @@ def _bundled(spec: ViTSpec, count: int) -> tuple[np.ndarray, np.ndarray]:
 
 def evit_figure(figure: Figure) -> None:
   left, middle, right = _panels(figure, 3, 9.0, 3.0)
-  layers = tuple(dataclasses.replace(s, reduce=_Importance()) for s in MINI.dense_layers)
-  _, params = vc.load(MINI.name, "bundled")
+  model, params = vc.load(MINI.name, "bundled")
   pixels, images = _bundled(MINI, 3)
-  out = ViT(MINI, layers).apply({"params": params}, images[2:3], method="forward")
-  attention = np.asarray(out.aux[1][1].count)[0, 1:]
+  out, captured = model.apply(
+    {"params": params},
+    images[2:3],
+    method="forward",
+    mutable=["intermediates"],
+    capture_intermediates=lambda module, _: isinstance(module, Attention),
+  )
+  _, stats = captured["intermediates"]["blocks_1"]["attn"]["__call__"][0]
+  attention = np.asarray(cls_attention(stats, out.layers[1]))[0, 1:]
   keep = int(np.ceil(0.7 * len(attention)))
   ranks, order = np.arange(len(attention)), np.argsort(-attention)
   colors = [BLUE if rank < keep else ORANGE for rank in ranks]

@@ -30,9 +30,9 @@ from vitcomp_jax.methods.diffrate.search import DiffRate, search_counts
 from vitcomp_jax.methods.vit_slim.search import ViTSlim, authors_cost, masked_layers, thresholds
 from vitcomp_jax.models.build import build
 from vitcomp_jax.models.caformer import caformer
+from vitcomp_jax.models.importance import IMPORTANCES
 from vitcomp_jax.models.reducers import keep_all
 from vitcomp_jax.models.spec import LayerSpec, ViTSpec, of_layer, to_tree
-from vitcomp_jax.models.tokens import Aux, take_tokens
 from vitcomp_jax.models.variants import get_spec
 from vitcomp_jax.models.vit import ViT
 from vitcomp_jax.ops import select
@@ -217,9 +217,9 @@ class _Sorted(PruneMerge):
     n = tokens.x.shape[1]
     if self.count(n) < n:
       return super().__call__(tokens, stats)
-    importance = stats.importance(self.importance, tokens)
+    importance = IMPORTANCES[self.importance](stats, tokens)
     order = select.importance_order(importance, tokens.num_prefix, n)
-    return take_tokens(tokens, order), Aux(n)
+    return tokens.take(order)
 
 
 def replay_diffrate_eval(fixture: Fixture, pool: str = "cls") -> None:
@@ -474,14 +474,14 @@ def _check_search(
   _close(loss, case["loss_ce"], F32, name)
   _close(spent, case["loss_flops"], F32 * max(1, float(case["loss_flops"])), name)
   _close(flops, case["flops"], 1e-6 * float(case["flops"]), f"{name} flops")
-  counts = [int(reduced.count) for _, reduced in out.aux]
+  counts = [int(tokens.num_kept) for tokens in out.layers]
   kept = np.minimum(case["prune_kept_num"], case["merge_kept_num"])
   np.testing.assert_array_equal(counts, np.minimum.accumulate(kept))
   found = np.stack([np.asarray(t.keep) for t in out.layers])
   np.testing.assert_array_equal(np.round(found), np.round(case["mask"]))
   _close(found, case["mask"], 1e-6, f"{name} mask")
   dropped = case["mask"] < 0.5
-  sizes = np.stack([np.asarray(t.size) for t in out.layers])
+  sizes = np.stack([_sizes(t.size, t.x.shape[:2]) for t in out.layers])
   _close(np.where(dropped, 0, sizes), np.where(dropped, 0, case["size"]), F32, f"{name} size")
   for key, layer in (("hidden_2", 2), ("hidden_last", -1)):
     if key in case:
@@ -549,13 +549,13 @@ def _check_caformer_search(
   _close(loss, case["loss_ce"], F32, name)
   _close(spent, case["loss_flops"], F32, name)
   _close(flops, case["flops"], 1e-6 * float(case["flops"]), f"{name} flops")
-  entered = [0, *(int(reduced.count) for _, reduced in out.aux)]
+  entered = [0, *(int(tokens.num_kept) for tokens in out.layers)]
   entered = [spec.starts.get(i, n) for i, n in enumerate(entered[:-1])]
   assert entered == settings["valid"], name
   for i, tokens in enumerate(out.layers):
     keep = np.asarray(tokens.keep)
     _close(keep, case[f"mask/{i}"], 1e-6, f"{name} mask {i}")
-    _close(keep * tokens.size, keep * case[f"size/{i}"], F32, f"{name} size {i}")
+    _close(keep * tokens.sizes, keep * case[f"size/{i}"], F32, f"{name} size {i}")
   _check_restored(model, params, out.layers[spec.depths[2] - 1], case, name)
   for grads, kind in ((task_grads, "grad_ce_f64"), (budget_grads, "grad_flops")):
     found = {
@@ -574,7 +574,7 @@ def _check_gradients(found: dict[str, np.ndarray], case: dict, relative: float) 
 def _check_modules(spec: ViTSpec, method: DiffRate, arch: dict, case: dict) -> None:
   """What each layer chooses among, and what the authors' modules make of it."""
   layers = method.layers()
-  options = [candidates(spec.num_patches, layer.reduce.granularity[0]) for layer in layers]
+  options = [candidates(spec.num_patches, layer.reduce.counts.granularity[0]) for layer in layers]
   for key in (k for k in case if k.startswith("candidates/")):
     np.testing.assert_array_equal(options[int(key.split("/")[2])], case[key], err_msg=key)
   for key in (k for k in case if k.startswith("module_block")):

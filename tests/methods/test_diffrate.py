@@ -97,7 +97,7 @@ def _check_parity(spec, layers, params, seed):
   tried = {"params": params, "arch": method.replayed_arch(layers)}
   given = forward(spec, method.replayed_layers(), tried, images)
   np.testing.assert_allclose(given.logits, static.logits, rtol=0, atol=1e-5)
-  counts = [int(reduced.count) for _, reduced in masked.aux]
+  counts = [int(tokens.num_kept) for tokens in masked.layers]
   assert counts == [n for _, n in macs.static_counts(spec, layers)]
   spent = method.penalty(variables["arch"], masked, jnp.asarray(0))[1]["gmacs"]
   np.testing.assert_allclose(spent * 1e9, macs.static_macs(spec, layers), rtol=1e-6)

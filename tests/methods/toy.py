@@ -3,9 +3,10 @@
 import dataclasses
 
 from vitcomp_jax.methods.base import Layers, Method
+from vitcomp_jax.models.importance import value_norm
 from vitcomp_jax.models.reducers import StaticReducer
 from vitcomp_jax.models.spec import ViTSpec
-from vitcomp_jax.models.tokens import AttentionStats, Aux, Tokens, take_tokens
+from vitcomp_jax.models.tokens import AttentionStats, Tokens
 from vitcomp_jax.ops import select
 
 
@@ -18,12 +19,11 @@ class KeepShort(StaticReducer):
   keep: int
   share: float = 1.0
 
-  def __call__(self, tokens: Tokens, stats: AttentionStats | None) -> tuple[Tokens, Aux]:
+  def __call__(self, tokens: Tokens, stats: AttentionStats | None) -> Tokens:
     assert stats is not None
+    length = value_norm(stats, tokens)
     kept = self.count(tokens.x.shape[1])
-    length = stats.importance("value_norm", tokens)
-    order = select.importance_order(-length, tokens.num_prefix, kept)
-    return take_tokens(tokens, order), Aux(kept)
+    return tokens.take(select.importance_order(-length, tokens.num_prefix, kept))
 
   def count(self, n: int) -> int:
     return min(n, self.keep)

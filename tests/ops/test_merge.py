@@ -24,7 +24,8 @@ def test_merging_by_size_is_a_weighted_mean():
   for b, j in np.ndindex(2, 4):
     total[b, receiver[b, j]] += joining_size[b, j] * joining[b, j]
     sizes[b, receiver[b, j]] += joining_size[b, j]
-  arrays = (jnp.asarray(a, jnp.float32) for a in (x, size, joining, joining_size))
+  pairs = (x, joining), (size, joining_size)
+  arrays = (jnp.asarray(np.concatenate(pair, axis=1), jnp.float32) for pair in pairs)
   found = merge.merge_weighted(*arrays, jnp.asarray(receiver, jnp.int32))
   np.testing.assert_allclose(found[0], total / sizes[..., None], atol=1e-5)
   np.testing.assert_allclose(found[1], sizes, atol=1e-5)
@@ -41,8 +42,7 @@ def test_bipartite_matching(n, num_prefix):
     i: max(odd, key=lambda j, i=i: unit[i] @ unit[j]) for i in range(0, n, 2) if i >= num_prefix
   }
   joining = sorted(best, key=lambda i: -unit[i] @ unit[best[i]])[:remove]
-  order, merged, receiver = merge.bipartite_match(jnp.asarray(metric)[None], remove, num_prefix)
+  order, receiver = merge.bipartite_match(jnp.asarray(metric)[None], remove, num_prefix)
   kept = [i for i in best if i not in joining]
-  assert order[0].tolist() == [*range(num_prefix), *kept, *odd]
-  assert merged[0].tolist() == joining
+  assert order[0].tolist() == [*range(num_prefix), *kept, *odd, *joining]
   assert order[0][receiver[0]].tolist() == [best[i] for i in joining]

@@ -108,7 +108,7 @@ def _embed(model: ViT, preprocess: Preprocess, params: Params, images: jax.Array
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _block(spec: ViTSpec, layer: LayerSpec, variables: Params, tokens: Tokens) -> Tokens:
-  return encoder_block(spec, layer).apply(variables, tokens)[0]
+  return encoder_block(spec, layer).apply(variables, tokens)
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -21,7 +21,7 @@ from vitcomp_jax.cost.cost_models import Latency, never_falling, parse_latency
 from vitcomp_jax.errors import UserError
 from vitcomp_jax.methods.diffrate import PruneMerge
 from vitcomp_jax.models.spec import LayerSpec, ViTSpec
-from vitcomp_jax.models.tokens import AttentionStats, Aux, Tokens
+from vitcomp_jax.models.tokens import AttentionStats, Tokens
 from vitcomp_jax.models.vit import ViT
 from vitcomp_jax.weights import loading
 
@@ -41,18 +41,15 @@ class _Resize:
 
   num_tokens: int
 
-  def __call__(self, tokens: Tokens, stats: AttentionStats | None) -> tuple[Tokens, Aux]:
+  def __call__(self, tokens: Tokens, stats: AttentionStats | None) -> Tokens:
     del stats
-    n = tokens.x.shape[1]
-    size = jnp.ones(tokens.x.shape[:2], jnp.float32) if tokens.size is None else tokens.size
-    if n != self.num_tokens:
+    x, size = tokens.x, tokens.sizes
+    if x.shape[1] != self.num_tokens:
       # Or XLA would leave out the work on what is cut off, and do that on equal tokens once.
-      x, size = jax.lax.optimization_barrier((tokens.x, size))
-      times = -(-self.num_tokens // n)
+      x, size = jax.lax.optimization_barrier((x, size))
+      times = -(-self.num_tokens // x.shape[1])
       x, size = (jnp.concatenate([y] * times, axis=1)[:, : self.num_tokens] for y in (x, size))
-      tokens = tokens.replace(x=x)
-    tokens = tokens.replace(size=size)
-    return tokens, Aux(self.num_tokens)
+    return Tokens.begin(x, tokens.num_prefix, size, tokens.probe, tokens.origin is not None)
 
   def count(self, n: int) -> int:
     del n

@@ -15,14 +15,7 @@ from jaxtyping import Array, Float
 from vitcomp_jax.methods.base import Layers, Method, quarters
 from vitcomp_jax.models.reducers import StaticReducer
 from vitcomp_jax.models.spec import LayerSpec, ViTSpec
-from vitcomp_jax.models.tokens import (
-  AttentionStats,
-  Aux,
-  Output,
-  Tokens,
-  mark_pruned,
-  take_tokens,
-)
+from vitcomp_jax.models.tokens import AttentionStats, Output, Tokens
 from vitcomp_jax.ops import select
 
 RATIO_WEIGHT = 2.0  # the authors', of the mean over the places
@@ -74,15 +67,15 @@ class PredictorSelect(StaticReducer, _Predictor):
   ratio: float = 1.0
 
   @nn.compact
-  def __call__(self, tokens: Tokens, stats: AttentionStats | None) -> tuple[Tokens, Aux]:
+  def __call__(self, tokens: Tokens, stats: AttentionStats | None) -> Tokens:
     n, prefix = tokens.x.shape[1], tokens.num_prefix
     ones = jnp.ones(tokens.x.shape[:2], tokens.x.dtype)
     score = self._log_probability(tokens.x[:, prefix:], ones[:, prefix:])[..., 0]
     if self.keep >= n:
-      return tokens, Aux(n)
+      return tokens
     score = jnp.concatenate([ones[:, :prefix].astype(score.dtype), score], axis=1)
     order = select.importance_order(score, prefix, self.keep)
-    return take_tokens(tokens, order), Aux(self.keep)
+    return tokens.take(order)
 
   def count(self, n: int) -> int:
     return min(n, self.keep)
@@ -96,19 +89,15 @@ class PredictorMask(_Predictor):
   """
 
   @nn.compact
-  def __call__(self, tokens: Tokens, stats: AttentionStats | None) -> tuple[Tokens, Aux]:
-    prefix = tokens.num_prefix
-    ones = jnp.ones(tokens.x.shape[:2], tokens.x.dtype)
-    before = ones if tokens.keep is None else tokens.keep
+  def __call__(self, tokens: Tokens, stats: AttentionStats | None) -> Tokens:
+    prefix, before = tokens.num_prefix, tokens.kept
     logits = self._log_probability(tokens.x[:, prefix:], before[:, prefix:])
     noise = jax.random.gumbel(self.make_rng("gumbel"), logits.shape, logits.dtype)
     soft = jax.nn.softmax(logits + noise)[..., 0]
     hard = (soft > 0.5).astype(soft.dtype)
     decision = hard - jax.lax.stop_gradient(soft) + soft
-    keep = jnp.concatenate([ones[:, :prefix], decision], axis=1) * before
-    dropped = jax.lax.stop_gradient(keep < 0.5)
-    tokens = mark_pruned(tokens, dropped).replace(keep=keep)
-    return tokens, Aux(jnp.sum(jax.lax.stop_gradient(keep)) / len(keep))
+    keep = jnp.concatenate([before[:, :prefix], decision * before[:, prefix:]], axis=1)
+    return tokens.mask(jax.lax.stop_gradient(keep < 0.5), keep)
 
   def count(self, n: int) -> int:
     """Returns `n`: all tokens stay, masked or not."""
@@ -189,7 +178,7 @@ def token_distance(tokens: Tokens, teacher: Tokens) -> Float[Array, ""]:
   """
   prefix = tokens.num_prefix
   square = jnp.mean((tokens.x - teacher.x)[:, prefix:] ** 2, axis=2)
-  keep = jnp.ones_like(square) if tokens.keep is None else tokens.keep[:, prefix:]
+  keep = tokens.kept[:, prefix:]
   return jnp.sum(square * keep) / jnp.maximum(jnp.sum(keep), 1)
 
 

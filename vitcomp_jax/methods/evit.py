@@ -8,12 +8,11 @@ import dataclasses
 import math
 from collections.abc import Sequence
 
-import jax.numpy as jnp
-
 from vitcomp_jax.methods.base import Layers, Method, Schedule, quarters
+from vitcomp_jax.models.importance import IMPORTANCES
 from vitcomp_jax.models.reducers import StaticReducer
 from vitcomp_jax.models.spec import ViTSpec
-from vitcomp_jax.models.tokens import AttentionStats, Aux, TokenReducer, Tokens, take_tokens
+from vitcomp_jax.models.tokens import AttentionStats, TokenReducer, Tokens
 from vitcomp_jax.ops import select
 
 _WARMUP_PHASES = 7
@@ -41,26 +40,13 @@ class AttentiveSelect(StaticReducer):
   fuse: bool = True
   importance: str = "cls"
 
-  def __call__(self, tokens: Tokens, stats: AttentionStats | None) -> tuple[Tokens, Aux]:
+  def __call__(self, tokens: Tokens, stats: AttentionStats | None) -> Tokens:
     assert stats is not None, "AttentiveSelect needs the attention's statistics"
-    n = tokens.x.shape[1]
-    if self.keep >= n:
-      return tokens, Aux(n)
-    importance = stats.importance(self.importance, tokens)
+    if self.keep >= tokens.x.shape[1]:
+      return tokens
+    importance = IMPORTANCES[self.importance](stats, tokens)
     order = select.importance_order(importance, tokens.num_prefix, self.keep)
-    kept = take_tokens(tokens, order)
-    if self.fuse:
-      x, size = kept.x, kept.size
-      dropped = jnp.all(order[:, :, None] != jnp.arange(n)[None, None], axis=1)
-      weight = jnp.where(dropped, importance, 0)
-      fused = jnp.einsum("bn,bnd->bd", weight.astype(tokens.x.dtype), tokens.x)
-      x = jnp.concatenate([x, fused[:, None]], axis=1)
-      if tokens.size is not None and size is not None:
-        gone = jnp.sum(jnp.where(dropped, tokens.size, 0), axis=1, keepdims=True)
-        size = jnp.concatenate([size, gone], axis=1)
-      source = jnp.where((kept.source < 0) & (tokens.source >= 0), self.keep, kept.source)
-      kept = tokens.replace(x=x, size=size, source=source)
-    return kept, Aux(self.count(n))
+    return tokens.fuse(order, importance) if self.fuse else tokens.take(order)
 
   def count(self, n: int) -> int:
     return n if self.keep >= n else self.keep + self.fuse

@@ -12,8 +12,8 @@ from vitcomp_jax.errors import UserError
 from vitcomp_jax.methods.base import Layers, Method, Schedule
 from vitcomp_jax.models.reducers import StaticReducer
 from vitcomp_jax.models.spec import ViTSpec
-from vitcomp_jax.models.tokens import AttentionStats, Aux, Tokens
-from vitcomp_jax.ops import merge, select
+from vitcomp_jax.models.tokens import AttentionStats, Tokens
+from vitcomp_jax.ops import merge
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,21 +31,12 @@ class BipartiteMerge(StaticReducer):
 
   remove: int
 
-  def __call__(self, tokens: Tokens, stats: AttentionStats | None) -> tuple[Tokens, Aux]:
+  def __call__(self, tokens: Tokens, stats: AttentionStats | None) -> Tokens:
     assert stats is not None, "BipartiteMerge needs the attention's keys"
-    n = tokens.x.shape[1]
-    match = merge.bipartite_match(stats.mean_key, self.remove, tokens.num_prefix)
-    order, merged, receiver = match
-    size = tokens.sizes
-    x, size = merge.merge_weighted(
-      select.take(tokens.x, order),
-      select.take(size, order),
-      select.take(tokens.x, merged),
-      select.take(size, merged),
-      receiver,
-    )
-    source = merge.follow_join(tokens.source, order, merged, receiver, n)
-    return tokens.replace(x=x, size=size, source=source), Aux(n - self.remove)
+    order, receiver = merge.bipartite_match(stats.mean_key, self.remove, tokens.num_prefix)
+    tokens = tokens.take(order)
+    x, size = merge.merge_weighted(tokens.x, tokens.sizes, receiver)
+    return tokens.merge(x, size, receiver)
 
   def count(self, n: int) -> int:
     return n - self.remove

@@ -16,8 +16,8 @@ from jaxtyping import Array, Float
 from vitcomp_jax.errors import UserError
 from vitcomp_jax.models.layers import Attention, EncoderBlock, LayerNorm, dense
 from vitcomp_jax.models.spec import LayerSpec, ViTSpec
-from vitcomp_jax.models.tokens import Aux, Tokens, unmerge
-from vitcomp_jax.models.vit import ViT, encoder_block, normed
+from vitcomp_jax.models.tokens import Tokens, unmerge
+from vitcomp_jax.models.vit import ViT, encoder_block
 from vitcomp_jax.ops import select
 
 _HEAD_DIM = 32
@@ -137,7 +137,7 @@ class CAFormer(ViT):
       x = stage(x)
     return _tokens_of(self.stages[2].downsample(x))
 
-  def encode(self, layer: int, tokens: Tokens) -> tuple[Tokens, tuple[Aux, Aux]]:
+  def encode(self, layer: int, tokens: Tokens) -> Tokens:
     first = self.spec.depths[2]
     if layer < first:
       return self.stages[2].blocks[layer](tokens)
@@ -151,28 +151,26 @@ class CAFormer(ViT):
     A masked token is replaced by what removing it would leave in its place, with a gradient to the
     mask.
     """
-    tokens = normed(tokens, self.stages[3].downsample.norm)
+    tokens = tokens.normed(self.stages[3].downsample.norm)
     x = unmerge(tokens)
     if tokens.keep is not None:
-      assert tokens.place is not None
-      own = select.take(tokens.x, tokens.place)
-      keep = select.take(tokens.keep, tokens.place)[..., None].astype(x.dtype)
+      assert tokens.origin is not None
+      place = jnp.argsort(tokens.origin, axis=1)
+      own = select.permute(tokens.x, place)
+      keep = select.take(tokens.keep, place)[..., None].astype(x.dtype)
       x = keep * own + (1 - keep) * x
     return x.reshape(x.shape[0], *self.spec.grid, x.shape[2])
 
   def classify(self, tokens: Tokens) -> tuple[Tokens, Array, Array]:
     """The last layer's tokens, the normed mean of those that are not masked, and logits."""
-    keep = jnp.ones(tokens.x.shape[:2]) if tokens.keep is None else tokens.keep
-    keep = keep[..., None].astype(tokens.x.dtype)
+    keep = tokens.kept[..., None].astype(tokens.x.dtype)
     features, logits = self.head(jnp.sum(keep * tokens.x, axis=1) / jnp.sum(keep, axis=1))
     return tokens, features, logits
 
 
 def _tokens_of(x: Float[Array, "b h w d"]) -> Tokens:
-  """A grid as tokens of which none is removed yet."""
-  x = x.reshape(x.shape[0], -1, x.shape[3])
-  place = jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2])
-  return Tokens(x, None, None, place, 0, place=place)
+  """Makes a grid tokens, of which none is removed yet."""
+  return Tokens.begin(x.reshape(x.shape[0], -1, x.shape[3]), 0, track_origin=True)
 
 
 class _AttentionBlock(EncoderBlock):
@@ -184,13 +182,13 @@ class _AttentionBlock(EncoderBlock):
     self.mlp = _StarMlp(self.spec.mlp_dim, self.width, False, self.dtype)
     self.res_scale1, self.res_scale2 = _Scale(self.width), _Scale(self.width)
 
-  def __call__(self, tokens: Tokens) -> tuple[Tokens, tuple[Aux, Aux]]:
-    tokens, selected = self.select(tokens, None)
+  def __call__(self, tokens: Tokens) -> Tokens:
+    tokens = self.select(tokens, None)
     y, stats = self.token_mixer(self.norm1(tokens.x), tokens.size, tokens.keep)
-    tokens = tokens.replace(x=self.res_scale1(tokens.x) + self._drop_path(y))
-    tokens, reduced = self.reduce(tokens, stats)
+    tokens = tokens.with_x(self.res_scale1(tokens.x) + self._drop_path(y))
+    tokens = self.reduce(tokens, stats)
     y = self._drop_path(self.mlp(self.norm2(tokens.x)))
-    return tokens.replace(x=self.res_scale2(tokens.x) + y), (selected, reduced)
+    return tokens.with_x(self.res_scale2(tokens.x) + y)
 
 
 class _AttentionStage(nn.Module):

@@ -7,7 +7,7 @@ from jaxtyping import Array, Float
 
 from vitcomp_jax.models.gates import Gate, open_gate
 from vitcomp_jax.models.spec import LayerSpec
-from vitcomp_jax.models.tokens import AttentionStats, Aux, TokenReducer, Tokens, take_tokens
+from vitcomp_jax.models.tokens import AttentionStats, TokenReducer, Tokens
 from vitcomp_jax.ops.activations import ACTIVATIONS
 from vitcomp_jax.ops.attention import attend, attend_one
 from vitcomp_jax.ops.norm import layer_norm
@@ -210,18 +210,18 @@ class EncoderBlock(nn.Module):
     if self.spec.layer_scale:
       self.ls1, self.ls2 = LayerScale(self.width), LayerScale(self.width)
 
-  def __call__(self, tokens: Tokens) -> tuple[Tokens, tuple[Aux, Aux]]:
-    tokens, selected = self.select(tokens, None)
+  def __call__(self, tokens: Tokens) -> Tokens:
+    tokens = self.select(tokens, None)
     x = self.token_gate(self.norm1(tokens.x))
     y, stats = self.attn(x, tokens.size, tokens.keep, self.head_gate)
     y = self.ls1(y) if self.spec.layer_scale else y
     if self.spec.queries is not None:
-      tokens = take_tokens(tokens, jnp.tile(jnp.arange(self.spec.queries), (y.shape[0], 1)))
-    tokens = tokens.replace(x=tokens.x + self._drop_path(y))
-    tokens, reduced = self.reduce(tokens, stats)
+      tokens = tokens.take(jnp.tile(jnp.arange(self.spec.queries), (y.shape[0], 1)))
+    tokens = tokens.with_x(tokens.x + self._drop_path(y))
+    tokens = self.reduce(tokens, stats)
     y = self.mlp(self.token_gate(self.norm2(tokens.x)), self.hidden_gate)
     y = self.ls2(y) if self.spec.layer_scale else y
-    return tokens.replace(x=tokens.x + self._drop_path(y)), (selected, reduced)
+    return tokens.with_x(tokens.x + self._drop_path(y))
 
   def _drop_path(self, y: Array) -> Array:
     """Stochastic depth: drops the branch for some images and scales it up for the others."""

@@ -7,7 +7,8 @@ from typing import Any, ClassVar
 
 from vitcomp_jax.errors import UserError
 from vitcomp_jax.models.gates import Gate, open_gate
-from vitcomp_jax.models.tokens import IMPORTANCES, AttentionStats, Aux, TokenReducer, Tokens
+from vitcomp_jax.models.importance import IMPORTANCES
+from vitcomp_jax.models.tokens import AttentionStats, TokenReducer, Tokens
 
 LARGEST = 2**31 - 1  # more is a slip of the pen, and would not fit the arithmetic
 
@@ -125,8 +126,8 @@ class KeepAll(StaticReducer):
   before_attention = True
   is_fixed = True
 
-  def __call__(self, tokens: Tokens, stats: AttentionStats | None) -> tuple[Tokens, Aux]:
-    return tokens, Aux(tokens.x.shape[1])
+  def __call__(self, tokens: Tokens, stats: AttentionStats | None) -> Tokens:
+    return tokens
 
   def count(self, n: int) -> int:
     return n

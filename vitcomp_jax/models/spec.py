@@ -10,8 +10,9 @@ from flax import traverse_util
 from vitcomp_jax.data.transforms import Preprocess
 from vitcomp_jax.errors import UserError
 from vitcomp_jax.models.gates import Gate, open_gate
+from vitcomp_jax.models.importance import IMPORTANCES
 from vitcomp_jax.models.reducers import keep_all
-from vitcomp_jax.models.tokens import IMPORTANCES, TokenReducer
+from vitcomp_jax.models.tokens import TokenReducer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,8 +181,8 @@ class ViTSpec:
     """Resolves `auto` to the best importance metric that this model supports.
 
     Args:
-      asked: One of `tokens.IMPORTANCES`; or `auto`, the attention of what the head looks at: CLS,
-        the head's own query, or, where it takes a mean, all tokens.
+      asked: One of `importance.IMPORTANCES`; or `auto`, the attention of what the head looks at:
+        CLS, the head's own query, or, where it takes a mean, all tokens.
       where: It stands, for the error.
 
     Raises:

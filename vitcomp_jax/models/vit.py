@@ -13,7 +13,7 @@ from vitcomp_jax.models.layers import (
   dense,
 )
 from vitcomp_jax.models.spec import LayerSpec, ViTSpec
-from vitcomp_jax.models.tokens import Aux, Output, Tokens
+from vitcomp_jax.models.tokens import Output, Tokens
 
 _position_init = nn.initializers.truncated_normal(0.02)
 
@@ -63,7 +63,7 @@ class ViT(nn.Module):
     return self.forward(images).logits
 
   def forward(self, images: Float[Array, "b h w 3"]) -> Output:
-    """Returns logits, pooled features, and the tokens and token counts of every layer.
+    """Returns logits, pooled features, and the tokens of every layer.
 
     Args:
       images: Normalised by the spec's mean and std.
@@ -74,22 +74,21 @@ class ViT(nn.Module):
     if images.shape[1:3] != self.spec.image_size:
       raise ValueError(f"images: expected {self.spec.image_size} pixels, got {images.shape[1:3]}")
     tokens = self.embed(images)
-    layers, aux = [], []
+    layers = []
     for i in range(len(self.layers)):
-      tokens, reductions = self.encode(i, tokens)
+      tokens = self.encode(i, tokens)
       layers.append(tokens)
-      aux.append(reductions)
     tokens, features, logits = self.classify(tokens)
-    return Output(logits, features, tokens, tuple(layers), tuple(aux))
+    return Output(logits, features, tokens, tuple(layers))
 
-  def encode(self, layer: int, tokens: Tokens) -> tuple[Tokens, tuple[Aux, Aux]]:
-    """One layer: the tokens after it, and what its two reductions tell."""
+  def encode(self, layer: int, tokens: Tokens) -> Tokens:
+    """Returns the tokens after a layer."""
     return self.blocks[layer](tokens)
 
   def classify(self, tokens: Tokens) -> tuple[Tokens, Array, Array]:
     """The last layer's tokens after the final norm, pooled features and logits."""
     if self.spec.pool != "size_mean":
-      tokens = normed(tokens, self.norm)
+      tokens = tokens.normed(self.norm)
     features = self._pool(tokens)
     return tokens, features, self._classify(features)
 
@@ -107,8 +106,7 @@ class ViT(nn.Module):
     else:
       x = jnp.concatenate([*prefix, x + positions], axis=1)
     x = self.norm_pre(x) if spec.norm_pre else x
-    source = jnp.broadcast_to(spec.num_prefix + jnp.arange(spec.num_patches), (b, spec.num_patches))
-    return Tokens(x, None, None, source, spec.num_prefix, probe=self._probe())
+    return Tokens.begin(x, spec.num_prefix, probe=self._probe())
 
   def _probe(self) -> Array | None:
     """Returns the pooling query, f[h d]; None unless a reducer ranks by `pool_query`."""
@@ -157,12 +155,6 @@ def encoder_block(
     spec.attention,
     spec.activation,
   )
-
-
-def normed(tokens: Tokens, norm: nn.Module) -> Tokens:
-  """Tokens, and what is left of pruned patches, after a norm."""
-  pruned = None if tokens.pruned is None else norm(tokens.pruned)
-  return tokens.replace(x=norm(tokens.x), pruned=pruned)
 
 
 def size_mean(tokens: Tokens) -> Float[Array, "b d"]:

@@ -100,18 +100,10 @@ def merge_tail(
   return total / (1 + jnp.sum(joined, axis=2))[..., None], size[:, :count] + share
 
 
-def follow_merge(
-  source: Int[Array, "b p"], receiver: Int[Array, "b s"], keep: int
-) -> Int[Array, "b p"]:
-  """Updates the token that holds each patch: tokens past `keep` become their receivers."""
-  moved = jnp.take_along_axis(receiver, jnp.maximum(source - keep, 0), axis=1)
-  return jnp.where(source >= keep, moved, source)
-
-
 def bipartite_match(
   metric: Float[Array, "b n k"], remove: int, num_prefix: int
-) -> tuple[Int[Array, "b t"], Int[Array, "b {remove}"], Int[Array, "b {remove}"]]:
-  """ToMe's matching: of the tokens at even positions, those most similar to one at an odd position.
+) -> tuple[Int[Array, "b n"], Int[Array, "b {remove}"]]:
+  """Matches tokens at even positions with the most similar ones at odd positions, as ToMe does.
 
   Args:
     metric: What is compared, by cosine.
@@ -119,9 +111,9 @@ def bipartite_match(
     num_prefix: Tokens at the front that neither merge nor receive.
 
   Returns:
-    The positions of the t = n - remove tokens that remain, in their new order: the prefix, the
-    unmerged ones of the even positions, those of the odd ones; the positions of the merged ones,
-    most similar first; and the place of each one's receiver in the new order.
+    An order of all tokens, and the receiver of each of its last `remove` ones, which are to be
+    merged away, as a place in that order. In front of those, most similar first, stand the prefix,
+    the other tokens of the even positions, and those of the odd ones.
 
   References:
     Bolya et al., `ToMe <https://arxiv.org/abs/2210.09461>`_, 2022, Sec. 3 and appendix D.
@@ -136,58 +128,32 @@ def bipartite_match(
   _, merged = jax.lax.top_k(score, remove)  # [b r] among the even ones
   is_merged = jnp.any(merged[:, :, None] == jnp.arange(even.size)[None, None], axis=1)
   unmerged = jnp.argsort(is_merged, axis=1, stable=True)[:, prefix_even : even.size - remove]
-  order = jnp.concatenate(
-    [
-      jnp.broadcast_to(jnp.arange(num_prefix), (b, num_prefix)),
-      2 * unmerged,
-      jnp.broadcast_to(odd[prefix_odd:], (b, odd.size - prefix_odd)),
-    ],
-    axis=1,
-  )
+  prefix = jnp.broadcast_to(jnp.arange(num_prefix), (b, num_prefix))
+  others = jnp.broadcast_to(odd[prefix_odd:], (b, odd.size - prefix_odd))
+  order = jnp.concatenate([prefix, 2 * unmerged, others, 2 * merged], axis=1)
   first_odd = num_prefix + unmerged.shape[1]
-  chosen = jnp.take_along_axis(receiver, merged, axis=1)
-  return order, 2 * merged, first_odd + chosen - prefix_odd
+  return order, first_odd + jnp.take_along_axis(receiver, merged, axis=1) - prefix_odd
 
 
 def merge_weighted(
-  x: Float[Array, "b t d"],
-  size: Float[Array, "b t"],
-  joining: Float[Array, "b s d"],
-  joining_size: Float[Array, "b s"],
-  receiver: Int[Array, "b s"],
+  x: Float[Array, "b n d"], size: Float[Array, "b n"], receiver: Int[Array, "b s"]
 ) -> tuple[Float[Array, "b t d"], Float[Array, "b t"]]:
-  """Merges tokens into their receivers: means weighted by size, and sums of sizes.
+  """Merges the last s tokens into their receivers among the first t = n - s, weighted by size.
 
   Args:
-    x: Tokens that remain.
-    size: Patches each of them stands for.
-    joining: Tokens that are merged away.
-    joining_size: Patches each of those stands for.
-    receiver: Place in `x` that each of those joins.
+    x: Tokens; the last s are merged.
+    size: Patches each token stands for.
+    receiver: Position each of the last s joins.
+
+  Returns:
+    The t merged tokens, each the mean of all patches that it stands for, and their sizes.
+
+  References:
+    Bolya et al., `ToMe <https://arxiv.org/abs/2210.09461>`_, 2022, Sec. 3.
   """
-  share = joins(receiver, x.shape[1], size.dtype) * joining_size[:, None]
-  total_size = size + jnp.sum(share, axis=2)
-  joined = jnp.einsum("bts,bsd->btd", share.astype(x.dtype), joining)
-  total = x * size[..., None].astype(x.dtype) + joined
+  count = x.shape[1] - receiver.shape[1]
+  share = joins(receiver, count, size.dtype) * size[:, None, count:]
+  total_size = size[:, :count] + jnp.sum(share, axis=2)
+  joined = jnp.einsum("bts,bsd->btd", share.astype(x.dtype), x[:, count:])
+  total = x[:, :count] * size[:, :count, None].astype(x.dtype) + joined
   return total / total_size[..., None].astype(x.dtype), total_size
-
-
-def follow_join(
-  source: Int[Array, "b p"],
-  order: Int[Array, "b t"],
-  merged: Int[Array, "b s"],
-  receiver: Int[Array, "b s"],
-  num_tokens: int,
-) -> Int[Array, "b p"]:
-  """Updates the token that holds each patch after some tokens were merged away.
-
-  Args:
-    source: Token that holds each patch before; -1: pruned.
-    order: Positions of the tokens that remain.
-    merged: Positions of those that were merged away.
-    receiver: Their receivers' places in `order`.
-    num_tokens: Tokens there were before.
-  """
-  found = merged[:, None, :] == source[:, :, None]  # [b p s]
-  joined = jnp.sum(jnp.where(found, receiver[:, None, :], 0), axis=2)
-  return jnp.where(jnp.any(found, axis=2), joined, select.follow(source, order, num_tokens))

@@ -10,6 +10,7 @@ from flax import linen as nn
 from matplotlib.figure import Figure
 
 from vitcomp_jax.data.transforms import normalize
+from vitcomp_jax.models.importance import IMPORTANCES
 from vitcomp_jax.models.layers import Attention
 from vitcomp_jax.models.reducers import keep_all
 from vitcomp_jax.models.spec import ViTSpec, of_layer
@@ -114,7 +115,7 @@ def _traced_inside(
     _, stats = attention["__call__"][0]
     # A layer that removes tokens before attention removes none after it.
     held = before if layer.select == keep_all else tokens.source
-    share = _per_patch(stats.importance(_shown_attention(spec), tokens), held)
+    share = _per_patch(IMPORTANCES[_shown_attention(spec)](stats, tokens), held)
     sources.append(_on_first_grid(spec, i, tokens.source))
     shares.append(_on_first_grid(spec, i, share))
     before = tokens.source

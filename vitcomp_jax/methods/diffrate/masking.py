@@ -1,5 +1,7 @@
 """DiffRate's reduction by masking: with learnable counts, and with the counts of a plan."""
 
+from typing import ClassVar, NamedTuple
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -7,7 +9,8 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from vitcomp_jax.methods.diffrate.recipe import OURS, Recipe
-from vitcomp_jax.models.tokens import AttentionStats, Aux, Tokens, mark_pruned
+from vitcomp_jax.models.importance import IMPORTANCES
+from vitcomp_jax.models.tokens import AttentionStats, Tokens
 from vitcomp_jax.ops import merge, select
 from vitcomp_jax.ops.straight_through import ste_ceil, ste_mask, ste_min
 
@@ -42,144 +45,181 @@ def keep_probability(
   return jnp.asarray(covered, logits.dtype) @ jax.nn.softmax(logits)
 
 
-class PruneMergeSearch(nn.Module):
-  """DiffRate's reduction with learnable counts: masks tokens instead of removing them.
+class Choice(NamedTuple):
+  """How many tokens go on, by one of the two actions."""
 
-  Both counts live in the collection `arch`. Tokens come out sorted by importance, the dropped
-  ones last.
+  probability: Array  # f[n] that the token at each rank is kept
+  kept: Array  # f[] tokens that are kept, prefix included
+
+
+class SearchedCounts(nn.Module):
+  """Both counts of a layer as expectations of logits, which are learnt: the collection `arch`.
 
   Attributes:
     num_patches: Patch tokens of the model.
     num_prefix: Prefix tokens of the model.
     granularity: Distance between candidate counts of pruning and of merging; `num_patches + 1`
       leaves the single candidate that keeps all.
-    importance: See `PruneMerge`.
-    recipe: How tokens are sorted and merged.
 
   References:
-    Chen et al., `DiffRate <https://arxiv.org/abs/2305.17997>`_, 2023, Sec. 3.3 and Eq. 4-7.
+    Chen et al., `DiffRate <https://arxiv.org/abs/2305.17997>`_, 2023, Sec. 3.3 and Eq. 4-6.
   """
 
   num_patches: int
   num_prefix: int
   granularity: tuple[int, int] = (1, 1)
-  importance: str = "cls"
-  recipe: Recipe = OURS
+
+  @property
+  def merges(self) -> bool:
+    """Returns whether any token may be merged."""
+    return self.granularity[1] <= self.num_patches
 
   @nn.compact
-  def __call__(self, tokens: Tokens, stats: AttentionStats | None) -> tuple[Tokens, Aux]:
-    assert stats is not None, "PruneMergeSearch needs the attention's statistics"
-    tokens = self._sorted(tokens, stats)
-    n = tokens.x.shape[1]
-    assert tokens.keep is not None
-    prune_probability, prune_count = self._choice("prune")
-    merge_probability, merge_count = self._choice("merge")
-    before = self._before(tokens, prune_count.dtype)
-    pruned = jnp.minimum(before, prune_count)
-    keep = tokens.keep * _rank_mask(prune_probability[:n], prune_count, before)[None]
-    rank = jnp.arange(n, dtype=pruned.dtype)[None]
-    tokens = mark_pruned(tokens, (rank >= pruned) & (rank < before))
-    if self.granularity[1] <= self.num_patches:
-      tokens = self._merged(tokens, merge_count, pruned)
-    keep = keep * _rank_mask(merge_probability[:n], merge_count, pruned)[None]
-    count = ste_min(before, prune_count, merge_count)
-    return tokens.replace(keep=keep, num_kept=jax.lax.stop_gradient(count)), Aux(count)
+  def __call__(self) -> tuple[Choice, Choice]:
+    """Returns how many tokens pruning keeps, and how many merging."""
+    prune, merge = self.granularity
+    return self._choice("prune_logits", prune), self._choice("merge_logits", merge)
 
-  def count(self, n: int) -> int:
-    """Returns `n`: all tokens stay, masked or not."""
-    return n
-
-  def _before(self, tokens: Tokens, dtype: jnp.dtype) -> Array:
-    # Not counted in `keep`: one image's mask would have to reach every device.
-    total = self.num_patches + self.num_prefix
-    return jnp.asarray(total if tokens.num_kept is None else tokens.num_kept, dtype)
-
-  def _choice(self, what: str) -> tuple[Array, Array]:
-    """The probability that each rank is kept, and the kept count, prefix included."""
-    options = candidates(self.num_patches, self.granularity[what == "merge"])
-    logits = self.variable("arch", f"{what}_logits", jnp.zeros, options.shape).value
+  @nn.nowrap
+  def _choice(self, name: str, granularity: int) -> Choice:
+    options = candidates(self.num_patches, granularity)
+    logits = self.variable("arch", name, jnp.zeros, options.shape).value
     if len(options) == 1:  # nothing to learn, so that no backward pass has to come here
       logits = jax.lax.stop_gradient(logits)
     count = kept_count(expected_count(logits, options), self.num_patches) + self.num_prefix
     num_tokens = self.num_patches + self.num_prefix
-    return keep_probability(logits, options, self.num_prefix, num_tokens), count
+    return Choice(keep_probability(logits, options, self.num_prefix, num_tokens), count)
 
-  def _sorted(self, tokens: Tokens, stats: AttentionStats) -> Tokens:
+
+class ReplayedCounts(nn.Module):
+  """Both counts of a layer as variables, so that plans are tried without compiling.
+
+  The collection `arch` holds the counts themselves, `prune_keep` and `merge_keep`.
+
+  Attributes:
+    num_patches: Patch tokens of the model.
+    num_prefix: Prefix tokens of the model.
+  """
+
+  num_patches: int
+  num_prefix: int
+  merges: ClassVar[bool] = True
+
+  @nn.compact
+  def __call__(self) -> tuple[Choice, Choice]:
+    """Returns how many tokens pruning keeps, and how many merging."""
+    return self._choice("prune_keep"), self._choice("merge_keep")
+
+  @nn.nowrap
+  def _choice(self, name: str) -> Choice:
+    count = self.variable("arch", name, jnp.zeros, ()).value
+    rank = jnp.arange(self.num_patches + self.num_prefix, dtype=count.dtype)
+    return Choice((rank < count).astype(count.dtype), count)
+
+
+class MaskedPruneMerge(nn.Module):
+  """`PruneMerge` by masking, with counts that are traced.
+
+  Tokens come out sorted by importance, the dropped ones last.
+
+  Attributes:
+    counts: How many tokens go on; its variables stand in this module's scope.
+    importance: See `PruneMerge`.
+    recipe: How tokens are sorted and merged.
+    limit: Tokens that go on, of which the kept ones are the first; None: all, masked or not.
+
+  References:
+    Chen et al., `DiffRate <https://arxiv.org/abs/2305.17997>`_, 2023, Sec. 3.3 and Eq. 7.
+  """
+
+  counts: SearchedCounts | ReplayedCounts
+  importance: str = "cls"
+  recipe: Recipe = OURS
+  limit: int | None = None
+
+  def setup(self) -> None:
+    nn.share_scope(self, self.counts)
+
+  def __call__(self, tokens: Tokens, stats: AttentionStats | None) -> Tokens:
+    assert stats is not None, "MaskedPruneMerge needs the attention's statistics"
     n = tokens.x.shape[1]
-    importance = stats.importance(self.importance, tokens)
-    ones = jnp.ones(tokens.x.shape[:2], importance.dtype)
-    keep = ones if tokens.keep is None else tokens.keep
-    order = select.importance_order(importance, tokens.num_prefix, n)
-    return tokens.replace(
-      x=select.permute(tokens.x, order),
-      size=select.take(ones if tokens.size is None else tokens.size, order),
-      keep=select.take(keep, order) if self.recipe.mask_follows else keep,
-      source=select.follow(tokens.source, order, n),
-      place=None if tokens.place is None else select.follow(tokens.place, order, n),
-    )
+    prune, merge = self.counts()
+    before = _before(tokens, self.counts, prune)
+    pruned = jnp.minimum(before, prune.kept)
+    tokens, keep = self._sorted(tokens, stats)
+    keep = keep * _rank_mask(prune.probability[:n], prune.kept, before)[None]
+    keep = keep * _rank_mask(merge.probability[:n], merge.kept, pruned)[None]
+    rank = jnp.arange(n, dtype=pruned.dtype)[None]
+    is_pruned = (rank >= pruned) & (rank < before)
+    tokens = tokens.mask(is_pruned, keep, ste_min(before, prune.kept, merge.kept))
+    if self.counts.merges:
+      tokens = self._merged(tokens, merge.kept, pruned)
+    return tokens if self.limit is None else tokens.first(self.limit)
+
+  def count(self, n: int) -> int:
+    """Returns the tokens that go on, masked or not."""
+    return n if self.limit is None else min(n, self.limit)
+
+  def _sorted(self, tokens: Tokens, stats: AttentionStats) -> tuple[Tokens, Array]:
+    """Returns the tokens by falling importance, and the mask that goes with them."""
+    importance = IMPORTANCES[self.importance](stats, tokens)
+    order = select.importance_order(importance, tokens.num_prefix, tokens.x.shape[1])
+    taken = tokens.take(order)
+    return taken, taken.kept if self.recipe.mask_follows else tokens.kept
 
   def _merged(self, tokens: Tokens, start: Array, stop: Array) -> Tokens:
     """Adds the tokens of rank [start, stop) to their receivers; they stay where they are."""
-    assert tokens.size is not None
-    rank = jnp.arange(tokens.x.shape[1], dtype=start.dtype)[None]
+    n, size = tokens.x.shape[1], tokens.sizes
+    rank = jnp.arange(n, dtype=start.dtype)[None]
     joins = (rank >= start) & (rank < stop)
     first = jnp.minimum(tokens.num_prefix + (not self.recipe.first_receives), start - 1)
     receives = (rank >= first) & (rank < start)
     scores = jnp.where(receives[:, None], merge.similarity(tokens.x, tokens.x), -jnp.inf)
     receiver, weight = merge.best(scores)
     weight = jnp.ones_like(weight) if self.recipe.whole_sizes else weight
-    weight = jnp.where(joins, weight, 0).astype(tokens.size.dtype)
+    weight = jnp.where(joins, weight, 0).astype(size.dtype)
     weight = weight if self.recipe.signed_similarity else jnp.maximum(weight, 0)
-    joined = merge.joins(receiver, rank.size, tokens.x.dtype)
-    joined = joined * joins[:, None].astype(joined.dtype)
+    joined = merge.joins(receiver, n, tokens.x.dtype) * joins[:, None].astype(tokens.x.dtype)
     total = tokens.x + merge.join(tokens.x, receiver, joins)
-    size, share = tokens.size, tokens.size * weight
+    share = size * weight
     if self.recipe.clamp_size:
       share = jnp.where(joins, jnp.maximum(share, 1), 0)
       size = jnp.where(joins, share, size)
     size = size + jnp.einsum("bts,bs->bt", joined.astype(size.dtype), share)
-    return tokens.replace(
-      x=total / (1 + jnp.sum(joined, axis=2))[..., None],
-      size=jax.lax.stop_gradient(size),
-      source=_follow_join(tokens.source, receiver, joins[0]),
-    )
+    receiver = jnp.where(joins, receiver, jnp.arange(n, dtype=receiver.dtype)[None])
+    mean = total / (1 + jnp.sum(joined, axis=2))[..., None]
+    return tokens.merge(mean, jax.lax.stop_gradient(size), receiver)
 
 
-class PruneMergeCounts(PruneMergeSearch):
-  """The counts of a last layer of which only the prefix is left: no token needs to be masked."""
-
-  @nn.compact
-  def __call__(self, tokens: Tokens, stats: AttentionStats | None) -> tuple[Tokens, Aux]:
-    (_, prune_count), (_, merge_count) = self._choice("prune"), self._choice("merge")
-    before = self._before(tokens, prune_count.dtype)
-    return tokens, Aux(ste_min(before, prune_count, merge_count))
-
-
-class PruneMergeMasked(PruneMergeSearch):
-  """`PruneMerge` by masking: its counts are variables, so that plans are tried without compiling.
-
-  The collection `arch` holds the counts themselves, `prune_keep` and `merge_keep`.
+class HeadOnlyPruneMerge(nn.Module):
+  """Counts what a last layer keeps of which only the prefix is left, and removes nothing.
 
   Attributes:
-    limit: Tokens that go on, of which the kept ones are the first; None: all, masked or not.
+    counts: As of `MaskedPruneMerge`.
   """
 
-  limit: int | None = None
+  counts: SearchedCounts
 
-  def __call__(self, tokens: Tokens, stats: AttentionStats | None) -> tuple[Tokens, Aux]:
-    tokens, aux = super().__call__(tokens, stats)
-    if self.limit is not None:  # The others hold no patches any more.
-      parts = {k: getattr(tokens, k)[:, : self.limit] for k in ("x", "size", "keep")}
-      tokens = tokens.replace(**parts)
-    return tokens, aux
+  def setup(self) -> None:
+    nn.share_scope(self, self.counts)
+
+  def __call__(self, tokens: Tokens, stats: AttentionStats | None) -> Tokens:
+    del stats
+    prune, merge = self.counts()
+    before = _before(tokens, self.counts, prune)
+    return tokens.replace(num_kept=ste_min(before, prune.kept, merge.kept))
 
   def count(self, n: int) -> int:
-    return n if self.limit is None else min(n, self.limit)
+    """Returns `n`: the tokens that are there stay."""
+    return n
 
-  def _choice(self, what: str) -> tuple[Array, Array]:
-    count = self.variable("arch", f"{what}_keep", jnp.zeros, ()).value
-    rank = jnp.arange(self.num_patches + self.num_prefix, dtype=count.dtype)
-    return (rank < count).astype(count.dtype), count
+
+def _before(tokens: Tokens, counts: SearchedCounts | ReplayedCounts, choice: Choice) -> Array:
+  """Returns the tokens that earlier layers keep; they alone take the gradient of their count."""
+  # Not counted in `keep`: one image's mask would have to reach every device.
+  total = counts.num_patches + counts.num_prefix
+  before = total if tokens.num_kept is None else jax.lax.stop_gradient(tokens.num_kept)
+  return jnp.asarray(before, choice.kept.dtype)
 
 
 def _rank_mask(probability: Array, count: Array, stop: Array) -> Array:
@@ -191,9 +231,3 @@ def _rank_mask(probability: Array, count: Array, stop: Array) -> Array:
   rank = jnp.arange(probability.shape[0], dtype=count.dtype)
   mask = ste_mask(probability, (rank >= count) & (rank < stop))
   return jnp.where(count < stop, mask, 1.0)
-
-
-def _follow_join(source: Array, receiver: Array, joins: Array) -> Array:
-  position = jnp.maximum(source, 0)
-  moved = jnp.take_along_axis(receiver, position, axis=1)
-  return jnp.where((source >= 0) & joins[position], moved, source)

@@ -4,8 +4,9 @@ import dataclasses
 
 import jax.numpy as jnp
 
+from vitcomp_jax.models.importance import IMPORTANCES
 from vitcomp_jax.models.reducers import StaticReducer
-from vitcomp_jax.models.tokens import AttentionStats, Aux, Tokens, take_tokens
+from vitcomp_jax.models.tokens import AttentionStats, Tokens
 from vitcomp_jax.ops import merge, select
 
 
@@ -20,7 +21,7 @@ class PruneMerge(StaticReducer):
     prune_keep: Tokens after pruning.
     merge_keep: Tokens after merging.
     signed_similarity: See `Recipe`.
-    importance: Ranks the tokens, see `AttentionStats.importance`.
+    importance: Ranks the tokens, see `models.importance`.
     whole_sizes: See `Recipe`.
     first_receives: See `Recipe`.
 
@@ -37,16 +38,14 @@ class PruneMerge(StaticReducer):
   whole_sizes: bool = False
   first_receives: bool = True
 
-  def __call__(self, tokens: Tokens, stats: AttentionStats | None) -> tuple[Tokens, Aux]:
+  def __call__(self, tokens: Tokens, stats: AttentionStats | None) -> Tokens:
     assert stats is not None, "PruneMerge needs the attention's statistics"
     n = tokens.x.shape[1]
     pruned, merged = min(n, self.prune_keep), self.count(n)
     if merged < n:
-      importance = stats.importance(self.importance, tokens)
-      tokens = take_tokens(tokens, select.importance_order(importance, tokens.num_prefix, pruned))
-    if merged < pruned:
-      tokens = self._merge_last(tokens, merged)
-    return tokens, Aux(merged)
+      importance = IMPORTANCES[self.importance](stats, tokens)
+      tokens = tokens.take(select.importance_order(importance, tokens.num_prefix, pruned))
+    return self._merge_last(tokens, merged) if merged < pruned else tokens
 
   def count(self, n: int) -> int:
     return min(n, self.prune_keep, self.merge_keep)
@@ -56,11 +55,10 @@ class PruneMerge(StaticReducer):
     return self.prune_keep, self.merge_keep
 
   def _merge_last(self, tokens: Tokens, keep: int) -> Tokens:
-    size = tokens.sizes
     first = min(tokens.num_prefix + (not self.first_receives), keep - 1)
     receiver, weight = merge.receivers(tokens.x, keep, first)
     weight = weight if self.signed_similarity else jnp.maximum(weight, 0)
     weight = jnp.ones_like(weight) if self.whole_sizes else weight
+    size = tokens.sizes
     x, size = merge.merge_tail(tokens.x, size, receiver, weight.astype(size.dtype))
-    source = merge.follow_merge(tokens.source, receiver, keep)
-    return tokens.replace(x=x, size=size, source=source)
+    return tokens.merge(x, size, receiver)

@@ -17,9 +17,10 @@ from vitcomp_jax.methods.budget import bracket
 from vitcomp_jax.methods.diffrate import recipe as recipes
 from vitcomp_jax.methods.diffrate.masking import (
   NOISE,
-  PruneMergeCounts,
-  PruneMergeMasked,
-  PruneMergeSearch,
+  HeadOnlyPruneMerge,
+  MaskedPruneMerge,
+  ReplayedCounts,
+  SearchedCounts,
   candidates,
 )
 from vitcomp_jax.methods.diffrate.recipe import Recipe
@@ -151,25 +152,19 @@ class DiffRate:
         and their gradients are the same.
     """
     spec, eps = self.spec, self.recipe.mask_eps
-    layers = [
-      dataclasses.replace(layer, reduce=self._reducer(i), mask_eps=eps)
-      for i, layer in enumerate(self.dense)
-    ]
+    importance = spec.importance(self.options.importance)
+    layers = []
+    for i, layer in enumerate(self.dense):
+      reduce = MaskedPruneMerge(self._counts(i), importance, self.recipe)
+      layers.append(dataclasses.replace(layer, reduce=reduce, mask_eps=eps))
     if logits_only and not spec.pools_patches:
-      whole = self._reducer(spec.depth - 1)
-      counts = PruneMergeCounts(whole.num_patches, whole.num_prefix, whole.granularity)
-      layers[-1] = dataclasses.replace(layers[-1], reduce=counts, queries=spec.num_prefix)
+      reduce = HeadOnlyPruneMerge(self._counts(spec.depth - 1))
+      layers[-1] = dataclasses.replace(layers[-1], reduce=reduce, queries=spec.num_prefix)
     return tuple(layers)
 
-  def _reducer(self, layer: int) -> PruneMergeSearch:
+  def _counts(self, layer: int) -> SearchedCounts:
     prune, merge = (self._granularity(layer, action) for action in _ACTIONS)
-    return PruneMergeSearch(
-      self.spec.patches_at(layer),
-      self.spec.num_prefix,
-      (prune, merge),
-      self.spec.importance(self.options.importance),
-      self.recipe,
-    )
+    return SearchedCounts(self.spec.patches_at(layer), self.spec.num_prefix, (prune, merge))
 
   def _granularity(self, layer: int, action: str) -> int:
     """Returns the granularity; layers that keep all tokens have a single candidate."""
@@ -195,13 +190,8 @@ class DiffRate:
     spec, importance = self.spec, self.spec.importance(self.options.importance)
     layers = []
     for i, layer in enumerate(self.dense):
-      reduce = PruneMergeMasked(
-        spec.patches_at(i),
-        spec.num_prefix,
-        importance=importance,
-        recipe=self.recipe,
-        limit=limits[i] if limits else None,
-      )
+      counts = ReplayedCounts(spec.patches_at(i), spec.num_prefix)
+      reduce = MaskedPruneMerge(counts, importance, self.recipe, limits[i] if limits else None)
       layers.append(dataclasses.replace(layer, reduce=reduce))
     return tuple(layers)
 
@@ -230,7 +220,7 @@ class DiffRate:
     spent = {c.key: c.count(self.spec, self.dense, reached) for c in (MACS, self.cost)}
     distance = (spent[self.cost.key] - self.target * self.cost.scale) / self.budget_unit
     weight = jnp.where(step < self.options.warmup_steps, 0.0, self.options.budget_weight)
-    counts = jnp.stack([jnp.asarray(reduced.count) for _, reduced in out.aux])
+    counts = jnp.stack(_kept(out))
     metrics = {c.key: spent[c.key] / c.scale for c in (MACS, self.cost)}
     metrics |= {"tokens": counts, "budget_loss": distance**2}
     return weight * distance**2, metrics
@@ -343,9 +333,14 @@ def search_counts(spec: ViTSpec, out: Output) -> list[tuple[Array, Array]]:
 
   Each layer's count takes the gradient of its own MLP and of the next layer's attention.
   """
-  after = [jnp.asarray(reduced.count) for _, reduced in out.aux]
+  after = _kept(out)
   starts = {i: jnp.asarray(float(n)) for i, n in spec.starts.items()}
   return [(starts[i] if i in starts else after[i - 1], n) for i, n in enumerate(after)]
+
+
+def _kept(out: Output) -> list[Array]:
+  """Returns the tokens that each layer of a search leaves."""
+  return [tokens.num_kept for tokens in out.layers if tokens.num_kept is not None]
 
 
 def _expectation(logits: Array | np.ndarray, options: np.ndarray) -> float:

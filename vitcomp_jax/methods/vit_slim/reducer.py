@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from vitcomp_jax.errors import UserError
 from vitcomp_jax.models.gates import Gate, HardMask
 from vitcomp_jax.models.reducers import StaticReducer
-from vitcomp_jax.models.tokens import AttentionStats, Aux, Tokens, take_tokens
+from vitcomp_jax.models.tokens import AttentionStats, Tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +25,7 @@ class KeepPositions(StaticReducer):
 
   positions: tuple[int, ...]
 
-  def __call__(self, tokens: Tokens, stats: AttentionStats | None) -> tuple[Tokens, Aux]:
+  def __call__(self, tokens: Tokens, stats: AttentionStats | None) -> Tokens:
     prefix = tokens.num_prefix
     patches = jnp.array(self.positions[prefix:], jnp.int32) - prefix
     # Where those patches are by now: earlier layers may have dropped others.
@@ -36,7 +36,7 @@ class KeepPositions(StaticReducer):
       ],
       axis=1,
     )
-    return take_tokens(tokens, order), Aux(len(self.positions))
+    return tokens.take(order)
 
   def count(self, n: int) -> int:
     return min(n, len(self.positions))

@@ -1,0 +1,85 @@
+"""Importance metrics: what tells the tokens that a reducer keeps."""
+
+from collections.abc import Callable
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from vitcomp_jax.models.tokens import AttentionStats, Tokens
+from vitcomp_jax.ops import attention
+
+Importance = Callable[[AttentionStats, Tokens], Array]
+
+
+def cls_attention(stats: AttentionStats, tokens: Tokens) -> Float[Array, "b n"]:
+  """Computes mean_h softmax(q_cls k / sqrt(d) + log s): the attention that CLS pays each token.
+
+  References:
+    Liang et al., `EViT <https://arxiv.org/abs/2202.07800>`_, 2022, Eq. 2 and 3;
+    Chen et al., `DiffRate <https://arxiv.org/abs/2305.17997>`_, 2023, Sec. 3.2.
+  """
+  del tokens
+  q = stats.q[:, :, 0]
+  return attention.cls_attention(q, stats.k, stats.scale, stats.log_size, stats.keep)
+
+
+def pool_query_attention(stats: AttentionStats, tokens: Tokens) -> Float[Array, "b n"]:
+  """Computes mean_h softmax(q k(norm(x)) / sqrt(d) + log s) for the query q of a pooling head.
+
+  It is the attention that the head would pay each token if this layer were the last: k makes the
+  head's keys of the tokens behind this attention, after the final norm. The project's own.
+  """
+  assert tokens.probe is not None, "pool_query needs a pooling head"
+  del stats
+  return attention.probe_attention(tokens.x, tokens.probe, tokens.size, tokens.keep)
+
+
+def mean_attention(stats: AttentionStats, tokens: Tokens) -> Float[Array, "b n"]:
+  """Computes mean_h mean_i softmax(q_i k / sqrt(d) + log s): what each token receives from all.
+
+  In a search, from all that are kept.
+
+  References:
+    Chen et al., `DiffRate <https://arxiv.org/abs/2305.17997>`_, 2023, their code for CAFormer.
+  """
+  del tokens
+  return attention.mean_attention(stats.q, stats.k, stats.scale, stats.log_size, stats.keep)
+
+
+def mean_attention_of_all(stats: AttentionStats, tokens: Tokens) -> Float[Array, "b n"]:
+  """Computes `mean_attention` of all tokens, in a search of dropped ones too.
+
+  References:
+    Chen et al., `DiffRate <https://arxiv.org/abs/2305.17997>`_, 2023, their code for CAFormer.
+  """
+  del tokens
+  q, k = stats.q, stats.k
+  return attention.mean_attention(q, k, stats.scale, stats.log_size, stats.keep, of_all=True)
+
+
+def value_norm(stats: AttentionStats, tokens: Tokens) -> Float[Array, "b n"]:
+  """Computes |v|, the length of each token's values, all heads together. The project's own."""
+  del tokens
+  return attention.value_norm(stats.v, stats.keep)
+
+
+def random(stats: AttentionStats, tokens: Tokens) -> Float[Array, "b n"]:
+  """Draws numbers, the same for every image and at every call, to compare with."""
+  del tokens
+  b, _, n, _ = stats.k.shape
+  # A prefix of the same numbers for any count, so that masking sees what removing does.
+  score = jnp.asarray(np.random.default_rng(0).random(n, np.float32))
+  return attention.last_if_dropped(jnp.tile(score, (b, 1)), stats.keep)
+
+
+# Each gives f[b n], negative where a token is masked, from the statistics of an attention and the
+# tokens behind it. By falling preference of `ViTSpec.importance`.
+IMPORTANCES: dict[str, Importance] = {
+  "cls": cls_attention,
+  "pool_query": pool_query_attention,
+  "mean_attention": mean_attention,
+  "mean_attention_of_all": mean_attention_of_all,
+  "value_norm": value_norm,
+  "random": random,
+}
