@@ -23,8 +23,8 @@ from vitcomp_jax.data import sources
 from vitcomp_jax.data.transforms import evaluation_image, normalize
 from vitcomp_jax.methods.diffrate import search as diffrate
 from vitcomp_jax.methods.vit_slim import search as vit_slim
+from vitcomp_jax.models.attention import Attention
 from vitcomp_jax.models.importance import cls_attention
-from vitcomp_jax.models.layers import Attention
 from vitcomp_jax.models.spec import LayerSpec, ViTSpec
 from vitcomp_jax.ops import merge
 from vitcomp_jax.reporting import run_plots

@@ -8,8 +8,8 @@ import jax
 from jaxtyping import Array, Float
 
 from vitcomp_jax.cost import macs
+from vitcomp_jax.models.backbone import Backbone
 from vitcomp_jax.models.build import build
-from vitcomp_jax.models.vit import ViT
 from vitcomp_jax.plans import Plan, load_plan
 from vitcomp_jax.weights.loading import Params, abstract_params, load_params, spec_for
 
@@ -20,7 +20,7 @@ def load(
   plan: Plan | str | os.PathLike[str] | None = None,
   num_classes: int | None = None,
   image_size: int | tuple[int, int] | None = None,
-) -> tuple[ViT, Params]:
+) -> tuple[Backbone, Params]:
   """Loads a model and its parameters.
 
   Args:
@@ -53,7 +53,7 @@ def load(
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def apply(model: ViT, params: Params, images: Float[Array, "b h w 3"]) -> Float[Array, "b c"]:
+def apply(model: Backbone, params: Params, images: Float[Array, "b h w 3"]) -> Float[Array, "b c"]:
   """Logits (features for a model without classifier); compiled once per model and batch shape.
 
   Args:
@@ -77,7 +77,7 @@ class Cost:
   params: int
 
 
-def count_cost(model: ViT) -> Cost:
+def count_cost(model: Backbone) -> Cost:
   """Counts a model's multiply-accumulates and parameters."""
   params = abstract_params(model)
   gmacs = macs.static_macs(model.spec, model.layers) / 1e9

@@ -22,8 +22,8 @@ from vitcomp_jax.data import class_names, sources
 from vitcomp_jax.data.transforms import Preprocess, evaluation_image, normalize
 from vitcomp_jax.errors import UserError
 from vitcomp_jax.exported import load_exported
+from vitcomp_jax.models.backbone import Backbone
 from vitcomp_jax.models.build import build
-from vitcomp_jax.models.vit import ViT
 from vitcomp_jax.plans import load_plan
 from vitcomp_jax.reporting import model_plots, plots
 from vitcomp_jax.runs.run import make_run
@@ -47,7 +47,7 @@ class Classifier:
   logits: Callable[[np.ndarray], np.ndarray]
   preprocess: Preprocess
   classes: Sequence[str]
-  model: ViT | None = None
+  model: Backbone | None = None
   params: loading.Params = dataclasses.field(default_factory=dict)
 
 
@@ -169,7 +169,9 @@ def _from_weights(variant: str | None, weights: str | None, plan: str | None) ->
   return _of(model, params, model.spec.preprocess, model.spec.class_names)
 
 
-def _of(model: ViT, params: loading.Params, pre: Preprocess, names: Sequence[str]) -> Classifier:
+def _of(
+  model: Backbone, params: loading.Params, pre: Preprocess, names: Sequence[str]
+) -> Classifier:
   def logits(images: np.ndarray) -> np.ndarray:
     return np.asarray(api.apply(model, params, normalize(images, pre)), np.float32)
 

@@ -11,8 +11,8 @@ import numpy as np
 from vitcomp_jax.api import count_cost
 from vitcomp_jax.data.transforms import Preprocess, normalize
 from vitcomp_jax.errors import UserError
+from vitcomp_jax.models.backbone import Backbone
 from vitcomp_jax.models.build import build
-from vitcomp_jax.models.vit import ViT
 from vitcomp_jax.ops import losses
 from vitcomp_jax.parallel import Layout
 from vitcomp_jax.results import Row
@@ -22,7 +22,7 @@ Outcomes = dict[str, np.ndarray]  # f32[examples], by metric
 
 
 def outcomes(
-  model: ViT,
+  model: Backbone,
   params: Params,
   batches: Iterable[Mapping[str, np.ndarray]],
   layout: Layout,
@@ -82,7 +82,7 @@ def check_finite(outputs: np.ndarray, what: str) -> None:
     )
 
 
-def measured(row: Row, found: Outcomes, model: ViT) -> Row:
+def measured(row: Row, found: Outcomes, model: Backbone) -> Row:
   """Returns a row with the means over all examples, and the model's cost."""
   cost = count_cost(model)
   metrics = {key: round(float(np.mean(v, dtype=np.float64)), 6) for key, v in found.items()}
@@ -111,14 +111,14 @@ def scores(logits: jax.Array, labels: jax.Array) -> dict[str, jax.Array]:
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _score(
-  model: ViT, preprocess: Preprocess, params: Params, images: jax.Array, labels: jax.Array
+  model: Backbone, preprocess: Preprocess, params: Params, images: jax.Array, labels: jax.Array
 ) -> dict[str, jax.Array]:
   return scores(model.apply({"params": params}, normalize(images, preprocess)), labels)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _compare(
-  model: ViT, preprocess: Preprocess, params: Params, dense_params: Params, images: jax.Array
+  model: Backbone, preprocess: Preprocess, params: Params, dense_params: Params, images: jax.Array
 ) -> Mapping[str, jax.Array]:
   """Computes the divergence of the outputs from the dense model's."""
   images = normalize(images, preprocess)

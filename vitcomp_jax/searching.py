@@ -13,8 +13,8 @@ from vitcomp_jax.cost.cost_models import MACS, CostModel
 from vitcomp_jax.data.arrays import Batch, endless_batches
 from vitcomp_jax.errors import UserError
 from vitcomp_jax.methods.diffrate.search import DiffRate
+from vitcomp_jax.models.backbone import Backbone
 from vitcomp_jax.models.spec import ViTSpec
-from vitcomp_jax.models.vit import ViT
 from vitcomp_jax.parallel import Layout
 from vitcomp_jax.plans import PassedPlan, Plan, make_plan
 from vitcomp_jax.training import loop
@@ -23,7 +23,7 @@ from vitcomp_jax.weights.loading import Params
 
 
 def search(
-  model: ViT,
+  model: Backbone,
   params: Params,
   data: object,
   macs: float | None = None,

@@ -17,9 +17,10 @@ from vitcomp_jax.data.transforms import Preprocess, normalize
 from vitcomp_jax.methods.diffrate.search import DiffRate
 from vitcomp_jax.methods.handmade import random_counts
 from vitcomp_jax.metrics import progress
+from vitcomp_jax.models.block import encoder_block
 from vitcomp_jax.models.spec import LayerSpec, ViTSpec
 from vitcomp_jax.models.tokens import Tokens
-from vitcomp_jax.models.vit import ViT, encoder_block
+from vitcomp_jax.models.vit import ViT, ViTParts
 from vitcomp_jax.runs.run import Run
 from vitcomp_jax.weights.loading import Params
 
@@ -108,7 +109,7 @@ def _embed(model: ViT, preprocess: Preprocess, params: Params, images: jax.Array
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _block(spec: ViTSpec, layer: LayerSpec, variables: Params, tokens: Tokens) -> Tokens:
-  return encoder_block(spec, layer).apply(variables, tokens)
+  return encoder_block(layer, ViTParts(spec)).apply(variables, tokens)
 
 
 @functools.partial(jax.jit, static_argnums=0)

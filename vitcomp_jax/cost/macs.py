@@ -7,16 +7,8 @@ embedding, the latter counted for the prefix tokens too; no norms, biases, softm
 from collections.abc import Sequence
 from typing import Any
 
+from vitcomp_jax.models.heads import HEADS
 from vitcomp_jax.models.spec import LayerSpec, ViTSpec
-
-
-def pool_macs(spec: ViTSpec, tokens: Any) -> Any:
-  """Multiply-accumulates of a pooling head that attends to the tokens after the last layer."""
-  if spec.pool != "map":
-    return 0.0
-  return 2.0 * spec.width * (spec.width + spec.mlp_dim) + tokens * (
-    2.0 * spec.width * (spec.width + 1)
-  )
 
 
 def layer_macs(layer: LayerSpec, width: int, at_attention: Any, at_mlp: Any) -> Any:
@@ -49,7 +41,8 @@ def macs(spec: ViTSpec, layers: Sequence[LayerSpec], counts: Sequence[tuple[Any,
     for i, (layer, count) in enumerate(zip(layers, counts, strict=True))
   )
   last = counts[-1][1] if counts else spec.num_tokens
-  return total + pool_macs(spec, last) + float(spec.fixed_macs)
+  pooling, classifier = HEADS[spec.pool].macs(spec, last)
+  return total + pooling + float(spec.embed_macs + classifier)
 
 
 def static_counts(spec: ViTSpec, layers: Sequence[LayerSpec]) -> list[tuple[int, int]]:

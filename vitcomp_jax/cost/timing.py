@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from vitcomp_jax.models.backbone import Backbone
 from vitcomp_jax.models.spec import ViTSpec
-from vitcomp_jax.models.vit import ViT
 from vitcomp_jax.weights.loading import Params
 
 
@@ -35,7 +35,7 @@ class Subject:
     return time.perf_counter() - begin
 
 
-def compiled(name: str, model: ViT, params: Params, batch: int) -> Subject:
+def compiled(name: str, model: Backbone, params: Params, batch: int) -> Subject:
   """Compiles a model for a batch size, and runs it once on noise.
 
   Args:

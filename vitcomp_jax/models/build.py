@@ -1,16 +1,17 @@
-"""The module that a spec describes."""
+"""Builds the module that a spec describes."""
 
+from vitcomp_jax.models.backbone import Backbone
 from vitcomp_jax.models.caformer import CAFormer, CAFormerSpec
 from vitcomp_jax.models.spec import LayerSpec, ViTSpec
 from vitcomp_jax.models.vit import ViT
 
 
-def build(spec: ViTSpec, layers: tuple[LayerSpec, ...], remat: bool = False) -> ViT:
-  """A model.
+def build(spec: ViTSpec, layers: tuple[LayerSpec, ...], remat: bool = False) -> Backbone:
+  """Builds a model.
 
   Args:
-    spec: What it is.
+    spec: The model's.
     layers: Its layers, `spec.dense_layers` or compressed ones.
-    remat: See `ViT`.
+    remat: See `Backbone`.
   """
   return (CAFormer if isinstance(spec, CAFormerSpec) else ViT)(spec, layers, remat)

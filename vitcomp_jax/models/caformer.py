@@ -14,16 +14,18 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from vitcomp_jax.errors import UserError
-from vitcomp_jax.models.layers import Attention, EncoderBlock, LayerNorm, dense
+from vitcomp_jax.models.attention import Attention
+from vitcomp_jax.models.backbone import Backbone
+from vitcomp_jax.models.block import Scale, encoder_block
+from vitcomp_jax.models.gates import Gate, open_gate
+from vitcomp_jax.models.heads import HEADS
+from vitcomp_jax.models.layers import identity, kernel_init
 from vitcomp_jax.models.spec import LayerSpec, ViTSpec
 from vitcomp_jax.models.tokens import Tokens, unmerge
-from vitcomp_jax.models.vit import ViT, encoder_block
 from vitcomp_jax.ops import select
 
 _HEAD_DIM = 32
 _STEM_KERNEL, _KERNEL, _MIXER_KERNEL = 7, 3, 7
-_HEAD_EPS = 1e-5  # PyTorch's default, unlike the other norms'
-_kernel_init = nn.initializers.truncated_normal(0.02)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,11 +76,11 @@ class CAFormerSpec(ViTSpec):
     return tuple(LayerSpec(w // _HEAD_DIM, _HEAD_DIM, 4 * w, _HEAD_DIM**-0.5) for w in widths)
 
   @property
-  def fixed_macs(self) -> int:
-    """Counts all convolutions, and the head as DiffRate's authors do, 8·C for each class."""
+  def embed_macs(self) -> int:
+    """Counts all convolutions."""
     patches = self.num_patches
     positions = (16 * patches, 4 * patches, patches, math.prod(self._last_grid))
-    total, channels, kernel = 8 * self.dims[3] * self.num_classes, 3, _STEM_KERNEL
+    total, channels, kernel = 0, 3, _STEM_KERNEL
     for n, width in zip(positions, self.dims, strict=True):
       total += n * width * kernel**2 * channels
       channels, kernel = width, _KERNEL
@@ -107,7 +109,7 @@ def caformer(
   )
 
 
-class CAFormer(ViT):
+class CAFormer(Backbone):
   """A CAFormer; `layers` says what each layer with attention is and what it removes.
 
   Where the last stage begins, merged and pruned tokens go back to their places, so that it can
@@ -123,15 +125,15 @@ class CAFormer(ViT):
       _ConvStage(width, depth, stage > 0, spec.norm_eps, spec.dtype)
       for stage, (width, depth) in enumerate(zip(spec.dims[:2], spec.depths[:2], strict=True))
     ]
-    parts = self.layers[:first], self.layers[first:]
+    layers = self.layers[:first], self.layers[first:]
     stages += [
-      _AttentionStage(spec, spec.dims[2 + i], part, self.remat) for i, part in enumerate(parts)
+      _AttentionStage(_Parts(spec, spec.dims[2 + i]), part, self.remat)
+      for i, part in enumerate(layers)
     ]
     self.stages = stages
-    self.head = _Head(spec.width, spec.num_classes, spec.norm_eps, spec.dtype)
+    self.head = HEADS[spec.pool](spec)
 
   def embed(self, images: Array) -> Tokens:
-    """The tokens of the first stage with attention."""
     x = self.stem(images)
     for stage in self.stages[:2]:
       x = stage(x)
@@ -162,10 +164,7 @@ class CAFormer(ViT):
     return x.reshape(x.shape[0], *self.spec.grid, x.shape[2])
 
   def classify(self, tokens: Tokens) -> tuple[Tokens, Array, Array]:
-    """The last layer's tokens, the normed mean of those that are not masked, and logits."""
-    keep = tokens.kept[..., None].astype(tokens.x.dtype)
-    features, logits = self.head(jnp.sum(keep * tokens.x, axis=1) / jnp.sum(keep, axis=1))
-    return tokens, features, logits
+    return self.head(tokens)
 
 
 def _tokens_of(x: Float[Array, "b h w d"]) -> Tokens:
@@ -173,37 +172,39 @@ def _tokens_of(x: Float[Array, "b h w d"]) -> Tokens:
   return Tokens.begin(x.reshape(x.shape[0], -1, x.shape[3]), 0, track_origin=True)
 
 
-class _AttentionBlock(EncoderBlock):
-  """A layer with attention: no biases, StarReLU, and learnt factors on the residual stream."""
+@dataclasses.dataclass(frozen=True)
+class _Parts:
+  """Makes the parts of a stage's layers: no biases, StarReLU, and a learnt residual stream."""
 
-  def setup(self) -> None:
-    self.norm1, self.norm2 = _norm(self.norm_eps), _norm(self.norm_eps)
-    self.token_mixer = Attention(self.spec, self.width, self.dtype, self.attention, use_bias=False)
-    self.mlp = _StarMlp(self.spec.mlp_dim, self.width, False, self.dtype)
-    self.res_scale1, self.res_scale2 = _Scale(self.width), _Scale(self.width)
+  spec: CAFormerSpec
+  width: int
 
-  def __call__(self, tokens: Tokens) -> Tokens:
-    tokens = self.select(tokens, None)
-    y, stats = self.token_mixer(self.norm1(tokens.x), tokens.size, tokens.keep)
-    tokens = tokens.with_x(self.res_scale1(tokens.x) + self._drop_path(y))
-    tokens = self.reduce(tokens, stats)
-    y = self._drop_path(self.mlp(self.norm2(tokens.x)))
-    return tokens.with_x(self.res_scale2(tokens.x) + y)
+  def norm(self) -> nn.LayerNorm:
+    return _norm(self.spec.norm_eps)
+
+  def attention(self, layer: LayerSpec) -> Attention:
+    spec = self.spec
+    return Attention(
+      layer, self.width, spec.dtype, spec.attention, use_bias=False, name="token_mixer"
+    )
+
+  def mlp(self, layer: LayerSpec) -> "_StarMlp":
+    return _StarMlp(layer.mlp_dim, self.width, False, self.spec.dtype)
+
+  def scales(self, layer: LayerSpec, branch: int) -> tuple[Scale, Scale]:
+    del layer
+    return _StreamScale(self.width, name=f"res_scale{branch}"), identity
 
 
 class _AttentionStage(nn.Module):
-  spec: CAFormerSpec
-  width: int
+  parts: _Parts
   layers: tuple[LayerSpec, ...]
   remat: bool
 
   def setup(self) -> None:
-    spec = self.spec
-    self.downsample = _Downsample(self.width, spec.norm_eps, spec.dtype)
-    kind = _AttentionBlock
-    self.blocks = [
-      encoder_block(spec, layer, self.remat, self.width, kind) for layer in self.layers
-    ]
+    spec = self.parts.spec
+    self.downsample = _Downsample(self.parts.width, spec.norm_eps, spec.dtype)
+    self.blocks = [encoder_block(layer, self.parts, self.remat) for layer in self.layers]
 
 
 class _ConvStage(nn.Module):
@@ -270,8 +271,8 @@ class _StarMlp(nn.Module):
     self.act = _StarReLU()
     self.fc2 = _Linear(self.width, self.on_grid, self.dtype)
 
-  def __call__(self, x: Float[Array, "... d"]) -> Float[Array, "... d"]:
-    return self.fc2(self.act(self.fc1(x)))
+  def __call__(self, x: Float[Array, "... d"], gate: Gate = open_gate) -> Float[Array, "... d"]:
+    return self.fc2(gate(self.act(self.fc1(x))))
 
 
 class _Linear(nn.Module):
@@ -284,7 +285,7 @@ class _Linear(nn.Module):
   @nn.compact
   def __call__(self, x: Float[Array, "... c"]) -> Float[Array, "... d"]:
     shape = (x.shape[-1], self.features)
-    kernel = self.param("kernel", _kernel_init, (1, 1, *shape) if self.on_grid else shape)
+    kernel = self.param("kernel", kernel_init, (1, 1, *shape) if self.on_grid else shape)
     x, kernel = nn.dtypes.promote_dtype(x, kernel, dtype=self.dtype)
     return x @ kernel.reshape(shape)
 
@@ -299,7 +300,7 @@ class _StarReLU(nn.Module):
     return scale.astype(x.dtype)[0] * jnp.square(jax.nn.relu(x)) + bias.astype(x.dtype)[0]
 
 
-class _Scale(nn.Module):
+class _StreamScale(nn.Module):
   width: int
 
   @nn.compact
@@ -334,37 +335,6 @@ class _Downsample(nn.Module):
     return self.conv(self.norm(x))
 
 
-class _Head(nn.Module):
-  width: int
-  num_classes: int
-  norm_eps: float
-  dtype: str | None
-
-  def setup(self) -> None:
-    self.norm = LayerNorm(self.norm_eps)
-    if self.num_classes:
-      self.fc = _Classifier(4 * self.width, self.num_classes, self.dtype)
-
-  def __call__(self, x: Float[Array, "b d"]) -> tuple[Float[Array, "b d"], Float[Array, "b c"]]:
-    """Features, and logits, which are the features without a classifier."""
-    x = self.norm(x)
-    return x, self.fc(x) if self.num_classes else x
-
-
-class _Classifier(nn.Module):
-  mlp_dim: int
-  num_classes: int
-  dtype: str | None
-
-  def setup(self) -> None:
-    self.fc1 = dense(self.mlp_dim, self.dtype)
-    self.norm = LayerNorm(_HEAD_EPS)
-    self.fc2 = dense(self.num_classes, self.dtype)
-
-  def __call__(self, x: Float[Array, "b d"]) -> Float[Array, "b c"]:
-    return self.fc2(self.norm(jnp.square(jax.nn.relu(self.fc1(x)))))
-
-
 def _norm(epsilon: float) -> nn.LayerNorm:
   return nn.LayerNorm(epsilon=epsilon, use_bias=False, use_fast_variance=False)
 
@@ -372,12 +342,5 @@ def _norm(epsilon: float) -> nn.LayerNorm:
 def _conv(width: int, kernel: int, stride: int, dtype: str | None, **options: Any) -> nn.Conv:
   # The stem is padded by 2, all others by half of their kernel.
   padding = [(2 if stride == 4 else kernel // 2,) * 2] * 2
-  return nn.Conv(
-    width,
-    (kernel, kernel),
-    stride,
-    padding,
-    dtype=dtype,
-    kernel_init=_kernel_init,
-    **options,
-  )
+  options |= {"dtype": dtype, "kernel_init": kernel_init}
+  return nn.Conv(width, (kernel, kernel), stride, padding, **options)

@@ -75,10 +75,11 @@ class ViTSpec:
     distilled: Has a distillation token, and a second head that is averaged with the first.
     num_registers: Register tokens.
     pos_on_prefix: Position embeddings cover the prefix; otherwise only the patches.
-    pool: `cls`, `cls_dist` (CLS and distillation token), `size_mean` (mean over patches, each
-      token weighing as much as the patches it stands for; then `fc_norm` instead of `norm`), `mean`
-      (CAFormer: of the tokens), or `map` (SigLIP: a learnt query attends to the tokens, by their
-      sizes too).
+    positions: How tokens tell where they lie, one of `positions.POSITIONS`.
+    pool: The head, one of `heads.HEADS`: `cls`, `cls_dist` (CLS and distillation token),
+      `size_mean` (mean over patches, each token weighing as much as the patches it stands for; then
+      `fc_norm` instead of `norm`), `mean` (CAFormer: of the tokens), or `map` (SigLIP: a learnt
+      query attends to the tokens, by their sizes too).
     norm_pre: Tokens are normed before the first layer, and the patch embedding has no bias (CLIP).
     activation: Of every MLP, see `ops.activations.ACTIVATIONS`.
     layer_scale: Learnt per-channel factors on the residual branches (DINOv2).
@@ -110,6 +111,7 @@ class ViTSpec:
   distilled: bool = False
   num_registers: int = 0
   pos_on_prefix: bool = True
+  positions: str = "absolute"
   pool: str = "cls"
   norm_pre: bool = False
   activation: str = "gelu"
@@ -231,11 +233,9 @@ class ViTSpec:
     return dataclasses.replace(self, image_size=sides)
 
   @property
-  def fixed_macs(self) -> int:
-    """Multiply-accumulates that no reduction changes: the patch embedding and the classifier."""
-    heads = 2 if self.distilled else 1
-    embedding = self.num_tokens * self.width * 3 * self.patch_size**2
-    return embedding + heads * self.width * self.num_classes
+  def embed_macs(self) -> int:
+    """Counts the multiply-accumulates of the patch embedding, which no reduction changes."""
+    return self.num_tokens * self.width * 3 * self.patch_size**2
 
   def check_plain(self, what: str) -> None:
     """Refuses what only a ViT can do that keeps one sequence of tokens from first to last.

@@ -10,18 +10,18 @@ from flax import linen as nn
 from matplotlib.figure import Figure
 
 from vitcomp_jax.data.transforms import normalize
+from vitcomp_jax.models.attention import Attention
+from vitcomp_jax.models.backbone import Backbone
 from vitcomp_jax.models.importance import IMPORTANCES
-from vitcomp_jax.models.layers import Attention
 from vitcomp_jax.models.reducers import keep_all
 from vitcomp_jax.models.spec import ViTSpec, of_layer
-from vitcomp_jax.models.vit import ViT
 from vitcomp_jax.plans import Plan
 from vitcomp_jax.reporting import plots, run_plots
 from vitcomp_jax.weights.loading import Params
 
 
 def token_maps(
-  model: ViT,
+  model: Backbone,
   params: Params,
   images: np.ndarray,
   titles: Sequence[str] | None = None,
@@ -45,7 +45,7 @@ def token_maps(
 
 
 def cls_attention(
-  model: ViT,
+  model: Backbone,
   params: Params,
   images: np.ndarray,
   titles: Sequence[str] | None = None,
@@ -74,7 +74,7 @@ def spaced(depth: int, most: int) -> list[int]:
 
 
 def _named(
-  model: ViT, found: Sequence[np.ndarray], layers: Sequence[int] | None
+  model: Backbone, found: Sequence[np.ndarray], layers: Sequence[int] | None
 ) -> dict[str, np.ndarray]:
   chosen = range(1, model.spec.depth + 1) if layers is None else layers
   return {f"layer {layer}": found[layer - 1] for layer in chosen}
@@ -85,7 +85,7 @@ def _titles(titles: Sequence[str] | None, images: np.ndarray) -> Sequence[str]:
 
 
 def _inside(
-  model: ViT, params: Params, images: np.ndarray
+  model: Backbone, params: Params, images: np.ndarray
 ) -> tuple[list[np.ndarray], list[np.ndarray]]:
   """Returns, for each layer, the token that holds each patch, and CLS's attention to each patch."""
   found: tuple[list[np.ndarray], list[np.ndarray]]
@@ -95,7 +95,7 @@ def _inside(
 
 @functools.partial(jax.jit, static_argnums=0)
 def _traced_inside(
-  model: ViT, params: Params, images: jax.Array
+  model: Backbone, params: Params, images: jax.Array
 ) -> tuple[list[jax.Array], list[jax.Array]]:
   """Runs one layer of `_inside`; returns i[b p] and f[b p]."""
   spec = model.spec

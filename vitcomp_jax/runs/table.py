@@ -6,10 +6,10 @@ import math
 from vitcomp_jax import scoring
 from vitcomp_jax.methods.registry import within
 from vitcomp_jax.metrics import progress
+from vitcomp_jax.models.backbone import Backbone
 from vitcomp_jax.models.build import build
 from vitcomp_jax.models.reducers import keep_all
 from vitcomp_jax.models.spec import LayerSpec
-from vitcomp_jax.models.vit import ViT
 from vitcomp_jax.plans import Plan
 from vitcomp_jax.results import Result, Row, Variant, environment
 from vitcomp_jax.runs.run import Run
@@ -131,7 +131,7 @@ def _baselines(run: Run) -> list[Candidate]:
   return found
 
 
-def outcomes(run: Run, model: ViT, params: Params, name: str) -> Outcomes:
+def outcomes(run: Run, model: Backbone, params: Params, name: str) -> Outcomes:
   """Measures one model on every evaluation image, see `scoring.outcomes`."""
   inputs = run.inputs
   total = math.ceil(inputs.eval_data.num_examples / run.config.evaluate.batch_size)

@@ -15,10 +15,10 @@ from vitcomp_jax.data.transforms import Preprocess
 from vitcomp_jax.errors import UserError
 from vitcomp_jax.methods.base import Layers, Metrics
 from vitcomp_jax.methods.diffrate.search import DiffRate
+from vitcomp_jax.models.backbone import Backbone
 from vitcomp_jax.models.build import build
 from vitcomp_jax.models.spec import ViTSpec, with_drop_path
 from vitcomp_jax.models.tokens import Output
-from vitcomp_jax.models.vit import ViT
 from vitcomp_jax.ops import losses
 from vitcomp_jax.parallel import Layout
 from vitcomp_jax.training import loop, optimizer
@@ -149,7 +149,11 @@ class Search:
     return loss_fn
 
   def _task_loss(
-    self, model: ViT, variables: Mapping[str, Any], batch: Mapping[str, jax.Array], key: jax.Array
+    self,
+    model: Backbone,
+    variables: Mapping[str, Any],
+    batch: Mapping[str, jax.Array],
+    key: jax.Array,
   ) -> tuple[jax.Array, Output, Metrics]:
     """Computes the cross-entropy, or the divergence from the model that keeps all tokens."""
     spec, config = model.spec, self.config

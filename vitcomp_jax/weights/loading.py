@@ -16,11 +16,11 @@ import numpy as np
 from vitcomp_jax.errors import UserError
 from vitcomp_jax.methods.dynamicvit import PredictorSelect
 from vitcomp_jax.models import tags
+from vitcomp_jax.models.backbone import Backbone
 from vitcomp_jax.models.build import build
 from vitcomp_jax.models.reducers import keep_all
 from vitcomp_jax.models.spec import LayerSpec, ViTSpec
 from vitcomp_jax.models.variants import VARIANTS, get_spec
-from vitcomp_jax.models.vit import ViT
 from vitcomp_jax.weights import description, files
 from vitcomp_jax.weights.description import Description
 from vitcomp_jax.weights.slicing import LayerIndex, slice_params
@@ -240,7 +240,7 @@ def _has_widths(state: Mapping[str, np.ndarray], layers: tuple[LayerSpec, ...]) 
   return all(name in state and len(state[name]) == rows for name, rows in expected.items())
 
 
-def abstract_params(model: ViT) -> Params:
+def abstract_params(model: Backbone) -> Params:
   """The shapes of a model's parameters."""
   images = jax.ShapeDtypeStruct((1, *model.spec.image_size, 3), jnp.float32)
   return dict(jax.eval_shape(model.init, jax.random.key(0), images)["params"])

@@ -1,0 +1,88 @@
+"""One encoder layer, made of the parts that a backbone gives it."""
+
+from collections.abc import Callable
+from typing import Protocol, runtime_checkable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from vitcomp_jax.models.attention import Attention
+from vitcomp_jax.models.gates import Gate
+from vitcomp_jax.models.spec import LayerSpec
+from vitcomp_jax.models.tokens import TokenReducer, Tokens
+
+Scale = Callable[[Array], Array]
+
+
+@runtime_checkable
+class BlockParts(Protocol):
+  """Makes the parts of a layer. A value that hashes, as it is a field of a module."""
+
+  def norm(self) -> nn.Module:
+    """Makes the norm before attention, or before the MLP."""
+    ...
+
+  def attention(self, layer: LayerSpec) -> Attention:
+    """Makes the attention."""
+    ...
+
+  def mlp(self, layer: LayerSpec) -> nn.Module:
+    """Makes the MLP, a function of tokens and of the gate of its hidden units."""
+    ...
+
+  def scales(self, layer: LayerSpec, branch: int) -> tuple[Scale, Scale]:
+    """Makes the factors of the residual stream and of a branch that is added to it, 1 or 2."""
+    ...
+
+
+class EncoderBlock(nn.Module):
+  """A pre-norm encoder layer whose tokens may be reduced before and after attention."""
+
+  layer: LayerSpec
+  parts: BlockParts
+  # Held as fields of their own so that Flax adopts the ones that are modules.
+  select: TokenReducer
+  reduce: TokenReducer
+  token_gate: Gate
+  head_gate: Gate
+  hidden_gate: Gate
+
+  def setup(self) -> None:
+    parts, layer = self.parts, self.layer
+    self.norm1, self.norm2 = parts.norm(), parts.norm()
+    self.attn, self.mlp = parts.attention(layer), parts.mlp(layer)
+    self.stream1, self.branch1 = parts.scales(layer, 1)
+    self.stream2, self.branch2 = parts.scales(layer, 2)
+
+  def __call__(self, tokens: Tokens) -> Tokens:
+    tokens = self.select(tokens, None)
+    y, stats = self.attn(self.token_gate(self.norm1(tokens.x)), tokens, self.head_gate)
+    if self.layer.queries is not None:
+      tokens = tokens.take(jnp.tile(jnp.arange(self.layer.queries), (y.shape[0], 1)))
+    tokens = tokens.with_x(self.stream1(tokens.x) + self._drop_path(self.branch1(y)))
+    tokens = self.reduce(tokens, stats)
+    y = self.mlp(self.token_gate(self.norm2(tokens.x)), self.hidden_gate)
+    return tokens.with_x(self.stream2(tokens.x) + self._drop_path(self.branch2(y)))
+
+  def _drop_path(self, y: Array) -> Array:
+    """Drops the branch for some images and scales it up for the others (stochastic depth)."""
+    rate = self.layer.drop_path
+    if not rate:
+      return y
+    kept = jax.random.bernoulli(self.make_rng("drop_path"), 1 - rate, (y.shape[0], 1, 1))
+    return y * kept.astype(y.dtype) / (1 - rate)
+
+
+def encoder_block(layer: LayerSpec, parts: BlockParts, remat: bool = False) -> EncoderBlock:
+  """Makes one layer.
+
+  Args:
+    layer: What it is and what it removes.
+    parts: Makes its parts.
+    remat: See `Backbone`.
+  """
+  gates = layer.token_gate, layer.head_gate, layer.hidden_gate
+  block = nn.remat(EncoderBlock) if remat else EncoderBlock
+  return block(layer, parts, layer.select, layer.reduce, *gates)

@@ -1,0 +1,271 @@
+"""Heads by a spec's `pool`: each norms and pools the last tokens, classifies, and counts its MACs.
+
+A head that a ViT holds shares the ViT's scope, so that its parameters have timm's names.
+"""
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from vitcomp_jax.models.layers import LayerNorm, Mlp, dense, identity
+from vitcomp_jax.models.spec import ViTSpec
+from vitcomp_jax.models.tokens import Tokens
+from vitcomp_jax.ops.attention import attend_one
+
+_TORCH_EPS = 1e-5  # PyTorch's default, unlike the other norms'
+
+Read = tuple[Tokens, Array, Array]
+
+
+class Head(Protocol):
+  """Reads the tokens after the last layer."""
+
+  def __init__(self, spec: ViTSpec) -> None: ...
+
+  def __call__(self, tokens: Tokens) -> Read:
+    """Returns the tokens after the final norm, pooled features and logits."""
+    ...
+
+  @staticmethod
+  def macs(spec: ViTSpec, tokens: Any) -> tuple[Any, int]:
+    """Counts multiply-accumulates of pooling and of the classifier.
+
+    Args:
+      spec: The model.
+      tokens: Tokens after the last layer, an int or a traced scalar.
+    """
+    ...
+
+
+def _classifier(spec: ViTSpec) -> Callable[[Array], Array]:
+  return dense(spec.num_classes, spec.dtype) if spec.num_classes else identity
+
+
+class ClsHead(nn.Module):
+  """Classifies the CLS token."""
+
+  spec: ViTSpec
+
+  def setup(self) -> None:
+    self.norm = LayerNorm(self.spec.norm_eps)
+    self.head = _classifier(self.spec)
+
+  def __call__(self, tokens: Tokens) -> Read:
+    tokens = tokens.normed(self.norm)
+    features = tokens.x[:, 0]
+    return tokens, features, self.head(features)
+
+  @staticmethod
+  def macs(spec: ViTSpec, tokens: Any) -> tuple[Any, int]:
+    del tokens
+    return 0.0, spec.width * spec.num_classes
+
+
+class ClsDistHead(nn.Module):
+  """Classifies CLS and the distillation token apart, and takes the mean.
+
+  Its features are f[b 2 d]; without classifiers the logits are their mean.
+
+  References:
+    Touvron et al., `DeiT <https://arxiv.org/abs/2012.12877>`_, 2021, Sec. 4.
+  """
+
+  spec: ViTSpec
+
+  def setup(self) -> None:
+    self.norm = LayerNorm(self.spec.norm_eps)
+    self.head, self.head_dist = _classifier(self.spec), _classifier(self.spec)
+
+  def __call__(self, tokens: Tokens) -> Read:
+    tokens = tokens.normed(self.norm)
+    features = tokens.x[:, :2]
+    if not self.spec.num_classes:
+      return tokens, features, jnp.mean(features, axis=1)
+    return tokens, features, (self.head(features[:, 0]) + self.head_dist(features[:, 1])) / 2
+
+  @staticmethod
+  def macs(spec: ViTSpec, tokens: Any) -> tuple[Any, int]:
+    del tokens
+    return 0.0, 2 * spec.width * spec.num_classes
+
+
+class SizeMeanHead(nn.Module):
+  """Classifies the normed mean of the patch tokens, each weighing as much as its patches.
+
+  References:
+    Chen et al., `DiffRate <https://arxiv.org/abs/2305.17997>`_, 2023, their model for MAE.
+  """
+
+  spec: ViTSpec
+
+  def setup(self) -> None:
+    self.fc_norm = LayerNorm(self.spec.norm_eps)
+    self.head = _classifier(self.spec)
+
+  def __call__(self, tokens: Tokens) -> Read:
+    features = self.fc_norm(size_mean(tokens))
+    return tokens, features, self.head(features)
+
+  @staticmethod
+  def macs(spec: ViTSpec, tokens: Any) -> tuple[Any, int]:
+    del tokens
+    return 0.0, spec.width * spec.num_classes
+
+
+def size_mean(tokens: Tokens) -> Float[Array, "b d"]:
+  """Computes Σ s·x / Σ s over the patch tokens, of sizes s, which are 0 where masked.
+
+  The denominator takes no gradient, as in the authors' model for MAE weights.
+  """
+  x = tokens.x[:, tokens.num_prefix :]
+  weight = jnp.ones((*x.shape[:2], 1), x.dtype)
+  for factor in (tokens.size, tokens.keep):
+    if factor is not None:
+      weight = weight * factor[:, tokens.num_prefix :, None].astype(x.dtype)
+  return jnp.sum(weight * x, axis=1) / jax.lax.stop_gradient(jnp.sum(weight, axis=1))
+
+
+class MapHead(nn.Module):
+  """Classifies what a learnt query's attention to all tokens makes of them (SigLIP)."""
+
+  spec: ViTSpec
+
+  def setup(self) -> None:
+    spec = self.spec
+    self.norm = LayerNorm(spec.norm_eps)
+    sizes = spec.num_heads, spec.mlp_dim, spec.width
+    self.attn_pool = AttentionPool(*sizes, spec.norm_eps, spec.dtype, spec.activation)
+    self.head = _classifier(spec)
+
+  def __call__(self, tokens: Tokens) -> Read:
+    tokens = tokens.normed(self.norm)
+    features = self.attn_pool(tokens)
+    return tokens, features, self.head(features)
+
+  def probe(self) -> Float[Array, "h d"]:
+    """Returns the pooling query folded through key projection and norm scale, by head."""
+    if self.is_initializing():  # There are no parameters yet.
+      return jnp.zeros((self.spec.num_heads, self.spec.width))
+    return self.norm.variables["params"]["scale"][None] * self.attn_pool.probe()
+
+  @staticmethod
+  def macs(spec: ViTSpec, tokens: Any) -> tuple[Any, int]:
+    fixed = 2.0 * spec.width * (spec.width + spec.mlp_dim)
+    pooling = fixed + tokens * (2.0 * spec.width * (spec.width + 1))
+    return pooling, spec.width * spec.num_classes
+
+
+class AttentionPool(nn.Module):
+  """SigLIP's head: a learnt query attends to all tokens, and an MLP follows.
+
+  A token weighs as much as the patches it stands for, and nothing where it is masked.
+
+  Attributes:
+    num_heads: Of the query; the width is divided among them.
+    mlp_dim: Hidden units of the MLP.
+    width: Channels of a token.
+    norm_eps: As in the layers.
+    dtype: As in the layers.
+    activation: As in the layers.
+
+  References:
+    Zhai et al., `SigLIP <https://arxiv.org/abs/2303.15343>`_, 2023.
+  """
+
+  num_heads: int
+  mlp_dim: int
+  width: int
+  norm_eps: float
+  dtype: str | None = None
+  activation: str = "gelu"
+
+  def setup(self) -> None:
+    latent_init = nn.initializers.truncated_normal(self.width**-0.5)
+    self.latent = self.param("latent", latent_init, (1, 1, self.width))
+    self.q, self.kv = dense(self.width, self.dtype), dense(2 * self.width, self.dtype)
+    self.proj = dense(self.width, self.dtype)
+    self.norm = LayerNorm(self.norm_eps)
+    self.mlp = Mlp(self.mlp_dim, self.width, self.dtype, self.activation)
+
+  def __call__(self, tokens: Tokens) -> Float[Array, "b d"]:
+    k, v = (self._by_head(part) for part in jnp.split(self.kv(tokens.x), 2, axis=-1))
+    q = jnp.broadcast_to(self.query().astype(k.dtype), (k.shape[0], *k.shape[1::2]))
+    log_size = None if tokens.size is None else jnp.log(tokens.size)
+    y = attend_one(q, k, v, self._scale, log_size, tokens.keep)
+    y = self.proj(y.reshape(y.shape[0], self.width))
+    return y + self.mlp(self.norm(y)[:, None])[:, 0]
+
+  def query(self) -> Float[Array, "1 h k"]:
+    """Returns the query, by head."""
+    return self.q(self.latent).reshape(1, self.num_heads, -1)
+
+  def probe(self) -> Float[Array, "h d"]:
+    """Returns the query folded through the key projection and scaled, by head."""
+    keys = self.kv.variables["params"]["kernel"][:, : self.width]
+    keys = keys.reshape(self.width, self.num_heads, -1)
+    return self._scale * jnp.einsum("hk,dhk->hd", self.query()[0].astype(keys.dtype), keys)
+
+  @property
+  def _scale(self) -> float:
+    return (self.width // self.num_heads) ** -0.5
+
+  @nn.nowrap
+  def _by_head(self, x: Array) -> Array:
+    """[b n d] -> [b h n k]"""
+    return x.reshape(*x.shape[:2], self.num_heads, -1).swapaxes(1, 2)
+
+
+class MeanHead(nn.Module):
+  """Classifies the normed mean of the tokens that are not masked by an MLP (CAFormer).
+
+  References:
+    Yu et al., `MetaFormer Baselines for Vision <https://arxiv.org/abs/2210.13452>`_, 2022.
+  """
+
+  spec: ViTSpec
+
+  def setup(self) -> None:
+    spec = self.spec
+    self.norm = LayerNorm(spec.norm_eps)
+    sizes = 4 * spec.width, spec.num_classes
+    self.fc = MlpClassifier(*sizes, spec.dtype) if spec.num_classes else identity
+
+  def __call__(self, tokens: Tokens) -> Read:
+    keep = tokens.kept[..., None].astype(tokens.x.dtype)
+    features = self.norm(jnp.sum(keep * tokens.x, axis=1) / jnp.sum(keep, axis=1))
+    return tokens, features, self.fc(features)
+
+  @staticmethod
+  def macs(spec: ViTSpec, tokens: Any) -> tuple[Any, int]:
+    """Counts as DiffRate's authors do, 8·C for each class."""
+    del tokens
+    return 0.0, 8 * spec.width * spec.num_classes
+
+
+class MlpClassifier(nn.Module):
+  """Two projections with a squared ReLU and a norm between them."""
+
+  mlp_dim: int
+  num_classes: int
+  dtype: str | None
+
+  def setup(self) -> None:
+    self.fc1 = dense(self.mlp_dim, self.dtype)
+    self.norm = LayerNorm(_TORCH_EPS)
+    self.fc2 = dense(self.num_classes, self.dtype)
+
+  def __call__(self, x: Float[Array, "b d"]) -> Float[Array, "b c"]:
+    return self.fc2(self.norm(jnp.square(jax.nn.relu(self.fc1(x)))))
+
+
+HEADS: dict[str, type[Head]] = {
+  "cls": ClsHead,
+  "cls_dist": ClsDistHead,
+  "size_mean": SizeMeanHead,
+  "map": MapHead,
+  "mean": MeanHead,
+}
