@@ -7,13 +7,15 @@ import runpy
 import pytest
 
 from tests.stages.test_slim import TINY, tiny_variant  # noqa: F401
+from vitcomp_jax.cost import latency
 
 main = runpy.run_path(str(pathlib.Path(__file__).parents[1] / "benchmarks/latency_model.py"))[
   "main"
 ]
 
 
-def test_plans_are_predicted_and_measured(tmp_path, capsys):
+def test_plans_are_predicted_and_measured(tmp_path, monkeypatch, capsys):
+  monkeypatch.setattr(latency, "_COUNTS", 3)  # instead of 11, each of which is compiled thrice
   path = tmp_path / "found.json"
   options = ["--batch", "2", "--plans", "2", "--rounds", "1", "--json", str(path)]
   main(["--variant", TINY, *options])
