@@ -14,12 +14,13 @@ import subprocess
 
 import pytest
 
+import tests.tiny_config
 import vitcomp_jax as vc
 from tests.stages.test_slim import tiny_config, tiny_variant  # noqa: F401
 from tests.test_parallel import _finish, _losses, _start, _wait_for
 from vitcomp_jax.runs.ownership import owned
 
-STEPS = 300
+STEPS = 150
 
 
 def _refused(process: subprocess.Popen) -> str:
@@ -37,11 +38,12 @@ def _in_use_by(pid: int) -> str:
 
 
 def test_a_second_run_is_refused_and_a_killed_one_is_no_obstacle(tmp_path):
-  workdir, options = tmp_path / "run", [f"--config.search.steps={STEPS}"]
-  (first,) = _start(workdir, ("search",), 1, options=options)
+  workdir, config = tmp_path / "run", tests.tiny_config.get_config()
+  config.search.steps = STEPS
+  (first,) = _start(workdir, ("search",), 1, options=[f"--config.search.steps={STEPS}"])
   _wait_for(workdir, "search", 3, first)
-  (second,) = _start(workdir, ("search",), 1, options=options)
-  assert _in_use_by(first.pid) in _refused(second)
+  with pytest.raises(vc.UserError, match=_in_use_by(first.pid)):
+    vc.search(config, workdir)
   assert first.poll() is None
   first.send_signal(signal.SIGKILL)
   first.communicate()
@@ -49,8 +51,7 @@ def test_a_second_run_is_refused_and_a_killed_one_is_no_obstacle(tmp_path):
   assert done < STEPS
   # What the killed one left behind names it still, and stops nobody.
   assert json.loads((workdir / ".owner.json").read_text())["pid"] == first.pid
-  (third,) = _start(workdir, ("search",), 1, options=options)
-  _finish([third])
+  vc.search(config, workdir)
   lines = (workdir / "metrics.jsonl").read_text().splitlines()
   assert [json.loads(line)["step"] for line in lines] == list(range(1, STEPS + 1))
   assert (workdir / "plan.json").exists() and not list(workdir.glob(".*"))
