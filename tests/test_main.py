@@ -1,5 +1,6 @@
 """The command as a user runs it: mistakes, a full disk, a kill in the middle."""
 
+import errno
 import json
 import os
 import pathlib
@@ -15,8 +16,9 @@ import pytest
 import safetensors.numpy
 
 import vitcomp_jax
-from tests.tiny_main import TINY
+from tests.stages.test_slim import TINY, tiny_variant  # noqa: F401
 from vitcomp_jax import main
+from vitcomp_jax.checkpoint import Checkpointer
 from vitcomp_jax.metrics import read_metrics
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -178,7 +180,7 @@ def test_values_on_the_command_line():
   assert workdir == pathlib.Path("somewhere")
 
 
-def test_a_corrupt_image_is_named(tmp_path):
+def test_a_corrupt_image_is_named(tmp_path, capsys):
   for split in ("train", "val"):
     for name in ("cat", "dog"):
       folder = tmp_path / "data" / split / name
@@ -189,35 +191,30 @@ def test_a_corrupt_image_is_named(tmp_path):
   broken = tmp_path / "data" / "train" / "cat" / "2.jpg"
   broken.write_bytes(broken.read_bytes()[:300])
   options = [f"--config.data.dir={tmp_path / 'data'}", "--config.data.name=folder"]
-  options += ["--config.data.pad=0"]
-  stopped = _run(tmp_path / "stop", *options, *QUICK[:6])
-  assert stopped.returncode == 2 and str(broken) in stopped.stderr, stopped.stderr
-  skipping = [*options, *QUICK[:6], "--config.data.on_error=skip"]
-  skipped = _run(tmp_path / "stop", *skipping)
-  assert skipped.returncode == 0, skipped.stderr
+  options += ["--config.data.pad=0", "--config.stages=('search',)", *QUICK[:6]]
+  command = _command(tmp_path / "stop", *options)[2:]
+  assert main.main(command) == 2
+  error = capsys.readouterr().err
+  assert str(broken) in error and "Traceback" not in error
+  assert main.main([*command, "--config.data.on_error=skip"]) == 0
 
 
-def test_a_full_disk_is_status_1_and_loses_nothing(tmp_path):
+def test_a_full_disk_is_status_1_and_loses_nothing(tmp_path, monkeypatch, capsys):
   """A save that fails leaves the checkpoint before, from which the same command goes on."""
-  program = (
-    "import errno, sys\n"
-    "from vitcomp_jax import main, checkpoint\n"
-    "from tests import tiny_main\n"
-    "tiny_main.tiny_variant()\n"
-    "save = checkpoint.Checkpointer.save\n"
-    "def failing(self, step, state):\n"
-    "  if step > 6: raise OSError(errno.ENOSPC, 'No space left on device')\n"
-    "  save(self, step, state)\n"
-    "checkpoint.Checkpointer.save = failing\n"
-    "sys.exit(main.main(sys.argv))\n"
-  )
-  options = _command(tmp_path / "run", *QUICK)[3:]
-  command = [sys.executable, "-c", program, *options]
-  result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-  assert result.returncode == 1, result.stderr
-  assert "the disk is full" in result.stderr and "Traceback" not in result.stderr
-  resumed = _run(tmp_path / "run", *QUICK)
-  assert resumed.returncode == 0, resumed.stderr
+  save = Checkpointer.save
+
+  def failing(checkpoints, step, state):
+    if step > 6:
+      raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    save(checkpoints, step, state)
+
+  command = _command(tmp_path / "run", *QUICK, "--config.stages=('search',)")[2:]
+  with monkeypatch.context() as patch:
+    patch.setattr(Checkpointer, "save", failing)
+    assert main.main(command) == 1
+  error = capsys.readouterr().err
+  assert "the disk is full" in error and "Traceback" not in error
+  assert main.main(command) == 0
 
 
 def test_another_config_in_the_same_workdir_is_refused(tmp_path, capsys):
