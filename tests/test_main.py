@@ -40,7 +40,7 @@ def _command(workdir: pathlib.Path, *options: str) -> list[str]:
     "--config",
     str(ROOT / "configs/quickstart.py"),
   ]
-  program += ["--workdir", str(workdir), f"--config.compilation_cache={ROOT}/.pytest_cache/xla"]
+  program += ["--workdir", str(workdir), "--config.compilation_cache=none"]
   program += ["--config.stages=('search','evaluate')"]
   return [*program, *options]
 

@@ -27,7 +27,7 @@ RANDOM = {
 
 
 def _environment(devices: int) -> dict[str, str]:
-  flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
+  flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"
   return {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
 
 

@@ -84,7 +84,7 @@ def test_processes_find_each_other_by_slurm(tmp_path):
     "PATH": f"{tmp_path}:{os.environ['PATH']}",
     "PYTHON": sys.executable,
     "SLURM_SUBMIT_DIR": str(ROOT),
-    "XLA_FLAGS": "--xla_backend_optimization_level=0",
+    "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=1",
   }
   command = ["bash", str(ROOT / "scripts/slurm.sh"), *options, "--config.search.steps=3"]
   result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
