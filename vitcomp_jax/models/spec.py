@@ -13,6 +13,7 @@ from vitcomp_jax.models.gates import Gate, open_gate
 from vitcomp_jax.models.importance import IMPORTANCES
 from vitcomp_jax.models.reducers import keep_all
 from vitcomp_jax.models.tokens import TokenReducer
+from vitcomp_jax.weights.slicing import LayerIndex
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +36,8 @@ class LayerSpec:
     queries: The first so many tokens alone attend and go on, such as those that the head reads; the
       others still are keys and values. None: all.
     drop_path: Probability of dropping a residual branch of an image (stochastic depth).
+    index: Which units of the dense layer a slimmed one keeps; None: all. Equal layers may differ in
+      them, as they compute alike.
   """
 
   num_heads: int
@@ -51,6 +54,7 @@ class LayerSpec:
   layer_scale: bool = False
   queries: int | None = None
   drop_path: float = 0.0
+  index: LayerIndex | None = dataclasses.field(default=None, compare=False)
 
 
 def removes_tokens(layers: Sequence[LayerSpec]) -> bool:

@@ -1,0 +1,17 @@
+"""Plans: what a compressed model keeps in each layer, as JSON and as layer specs."""
+
+from vitcomp_jax.plans.files import list_plans, load_plan, save_plan
+from vitcomp_jax.plans.parsing import parse_plan
+from vitcomp_jax.plans.plan import PassedPlan, Plan, PlanLayer, make_plan, plan_of
+
+__all__ = [
+  "PassedPlan",
+  "Plan",
+  "PlanLayer",
+  "list_plans",
+  "load_plan",
+  "make_plan",
+  "parse_plan",
+  "plan_of",
+  "save_plan",
+]

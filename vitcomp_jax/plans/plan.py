@@ -1,0 +1,258 @@
+"""Plans: what a compressed model keeps in each layer."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from vitcomp_jax.cost import macs
+from vitcomp_jax.errors import UserError
+from vitcomp_jax.models.gates import HardMask
+from vitcomp_jax.models.reducers import KeepAll, StaticReducer
+from vitcomp_jax.models.spec import LayerSpec, ViTSpec
+from vitcomp_jax.models.variants import VARIANTS, get_spec
+from vitcomp_jax.models.vit import ViT
+from vitcomp_jax.weights.slicing import LayerIndex
+
+FORMAT, VERSION = "vitcomp-plan", 1
+WIDTHS = ("num_heads", "head_dim", "mlp_dim")
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+  """A compression plan for one variant and token count.
+
+  Attributes:
+    variant: timm's name.
+    num_tokens: Tokens before any reduction, prefix included.
+    layers: Of each layer, the widths (None: the variant's) and the two reducers.
+    gmacs: 1e9 multiply-accumulates per image.
+    made_by: How it came about.
+    history: Plans that the search passed through; empty where it was not kept, as in a file.
+
+  Examples:
+    >>> import vitcomp_jax as vc
+    >>> plan = vc.load_plan("diffrate/deit_small@2.9")
+    >>> plan.variant, plan.num_tokens, len(plan.layers)
+    ('deit_small_patch16_224', 197, 12)
+  """
+
+  variant: str
+  num_tokens: int
+  layers: tuple["PlanLayer", ...]
+  gmacs: float
+  made_by: Mapping[str, Any] = dataclasses.field(default_factory=dict, hash=False)
+  history: tuple["PassedPlan", ...] = dataclasses.field(default=(), compare=False, repr=False)
+
+  def layers_for(self, spec: ViTSpec) -> tuple[LayerSpec, ...]:
+    """Returns the layer specs of a model under this plan.
+
+    Raises:
+      UserError: If the plan is for another depth, width or token count.
+
+    Examples:
+      >>> import vitcomp_jax as vc
+      >>> plan = vc.load_plan("diffrate/deit_small@2.9")
+      >>> layers = plan.layers_for(vc.get_spec("deit_small_patch16_224"))
+      >>> layers[2].num_heads, layers[2].reduce.merge_keep
+      (6, 176)
+    """
+    mine = get_spec(self.variant)
+    for what, expected, got in (
+      ("layers", spec.depth, len(self.layers)),
+      ("tokens", spec.num_tokens, self.num_tokens),
+      ("channels", spec.width, mine.width),
+      ("prefix tokens", spec.num_prefix, mine.num_prefix),
+    ):
+      if expected != got:
+        raise UserError(
+          f"plan: expected {expected} {what} for {spec.name} at {spec.image_size[0]} pixels, got "
+          f"{got}; the plan is for {self.variant}."
+        )
+    check_counts(self.layers, spec, "plan")
+    for i, layer in enumerate(self.layers):
+      if layer.select != KeepAll():
+        spec.check_plain(f"plan: layer {i}: select")
+      if hasattr(layer.reduce, "importance"):
+        spec.importance(layer.reduce.importance, f"plan: layer {i}: importance")
+    pairs = zip(spec.dense_layers, self.layers, strict=True)
+    return tuple(layer.apply_to(base) for base, layer in pairs)
+
+  def masked_layers_for(self, spec: ViTSpec) -> tuple[LayerSpec, ...]:
+    """Returns layers of the dense model in which what the plan cuts is masked instead.
+
+    A masked patch still is a key and a value made of the biases, as in ViT-Slim's own code.
+
+    Examples:
+      >>> import vitcomp_jax as vc
+      >>> from vitcomp_jax.methods.vit_slim import KeepPositions
+      >>> spec = vc.get_spec("vit_mini_patch3_30")
+      >>> first = dataclasses.replace(spec.dense_layers[0], select=KeepPositions((0, 1, 2)))
+      >>> plan = vc.make_plan(spec, (first, *spec.dense_layers[1:]), {})
+      >>> plan.masked_layers_for(spec)[0].token_gate.kept
+      (0, 1, 2)
+    """
+    pairs = zip(spec.dense_layers, self.layers, strict=True)
+    return tuple(layer.mask(spec, base) for base, layer in pairs)
+
+  @property
+  def indices(self) -> tuple[LayerIndex, ...] | None:
+    """Returns the kept units of the dense layers; None if all are kept.
+
+    Examples:
+      >>> import vitcomp_jax as vc
+      >>> print(vc.load_plan("diffrate/deit_small@2.9").indices)
+      None
+    """
+    kept = [layer.index for layer in self.layers if layer.index]
+    return tuple(kept) or None
+
+  def to_json(self) -> dict[str, Any]:
+    """Returns the content of a plan.json.
+
+    Examples:
+      >>> import vitcomp_jax as vc
+      >>> vc.load_plan("diffrate/deit_small@2.9").to_json()["layers"][2]["reduce"]
+      {'type': 'prune_merge', 'prune_keep': 190, 'merge_keep': 176}
+    """
+    known = VARIANTS.get(self.variant)
+    bases = known.dense_layers if known else (None,) * len(self.layers)
+    return {
+      "format": FORMAT,
+      "version": VERSION,
+      "variant": self.variant,
+      "num_tokens": self.num_tokens,
+      "gmacs": round(self.gmacs, 6),
+      "made_by": dict(self.made_by),
+      "layers": [layer.to_json(base) for layer, base in zip(self.layers, bases, strict=True)],
+    }
+
+
+@dataclasses.dataclass(frozen=True)
+class PassedPlan:
+  """A plan that a search passed through.
+
+  Attributes:
+    step: Steps that were done by then.
+    loss: On images that were not trained on.
+    plan: Adjusted to the budget.
+  """
+
+  step: int
+  loss: float
+  plan: Plan
+
+
+@dataclasses.dataclass(frozen=True)
+class PlanLayer:
+  """One layer of a plan.
+
+  Attributes:
+    index: Which units of the dense layer are kept; None: all.
+    select: Removes tokens before attention.
+    reduce: Removes tokens between attention and MLP.
+    size_bias: Whether merged tokens weigh as much as their patches in attention.
+  """
+
+  index: LayerIndex | None = None
+  select: StaticReducer = KeepAll()
+  reduce: StaticReducer = KeepAll()
+  size_bias: bool = True
+
+  def apply_to(self, base: LayerSpec) -> LayerSpec:
+    """Returns a dense layer's spec with this layer's widths and reducers."""
+    changes: dict[str, Any] = self.index.widths if self.index else {}
+    changes |= {name: getattr(self, name) for name in ("index", "select", "reduce", "size_bias")}
+    return dataclasses.replace(base, **changes)
+
+  def mask(self, spec: ViTSpec, base: LayerSpec) -> LayerSpec:
+    """The dense layer with hard masks on what is not kept."""
+    gates: dict[str, Any] = {}
+    if self.index:
+      heads = (1, 1, base.num_heads, 1, base.head_dim)
+      kept = tuple(unit for head in self.index.attn for unit in head if unit >= 0)
+      gates["head_gate"] = HardMask(heads, kept)
+      kept = tuple(unit for unit in self.index.mlp if unit >= 0)
+      gates["hidden_gate"] = HardMask((1, 1, base.mlp_dim), kept)
+    gates["token_gate"] = self.select.token_gate(spec.num_tokens)
+    return dataclasses.replace(base, **gates)
+
+  def to_json(self, base: LayerSpec | None) -> dict[str, Any]:
+    """Returns the layer's JSON, with its widths if the dense layer is known."""
+    widths = {name: getattr(self.apply_to(base), name) for name in WIDTHS} if base else {}
+    indices = {"attn_index": self.index.attn, "mlp_index": self.index.mlp} if self.index else {}
+    reductions = {"select": self.select.to_json(), "reduce": self.reduce.to_json()}
+    plain = {} if self.size_bias else {"size_bias": False}
+    return {**widths, **indices, **reductions, **plain}
+
+
+def make_plan(
+  spec: ViTSpec,
+  layers: Sequence[LayerSpec],
+  made_by: Mapping[str, Any],
+  indices: Sequence[LayerIndex | None] | None = None,
+) -> Plan:
+  """Makes the plan of a model whose layers are static.
+
+  Args:
+    spec: The model.
+    layers: Its layers.
+    made_by: How they came about, as JSON.
+    indices: Which units of the dense layers slimmed ones keep; None: those that the layers name.
+
+  Raises:
+    UserError: If a layer still searches, or is trained to select tokens.
+
+  Examples:
+    >>> import vitcomp_jax as vc
+    >>> spec = vc.get_spec("deit_small_patch16_224")
+    >>> layers = vc.methods.tome.layers(spec, r=13)
+    >>> round(vc.make_plan(spec, layers, {"method": "tome"}).gmacs, 2)
+    2.7
+  """
+  plan_layers = []
+  for i, layer in enumerate(layers):
+    select, reduce = layer.select, layer.reduce
+    if not (isinstance(select, StaticReducer) and isinstance(reduce, StaticReducer)):
+      raise UserError(
+        f"layer {i}: expected deployed reducers, got ones that still learn "
+        f"({type(select).__name__}, {type(reduce).__name__}); deploy them first."
+      )
+    index = indices[i] if indices else layer.index
+    plan_layers.append(PlanLayer(index, select, reduce, layer.size_bias))
+  gmacs = macs.static_macs(spec, tuple(layers)) / 1e9
+  return Plan(spec.name, spec.num_tokens, tuple(plan_layers), gmacs, made_by)
+
+
+def plan_of(model: ViT) -> Plan | None:
+  """Returns the plan of a deployed model; None for a dense one.
+
+  Raises:
+    UserError: If no plan can hold its layers, as they still learn or mask.
+  """
+  spec, dense = model.spec, model.spec.dense_layers
+  # Depth is dropped in training alone.
+  layers = tuple(dataclasses.replace(layer, drop_path=0.0) for layer in model.layers)
+  if layers == dense:
+    return None
+  plan = make_plan(spec, layers, {})
+  if plan.layers_for(spec) != layers:
+    raise UserError(
+      "expected a deployed model, got one with layers that mask or have other widths than a plan "
+      "says; build it with the layers of a plan."
+    )
+  return plan
+
+
+def check_counts(layers: Sequence[PlanLayer], spec: ViTSpec, where: str) -> None:
+  """Refuses counts that no model can have.
+
+  Counts may rise between layers, as some published plans' do; above what is left they do nothing.
+  """
+  n = 0
+  for index, layer in enumerate(layers):
+    n = spec.starts.get(index, n)
+    at = f"{where}: layer {index}"
+    layer.select.check(n, spec.num_prefix, spec.num_tokens, at)
+    n = layer.select.count(n)
+    layer.reduce.check(n, spec.num_prefix, spec.num_tokens, at)
+    n = layer.reduce.count(n)
