@@ -22,7 +22,7 @@ def _run(stage: str, mode: str, devices: int, changes: dict, workdir: pathlib.Pa
   config.parallel.mode, config.parallel.devices = mode, devices
   preemption.Preemption.reached = lambda self, step: step == stop
   try:
-    {"search": vc.search, "finetune": vc.finetune}[stage](config, workdir)
+    vc.run_stage(stage, config, workdir)
   except preemption.Preempted:
     assert stop < 20
 

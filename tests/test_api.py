@@ -211,16 +211,29 @@ def test_another_image_size_resamples_the_positions():
     vc.load(MINI, "bundled", image_size=31)
 
 
-def test_stages_are_functions_that_return_what_they_write(tmp_path, optax_promotion):
+def test_stages_return_what_they_write(tmp_path, optax_promotion):
   config = default_config()
   config.model.variant, config.model.weights, config.data.pad = MINI, "bundled", 1
   config.budget.fraction = 0.7
   config.search.steps, config.search.batch_size, config.search.choose_images = 2, 4, 8
   config.data.eval_examples, config.evaluate.batch_size = 20, 10
-  plan = vc.search(config, tmp_path)
+  plan = vc.run_stage("search", config, tmp_path)
   assert plan == vc.load_plan(tmp_path / "plan.json")
   assert plan.gmacs == pytest.approx(0.7 * vc.count_cost(vc.load(MINI)[0]).gmacs, rel=0.01)
-  result = vc.evaluate(config, tmp_path)
+  result = vc.run_stage("evaluate", config, tmp_path)
   assert [row["name"] for row in result["rows"]] == ["dense", "diffrate"]
   assert result == json.loads((tmp_path / "result.json").read_text())
   assert (tmp_path / "report.md").exists()
+
+
+def test_a_stage_that_is_none_is_refused(tmp_path):
+  with pytest.raises(UserError, match="stage: expected one of pretrain, .*, got 'train'"):
+    vc.run_stage("train", default_config(), tmp_path)
+
+
+def test_a_hub_id_names_its_architecture(on_the_hub):
+  for hub_id in ("timm/vit_base_patch16_224.dino", "timm/vit_base_patch16_224.mine"):
+    on_the_hub(hub_id)
+  assert loading.variant_of("timm/vit_base_patch16_224.dino") == "vit_base_patch16_224"
+  with pytest.raises(UserError, match="expected weights that say what they are of, got none"):
+    vc.load("timm/vit_base_patch16_224.mine")

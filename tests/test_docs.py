@@ -1,6 +1,7 @@
 """The documents are built without a warning, and the reference explains every key of the config."""
 
 import importlib.util
+import inspect
 import pathlib
 import re
 import subprocess
@@ -8,6 +9,7 @@ import sys
 
 import pytest
 
+import vitcomp_jax as vc
 from vitcomp_jax.config import all_keys
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -59,3 +61,28 @@ def test_the_figures_of_the_documents_can_be_drawn(tmp_path):
   assert drawn == {path.name for path in (DOCS / "figures").glob("*.png")}
   pages = "".join(path.read_text() for path in DOCS.rglob("*.md"))
   assert set(re.findall(r"figures/(\w+\.png)", pages)) == drawn
+
+
+def _public():
+  """Every public function and class, and the public methods of the classes, by name."""
+  for name in vc.__all__:
+    found = getattr(vc, name)
+    if inspect.ismodule(found):
+      continue
+    yield name, found
+    if name in ("Exported", "Plan"):
+      for method, value in vars(found).items():
+        if not method.startswith("_") and (
+          inspect.isfunction(value) or isinstance(value, property)
+        ):
+          yield f"{name}.{method}", value
+
+
+PUBLIC = dict(_public())
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_everything_public_is_listed_and_has_an_example(name):
+  assert ">>> " in inspect.getdoc(PUBLIC[name])
+  listed = re.findall(r"^\.\. auto\w+:: (\w+)$", (DOCS / "api.md").read_text(), re.MULTILINE)
+  assert name.split(".")[0] in listed

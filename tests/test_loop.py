@@ -21,7 +21,7 @@ def test_a_loss_that_is_not_finite_stops_and_tells_what_led_to_it(tmp_path, monk
   config.finetune.clip_norm, config.finetune.checkpoint_every = None, 1
   config.finetune.warmup_epochs, config.finetune.log_every = 0.4, 100
   with pytest.raises(vc.UserError, match="expected a finite loss, got nan at step"):
-    vc.finetune(config, tmp_path / "run")
+    vc.run_stage("finetune", config, tmp_path / "run")
   failure = json.loads((tmp_path / "run/failure.json").read_text())
   assert failure["stage"] == "finetune" and failure["loss"] == "nan"
   assert failure["checkpoint"] == failure["step"] - 1
@@ -43,7 +43,7 @@ def test_what_ends_it_early_loses_no_step(why, tmp_path, monkeypatch, foreground
   """Though a checkpoint is far away: the same command goes on where it was."""
   config = tiny_config()
   config.budget.fraction, config.search.choose_images = 0.8, 0
-  alone = vc.search(config, tmp_path / "alone")
+  alone = vc.run_stage("search", config, tmp_path / "alone")
   batches = Inputs.train_batches
 
   def ending(inputs, size, start):
@@ -57,10 +57,10 @@ def test_what_ends_it_early_loses_no_step(why, tmp_path, monkeypatch, foreground
   monkeypatch.setattr(Inputs, "train_batches", ending)
   expected = {"Ctrl-C": KeyboardInterrupt, "a corrupt image": vc.UserError}[why]
   with pytest.raises(expected, match="ended at step 3 of" if why == "Ctrl-C" else "Corrupt"):
-    vc.search(config, tmp_path / "cut")
+    vc.run_stage("search", config, tmp_path / "cut")
   done = 3 if why == "Ctrl-C" else 2
   assert (tmp_path / f"cut/checkpoints/search/{done}").is_dir()
-  assert vc.search(config, tmp_path / "cut") == alone
+  assert vc.run_stage("search", config, tmp_path / "cut") == alone
 
 
 def test_the_second_interrupt_ends_it_at_once(foreground):
@@ -81,7 +81,7 @@ def test_what_is_ignored_stays_ignored(foreground):
 def test_a_profile_is_written(tmp_path):
   config = tiny_config()
   config.profile.steps, config.budget.fraction = (2, 3), 0.8
-  vc.search(config, tmp_path)
+  vc.run_stage("search", config, tmp_path)
   assert list((tmp_path / "profile").rglob("*.xplane.pb"))
   record = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
   keys = "learning_rate", "images_per_second", "step_s", "input_wait_s", "peak_memory_gb", "gmacs"

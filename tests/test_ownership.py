@@ -70,9 +70,9 @@ def test_all_processes_of_a_run_hear_of_the_refusal(tmp_path):
 def test_one_process_is_no_exception(tmp_path):
   config = tiny_config()
   with owned(tmp_path), pytest.raises(vc.UserError, match=_in_use_by(os.getpid())):
-    vc.evaluate(config, tmp_path)
+    vc.run_stage("evaluate", config, tmp_path)
   with owned(tmp_path), concurrent.futures.ThreadPoolExecutor() as pool:
-    error = pool.submit(vc.evaluate, config, tmp_path).exception()
+    error = pool.submit(vc.run_stage, "evaluate", config, tmp_path).exception()
   assert isinstance(error, vc.UserError) and _in_use_by(os.getpid()) in str(error)
   assert not list(tmp_path.iterdir())
 
@@ -86,7 +86,7 @@ def test_a_comparison_owns_its_searches(tmp_path):
     owned(tmp_path / name),
     pytest.raises(vc.UserError, match=f"{name}: expected {_in_use_by(os.getpid())}"),
   ):
-    vc.compare(config, tmp_path)
+    vc.run_stage("compare", config, tmp_path)
   assert not list(tmp_path.rglob(".lock"))
 
 
@@ -95,13 +95,13 @@ def test_what_ends_a_run_ends_its_ownership(tmp_path, monkeypatch):
   with pytest.raises(vc.UserError, match="not there"):
     config = tiny_config()
     config.model.weights = "/nowhere/w.safetensors"
-    vc.evaluate(config, workdir)
+    vc.run_stage("evaluate", config, workdir)
   assert not list(tmp_path.iterdir())  # Refused before it began, it leaves nothing.
   with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
     patch.setattr("vitcomp_jax.scoring.measured", lambda *_: 1 / 0)
-    vc.evaluate(tiny_config(), workdir)
+    vc.run_stage("evaluate", tiny_config(), workdir)
   assert {path.name for path in workdir.iterdir()} == {"config.json"}
-  vc.evaluate(tiny_config(), workdir)
+  vc.run_stage("evaluate", tiny_config(), workdir)
 
 
 def test_what_was_there_before_stays(tmp_path):
@@ -119,7 +119,7 @@ def test_what_was_there_before_stays(tmp_path):
 def test_a_workdir_that_cannot_be_written_is_refused(where, tmp_path):
   (tmp_path / "file").touch()
   with pytest.raises(vc.UserError, match=f"--workdir .*{where}: cannot be written"):
-    vc.evaluate(tiny_config(), tmp_path / where)
+    vc.run_stage("evaluate", tiny_config(), tmp_path / where)
 
 
 def test_without_locks_it_goes_on_with_a_warning(tmp_path, monkeypatch, caplog):

@@ -112,7 +112,9 @@ def test_python(home):
   vc.load(TINY, pathlib.Path("${ASKED}/w.safetensors"), num_classes=10)
   config = tiny_config()
   config.evaluate.token_maps = 0
-  assert vc.evaluate(config, "~/run") == json.loads((home / "run/result.json").read_text())
+  assert vc.run_stage("evaluate", config, "~/run") == json.loads(
+    (home / "run/result.json").read_text()
+  )
   for load in (vc.load_exported, exported.load_exported):
     with pytest.raises(vc.UserError, match=f"{home}/run/manifest.json: expected an export's"):
       load("~/run")
@@ -150,7 +152,7 @@ def test_masks_and_plans_of_a_config(home):
   assert list(visualize._compared(run)) == ["diffrate@0.8"]
   config.model.plan = None
   with pytest.raises(vc.UserError, match=f"{home}/masks.safetensors"):
-    vc.slim(config, home / "slimmed")
+    vc.run_stage("slim", config, home / "slimmed")
 
 
 def test_predictions(home, capsys):

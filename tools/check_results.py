@@ -25,7 +25,9 @@ def main() -> int:
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument("--workdir", type=pathlib.Path, default="runs/again", help="of the new run")
   args = parser.parse_args()
-  return compare(json.loads(MEASURED.read_text()), vc.compare(compare_config(), args.workdir))
+  return compare(
+    json.loads(MEASURED.read_text()), vc.run_stage("compare", compare_config(), args.workdir)
+  )
 
 
 def compare_config() -> Any:

@@ -1,32 +1,46 @@
-"""Models from names, weights and plans; what `import vitcomp_jax as vc` shows of them."""
+"""Functions on models: load, compress, apply, preprocess, count; part of `import vitcomp_jax`."""
 
 import dataclasses
 import functools
 import os
+from collections.abc import Sequence
 
 import jax
+import jax.numpy as jnp
+import numpy as np
+import PIL.Image
 from jaxtyping import Array, Float
 
+from vitcomp_jax import paths, saved
 from vitcomp_jax.cost import macs
+from vitcomp_jax.data.transforms import evaluation_image, normalize
+from vitcomp_jax.errors import UserError
 from vitcomp_jax.models.backbone import Backbone
 from vitcomp_jax.models.build import build
+from vitcomp_jax.models.spec import ViTSpec
+from vitcomp_jax.models.variants import VARIANTS, get_spec
 from vitcomp_jax.plans import Plan, load_plan
-from vitcomp_jax.weights.loading import Params, abstract_params, load_params, spec_for
+from vitcomp_jax.weights import files, loading, timm
+from vitcomp_jax.weights.loading import Params, abstract_params
+from vitcomp_jax.weights.slicing import slice_params
+
+Path = str | os.PathLike[str]
 
 
 def load(
-  variant: str,
-  weights: str | os.PathLike[str] | None = None,
-  plan: Plan | str | os.PathLike[str] | None = None,
+  source: Path,
+  weights: Path | None = None,
+  plan: Plan | Path | None = None,
   num_classes: int | None = None,
   image_size: int | tuple[int, int] | None = None,
 ) -> tuple[Backbone, Params]:
   """Loads a model and its parameters.
 
   Args:
-    variant: timm's name.
-    weights: A file, a hub id `timm/…`, `bundled`, or None: random weights.
-    plan: A plan, a published plan's name or the path of a plan.json; None: dense.
+    source: An architecture by timm's name; or a checkpoint that says what it is: a folder that
+      `save` wrote, a file with this library's metadata, or a hub id of timm, `timm/NAME.TAG`.
+    weights: Of a named architecture: a file, a hub id, `bundled`, or None: random weights.
+    plan: A plan, a published plan's name or the path of a plan.json; None: the folder's, or dense.
     num_classes: Outputs of the classifier. None: the weights', and so is their classifier; weights
       without one give the pooled features, and a warning says so. 0: the pooled features, without
       the weights' classifier. Another number than the weights': a fresh, random classifier, which
@@ -39,29 +53,151 @@ def load(
     preprocessing, as far as the weights say them.
 
   Raises:
-    UserError: If variant, weights and plan are not there or do not fit each other.
+    UserError: If source, weights and plan are not there or do not fit each other, or a checkpoint
+      does not say what it is.
+
+  Examples:
+    >>> import vitcomp_jax as vc
+    >>> model, params = vc.load("vit_mini_patch3_30", "bundled")
+    >>> model.spec.image_size, model.spec.num_classes
+    ((30, 30), 10)
+    >>> model, params = vc.load("vit_mini_patch3_30", "bundled", num_classes=0)  # features
+    >>> "head" in params
+    False
   """
-  weights = None if weights is None else os.fspath(weights)
-  spec = spec_for(variant, weights, num_classes, image_size)
-  plan = load_plan(os.fspath(plan)) if isinstance(plan, str | os.PathLike) else plan
+  name, fresh = os.fspath(source), num_classes is not None
+  plan = load_plan(plan) if isinstance(plan, str | os.PathLike) else plan
+  if _is_variant(name):
+    path = None if weights is None else os.fspath(weights)
+    return _load(loading.spec_for(name, path, num_classes, image_size), path, plan, fresh)
+  _check_checkpoint(name, weights)
+  if saved.is_folder(name):
+    spec = saved.read_spec(name, num_classes, image_size)
+    plan = plan or saved.read_plan(name)
+    return _load(spec, saved.weights_of(name), plan, fresh, widen=False)
+  spec = loading.spec_for(loading.variant_of(name), name, num_classes, image_size)
+  return _load(spec, name, plan, fresh)
+
+
+def _load(
+  spec: ViTSpec, weights: str | None, plan: Plan | None, fresh_head: bool, widen: bool = True
+) -> tuple[Backbone, Params]:
   layers = plan.layers_for(spec) if plan else spec.dense_layers
   indices = plan.indices if plan else None
-  fresh_head = num_classes is not None
-  return build(spec, layers), load_params(
-    spec, layers, weights, fresh_head=fresh_head, indices=indices
+  params = loading.load_params(
+    spec, layers, weights, fresh_head=fresh_head, indices=indices, widen=widen
   )
+  return build(spec, layers), params
+
+
+def _is_variant(name: str) -> bool:
+  """Returns whether a source is an architecture's name, with a tag or without."""
+  is_tagged = name.split(".")[0] in VARIANTS and not name.endswith(files.SUFFIXES)
+  return name in VARIANTS or is_tagged
+
+
+def _check_checkpoint(source: str, weights: Path | None) -> None:
+  """Refuses a source that is neither an architecture's name nor looks like a checkpoint."""
+  path = paths.expand(source)
+  if not (os.path.exists(path) or "/" in source or source.endswith(files.SUFFIXES)):
+    get_spec(source)  # raises, and names the nearest variants
+  if weights is not None:
+    raise UserError(
+      f"weights: expected none beside the checkpoint {source}, got {os.fspath(weights)}; leave "
+      "them out, or name the architecture instead of the checkpoint."
+    )
+  if os.path.isdir(path) and not saved.is_folder(source):
+    raise UserError(
+      f"{source}: expected a folder that save() wrote, got one without {saved.SPEC}; name the "
+      "architecture and give the weights' file, as in load(VARIANT, weights=FILE)."
+    )
+
+
+def compress(model: Backbone, params: Params, plan: Plan | Path) -> tuple[Backbone, Params]:
+  """Puts a model under a plan.
+
+  Args:
+    model: A dense model, or one that is slimmed as the plan says already.
+    params: Its parameters.
+    plan: A plan, a published plan's name or the path of a plan.json.
+
+  Returns:
+    The compressed model, and its parameters: the same, or, where the plan has widths, what they
+    keep of them.
+
+  Raises:
+    UserError: If the plan is for another model, or needs weights that have to be trained.
+
+  Examples:
+    >>> import vitcomp_jax as vc
+    >>> model, params = vc.load("vit_mini_patch3_30", "bundled")
+    >>> small, small_params = vc.compress(model, params, vc.tome(model, r=7))
+    >>> round(vc.count_cost(small).gmacs / vc.count_cost(model).gmacs, 2)
+    0.68
+  """
+  plan = load_plan(plan) if isinstance(plan, str | os.PathLike) else plan
+  kept = tuple(layer.index for layer in model.layers if layer.index)
+  if plan.indices and not kept:
+    params = slice_params(params, plan.indices)
+  elif kept != (plan.indices or ()):
+    raise UserError(
+      f"compress: expected a plan that keeps what the slimmed {model.spec.name} has, got another; "
+      "give the dense model and its parameters."
+    )
+  small = build(model.spec, plan.layers_for(model.spec))
+  timm.check(params, abstract_params(small))
+  return small, jax.tree.map(jnp.asarray, params)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def apply(model: Backbone, params: Params, images: Float[Array, "b h w 3"]) -> Float[Array, "b c"]:
-  """Logits (features for a model without classifier); compiled once per model and batch shape.
+  """Computes logits (features without a classifier); compiled once per model and batch shape.
 
   Args:
-    model: From `load`. Models with equal plans are equal, and compile once.
-    params: From `load`.
-    images: Normalised by `model.spec.mean` and `model.spec.std`.
+    model: From `load` or `compress`. Models with equal plans are equal, and compile once.
+    params: Its parameters.
+    images: Normalised by `model.spec.mean` and `model.spec.std`, as `preprocess` does.
+
+  Examples:
+    >>> import vitcomp_jax as vc
+    >>> model, params = vc.load("vit_mini_patch3_30", "bundled")
+    >>> import numpy as np
+    >>> vc.apply(model, params, np.zeros((2, 30, 30, 3), np.float32)).shape
+    (2, 10)
   """
   return model.apply({"params": params}, images)
+
+
+def preprocess(
+  model: Backbone, images: Sequence[PIL.Image.Image | np.ndarray] | np.ndarray
+) -> Float[np.ndarray, "b h w 3"]:
+  """Turns images into a model's input, as evaluation does: resized, cropped, normalised.
+
+  Args:
+    model: Whose `spec.preprocess` says how.
+    images: PIL images or arrays uint8[h w 3] (or uint8[h w], grey) of any sizes; or uint8[b h w 3].
+
+  Raises:
+    UserError: If something is no image, or there is none.
+
+  Examples:
+    >>> import vitcomp_jax as vc
+    >>> model, params = vc.load("vit_mini_patch3_30", "bundled")
+    >>> import numpy as np
+    >>> vc.preprocess(model, [np.zeros((28, 28, 3), np.uint8), np.zeros((40, 60), np.uint8)]).shape
+    (2, 30, 30, 3)
+  """
+  if isinstance(images, PIL.Image.Image) or getattr(images, "ndim", 4) != 4 or not len(images):
+    raise UserError(
+      "images: expected a list of images or uint8[b h w 3], got "
+      f"{getattr(images, 'shape', None) or type(images).__name__}; put one image into a list."
+    )
+  pre = model.spec.preprocess
+  pixels = [
+    evaluation_image(image if isinstance(image, PIL.Image.Image) else np.asarray(image), pre)
+    for image in images
+  ]
+  return normalize(np.stack(pixels), pre)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +207,12 @@ class Cost:
   Attributes:
     gmacs: 1e9 multiply-accumulates per image (the papers' "GFLOPs").
     params: Number of parameters.
+
+  Examples:
+    >>> import vitcomp_jax as vc
+    >>> model, params = vc.load("vit_mini_patch3_30", "bundled")
+    >>> vc.count_cost(model).params
+    408970
   """
 
   gmacs: float
@@ -78,7 +220,14 @@ class Cost:
 
 
 def count_cost(model: Backbone) -> Cost:
-  """Counts a model's multiply-accumulates and parameters."""
+  """Counts a model's multiply-accumulates and parameters.
+
+  Examples:
+    >>> import vitcomp_jax as vc
+    >>> model, params = vc.load("vit_mini_patch3_30", "bundled")
+    >>> vc.count_cost(model)
+    Cost(gmacs=0.05, params=408970)
+  """
   params = abstract_params(model)
   gmacs = macs.static_macs(model.spec, model.layers) / 1e9
   return Cost(gmacs, sum(p.size for p in jax.tree.leaves(params)))

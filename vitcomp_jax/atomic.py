@@ -27,6 +27,24 @@ def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
     temporary.unlink(missing_ok=True)
 
 
+@contextlib.contextmanager
+def replacing_folder(path: pathlib.Path) -> Iterator[pathlib.Path]:
+  """An empty folder to fill, which takes the place of `path` when the block ends well."""
+  with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as scratch:
+    new, old = pathlib.Path(scratch, "new"), pathlib.Path(scratch, "old")
+    new.mkdir()
+    yield new
+    if not path.exists():
+      new.rename(path)
+      return
+    path.rename(old)
+    try:
+      new.rename(path)
+    except BaseException:
+      old.rename(path)
+      raise
+
+
 def write_text(path: pathlib.Path, text: str) -> None:
   """Writes a text file."""
   with replacing(path) as temporary:

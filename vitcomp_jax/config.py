@@ -300,7 +300,15 @@ class Config:
 
 
 def default_config() -> ml_collections.ConfigDict:
-  """Returns every key with its default, for config files to change."""
+  """Returns every key with its default, for config files to change.
+
+  Examples:
+    >>> import vitcomp_jax as vc
+    >>> config = vc.default_config()
+    >>> config.budget.fraction = 0.65
+    >>> config.stages
+    ('evaluate',)
+  """
   return config_parsing.defaults(Config)
 
 

@@ -1,8 +1,8 @@
-"""Models that the stage `export` wrote, which run without the library's own modules.
+"""Exported models, which run without the library's own modules.
 
-The folder holds `manifest.json` and the artefacts that it lists. `model.stablehlo` is what
-`jax.export` serialises, `model.onnx` is for ONNX Runtime; both hold their weights, and take any
-number of images.
+The stage `export` writes a folder with `manifest.json` and the artefacts that it lists; the
+function `export` writes one file with its manifest beside it. StableHLO is what `jax.export`
+serialises, ONNX is for ONNX Runtime; both hold their weights, and take any number of images.
 """
 
 import dataclasses
@@ -36,16 +36,33 @@ class Exported:
   Attributes:
     run: From images to logits (features for a model without classifier).
     manifest: What stands in `manifest.json`.
+
+  Examples:
+    >>> import numpy as np
+    >>> import vitcomp_jax as vc
+    >>> wanted = {"shape": ["b", 30, 30, 3], "dtype": "float32"}
+    >>> model = vc.Exported(lambda images: images.mean(axis=(1, 2)), {"input": wanted})
+    >>> model(np.ones((2, 30, 30, 3), np.float32)).shape
+    (2, 3)
   """
 
   run: Callable[[np.ndarray], np.ndarray]
   manifest: Mapping[str, Any]
 
   def __call__(self, images: np.ndarray | jax.Array) -> np.ndarray:
-    """Logits, f32[b c], of images [b h w 3] as `manifest["input"]` says: of what type and range.
+    """Computes logits, f32[b c], of images [b h w 3] of the type and range in `manifest["input"]`.
 
     Raises:
       ValueError: If the images are of another shape or type.
+
+    Examples:
+      >>> import numpy as np
+      >>> import vitcomp_jax as vc
+      >>> wanted = {"shape": ["b", 30, 30, 3], "dtype": "float32"}
+      >>> model = vc.Exported(lambda images: images.mean(axis=(1, 2)), {"input": wanted})
+      >>> model(np.ones((2, 28, 28, 3), np.float32))
+      Traceback (most recent call last):
+      ValueError: images: expected float32['b', 30, 30, 3], got float32[2, 28, 28, 3]
     """
     images, wanted = np.asarray(images), self.manifest["input"]
     if images.shape[1:] != tuple(wanted["shape"][1:]) or images.dtype != wanted["dtype"]:
@@ -57,7 +74,16 @@ class Exported:
 
   @property
   def preprocess(self) -> Preprocess:
-    """Returns the preprocessing of images."""
+    """Returns the preprocessing of images.
+
+    Examples:
+      >>> import vitcomp_jax as vc
+      >>> scales = {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]}
+      >>> crop = {"image_size": [30, 30], "crop_pct": 0.9, "interpolation": "bicubic"}
+      >>> model = vc.Exported(lambda images: images, {"input": {"preprocess": scales | crop}})
+      >>> model.preprocess.mean
+      (0.5, 0.5, 0.5)
+    """
     values = self.manifest["input"]["preprocess"]
     fields: Any = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
     try:
@@ -72,38 +98,58 @@ def load_exported(path: str | os.PathLike[str]) -> Exported:
   """Loads an exported model.
 
   Args:
-    path: A run, its folder `export`, or `model.stablehlo` or `model.onnx` in that.
+    path: A file that `export` wrote, `.stablehlo` or `.onnx`; or a run, its folder `export`, or a
+      file in that.
 
   Raises:
     UserError: If it is not there, is not what the manifest says, or cannot be run here.
+
+  Examples:
+    >>> import tempfile
+    >>> import numpy as np
+    >>> import vitcomp_jax as vc
+    >>> model, params = vc.load("vit_mini_patch3_30", "bundled")
+    >>> images = np.zeros((3, 30, 30, 3), np.float32)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...   vc.export(model, params, f"{folder}/mini.stablehlo")
+    ...   logits = vc.load_exported(f"{folder}/mini.stablehlo")(images)
+    >>> logits.shape
+    (3, 10)
   """
   path = pathlib.Path(paths.expand(path))
   if (path / "export").is_dir():  # a run
     path = path / "export"
-  folder = path if path.is_dir() else path.parent
-  manifest = read_manifest(folder)
+  where = (path if path.is_dir() else path.parent) / MANIFEST
+  if not path.is_dir() and manifest_beside(path).is_file():
+    where = manifest_beside(path)
+  manifest = read_manifest(where)
   entries = {entry["file"]: entry for entry in manifest["artefacts"]}
-  runnable = [FILES[name] for name in RUNNERS if FILES[name] in entries]
+  runnable = [name for kind in RUNNERS for name in entries if entries[name]["format"] == kind]
   name = next(iter(runnable), None) if path.is_dir() else path.name
-  if name not in runnable:
+  if name is None or name not in runnable:
     got = path.name if name else ", ".join(entries)
     known = ", ".join(FILES[kind] for kind in RUNNERS)
-    raise UserError(f"{folder}: expected one of {known}, got {got}.")
-  file, entry = folder / name, entries[name]
+    raise UserError(f"{where.parent}: expected one of {known}, got {got}.")
+  file, entry = where.parent / name, entries[name]
   if not file.is_file() or sha256(file) != entry["sha256"]:
     raise UserError(
-      f"{file} is missing or not the file that {MANIFEST} beside it lists; export the model again."
+      f"{file} is missing or not the file that {where.name} beside it lists; export the model "
+      "again."
     )
   return Exported(RUNNERS[entry["format"]](file), manifest)
 
 
-def read_manifest(folder: pathlib.Path) -> dict[str, Any]:
-  """The manifest of an export.
+def manifest_beside(file: pathlib.Path) -> pathlib.Path:
+  """Returns where the manifest of a single file stands."""
+  return file.with_name(f"{file.name}.json")
+
+
+def read_manifest(path: pathlib.Path) -> dict[str, Any]:
+  """Reads a manifest.
 
   Raises:
-    UserError: If there is none.
+    UserError: If it is not there, or something else.
   """
-  path = folder / MANIFEST
   try:
     manifest = strict_json.loads(path.read_text(encoding="utf-8"))
   except (OSError, ValueError) as error:

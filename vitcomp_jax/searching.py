@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from vitcomp_jax.config import SearchConfig, from_config_dict
-from vitcomp_jax.cost import latency
+from vitcomp_jax.cost import budgets, latency
 from vitcomp_jax.cost.cost_models import MACS, CostModel
 from vitcomp_jax.data.arrays import Batch, endless_batches
 from vitcomp_jax.errors import UserError
@@ -82,7 +82,8 @@ def search(
   values = {"loss": loss, "steps": steps, "batch_size": batch_size, **options}
   config = from_config_dict({"search": values}).search
   cost = MACS if latency_ms is None else _latency(spec, config)
-  method = DiffRate(spec, _target(spec, cost, macs, gmacs, latency_ms), config, cost=cost)
+  target = budgets.target(spec, cost, {"macs": macs, "gmacs": gmacs, "latency_ms": latency_ms})
+  method = DiffRate(spec, target, config, cost=cost)
   method.check()
   engine = Search(method, config, spec.preprocess, layout, seed)
   state = loop.run(engine.task("search", params, lambda _: batches, config.steps), layout)
@@ -111,30 +112,6 @@ def _check_loss(loss: str, spec: ViTSpec, has_labels: bool) -> None:
     raise UserError(
       f"loss: expected features for {spec.name}, which has no classifier, got {loss}."
     )
-
-
-def _target(
-  spec: ViTSpec,
-  cost: CostModel,
-  macs: float | None,
-  gmacs: float | None,
-  latency_ms: float | None,
-) -> float:
-  """Returns the one budget that is given, in the cost's unit."""
-  asked = {"macs": macs, "gmacs": gmacs, "latency_ms": latency_ms}
-  given = {name: value for name, value in asked.items() if value is not None}
-  if len(given) != 1:
-    got = " and ".join(given) or "none"
-    raise UserError(f"budget: expected one of macs, gmacs and latency_ms, got {got}.")
-  ((name, value),) = given.items()
-  dense = cost.static(spec, spec.dense_layers)
-  most = 1.0 if name == "macs" else dense
-  if not 0 < value <= most:
-    raise UserError(
-      f"{name}: expected more than 0 and at most {most:.4g}, what the dense model takes, got "
-      f"{value:g}."
-    )
-  return value * dense if name == "macs" else value
 
 
 def _latency(spec: ViTSpec, config: SearchConfig) -> CostModel:

@@ -62,12 +62,12 @@ def test_stages_evaluate_and_draw_it(spec, tmp_path):
   config["model"] = {"variant": spec.name, "plan": str(tmp_path / "plan.json")}
   config["data"] = {"name": "bundled", "eval_examples": 8}
   config["evaluate"] = {"baselines": ("uniform",), "batch_size": 8, "token_maps": 1}
-  result = vc.evaluate(from_config_dict(config), tmp_path / "run")
+  result = vc.run_stage("evaluate", from_config_dict(config), tmp_path / "run")
   assert [row["name"] for row in result["rows"]] == ["dense", "keep_short", "uniform"]
-  vc.visualize(from_config_dict(config), tmp_path / "run")
+  vc.run_stage("visualize", from_config_dict(config), tmp_path / "run")
   figures = {path.name for path in (tmp_path / "run" / "figures").iterdir()}
   assert {"schedule.png", "token_maps.png", "token_maps_by_layer.png"} <= figures
   config["model"]["plan"], config["budget"] = None, {"fraction": 0.8}
   config["evaluate"] |= {"baselines": ("keep_short",)}
-  result = vc.evaluate(from_config_dict(config), tmp_path / "baseline")
+  result = vc.run_stage("evaluate", from_config_dict(config), tmp_path / "baseline")
   assert [row["name"] for row in result["rows"]] == ["dense", "keep_short"]

@@ -105,4 +105,4 @@ def test_on_a_gpu_no_attention_map_is_left_outside_of_the_kernel(monkeypatch):
 def test_cudnn_needs_half_precision(tmp_path):
   config = {"model": {"variant": "vit_mini_patch3_30", "attention": "cudnn"}}
   with pytest.raises(vc.UserError, match="half precision only; set config.model.dtype=bfloat16"):
-    vc.evaluate(config | {"data": {"name": "bundled", "pad": 1}}, workdir=tmp_path)
+    vc.run_stage("evaluate", config | {"data": {"name": "bundled", "pad": 1}}, workdir=tmp_path)

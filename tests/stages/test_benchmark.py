@@ -45,10 +45,10 @@ def test_a_benchmark_beside_an_evaluation(tmp_path):
 def test_an_evaluation_fills_the_rows_that_a_benchmark_made(tmp_path):
   config = _config()
   config.stages, config.benchmark.batch_sizes = ("benchmark", "evaluate"), (1,)
-  vc.benchmark(config, tmp_path)
+  vc.run_stage("benchmark", config, tmp_path)
   rows = json.loads((tmp_path / "result.json").read_text())["rows"]
   assert [row["name"] for row in rows] == ["dense"] and "top1" not in rows[0]
-  row = vc.evaluate(config, tmp_path)["rows"][0]
+  row = vc.run_stage("evaluate", config, tmp_path)["rows"][0]
   assert "top1" in row and row["images_per_second"] == rows[0]["images_per_second"]
 
 
@@ -73,4 +73,4 @@ def test_nothing_to_time_is_refused(tmp_path):
   config = _config()
   config.evaluate.dense = False
   with pytest.raises(vc.UserError, match="expected a dense model or a plan to time"):
-    vc.benchmark(config, tmp_path)
+    vc.run_stage("benchmark", config, tmp_path)

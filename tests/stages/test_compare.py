@@ -29,7 +29,7 @@ def test_a_comparison(tmp_path):
   compare.random_schedules, compare.random_examples = 3, 30
   config.finetune.keep_rate_epochs = 0.0
   config.distill.kind, config.distill.tokens = "soft", 0.5
-  result = vc.compare(config, tmp_path / "run")
+  result = vc.run_stage("compare", config, tmp_path / "run")
   rows = {row["name"]: row for row in result["rows"]}
   _check_again(config, tmp_path, result)
   trained = [f"{name}+finetune@0.7" for name in ("tome", "dynamicvit", "vit_slim")]
@@ -49,7 +49,7 @@ def test_a_comparison(tmp_path):
   lines = (tmp_path / "run/compare/random@0.7.jsonl").read_text().splitlines()
   assert len(lines) == 3 and result["random"]["0.7"]["schedules"] == 3
   cloud = (tmp_path / "run/figures/accuracy.png").read_bytes()
-  page = vc.visualize(config, tmp_path / "run")
+  page = vc.run_stage("visualize", config, tmp_path / "run")
   assert all("tome+finetune@0.7" in p.read_text() for p in (page, page.with_suffix(".md")))
   figures = {path.stem for path in (tmp_path / "run/figures").iterdir()}
   assert figures == {"accuracy", "schedule", "token_maps_by_layer", "attention"}
@@ -61,7 +61,7 @@ def _check_again(config, tmp_path, result):
   config = copy.deepcopy(config)
   config.compare.searched = str(tmp_path / "run/plans")
   config.compare.finetuned, config.compare.random_schedules = (), 0
-  again = vc.compare(config, tmp_path / "again")
+  again = vc.run_stage("compare", config, tmp_path / "again")
   assert again["rows"] == result["rows"][: len(again["rows"])] and len(again["rows"]) == 4
   assert not list((tmp_path / "again/compare").glob("*/config.json"))
 
@@ -76,7 +76,7 @@ def test_without_a_search_the_first_plan_is_the_reference(tmp_path):
   files.write(random_params(spec), config.model.weights)
   config.compare.plans, config.compare.methods = (str(plan),), ("tome",)
   config.compare.budgets, config.compare.random_schedules = (0.8,), 0
-  rows = {row["name"]: row for row in vc.compare(config, tmp_path / "run")["rows"]}
+  rows = {row["name"]: row for row in vc.run_stage("compare", config, tmp_path / "run")["rows"]}
   assert list(rows) == ["dense", str(plan), "tome@0.8"]
   mine, tome = rows[str(plan)], rows["tome@0.8"]
   assert "reference" not in mine and tome["reference"] == str(plan)
@@ -92,7 +92,7 @@ def test_the_cloud_is_what_the_static_schedules_give(tmp_path):
   files.write(random_params(spec), config.model.weights)
   config.compare.budgets, config.compare.random_schedules = (0.8,), 2
   config.compare.random_examples = 40
-  vc.compare(config, tmp_path / "run")
+  vc.run_stage("compare", config, tmp_path / "run")
   path = tmp_path / "run/compare/random@0.8.jsonl"
   points = [json.loads(line) for line in path.read_text().splitlines()]
   target = 0.8 * macs.static_macs(spec, spec.dense_layers) / 1e9
@@ -102,7 +102,7 @@ def test_the_cloud_is_what_the_static_schedules_give(tmp_path):
     plan = tmp_path / "plan.json"
     vc.plans.save_plan(vc.plans.make_plan(spec, layers, {}), plan)
     config.model.plan, config.evaluate.dense = str(plan), False
-    row = vc.evaluate(config, tmp_path / f"evaluated-{i}")["rows"][0]
+    row = vc.run_stage("evaluate", config, tmp_path / f"evaluated-{i}")["rows"][0]
     assert point["loss"] == pytest.approx(row["loss"], abs=1e-4)
 
 
@@ -124,4 +124,4 @@ def test_what_cannot_be_compared_is_refused(key, value, said, tmp_path):
   config.compare.methods = ("diffrate",)
   config.compare[key] = value
   with pytest.raises(vc.UserError, match=said):
-    vc.compare(config, tmp_path)
+    vc.run_stage("compare", config, tmp_path)

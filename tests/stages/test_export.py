@@ -1,5 +1,6 @@
 """Exported models give the model's outputs, where nothing of this library is imported."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -10,13 +11,13 @@ import pytest
 
 import vitcomp_jax as vc
 from tests.stages.test_slim import TINY, tiny_config, tiny_variant  # noqa: F401
-from vitcomp_jax import predict
+from vitcomp_jax import exporting, predict
 from vitcomp_jax.config import from_config_dict
 from vitcomp_jax.methods import diffrate, evit, tome, vit_slim
 from vitcomp_jax.methods.dynamicvit import PredictorSelect
 from vitcomp_jax.models import reducers
 from vitcomp_jax.plans import PlanLayer, make_plan, save_plan
-from vitcomp_jax.stages import export, run_stages
+from vitcomp_jax.stages import run_stages
 from vitcomp_jax.weights import files
 from vitcomp_jax.weights.slicing import LayerIndex
 
@@ -66,7 +67,7 @@ PRUNE_MERGE = (diffrate.PruneMerge(20, 18), diffrate.PruneMerge(15, 12))
 
 def test_plain_jax_runs_it_at_any_batch_size(tmp_path):
   config, model, params = _config(tmp_path, *PRUNE_MERGE)
-  manifest = vc.export(config, tmp_path / "run")
+  manifest = vc.run_stage("export", config, tmp_path / "run")
   pixels, normal = _images(model)
   expected = np.asarray(vc.apply(model, params, normal))
 
@@ -116,18 +117,16 @@ def test_a_prediction_by_an_exported_model_is_the_run_s(tmp_path, capsys):
 @pytest.mark.parametrize("name", ["stablehlo", "timm"])
 def test_an_artefact_of_other_weights_is_removed(name, tmp_path, monkeypatch):
   config, *_ = _config(tmp_path, formats=(name,))
-  write = export._WRITERS[name]
+  write = exporting.WRITERS[name]
 
-  def of_others(run, path):
-    params = dict(run.artefacts.params)
-    params["head"] = {**params["head"], "bias": params["head"]["bias"] + 1e-2}
-    run = run.reread()
-    vars(run.artefacts)["params"] = params
-    return write(run, path)
+  def of_others(program, path):
+    head = program.params["head"]
+    changed = {"head": {**head, "bias": head["bias"] + 1e-2}}
+    return write(dataclasses.replace(program, params=program.params | changed), path)
 
-  monkeypatch.setitem(export._WRITERS, name, of_others)
+  monkeypatch.setitem(exporting.WRITERS, name, of_others)
   with pytest.raises(RuntimeError, match="64 of 64 outputs differ"):
-    vc.export(config, tmp_path / "run")
+    vc.run_stage("export", config, tmp_path / "run")
   assert not list((tmp_path / "run" / "export").iterdir())
   assert not (tmp_path / "run" / "finished" / "export.json").exists()
 
@@ -138,7 +137,7 @@ def test_even_widths_are_exported_for_timm(tmp_path):
   spec = vc.get_spec(TINY, 10)
   plan = [PlanLayer(index).apply_to(layer) for layer in spec.dense_layers]
   save_plan(make_plan(spec, tuple(plan), {}, (index,) * spec.depth), tmp_path / "plan.json")
-  (entry,) = vc.export(config, tmp_path / "run")["artefacts"]
+  (entry,) = vc.run_stage("export", config, tmp_path / "run")["artefacts"]
   assert "num_heads=2" in entry["model"] and entry["compared"]["largest_difference"] < 1e-4
   written = files.read(str(tmp_path / "run" / "export" / "timm.safetensors"))
   assert written["blocks.0.attn.qkv.weight"].shape == (18, 16)
@@ -147,17 +146,19 @@ def test_even_widths_are_exported_for_timm(tmp_path):
 def test_what_a_format_cannot_hold_is_refused(tmp_path, monkeypatch):
   config, *_ = _config(tmp_path, *PRUNE_MERGE, formats=("timm",))
   with pytest.raises(vc.UserError, match="does not remove tokens"):
-    vc.export(config, tmp_path / "run")
+    vc.run_stage("export", config, tmp_path / "run")
   config.stages, config.model.plan = ("search", "export"), None
   with pytest.raises(vc.UserError, match="which the search's plan does"):
-    vc.export(config, tmp_path / "run")
+    vc.run_stage("export", config, tmp_path / "run")
   config.stages, config.export.formats = ("export",), ("onnx",)
   config.model.dtype = "bfloat16"
-  with pytest.raises(vc.UserError, match="expected config.model.dtype float32"):
-    vc.export(config, tmp_path / "run")
+  with pytest.raises(
+    vc.UserError, match="formats: onnx: expected a model that computes in float32"
+  ):
+    vc.run_stage("export", config, tmp_path / "run")
   monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
   with pytest.raises(vc.UserError, match="onnx needs jax2onnx and onnxruntime"):
-    vc.export(config, tmp_path / "run")
+    vc.run_stage("export", config, tmp_path / "run")
   assert not (tmp_path / "run").exists()
 
 
@@ -180,7 +181,7 @@ def test_what_a_format_cannot_hold_is_refused(tmp_path, monkeypatch):
 )
 def test_onnx_runtime_runs_it_at_any_batch_size(reductions, select, tmp_path):
   config, model, params = _config(tmp_path, *reductions, select=select, formats=("onnx",))
-  vc.export(config, tmp_path / "run")
+  vc.run_stage("export", config, tmp_path / "run")
   pixels, normal = _images(model)
   expected = np.asarray(vc.apply(model, params, normal))
   loaded = vc.load_exported(tmp_path / "run" / "export" / "model.onnx")

@@ -87,7 +87,7 @@ def test_features_must_be_finite_too(tmp_path):
   config = _config(str(tmp_path / "w.safetensors"))
   config.model.num_classes = 0
   with pytest.raises(vc.UserError, match="row dense: expected finite outputs, got 40 of 40"):
-    vc.evaluate(config, tmp_path / "run")
+    vc.run_stage("evaluate", config, tmp_path / "run")
 
 
 def test_no_random_schedule_holds_it(overflowing, tmp_path):
@@ -104,7 +104,7 @@ def test_no_random_schedule_holds_it(overflowing, tmp_path):
 def test_a_search_never_chooses_it(tmp_path, monkeypatch):
   config = tiny_config()
   config.search.log_every, config.budget.fraction = 1, 0.8
-  vc.search(config, tmp_path)
+  vc.run_stage("search", config, tmp_path)
   run = open_run(from_config_dict(config), tmp_path)
   searcher, trained = search.searcher(run), search.task(run)
 
@@ -128,7 +128,7 @@ def test_no_slimmed_network_gives_it(overflowing, tmp_path):
   files.write(vit_slim.to_authors(arch), config.slim.masks)
   said = "stage slim: the slimmed network: expected finite outputs, got 160 of 160"
   with pytest.raises(vc.UserError, match=said):
-    vc.slim(config, tmp_path / "run")
+    vc.run_stage("slim", config, tmp_path / "run")
   assert not (tmp_path / "run/slimmed.safetensors").exists()
   assert not (tmp_path / "run/plan.json").exists()
 
@@ -137,23 +137,21 @@ def test_no_slimmed_network_gives_it(overflowing, tmp_path):
   masks[name].flat[:2] = np.nan, np.inf
   safetensors.numpy.save_file(masks, config.slim.masks)
   with pytest.raises(vc.UserError, match="config.slim.masks: expected finite masks, got 2 of "):
-    vc.slim(config, tmp_path / "other")
+    vc.run_stage("slim", config, tmp_path / "other")
   assert not (tmp_path / "other").exists()
 
 
 def test_no_artefact_gives_it(overflowing, tmp_path):
   config = _config(overflowing)
   config.export.formats = ("stablehlo",)
-  with pytest.raises(
-    vc.UserError, match="stage export: the model: expected finite outputs, got 640"
-  ):
-    vc.export(config, tmp_path)
+  with pytest.raises(vc.UserError, match="export: the model: expected finite outputs, got 640"):
+    vc.run_stage("export", config, tmp_path)
   assert not list((tmp_path / "export").iterdir())
 
 
 def test_no_picture_shows_it(overflowing, tmp_path):
   with pytest.raises(vc.UserError, match="stage visualize: row dense: expected finite outputs"):
-    vc.visualize(_config(overflowing), tmp_path)
+    vc.run_stage("visualize", _config(overflowing), tmp_path)
 
 
 @pytest.mark.parametrize("how", ["weights", "exported"])
@@ -191,7 +189,7 @@ def test_a_comparison_on_one_example_has_no_errors(tmp_path):
   config.data.eval_examples = 1
   config.compare.methods, config.compare.budgets = ("diffrate", "tome"), (0.8,)
   config.compare.seeds, config.compare.random_schedules, config.compare.random_examples = 1, 2, 1
-  rows = vc.compare(config, tmp_path / "run")["rows"]
+  rows = vc.run_stage("compare", config, tmp_path / "run")["rows"]
   assert {"top1_over_reference", "loss_over_reference"} <= rows[2].keys()
   assert not [key for row in rows for key in row if key.endswith("_se")]
   for path in [*(tmp_path / "run").rglob("*.json"), *(tmp_path / "run").rglob("*.jsonl")]:

@@ -75,7 +75,7 @@ def _losses(workdir):
 
 
 def test_a_front(tmp_path):
-  plan = vc.search(_front(), tmp_path)
+  plan = vc.run_stage("search", _front(), tmp_path)
   dense = vc.count_cost(vc.load(plan.variant, num_classes=10)[0]).gmacs
   for share in _SHARES:
     found = vc.load_plan(str(tmp_path / f"plans/diffrate@{share}.json"))
@@ -83,7 +83,7 @@ def test_a_front(tmp_path):
   assert found == plan
   # Together half as many again as one search has.
   assert [len(losses) for losses in _losses(tmp_path)] == [3, 3]
-  rows = {row["name"]: row for row in vc.evaluate(_front(), tmp_path)["rows"]}
+  rows = {row["name"]: row for row in vc.run_stage("evaluate", _front(), tmp_path)["rows"]}
   names = [f"{method}@{share}" for method in ("diffrate", "uniform_merge") for share in _SHARES]
   assert list(rows) == ["dense", *names]
   assert rows["diffrate@0.7"]["gmacs"] == pytest.approx(plan.gmacs, abs=1e-6)
@@ -95,7 +95,7 @@ def test_a_front(tmp_path):
 @pytest.mark.slow
 def test_a_front_goes_on_where_it_was_cut_off(tmp_path, monkeypatch):
   alone, cut = tmp_path / "alone", tmp_path / "cut"
-  plan = vc.search(_front(), alone)
+  plan = vc.run_stage("search", _front(), alone)
   given, batches = itertools.count(), Inputs.train_batches
 
   def cut_off(self, batch_size, start_step):
@@ -107,9 +107,9 @@ def test_a_front_goes_on_where_it_was_cut_off(tmp_path, monkeypatch):
   with monkeypatch.context() as patch:
     patch.setattr(Inputs, "train_batches", cut_off)
     with pytest.raises(KeyboardInterrupt):
-      vc.search(_front(), cut)
+      vc.run_stage("search", _front(), cut)
   assert len(_losses(cut)[1]) == 2 and not (cut / "plans/diffrate@0.7.json").exists()
-  assert vc.search(_front(), cut) == plan
+  assert vc.run_stage("search", _front(), cut) == plan
   for name in ("plan.json", "plans/diffrate@0.9.json", "plans/diffrate@0.7.json"):
     assert (cut / name).read_text() == (alone / name).read_text()
   assert _losses(cut) == _losses(alone)
@@ -141,7 +141,7 @@ def test_a_budget_that_cannot_be_met_is_refused(changes, said, tmp_path):
   for key, value in changes.items():
     config.budget[key] = value
   with pytest.raises(vc.UserError, match=said):
-    vc.search(config, tmp_path / "run")
+    vc.run_stage("search", config, tmp_path / "run")
   assert not (tmp_path / "run").exists()
 
 
@@ -151,4 +151,4 @@ def test_only_a_search_meets_them(key, tmp_path):
   config.budget.fraction = None
   config.budget[key] = (0.9, 0.7) if key == "fractions" else 1.0
   with pytest.raises(vc.UserError, match=f"config.budget.{key}: expected fraction or gmacs here"):
-    vc.slim(config, tmp_path)
+    vc.run_stage("slim", config, tmp_path)

@@ -40,7 +40,7 @@ def test_a_slimmed_network_is_what_the_masks_leave(tmp_path):
   config = tiny_config(w_patch=0.0, mask_learning_rate=0.05)
   config.evaluate.masked = config.evaluate.before_finetune = True
   config.distill.kind = "soft"
-  plan = vc.slim(config, tmp_path)
+  plan = vc.run_stage("slim", config, tmp_path)
   assert plan == vc.load_plan(tmp_path / "plan.json") and plan.made_by["method"] == "vit_slim"
   dense_cost = vc.count_cost(vc.load(TINY)[0]).gmacs
   assert plan.gmacs == pytest.approx(0.6 * dense_cost, rel=0.02)  # a unit is 1 % of this model
@@ -49,12 +49,12 @@ def test_a_slimmed_network_is_what_the_masks_leave(tmp_path):
   from_dense = vc.load(TINY, tmp_path / "searched.safetensors", plan, num_classes=10)[1]
   jax.tree.map(np.testing.assert_array_equal, params, from_dense)
 
-  path = vc.finetune(config, tmp_path)
+  path = vc.run_stage("finetune", config, tmp_path)
   retrained = vc.load(TINY, path, plan, num_classes=10)[1]
   moved = jax.tree.map(lambda a, b: bool(np.any(a != b)), params, retrained)
   assert all(jax.tree.leaves(moved["blocks_0"]["mlp"]))
 
-  rows = {row["name"]: row for row in vc.evaluate(config, tmp_path)["rows"]}
+  rows = {row["name"]: row for row in vc.run_stage("evaluate", config, tmp_path)["rows"]}
   before, masked = (rows.pop(f"vit_slim@{what}") for what in ("before_finetune", "masked"))
   assert before["loss"] == pytest.approx(masked["loss"], abs=1e-5)
   assert before["gmacs"] < masked["gmacs"] == rows["dense"]["gmacs"]
@@ -72,7 +72,7 @@ def test_frozen_masks_and_weights_stay(tmp_path):
   files.write(vc.load(TINY, num_classes=10)[1], str(start))
   config = tiny_config(w_mlp=0.0, freeze_weights=True, budgets=(0.7, 0.5, 0.8))
   config.model.weights = str(start)
-  vc.slim(config, tmp_path / "run")
+  vc.run_stage("slim", config, tmp_path / "run")
   masks = files.read(str(tmp_path / "run" / "masks.safetensors"))
   for i in range(3):
     assert np.all(masks[f"blocks.{i}.mlp.zeta"] == 1)
@@ -84,30 +84,30 @@ def test_frozen_masks_and_weights_stay(tmp_path):
 
 
 def test_one_search_serves_many_budgets(tmp_path):
-  first = vc.slim(tiny_config(budgets=(0.8, 0.8, 0.8)), tmp_path / "first")
+  first = vc.run_stage("slim", tiny_config(budgets=(0.8, 0.8, 0.8)), tmp_path / "first")
   config = tiny_config(budgets=(0.5, 0.5, 0.5), masks=str(tmp_path / "first/masks.safetensors"))
   config.model.weights = str(tmp_path / "first/searched.safetensors")
-  second = vc.slim(config, tmp_path / "second")
+  second = vc.run_stage("slim", config, tmp_path / "second")
   assert second.gmacs < first.gmacs and not (tmp_path / "second/metrics.jsonl").exists()
   for wide, narrow in zip(first.indices, second.indices, strict=True):
     assert set(np.ravel(narrow.attn)) <= {*np.ravel(wide.attn), -1}
     assert set(narrow.mlp) <= set(wide.mlp)
-  rows = vc.evaluate(config, tmp_path / "second")["rows"]
+  rows = vc.run_stage("evaluate", config, tmp_path / "second")["rows"]
   assert [row["name"] for row in rows] == ["dense", "vit_slim"]
   assert "An earlier search's masks" in (tmp_path / "second/report.md").read_text()
   config.slim.attn = "heads"
   with pytest.raises(vc.UserError, match="config.slim.masks: expected the masks of"):
-    vc.slim(config, tmp_path / "third")
+    vc.run_stage("slim", config, tmp_path / "third")
 
 
 def test_widths_and_token_counts_in_one_plan(tmp_path):
   config = tiny_config(w_patch=0.0, budgets=(0.7, 0.7, 1.0))
-  slim = vc.slim(config, tmp_path)
-  both = vc.search(config, tmp_path)
+  slim = vc.run_stage("slim", config, tmp_path)
+  both = vc.run_stage("search", config, tmp_path)
   assert both.indices == slim.indices and both.made_by["method"] == "vit_slim+diffrate"
   assert both.gmacs < slim.gmacs
-  vc.finetune(config, tmp_path)
-  rows = vc.evaluate(config, tmp_path)["rows"]
+  vc.run_stage("finetune", config, tmp_path)
+  rows = vc.run_stage("evaluate", config, tmp_path)["rows"]
   assert [row["name"] for row in rows] == ["dense", "vit_slim", "diffrate", "vit_slim+diffrate"]
   assert rows[3]["gmacs"] < min(rows[1]["gmacs"], rows[2]["gmacs"])
   assert "after merging" in (tmp_path / "report.md").read_text()
@@ -116,9 +116,9 @@ def test_widths_and_token_counts_in_one_plan(tmp_path):
   config.model.plan = str(tmp_path / "plan.json")
   config.model.weights = str(tmp_path / "finetuned.safetensors")
   with pytest.raises(vc.UserError, match="config.evaluate.dense: expected False"):
-    vc.evaluate(config, tmp_path / "again")
+    vc.run_stage("evaluate", config, tmp_path / "again")
   config.evaluate.dense = False
-  again = vc.evaluate(config, tmp_path / "again")["rows"]
+  again = vc.run_stage("evaluate", config, tmp_path / "again")["rows"]
   assert again == [row for row in rows if row["name"].startswith("vit_slim")]
 
 
@@ -126,18 +126,18 @@ def test_token_counts_need_all_patches(tmp_path):
   config = tiny_config()
   config.stages = ("slim", "search")
   with pytest.raises(vc.UserError, match="slim with config.slim.w_patch=0"):
-    vc.search(config, tmp_path)
+    vc.run_stage("search", config, tmp_path)
   config.stages = ("slim",)
   config.slim.budgets = (1.0, 1.0, 0.5)
-  vc.slim(config, tmp_path)
+  vc.run_stage("slim", config, tmp_path)
   with pytest.raises(vc.UserError, match="slim with config.slim.w_patch=0"):
-    vc.search(config, tmp_path)
+    vc.run_stage("search", config, tmp_path)
 
 
 def test_equal_widths_are_written_for_timm(tmp_path):
   config = tiny_config(attn="heads", w_attn=0.0, w_mlp=0.0, w_patch=0.0, budgets=(1.0, 1.0, 1.0))
   config.slim.epochs = 0.1
-  vc.slim(config, tmp_path)
+  vc.run_stage("slim", config, tmp_path)
   written = files.read(str(tmp_path / "timm.safetensors"))
   for name, values in files.read(str(tmp_path / "slimmed.safetensors")).items():
     np.testing.assert_array_equal(written[name], values)
@@ -158,4 +158,4 @@ def test_equal_widths_are_written_for_timm(tmp_path):
 )
 def test_what_cannot_be_cut_is_refused(slim, said, tmp_path):
   with pytest.raises(vc.UserError, match=said):
-    vc.slim(tiny_config(**slim), tmp_path)
+    vc.run_stage("slim", tiny_config(**slim), tmp_path)

@@ -38,11 +38,11 @@ def test_a_run_with_all_there_is(tmp_path):
   config.visualize.images, config.visualize.plans = 1, (str(other),)
   config.evaluate.baselines = ("uniform",)
   run = tmp_path / "run"
-  vc.search(config, run)
-  vc.evaluate(config, run)
+  vc.run_stage("search", config, run)
+  vc.run_stage("evaluate", config, run)
   before = _figures(run)
   assert before == {"schedule", "search", "accuracy", "token_maps"}
-  page = vc.visualize(config, run)
+  page = vc.run_stage("visualize", config, run)
   assert page == run / "report.html"
   assert _figures(run) == before | {"plans", "attention", "token_maps_by_layer"}
   text = page.read_text()
@@ -51,13 +51,14 @@ def test_a_run_with_all_there_is(tmp_path):
   assert "Published figures" in absent and "Widths" in absent and "Search" not in absent
 
   page.write_text("kept")
-  assert vc.visualize(config, run).read_text() == "kept"  # A finished stage is not run again.
+  # A finished stage is not run again.
+  assert vc.run_stage("visualize", config, run).read_text() == "kept"
 
 
 def test_a_run_of_nothing_else(tmp_path):
   config = tiny_config()
   config.visualize.images, config.visualize.layers = 1, (2, 3)
-  text = vc.visualize(config, tmp_path).read_text()
+  text = vc.run_stage("visualize", config, tmp_path).read_text()
   assert _figures(tmp_path) == {"attention"}
   for absent in (
     "No model was measured",
@@ -76,7 +77,7 @@ def test_what_does_not_fit_is_refused(tmp_path):
     config = tiny_config()
     config.visualize[key] = value
     with pytest.raises(vc.UserError, match=message):
-      vc.visualize(config, tmp_path)
+      vc.run_stage("visualize", config, tmp_path)
   assert not list(tmp_path.iterdir())
 
 

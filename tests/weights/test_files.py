@@ -255,8 +255,8 @@ def load_torch(tmp_path, monkeypatch):
   """Reads a `.pth` file with a stand-in for PyTorch that finds `checkpoint` in it."""
 
   def read(checkpoint, suffix=".pth"):
-    def load(path, *, map_location, weights_only):
-      assert (map_location, weights_only) == ("cpu", True)
+    def load(path, *, map_location, weights_only, mmap):
+      assert (map_location, weights_only, mmap) == ("cpu", True, False)
       if isinstance(checkpoint, Exception):
         raise checkpoint
       return checkpoint

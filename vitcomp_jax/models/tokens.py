@@ -170,6 +170,14 @@ def unmerge(tokens: Tokens) -> Float[Array, "b p d"]:
 
   Args:
     tokens: Of an `Output`: `tokens`, or one of `layers`.
+
+  Examples:
+    >>> import vitcomp_jax as vc
+    >>> x = jnp.array([[[9.0], [1.0], [2.0]]])  # CLS and two tokens
+    >>> source = jnp.array([[1, 2, 1]])  # where each of three patches is
+    >>> tokens = Tokens(x=x, size=None, keep=None, source=source, num_prefix=1)
+    >>> vc.unmerge(tokens)[0, :, 0].tolist()
+    [1.0, 2.0, 1.0]
   """
   held = select.take(tokens.x, jnp.maximum(tokens.source, 0))
   if tokens.pruned is None:

@@ -133,7 +133,13 @@ VARIANTS = _build()
 
 
 def list_variants() -> list[str]:
-  """Names of all variants."""
+  """Returns the names of all variants.
+
+  Examples:
+    >>> import vitcomp_jax as vc
+    >>> "deit_small_patch16_224" in vc.list_variants()
+    True
+  """
   return sorted(VARIANTS)
 
 
@@ -143,7 +149,7 @@ def get_spec(
   image_size: int | tuple[int, int] | None = None,
   dtype: str | None = None,
 ) -> ViTSpec:
-  """The spec of a variant, by timm's name with or without a pre-training tag.
+  """Returns the spec of a variant, by timm's name with or without a pre-training tag.
 
   Args:
     variant: Such as `deit_small_patch16_224` or `vit_base_patch16_224.dino`; with a tag, images are
@@ -154,6 +160,11 @@ def get_spec(
 
   Raises:
     UserError: For an unknown variant, or an image size that the patch does not divide.
+
+  Examples:
+    >>> import vitcomp_jax as vc
+    >>> vc.get_spec("deit_small_patch16_224", image_size=384).num_tokens
+    577
   """
   spec = VARIANTS.get(variant) or VARIANTS.get(variant.split(".")[0])
   if spec is None:

@@ -10,7 +10,7 @@ from vitcomp_jax.models.gates import HardMask
 from vitcomp_jax.models.reducers import KeepAll, StaticReducer
 from vitcomp_jax.models.spec import LayerSpec, ViTSpec
 from vitcomp_jax.models.variants import VARIANTS, get_spec
-from vitcomp_jax.models.vit import ViT
+from vitcomp_jax.models.backbone import Backbone
 from vitcomp_jax.weights.slicing import LayerIndex
 
 FORMAT, VERSION = "vitcomp-plan", 1
@@ -80,7 +80,7 @@ class Plan:
   def masked_layers_for(self, spec: ViTSpec) -> tuple[LayerSpec, ...]:
     """Returns layers of the dense model in which what the plan cuts is masked instead.
 
-    A masked patch still is a key and a value made of the biases, as in ViT-Slim's own code.
+    A masked patch still is a key and a value made of the biases, as in Backbone-Slim's own code.
 
     Examples:
       >>> import vitcomp_jax as vc
@@ -223,7 +223,7 @@ def make_plan(
   return Plan(spec.name, spec.num_tokens, tuple(plan_layers), gmacs, made_by)
 
 
-def plan_of(model: ViT) -> Plan | None:
+def plan_of(model: Backbone) -> Plan | None:
   """Returns the plan of a deployed model; None for a dense one.
 
   Raises:

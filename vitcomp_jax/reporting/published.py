@@ -23,6 +23,11 @@ def accuracies(spec: ViTSpec) -> dict[str, list[tuple[float, float]]]:
   Returns:
     By method and source, GMACs and top-1 in percent. Where a source states no GMACs,
     they are counted here.
+
+  Examples:
+    >>> import vitcomp_jax as vc
+    >>> vc.published_accuracies(vc.get_spec("deit_tiny_patch16_224"))["dense (DeiT's README)"]
+    [(1.254, 72.2)]
   """
   if spec != get_spec(spec.name, NUM_CLASSES):
     return {}

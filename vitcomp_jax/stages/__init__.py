@@ -2,12 +2,14 @@
 
 import dataclasses
 import logging
+import os
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from vitcomp_jax import paths
 from vitcomp_jax.config import Config, from_config_dict
+from vitcomp_jax.errors import UserError
 from vitcomp_jax.records import Record
 from vitcomp_jax.runs.ownership import owned
 from vitcomp_jax.runs.run import Run, open_run
@@ -22,6 +24,9 @@ from vitcomp_jax.stages import (
   slim,
   visualize,
 )
+
+RunConfig = Config | Mapping[str, Any]
+Made = Any  # a plan, a path or the content of a JSON file, by the stage
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,16 +81,45 @@ def run_stages(config: Config, workdir: pathlib.Path, names: Sequence[str]) -> R
   return run
 
 
-def run_stage(
-  stage: str,
-  config: Config | Mapping[str, Any],
-  workdir: str | pathlib.Path = "runs/python",
-) -> Any:
-  """Runs one stage from Python.
+def run(config: RunConfig, workdir: str | os.PathLike[str] = "runs/python") -> dict[str, Made]:
+  """Runs the stages of a config, or goes on with them, as the command does.
 
   Args:
-    stage: `pretrain`, `slim`, `search`, `finetune`, `evaluate`, `benchmark`, `compare`,
-      `visualize` or `export`.
+    config: A `Config`, or a mapping of its keys such as `default_config()`; `config.stages` names
+      the stages.
+    workdir: Where the run is kept.
+
+  Returns:
+    What each stage wrote, by its name, as `run_stage` returns it.
+
+  Raises:
+    UserError: For what a stage refuses, or if another config made what is in the workdir.
+
+  Examples:
+    >>> import tempfile
+    >>> import vitcomp_jax as vc
+    >>> config = vc.default_config()
+    >>> config.model.variant, config.model.weights = "vit_mini_patch3_30", "bundled"
+    >>> config.data.pad, config.data.eval_examples, config.evaluate.token_maps = 1, 20, 0
+    >>> config.stages = ("evaluate",)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...   made = vc.run(config, folder)
+    >>> made["evaluate"]["examples"]
+    20
+  """
+  config = config if isinstance(config, Config) else from_config_dict(config)
+  done = run_stages(config, pathlib.Path(workdir), config.stages)
+  return {name: STAGES[name].made(done) for name in config.stages}
+
+
+def run_stage(
+  name: str, config: RunConfig, workdir: str | os.PathLike[str] = "runs/python"
+) -> Made:
+  """Runs one stage.
+
+  Args:
+    name: `pretrain`, `slim`, `search`, `finetune`, `evaluate`, `benchmark`, `compare`, `visualize`
+      or `export`.
     config: A `Config`, or a mapping of its keys such as `default_config()`.
     workdir: Where the run is kept. Stages that build on each other share it.
 
@@ -94,6 +128,23 @@ def run_stage(
     the `Plan`, `evaluate` and `compare` the content of `result.json`, `benchmark` that of
     `benchmark.json`, `visualize` the path of `report.html`, `export` the content of
     `manifest.json`. A finished stage is not run again.
+
+  Raises:
+    UserError: For another name, for what the stage refuses, or if another config made what is in
+      the workdir.
+
+  Examples:
+    >>> import tempfile
+    >>> import vitcomp_jax as vc
+    >>> config = vc.default_config()
+    >>> config.model.variant, config.model.weights = "vit_mini_patch3_30", "bundled"
+    >>> config.data.pad, config.data.eval_examples, config.evaluate.token_maps = 1, 20, 0
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...   result = vc.run_stage("evaluate", config, folder)
+    >>> [row["name"] for row in result["rows"]]
+    ['dense']
   """
+  if name not in STAGES:
+    raise UserError(f"stage: expected one of {', '.join(STAGES)}, got {name!r}.")
   config = config if isinstance(config, Config) else from_config_dict(config)
-  return STAGES[stage].made(run_stages(config, pathlib.Path(workdir), (stage,)))
+  return STAGES[name].made(run_stages(config, pathlib.Path(workdir), (name,)))

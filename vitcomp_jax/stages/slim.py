@@ -162,7 +162,7 @@ def _check_outputs(run: Run, slimmed: _Slimmed) -> None:
 
 def made(run: Run) -> Plan:
   """Returns the slimmed network's plan."""
-  return load_plan(str(run.workdir.path / "plan.json"))
+  return load_plan(str(run.workdir.path / "slimmed.json"))
 
 
 def _method(run: Run) -> ViTSlim:

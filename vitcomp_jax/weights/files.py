@@ -34,7 +34,7 @@ NESTED = ("state_dict_ema", "model_ema", "state_dict", "model")
 PREFIXES = ("module.", "_orig_mod.", "model.")
 
 
-def read(weights: str, cache_dir: str | None = None) -> dict[str, np.ndarray]:
+def read(weights: str, cache_dir: str | None = None, widen: bool = True) -> dict[str, np.ndarray]:
   """Reads weights of any kind, with timm's (or the authors') names and PyTorch's layout.
 
   A file's content says what kind it is, whatever its name. Of a training checkpoint the weights in
@@ -47,9 +47,10 @@ def read(weights: str, cache_dir: str | None = None) -> dict[str, np.ndarray]:
       such as `timm/deit_small_patch16_224.fb_in1k`, with or without `hf-hub:` in front. A
       repository that is in the local cache is taken from there, without network.
     cache_dir: The hub's cache; None: the usual one.
+    widen: Whether half precision becomes float32.
 
   Returns:
-    Arrays by name; float32 where they are stored in half precision.
+    Arrays by name.
 
   Raises:
     UserError: If the weights are not there, or damaged, or of an unknown kind.
@@ -59,7 +60,7 @@ def read(weights: str, cache_dir: str | None = None) -> dict[str, np.ndarray]:
   if not state:
     raise UserError(f"weights {path} hold no tensors; expected those of a Vision Transformer.")
   names = _without_prefixes(state)
-  return {names[name]: _widen(array) for name, array in state.items()}
+  return {names[name]: _widen(array) if widen else array for name, array in state.items()}
 
 
 def describe(weights: str, cache_dir: str | None = None) -> Description:
@@ -255,7 +256,9 @@ def _read_torch(path: Path) -> dict[str, np.ndarray]:
   try:
     # Training scripts often store their command-line arguments beside the weights.
     with torch.serialization.safe_globals([argparse.Namespace]):
-      state = torch.load(path, map_location="cpu", weights_only=True)
+      # Mapped, so that to look at the shapes reads no weight.
+      mapped = zipfile.is_zipfile(path)
+      state = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
   except pickle.UnpicklingError as error:
     raise UserError(
       f"weights {path} hold Python objects beside tensors, or are damaged; such objects are "

@@ -157,8 +157,9 @@ def load_params(
   fresh_head: bool = False,
   indices: Sequence[LayerIndex] | None = None,
   fresh_predictors: bool = False,
+  widen: bool = True,
 ) -> Params:
-  """Parameters of a model, from weights fitted to it, or random.
+  """Returns a model's parameters, from weights fitted to it, or random.
 
   Args:
     spec: The model.
@@ -171,12 +172,13 @@ def load_params(
       one's, which are then cut.
     fresh_predictors: Whether weights without DynamicViT's prediction modules are taken, with random
       ones.
+    widen: Whether weights of half precision become float32.
   """
   if weights is None:
     model, images = build(spec, layers), jnp.zeros((1, *spec.image_size, 3))
     return dict(jax.jit(model.init)(jax.random.key(seed), images)["params"])
   weights = _located(spec, weights)
-  state = files.read(weights)
+  state = files.read(weights, widen=widen)
   shapes = {name: array.shape for name, array in state.items()}
   about = description.describe(weights, shapes, files.read_metadata(weights))
   if fresh_head and about.class_names and spec.class_names not in ((), about.class_names):
@@ -197,7 +199,7 @@ def load_params(
   for path, value in jax.tree.leaves_with_path(params):
     with np.errstate(over="ignore"):  # of float64, which may be out of the range of float32
       value = np.asarray(value, jax.dtypes.canonicalize_dtype(value.dtype))
-    if not (np.issubdtype(value.dtype, np.floating) and np.isfinite(value).all()):
+    if not (jnp.issubdtype(value.dtype, jnp.floating) and np.isfinite(value).all()):
       name = ".".join(key.key for key in path)
       raise UserError(f"weights {weights}: expected finite floats, got others in {name}.")
   if indices and not is_cut:

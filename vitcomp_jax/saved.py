@@ -1,0 +1,142 @@
+"""Folders that hold one model: its weights, its plan and its spec."""
+
+import dataclasses
+import os
+import pathlib
+from typing import Any
+
+import jax.numpy as jnp
+
+from vitcomp_jax import multihost, paths, strict_json
+from vitcomp_jax.atomic import replacing_folder, write_json
+from vitcomp_jax.errors import UserError
+from vitcomp_jax.models.spec import ViTSpec
+from vitcomp_jax.models.backbone import Backbone
+from vitcomp_jax.plans import Plan, load_plan, plan_of, save_plan
+from vitcomp_jax.weights import loading, timm
+from vitcomp_jax.weights.loading import Params
+
+WEIGHTS, PLAN, SPEC = "model.safetensors", "plan.json", "spec.json"
+FORMAT, VERSION = "vitcomp-model", 1
+# Fields of a spec that the weights' own metadata leave open.
+_FIELDS = ("dtype", "attention", "antialias")
+
+
+def save(folder: str | os.PathLike[str], model: Backbone, params: Params) -> None:
+  """Writes a model as a folder, which `load` reads back: the same outputs, bit for bit.
+
+  The folder holds `model.safetensors` (under timm's names, with class names, image size and
+  preprocessing as metadata), `spec.json`, and `plan.json` if the model is compressed. It is written
+  beside its place and then renamed: all of it is there, or nothing.
+
+  Args:
+    folder: Where to. A folder that `save` wrote before is replaced; any other is refused.
+    model: From `load` or `compress`, or built from a plan's layers.
+    params: Its parameters, of any float type.
+
+  Raises:
+    UserError: If something else stands there, the parameters are not the model's, or the model is
+      none that a plan and a variant's name describe.
+
+  Examples:
+    >>> import tempfile
+    >>> import vitcomp_jax as vc
+    >>> model, params = vc.load("vit_mini_patch3_30", "bundled")
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...   vc.save(f"{folder}/small", *vc.compress(model, params, vc.tome(model, r=7)))
+    ...   small, small_params = vc.load(f"{folder}/small")
+    >>> small.layers[0].reduce
+    BipartiteMerge(remove=7)
+  """
+  target = pathlib.Path(paths.expand(folder))
+  plan = plan_of(model)
+  timm.check(params, loading.abstract_params(model))
+  _check_replaceable(target)
+  try:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if multihost.is_first():
+      with replacing_folder(target) as made:
+        _write(made, model, params, plan)
+  except OSError as error:
+    raise UserError(f"save: {target} cannot be written ({error.strerror}).") from error
+
+
+def _write(made: pathlib.Path, model: Backbone, params: Params, plan: Plan | None) -> None:
+  """Fills a folder, and reads the spec back."""
+  spec = model.spec
+  loading.save_params(spec, params, made / WEIGHTS)
+  if plan:
+    save_plan(plan, made / PLAN)
+  values = {name: getattr(spec, name) for name in _FIELDS}
+  write_json(made / SPEC, {"format": FORMAT, "version": VERSION, "variant": spec.name, **values})
+  if read_spec(made) != spec:
+    raise UserError(
+      f"save: expected a model that differs from the variant {spec.name} in images, classes and "
+      "plan alone, got another spec; add it to the variants under a name of its own."
+    )
+
+
+def is_folder(path: str) -> bool:
+  """Returns whether `save` wrote a folder."""
+  return (pathlib.Path(paths.expand(path)) / SPEC).is_file()
+
+
+def read_spec(
+  folder: str | os.PathLike[str],
+  num_classes: int | None = None,
+  image_size: int | tuple[int, int] | None = None,
+) -> ViTSpec:
+  """Reads a saved model's spec.
+
+  Args:
+    folder: What `save` wrote.
+    num_classes: As for `load`.
+    image_size: As for `load`.
+
+  Raises:
+    UserError: If the folder is not whole.
+  """
+  values = _read_values(pathlib.Path(paths.expand(folder), SPEC))
+  spec = loading.spec_for(values["variant"], weights_of(folder), num_classes, image_size)
+  return dataclasses.replace(spec, **{name: values[name] for name in _FIELDS})
+
+
+def weights_of(folder: str | os.PathLike[str]) -> str:
+  """Returns the path of a saved model's weights."""
+  return str(pathlib.Path(paths.expand(folder), WEIGHTS))
+
+
+def read_plan(folder: str | os.PathLike[str]) -> Plan | None:
+  """Reads a saved model's plan; None for a dense one."""
+  path = pathlib.Path(paths.expand(folder), PLAN)
+  return load_plan(path) if path.is_file() else None
+
+
+def _read_values(path: pathlib.Path) -> dict[str, Any]:
+  """Reads a spec.json, whose values are of the right types then."""
+  try:
+    values = strict_json.loads(path.read_text(encoding="utf-8"))
+    if (values["format"], values["version"]) != (FORMAT, VERSION):
+      raise ValueError(f"another format, {values['format']} {values['version']}")
+    jnp.dtype(values["dtype"] or "float32")
+    for name, kind in (("variant", str), ("attention", str), ("antialias", bool)):
+      if not isinstance(values[name], kind):
+        raise TypeError(f"{name} is {values[name]!r}")
+  except (OSError, ValueError, TypeError, KeyError) as error:
+    raise UserError(
+      f"{path}: expected what `save` writes, got something else ({type(error).__name__}: {error}); "
+      "save the model again."
+    ) from error
+  return dict(values)
+
+
+def _check_replaceable(target: pathlib.Path) -> None:
+  """Refuses to replace what is no folder of a saved model, or holds more than that."""
+  if not os.path.lexists(target):
+    return
+  there = {entry.name for entry in target.iterdir()} if target.is_dir() else {target.name}
+  if there and (SPEC not in there or there - {WEIGHTS, PLAN, SPEC}):
+    raise UserError(
+      f"save: expected a new folder, or one with a saved model alone, got {target} with "
+      f"{', '.join(sorted(there)[:3])}; give another."
+    )
