@@ -20,9 +20,9 @@ from vitcomp_jax.atomic import replacing, write_json
 from vitcomp_jax.data import class_names
 from vitcomp_jax.data.transforms import normalize
 from vitcomp_jax.errors import UserError
+from vitcomp_jax.models.backbone import Backbone
 from vitcomp_jax.models.build import build
 from vitcomp_jax.models.reducers import StaticReducer
-from vitcomp_jax.models.backbone import Backbone
 from vitcomp_jax.plans import Plan, plan_of
 from vitcomp_jax.weights import loading, timm_slimmed
 from vitcomp_jax.weights.loading import Params

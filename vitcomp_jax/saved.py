@@ -10,8 +10,8 @@ import jax.numpy as jnp
 from vitcomp_jax import multihost, paths, strict_json
 from vitcomp_jax.atomic import replacing_folder, write_json
 from vitcomp_jax.errors import UserError
-from vitcomp_jax.models.spec import ViTSpec
 from vitcomp_jax.models.backbone import Backbone
+from vitcomp_jax.models.spec import ViTSpec
 from vitcomp_jax.plans import Plan, load_plan, plan_of, save_plan
 from vitcomp_jax.weights import loading, timm
 from vitcomp_jax.weights.loading import Params

@@ -13,8 +13,8 @@ from vitcomp_jax.cost.cost_models import MACS
 from vitcomp_jax.errors import UserError
 from vitcomp_jax.methods.base import Layers, quarters
 from vitcomp_jax.methods.handmade import random_counts
-from vitcomp_jax.models.spec import ViTSpec
 from vitcomp_jax.models.backbone import Backbone
+from vitcomp_jax.models.spec import ViTSpec
 from vitcomp_jax.plans import Plan, make_plan
 
 

@@ -6,11 +6,11 @@ from typing import Any
 
 from vitcomp_jax.cost import macs
 from vitcomp_jax.errors import UserError
+from vitcomp_jax.models.backbone import Backbone
 from vitcomp_jax.models.gates import HardMask
 from vitcomp_jax.models.reducers import KeepAll, StaticReducer
 from vitcomp_jax.models.spec import LayerSpec, ViTSpec
 from vitcomp_jax.models.variants import VARIANTS, get_spec
-from vitcomp_jax.models.backbone import Backbone
 from vitcomp_jax.weights.slicing import LayerIndex
 
 FORMAT, VERSION = "vitcomp-plan", 1
