@@ -43,7 +43,7 @@ def test_a_second_run_is_refused_and_a_killed_one_is_no_obstacle(tmp_path):
   (first,) = _start(workdir, ("search",), 1, options=[f"--config.search.steps={STEPS}"])
   _wait_for(workdir, "search", 3, first)
   with pytest.raises(vc.UserError, match=_in_use_by(first.pid)):
-    vc.search(config, workdir)
+    vc.run_stage("search", config, workdir)
   assert first.poll() is None
   first.send_signal(signal.SIGKILL)
   first.communicate()
@@ -51,7 +51,7 @@ def test_a_second_run_is_refused_and_a_killed_one_is_no_obstacle(tmp_path):
   assert done < STEPS
   # What the killed one left behind names it still, and stops nobody.
   assert json.loads((workdir / ".owner.json").read_text())["pid"] == first.pid
-  vc.search(config, workdir)
+  vc.run_stage("search", config, workdir)
   lines = (workdir / "metrics.jsonl").read_text().splitlines()
   assert [json.loads(line)["step"] for line in lines] == list(range(1, STEPS + 1))
   assert (workdir / "plan.json").exists() and not list(workdir.glob(".*"))
