@@ -57,7 +57,7 @@ def main(argv: Sequence[str]) -> None:
     parser.error(str(error))
   rng = np.random.default_rng(known.seed)
   params = vc.load(known.variant)[1]
-  parts = latency.programs(spec, known.batch, "cls")
+  parts = latency.programs(spec, known.batch, PruneMerge)
   layers = {"dense": spec.dense_layers}
   layers |= {f"plan {i}": random_plan(spec, rng) for i in range(1, known.plans + 1)}
   plans = {
@@ -65,7 +65,7 @@ def main(argv: Sequence[str]) -> None:
     for name, each in layers.items()
   }
   timing.take_turns([*parts.values(), *plans.values()], 0.0, known.rounds)
-  table = latency.tabulate(spec, parts, "cls")
+  table = latency.tabulate(spec, parts, PruneMerge)
   rows = []
   for name, subject in plans.items():
     measured = 1e3 * statistics.median(subject.seconds)

@@ -15,9 +15,9 @@ from vitcomp_jax.data.transforms import evaluation_image, normalize
 from vitcomp_jax.methods import registry
 from vitcomp_jax.methods.diffrate import PruneMerge
 from vitcomp_jax.models.build import build
+from vitcomp_jax.models.slicing import LayerIndex
 from vitcomp_jax.plans import PlanLayer
 from vitcomp_jax.weights import files
-from vitcomp_jax.weights.slicing import LayerIndex
 
 MINI = "vit_mini_patch3_30"
 

@@ -13,9 +13,9 @@ import vitcomp_jax as vc
 from tests.tiny_main import TINY, tiny_variant
 from vitcomp_jax import saved
 from vitcomp_jax.models.build import build
+from vitcomp_jax.models.slicing import LayerIndex
 from vitcomp_jax.plans import PlanLayer
 from vitcomp_jax.weights import files, loading
-from vitcomp_jax.weights.slicing import LayerIndex
 
 MINI = "vit_mini_patch3_30"
 INDEX = LayerIndex(((0, 1, 2), (8, 9, -1)), tuple(range(0, 32, 3)))

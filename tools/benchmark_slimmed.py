@@ -16,8 +16,8 @@ import numpy as np
 import vitcomp_jax as vc
 from vitcomp_jax.cost import timing
 from vitcomp_jax.methods.vit_slim.search import Masks, deploy
+from vitcomp_jax.models.slicing import slice_params
 from vitcomp_jax.models.vit import ViT
-from vitcomp_jax.weights.slicing import slice_params
 
 TILES = (1, 8, 16)
 

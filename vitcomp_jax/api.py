@@ -17,12 +17,12 @@ from vitcomp_jax.data.transforms import evaluation_image, normalize
 from vitcomp_jax.errors import UserError
 from vitcomp_jax.models.backbone import Backbone
 from vitcomp_jax.models.build import build
+from vitcomp_jax.models.slicing import slice_params
 from vitcomp_jax.models.spec import ViTSpec
 from vitcomp_jax.models.variants import VARIANTS, get_spec
 from vitcomp_jax.plans import Plan, load_plan
 from vitcomp_jax.weights import files, loading, timm
 from vitcomp_jax.weights.loading import Params, abstract_params
-from vitcomp_jax.weights.slicing import slice_params
 
 Path = str | os.PathLike[str]
 

@@ -12,6 +12,7 @@ from vitcomp_jax.cost import budgets, latency
 from vitcomp_jax.cost.cost_models import MACS, CostModel
 from vitcomp_jax.data.arrays import Batch, endless_batches
 from vitcomp_jax.errors import UserError
+from vitcomp_jax.methods.diffrate.reducer import reduction
 from vitcomp_jax.methods.diffrate.search import DiffRate
 from vitcomp_jax.models.backbone import Backbone
 from vitcomp_jax.models.spec import ViTSpec
@@ -116,7 +117,7 @@ def _check_loss(loss: str, spec: ViTSpec, has_labels: bool) -> None:
 
 def _latency(spec: ViTSpec, config: SearchConfig) -> CostModel:
   spec.check_plain("latency_ms")
-  return latency.table(spec, 1, spec.importance(config.importance), None)
+  return latency.table(spec, 1, reduction(spec, config.importance), None)
 
 
 def _checked(

@@ -16,6 +16,7 @@ from vitcomp_jax.cost.cost_models import MACS, Latency, never_falling, parse_lat
 from vitcomp_jax.errors import UserError
 from vitcomp_jax.methods.diffrate import PruneMerge
 from vitcomp_jax.methods.diffrate.masking import candidates, expected_count, kept_count
+from vitcomp_jax.methods.diffrate.reducer import reduction
 from vitcomp_jax.methods.diffrate.search import DiffRate
 from vitcomp_jax.models.vit import ViT
 
@@ -146,7 +147,7 @@ def test_what_is_timed_are_models(changes):
   spec = small_spec(depth=latency._DEPTH, **changes)
   images = jax.ShapeDtypeStruct((2, *spec.image_size, 3), jnp.float32)
   params = jax.eval_shape(ViT(spec, spec.dense_layers).init, jax.random.key(0), images)
-  for (kind, n), layers in latency._stacks(spec, "mean_attention").items():
+  for (kind, n), layers in latency._stacks(spec, reduction(spec, "mean_attention")).items():
     model = ViT(spec, layers)
 
     def shapes(params, images, model=model):
@@ -174,9 +175,9 @@ def test_the_parts_are_told_apart():
       n = left
     return 1e-3 * total
 
-  stacks = latency._stacks(SPEC, "cls")
+  stacks = latency._stacks(SPEC, PruneMerge)
   subjects = {k: types.SimpleNamespace(seconds=[seconds(v)]) for k, v in stacks.items()}
-  table = latency.tabulate(SPEC, subjects, "cls")
+  table = latency.tabulate(SPEC, subjects, PruneMerge)
   assert table.counts[0] == 2 and table.counts[-1] == SPEC.num_tokens and table.fixed_ms == 7.0
   n = np.array(table.counts)
   # The MLP of the one token that is left counts as attention: a layer has one of either.

@@ -23,11 +23,11 @@ from vitcomp_jax.methods.vit_slim.search import (
   masked_layers,
   to_authors,
 )
+from vitcomp_jax.models.slicing import slice_params
 from vitcomp_jax.models.vit import ViT
 from vitcomp_jax.plans import load_plan, make_plan, parse_plan, save_plan
 from vitcomp_jax.weights import files
 from vitcomp_jax.weights.loading import save_params
-from vitcomp_jax.weights.slicing import slice_params
 
 KINDS = ("dims", "heads", "uniform")
 

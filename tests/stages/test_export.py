@@ -16,10 +16,10 @@ from vitcomp_jax.config import from_config_dict
 from vitcomp_jax.methods import diffrate, evit, tome, vit_slim
 from vitcomp_jax.methods.dynamicvit import PredictorSelect
 from vitcomp_jax.models import reducers
+from vitcomp_jax.models.slicing import LayerIndex
 from vitcomp_jax.plans import PlanLayer, make_plan, save_plan
 from vitcomp_jax.stages import run_stages
 from vitcomp_jax.weights import files
-from vitcomp_jax.weights.slicing import LayerIndex
 
 # What a user has who has JAX and nothing else of what this library needs.
 PLAIN = """

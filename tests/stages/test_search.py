@@ -10,6 +10,7 @@ from tests.stages.test_slim import tiny_config, tiny_variant  # noqa: F401
 from vitcomp_jax.config import from_config_dict
 from vitcomp_jax.cost import latency
 from vitcomp_jax.cost.cost_models import Latency
+from vitcomp_jax.methods.diffrate import PruneMerge
 from vitcomp_jax.metrics import read_metrics
 from vitcomp_jax.runs.inputs import Inputs
 from vitcomp_jax.runs.run import make_run, open_run
@@ -27,7 +28,7 @@ def test_a_search_by_latency(tmp_path, monkeypatch):
   config.benchmark.batch_sizes, config.benchmark.seconds, config.benchmark.rounds = (), 0.01, 1
   config.stages = ("search", "benchmark")
   spec = open_run(from_config_dict(config), tmp_path / "none").inputs.spec
-  cost = latency.table(spec, 2, "cls", tmp_path / "cache/latency")
+  cost = latency.table(spec, 2, PruneMerge, tmp_path / "cache/latency")
   dense = cost.static(spec, spec.dense_layers)
   assert dense == 0.5 + 3 * 9.0
   config.budget.latency_ms = 20.0

@@ -17,9 +17,9 @@ import jax
 import numpy as np
 
 from tests.models import forward, small_spec
+from vitcomp_jax.models.slicing import LayerIndex, slice_params
 from vitcomp_jax.plans import PlanLayer
 from vitcomp_jax.weights import timm, timm_slimmed
-from vitcomp_jax.weights.slicing import LayerIndex, slice_params
 
 ARRAYS = dict(np.load(pathlib.Path(__file__).with_name("timm_slimmed.npz")))
 INDICES = (

@@ -8,7 +8,7 @@ import os
 import pathlib
 import platform
 import statistics
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -19,11 +19,13 @@ from vitcomp_jax.atomic import write_json
 from vitcomp_jax.cost import macs, timing
 from vitcomp_jax.cost.cost_models import Latency, never_falling, parse_latency
 from vitcomp_jax.errors import UserError
-from vitcomp_jax.methods.diffrate import PruneMerge
 from vitcomp_jax.models.spec import LayerSpec, ViTSpec
-from vitcomp_jax.models.tokens import AttentionStats, Tokens
+from vitcomp_jax.models.tokens import AttentionStats, TokenReducer, Tokens
 from vitcomp_jax.models.vit import ViT
 from vitcomp_jax.weights import loading
+
+# Makes the reduction of a layer from the tokens after pruning, and after merging.
+Reduction = Callable[[int, int], TokenReducer]
 
 _COUNTS = 11  # token counts in the table
 _DEPTH = 4  # layers that are timed as one program: one alone would pay for each call
@@ -56,13 +58,13 @@ class _Resize:
     return self.num_tokens
 
 
-def table(spec: ViTSpec, batch: int, importance: str, cache: pathlib.Path | None) -> Latency:
+def table(spec: ViTSpec, batch: int, reduce: Reduction, cache: pathlib.Path | None) -> Latency:
   """The latency table of a model on this device, from the cache if it was measured before.
 
   Args:
     spec: The model.
     batch: Images at once.
-    importance: By which tokens are pruned and merged.
+    reduce: Makes the reduction that prunes to one count and merges to another.
     cache: A folder; None: nothing is kept.
   """
   about = {
@@ -70,7 +72,7 @@ def table(spec: ViTSpec, batch: int, importance: str, cache: pathlib.Path | None
     "batch": batch,
     "model": repr(spec),
     "layer": repr(spec.dense_layers[0]),
-    "importance": importance,
+    "reduction": repr(reduce(2, 1)),
     "jax": jax.__version__,
     "xla_flags": os.environ.get("XLA_FLAGS", ""),
   }
@@ -80,9 +82,9 @@ def table(spec: ViTSpec, batch: int, importance: str, cache: pathlib.Path | None
     found = read(path)
   else:
     logging.info("measuring the latency of %s, batch %d, a few minutes", spec.name, batch)
-    subjects = programs(spec, batch, importance)
+    subjects = programs(spec, batch, reduce)
     timing.take_turns(list(subjects.values()), _SECONDS, _ROUNDS)
-    found = dataclasses.replace(tabulate(spec, subjects, importance), about=about)
+    found = dataclasses.replace(tabulate(spec, subjects, reduce), about=about)
     if path:
       path.parent.mkdir(parents=True, exist_ok=True)
       write_json(path, found.to_json())
@@ -118,13 +120,13 @@ def device_name() -> str:
   return f"{next(iter(names), platform.processor() or kind)}, {cores} cores"
 
 
-def programs(spec: ViTSpec, batch: int, importance: str) -> dict[tuple[str, int], timing.Subject]:
+def programs(spec: ViTSpec, batch: int, reduce: Reduction) -> dict[tuple[str, int], timing.Subject]:
   """Lists what is timed for a table: short stacks of layers, by kind and token count.
 
   Args:
     spec: The model.
     batch: Images at once.
-    importance: By which tokens are pruned and merged.
+    reduce: Makes the reduction that prunes to one count and merges to another.
 
   Returns:
     `none`, without a layer; `whole` layers; `attention`, whose MLPs see one token; and `reduction`,
@@ -134,19 +136,19 @@ def programs(spec: ViTSpec, batch: int, importance: str) -> dict[tuple[str, int]
   params = loading.load_params(short, short.dense_layers, None)
   return {
     key: timing.compiled(f"{key[0]} of {key[1]} tokens", ViT(short, layers), params, batch)
-    for key, layers in _stacks(spec, importance).items()
+    for key, layers in _stacks(spec, reduce).items()
   }
 
 
 def tabulate(
-  spec: ViTSpec, subjects: Mapping[tuple[str, int], timing.Subject], importance: str
+  spec: ViTSpec, subjects: Mapping[tuple[str, int], timing.Subject], reduce: Reduction
 ) -> Latency:
   """The table from the medians of what was timed.
 
   Args:
     spec: The model.
     subjects: From `programs`, timed.
-    importance: As there.
+    reduce: As there.
   """
   ms = {key: 1e3 * statistics.median(subject.seconds) for key, subject in subjects.items()}
   fixed, counts = ms["none", 0], _counts(spec)
@@ -157,7 +159,7 @@ def tabulate(
   mlp, zeros = never_falling(whole - attention), (0.0,) * len(counts)
   without = Latency(tuple(counts), tuple(attention.tolist()), zeros, tuple(mlp.tolist()), fixed, {})
   at, left = [0.0], [0.0]  # What a stack takes beyond that is its reductions'.
-  for (kind, n), layers in _stacks(spec, importance).items():
+  for (kind, n), layers in _stacks(spec, reduce).items():
     if kind == "reduction":
       passed = macs.static_counts(spec, layers)
       at.append(float(np.mean([entered for entered, _ in passed])))
@@ -172,7 +174,7 @@ def _counts(spec: ViTSpec) -> list[int]:
   return np.unique(places.round().astype(int)).tolist()
 
 
-def _stacks(spec: ViTSpec, importance: str) -> dict[tuple[str, int], tuple[LayerSpec, ...]]:
+def _stacks(spec: ViTSpec, reduce: Reduction) -> dict[tuple[str, int], tuple[LayerSpec, ...]]:
   """The layers of what is timed."""
   base = spec.dense_layers[0]
   stacks: dict[tuple[str, int], tuple[LayerSpec, ...]] = {("none", 0): ()}
@@ -183,10 +185,9 @@ def _stacks(spec: ViTSpec, importance: str) -> dict[tuple[str, int], tuple[Layer
     kept = [n - i * max(1, n // _REMOVED) for i in range(1, 2 * _DEPTH + 1)]
     if kept[-1] > spec.num_prefix:
       pairs = zip(kept[::2], kept[1::2], strict=True)
-      reducers = [PruneMerge(p, m, importance=importance) for p, m in pairs]
       first = (whole,) + (base,) * (_DEPTH - 1)
       stacks["reduction", n] = tuple(
-        dataclasses.replace(layer, reduce=reduce)
-        for layer, reduce in zip(first, reducers, strict=True)
+        dataclasses.replace(layer, reduce=reduce(*pair))
+        for layer, pair in zip(first, pairs, strict=True)
       )
   return stacks

@@ -12,8 +12,8 @@ from vitcomp_jax.errors import UserError
 from vitcomp_jax.models.gates import Gate, open_gate
 from vitcomp_jax.models.importance import IMPORTANCES
 from vitcomp_jax.models.reducers import keep_all
+from vitcomp_jax.models.slicing import LayerIndex
 from vitcomp_jax.models.tokens import TokenReducer
-from vitcomp_jax.weights.slicing import LayerIndex
 
 
 @dataclasses.dataclass(frozen=True)

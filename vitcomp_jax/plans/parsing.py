@@ -8,10 +8,10 @@ from vitcomp_jax.cost import macs
 from vitcomp_jax.errors import UserError
 from vitcomp_jax.methods.registry import reducer_types
 from vitcomp_jax.models.reducers import LARGEST, StaticReducer
+from vitcomp_jax.models.slicing import LayerIndex
 from vitcomp_jax.models.spec import LayerSpec, ViTSpec
 from vitcomp_jax.models.variants import get_spec
 from vitcomp_jax.plans.plan import FORMAT, VERSION, WIDTHS, Plan, PlanLayer, check_counts
-from vitcomp_jax.weights.slicing import LayerIndex
 
 _TOP_KEYS = ("format", "version", "variant", "num_tokens", "gmacs", "made_by", "layers")
 _INDICES = ("attn_index", "mlp_index")

@@ -9,9 +9,9 @@ from vitcomp_jax.errors import UserError
 from vitcomp_jax.models.backbone import Backbone
 from vitcomp_jax.models.gates import HardMask
 from vitcomp_jax.models.reducers import KeepAll, StaticReducer
+from vitcomp_jax.models.slicing import LayerIndex
 from vitcomp_jax.models.spec import LayerSpec, ViTSpec
 from vitcomp_jax.models.variants import VARIANTS, get_spec
-from vitcomp_jax.weights.slicing import LayerIndex
 
 FORMAT, VERSION = "vitcomp-plan", 1
 WIDTHS = ("num_heads", "head_dim", "mlp_dim")

@@ -14,6 +14,7 @@ from vitcomp_jax.data import loader, transforms
 from vitcomp_jax.data.dataset import Batch, Dataset
 from vitcomp_jax.data.halves import Unlabelled
 from vitcomp_jax.errors import UserError
+from vitcomp_jax.methods.diffrate.reducer import reduction
 from vitcomp_jax.models.spec import ViTSpec
 from vitcomp_jax.models.variants import get_spec
 from vitcomp_jax.parallel import Layout
@@ -110,8 +111,8 @@ class Inputs:
       return latency.read(kept)
     compiled = self.config.compilation_cache
     cache = pathlib.Path(paths.expand(compiled)).parent / "latency" if compiled else None
-    importance = self.spec.importance(self.config.search.importance)
-    return latency.table(self.spec, budget.latency_batch, importance, cache)
+    reduce = reduction(self.spec, self.config.search.importance)
+    return latency.table(self.spec, budget.latency_batch, reduce, cache)
 
   @functools.cached_property
   def targets(self) -> dict[str, float]:

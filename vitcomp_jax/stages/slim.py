@@ -14,6 +14,7 @@ from vitcomp_jax.errors import UserError
 from vitcomp_jax.methods.budget import bracket
 from vitcomp_jax.methods.vit_slim import search as vit_slim
 from vitcomp_jax.methods.vit_slim.search import KINDS, Masks, ViTSlim
+from vitcomp_jax.models.slicing import LayerIndex, slice_params
 from vitcomp_jax.models.spec import LayerSpec, ViTSpec, with_drop_path
 from vitcomp_jax.models.vit import ViT
 from vitcomp_jax.ops import losses
@@ -24,7 +25,6 @@ from vitcomp_jax.training import loop, optimizer
 from vitcomp_jax.training.step import init_state, make_step, random_streams, top1
 from vitcomp_jax.weights import files, timm_slimmed
 from vitcomp_jax.weights.loading import Params
-from vitcomp_jax.weights.slicing import LayerIndex, slice_params
 
 _TRIED = 16  # images on which the slimmed network must give finite outputs
 

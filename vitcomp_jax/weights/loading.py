@@ -9,21 +9,21 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from vitcomp_jax.errors import UserError
-from vitcomp_jax.methods.dynamicvit import PredictorSelect
 from vitcomp_jax.models import tags
 from vitcomp_jax.models.backbone import Backbone
 from vitcomp_jax.models.build import build
 from vitcomp_jax.models.reducers import keep_all
+from vitcomp_jax.models.slicing import LayerIndex, slice_params
 from vitcomp_jax.models.spec import LayerSpec, ViTSpec
 from vitcomp_jax.models.variants import VARIANTS, get_spec
 from vitcomp_jax.weights import description, files
 from vitcomp_jax.weights.description import Description
-from vitcomp_jax.weights.slicing import LayerIndex, slice_params
 from vitcomp_jax.weights.timm import port, without_head
 
 Params = dict[str, Any]
@@ -217,7 +217,7 @@ def _split_predictors(
   Raises:
     UserError: If there are some, and they may not be random.
   """
-  places = [i for i, layer in enumerate(layers) if isinstance(layer.select, PredictorSelect)]
+  places = [i for i, layer in enumerate(layers) if isinstance(layer.select, nn.Module)]
   if not places:
     return layers, {}
   if not fresh:

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 
 from vitcomp_jax.errors import UserError
+from vitcomp_jax.models.slicing import LayerIndex, scale_qkv
 from vitcomp_jax.models.spec import LayerSpec, ViTSpec, removes_tokens
 from vitcomp_jax.weights.loading import Params, save_params
-from vitcomp_jax.weights.slicing import LayerIndex, scale_qkv
 
 
 def for_timm(

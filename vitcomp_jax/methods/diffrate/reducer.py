@@ -1,13 +1,26 @@
 """DiffRate's static reduction: prunes the least important tokens, then merges."""
 
 import dataclasses
+import functools
+from collections.abc import Callable
 
 import jax.numpy as jnp
 
 from vitcomp_jax.models.importance import IMPORTANCES
 from vitcomp_jax.models.reducers import StaticReducer
+from vitcomp_jax.models.spec import ViTSpec
 from vitcomp_jax.models.tokens import AttentionStats, Tokens
 from vitcomp_jax.ops import merge, select
+
+
+def reduction(spec: ViTSpec, importance: str) -> Callable[[int, int], "PruneMerge"]:
+  """Returns a maker of reductions, of the tokens after pruning and after merging.
+
+  Args:
+    spec: The model.
+    importance: Ranks the tokens, see `ViTSpec.importance`.
+  """
+  return functools.partial(PruneMerge, importance=spec.importance(importance))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,10 +18,10 @@ from vitcomp_jax.methods.base import Metrics
 from vitcomp_jax.methods.vit_slim.reducer import KeepPositions
 from vitcomp_jax.models.gates import HardMask, SoftMask
 from vitcomp_jax.models.reducers import keep_all
+from vitcomp_jax.models.slicing import LayerIndex, layer_index, scale_qkv
 from vitcomp_jax.models.spec import LayerSpec, ViTSpec
 from vitcomp_jax.models.tokens import Output, TokenReducer
 from vitcomp_jax.models.vit import ViT
-from vitcomp_jax.weights.slicing import LayerIndex, layer_index, scale_qkv
 
 KINDS = ("attn", "mlp", "patch")
 _GATES = {"attn": "head_gate", "mlp": "hidden_gate", "patch": "token_gate"}
