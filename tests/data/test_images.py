@@ -194,7 +194,7 @@ def test_exif_turns_what_is_kept_in_memory(monkeypatch: pytest.MonkeyPatch) -> N
   )
   pre = preprocess(exif_orientation=True)
   dataset = loader.load(DataConfig(name="bundled"), "eval", pre, 0)
-  assert dataset._memory is not None
+  assert dataset._reader.memory is not None
   want = transforms.evaluation_image(PIL.ImageOps.exif_transpose(image), pre)
   np.testing.assert_array_equal(next(dataset.eval_batches(2))["image"], [want, want])
 

@@ -116,7 +116,7 @@ def test_train_batch_holds_the_examples_it_names() -> None:
     "index": "int64",
   }
   for image, label, index in zip(*batch.values(), strict=True):
-    example = dataset._source[int(index)]
+    example = dataset._reader.source[int(index)]
     assert example.label == label
     want = np.pad(np.asarray(example.image), 1)
     np.testing.assert_array_equal(image, np.repeat(want[:, :, None], 3, axis=2))
@@ -152,10 +152,12 @@ def test_evaluation_covers_every_example_once(name: str, batch_size: int) -> Non
   joined = {key: np.concatenate([batch[key] for batch in batches]) for key in batches[0]}
   real = joined["mask"] == 1
   assert joined["mask"].dtype == np.float32 and real[:45].all() and not real[45:].any()
-  assert (joined["index"][:45] == dataset._indices).all() and (joined["index"][45:] == -1).all()
+  assert (joined["index"][:45] == dataset._reader.indices).all() and (
+    joined["index"][45:] == -1
+  ).all()
   assert not joined["image"][45:].any() and not joined["label"][45:].any()
   for i in range(45):
-    example = dataset._source[int(joined["index"][i])]
+    example = dataset._reader.source[int(joined["index"][i])]
     want = transforms.evaluation_image(example.image, dataset.pre)
     np.testing.assert_array_equal(joined["image"][i], want)
     assert joined["label"][i] == example.label
@@ -163,7 +165,8 @@ def test_evaluation_covers_every_example_once(name: str, batch_size: int) -> Non
 
 def test_subset_is_drawn_by_the_seed() -> None:
   drawn = [
-    open_set("eval", seed=seed, name="bundled", eval_examples=100)._indices for seed in (0, 0, 1)
+    open_set("eval", seed=seed, name="bundled", eval_examples=100)._reader.indices
+    for seed in (0, 0, 1)
   ]
   assert len(set(drawn[0])) == 100
   np.testing.assert_array_equal(drawn[0], drawn[1])
@@ -183,7 +186,7 @@ def test_tfds_is_read_into_memory(tfds_dir: pathlib.Path) -> None:
   assert (dataset.num_examples, dataset.num_classes) == (10, 3)
   batch = take(dataset, 1, 10)[0]
   np.testing.assert_array_equal(batch["image"][:, 0, 0, 0] % 3, batch["label"])
-  assert dataset._memory is not None
+  assert dataset._reader.memory is not None
 
 
 def test_config_goes_before_the_variant() -> None:

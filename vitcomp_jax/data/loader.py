@@ -3,11 +3,10 @@
 import dataclasses
 from collections.abc import Sequence
 
-import numpy as np
-
 from vitcomp_jax.config import DataConfig
 from vitcomp_jax.data import halves, sources, transforms
-from vitcomp_jax.data.dataset import Dataset, generator
+from vitcomp_jax.data.dataset import Dataset
+from vitcomp_jax.data.sampling import subset
 from vitcomp_jax.errors import UserError
 
 
@@ -23,14 +22,14 @@ def load(
   """Opens the training or evaluation images of a config.
 
   Args:
-    config: The data part of the config; its `pad` and `crop_pct`, where set, go before `pre`'s.
+    config: The data part of the config; its `pad` and `crop_pct`, if set, override those of `pre`.
     split: `train` or `eval`.
-    pre: What is done to every image.
-    seed: Of the order, the augmentation and the subset.
-    fake_classes: Number of classes of `fake`.
-    source: The split, where it is open already.
-    label_names: Names of the labels, by label, among which the data's classes are found; empty: the
-      data's own.
+    pre: Preprocessing of the images.
+    seed: Seed of the order, the augmentation and the subset.
+    fake_classes: Number of classes of the data set `fake`.
+    source: The split, if it is open already.
+    label_names: Names of the model's outputs, in order, among which the data's classes are found;
+      empty for the data's own names.
 
   Returns:
     The data set.
@@ -51,7 +50,7 @@ def load(
   count = config.train_examples if train else config.eval_examples
   return Dataset(
     source,
-    _subset(len(source), count, seed, f"config.data.{split}_examples"),
+    subset(len(source), count, seed, f"config.data.{split}_examples"),
     pre,
     seed,
     augmentation=config if train else DataConfig(),
@@ -69,8 +68,8 @@ def open_source(
   Args:
     config: The data part of the config.
     split: `train` or `eval`.
-    fake_size: Height and width of the images of `fake`, in pixels.
-    fake_classes: Number of classes of `fake`.
+    fake_size: Height and width of the images of the data set `fake`, in pixels.
+    fake_classes: Number of classes of the data set `fake`.
 
   Raises:
     UserError: If the data set or the split is not usable.
@@ -94,12 +93,3 @@ def _check(config: DataConfig, pre: transforms.Preprocess) -> None:
     raise UserError(
       f"config.data.pad: expected less than half of the model's {side} pixels, got {pre.pad}."
     )
-
-
-def _subset(length: int, count: int | None, seed: int, key: str) -> np.ndarray:
-  """Sorted indices of `count` examples drawn by the seed; of all for none."""
-  if count is None:
-    return np.arange(length)
-  if not 1 <= count <= length:
-    raise UserError(f"{key}: expected 1 to {length} (there are no more), got {count}.")
-  return np.sort(generator(seed, "subset").permutation(length)[:count])
