@@ -39,7 +39,7 @@ from vitcomp_jax.paths import expand
 from vitcomp_jax.results import environment
 from vitcomp_jax.runs.run import Run, open_run
 from vitcomp_jax.stages import search
-from vitcomp_jax.weights.timm import to_timm
+from vitcomp_jax.weights.timm_names import to_timm
 
 # What is measured, at which batch sizes, and the ways in which PyTorch does it there.
 BATCH = 16

@@ -39,7 +39,8 @@ from vitcomp_jax.ops import select
 from vitcomp_jax.ops.losses import cross_entropy
 from vitcomp_jax.weights.loading import abstract_params
 from vitcomp_jax.weights.positions import resample_positions
-from vitcomp_jax.weights.timm import port, to_timm
+from vitcomp_jax.weights.timm import port
+from vitcomp_jax.weights.timm_names import to_timm
 
 F32, F64, HIDDEN = 2e-5, 1e-9, 5e-5
 

@@ -18,7 +18,8 @@ import safetensors.numpy
 
 from vitcomp_jax.errors import UserError
 from vitcomp_jax.weights import description, files
-from vitcomp_jax.weights.timm import check, to_flax
+from vitcomp_jax.weights.timm import check
+from vitcomp_jax.weights.timm_names import to_flax
 
 ERRORS = pathlib.Path(__file__).parents[1] / "golden" / "errors"
 HUB_ID = "timm/deit_small_patch16_224.fb_in1k"

@@ -6,7 +6,8 @@ import pytest
 
 from vitcomp_jax.errors import UserError
 from vitcomp_jax.weights.positions import resample_positions
-from vitcomp_jax.weights.timm import check, port, timm_name, timm_shapes, to_flax, to_timm
+from vitcomp_jax.weights.timm import check, port
+from vitcomp_jax.weights.timm_names import timm_name, timm_shapes, to_flax, to_timm
 
 D, CLASSES = 6, 3
 

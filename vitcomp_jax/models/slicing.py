@@ -1,8 +1,8 @@
-"""Physical slimming: a smaller network that computes what the masked one does.
+"""Slices a masked network into a smaller one with the same outputs.
 
-What masks keep is gathered into smaller kernels. Heads of which nothing is left vanish; the others
-are filled up with zeros to the widest of their layer, which changes no output: a zero query meets
-a zero key, and a zero value meets zero rows of the projection.
+Kept units are gathered into smaller kernels. Heads without a kept dimension are removed; the others
+are padded with zeros to the widest of their layer. Padding changes no output: a zero query meets a
+zero key, and a zero value meets zero rows of the projection.
 """
 
 import dataclasses
@@ -14,11 +14,11 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class LayerIndex:
-  """Indices of a slimmed layer's units in the dense layer; -1 stands for zeros.
+  """Holds the indices of a slimmed layer's units in the dense layer; -1 for padding.
 
   Attributes:
-    attn: Of each head and dimension, `head * head_dim + dimension` in the dense layer.
-    mlp: Of each hidden unit, its place in the dense layer.
+    attn: Index `head * head_dim + dimension` in the dense layer, for each head and dimension.
+    mlp: Index in the dense layer, for each hidden unit.
   """
 
   attn: tuple[tuple[int, ...], ...]
@@ -26,18 +26,18 @@ class LayerIndex:
 
   @property
   def widths(self) -> dict[str, int]:
-    """The slimmed layer's widths, as a `LayerSpec` names them."""
+    """Returns the slimmed layer's widths, by their names in `LayerSpec`."""
     dims = len(self.attn[0]) if self.attn else 0
     return {"num_heads": len(self.attn), "head_dim": dims, "mlp_dim": len(self.mlp)}
 
 
 def layer_index(attn: np.ndarray, mlp: np.ndarray, tile: int = 1) -> LayerIndex:
-  """The index of a layer.
+  """Returns the indices of a layer's kept units.
 
   Args:
     attn: bool[h k], kept dimensions of each head.
     mlp: bool[m], kept hidden units.
-    tile: Head dimensions and hidden units are filled up to a multiple of it.
+    tile: Head dimensions and hidden units are padded to a multiple of it.
   """
   num_dims = attn.shape[1]
   heads = [np.flatnonzero(row) + i * num_dims for i, row in enumerate(attn) if row.any()]
@@ -57,11 +57,11 @@ def _round_up(count: int, tile: int) -> int:
 
 
 def slice_params(params: Mapping[str, Any], indices: Sequence[LayerIndex]) -> dict[str, Any]:
-  """The parameters of the slimmed network: a pure gather.
+  """Returns the parameters of the slimmed network, gathered from the dense network's.
 
   Args:
-    params: Of the dense network.
-    indices: One per layer.
+    params: Parameters of the dense network.
+    indices: Kept units of each layer.
   """
   blocks = {
     f"blocks_{i}": _slice_block(params[f"blocks_{i}"], index) for i, index in enumerate(indices)
@@ -87,11 +87,14 @@ def _slice_block(block: Mapping[str, Any], index: LayerIndex) -> dict[str, Any]:
 
 
 def scale_qkv(block: Mapping[str, Any], factors: np.ndarray) -> dict[str, Any]:
-  """A layer's parameters with its queries, keys and values multiplied.
+  """Multiplies the queries, keys and values of a layer.
 
   Args:
-    block: Of one layer.
+    block: Parameters of the layer.
     factors: f[3 h k], in the order of the fused projection: all queries, keys, values.
+
+  Returns:
+    The layer's parameters with a scaled projection.
   """
   attn = block["attn"]
   qkv = {k: np.asarray(v) * factors.astype(v.dtype) for k, v in attn["qkv"].items()}
@@ -99,13 +102,13 @@ def scale_qkv(block: Mapping[str, Any], factors: np.ndarray) -> dict[str, Any]:
 
 
 def _gather_qkv(values: Any, index: np.ndarray) -> np.ndarray:
-  """Queries, keys and values lie behind each other on the last axis."""
+  """Gathers from queries, keys and values, which are concatenated on the last axis."""
   q, k, v = np.split(np.asarray(values), 3, axis=-1)
   return np.concatenate([_gather(part, index, axis=-1) for part in (q, k, v)], axis=-1)
 
 
 def _gather(values: Any, index: np.ndarray, axis: int) -> np.ndarray:
-  """The values at `index` along an axis; zeros at -1."""
+  """Returns the values at `index` along an axis; zeros at -1."""
   found = np.take(np.asarray(values), np.maximum(index, 0), axis)
   shape = [1] * found.ndim
   shape[axis] = index.size

@@ -1,1 +1,1 @@
-"""Weights of others: files (reading, writing), timm's names, position embeddings."""
+"""Pretrained weights: files, timm's names, position embeddings, slicing."""

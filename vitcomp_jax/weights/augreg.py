@@ -1,4 +1,4 @@
-"""The weights of google-research/vision_transformer (AugReg and before) under timm's names.
+"""Converts weights of google-research/vision_transformer (AugReg and older) to timm's names.
 
 Steiner et al., `How to train your ViT? <https://arxiv.org/abs/2106.10270>`_, 2021.
 """
@@ -10,9 +10,9 @@ import numpy as np
 
 from vitcomp_jax.errors import UserError
 
-# Checkpoints of training hold the optimizer's state beside the weights, which are under this.
+# Training checkpoints hold the weights under this prefix, beside the optimizer's state.
 TARGET = "opt/target/"
-# A layer that timm dropped; where it has weights, the classifier behind it is all zero.
+# A layer that timm dropped; in files that have it, the classifier is all zero.
 IGNORED = "pre_logits/"
 
 _OUTSIDE = {
@@ -41,17 +41,17 @@ _INSIDE = {
 
 
 def to_timm(arrays: Mapping[str, np.ndarray], path: str) -> dict[str, np.ndarray]:
-  """Renames and transposes to timm's names and PyTorch's layout.
+  """Renames and transposes arrays to timm's names and PyTorch's layout.
 
   Args:
-    arrays: By Google's names, such as `Transformer/encoderblock_0/LayerNorm_0/scale`.
-    path: Where they are from, for errors.
+    arrays: Arrays by Google's names, such as `Transformer/encoderblock_0/LayerNorm_0/scale`.
+    path: The file's path, for error messages.
 
   Returns:
-    Arrays by timm's names; query, key and value fused.
+    Arrays by timm's names, with query, key and value fused.
 
   Raises:
-    UserError: If a name is not one of this layout.
+    UserError: If a name is unknown, or query, key and value differ in shape.
   """
   if any(name.startswith(TARGET) for name in arrays):
     arrays = {k.removeprefix(TARGET): v for k, v in arrays.items() if k.startswith(TARGET)}
@@ -79,13 +79,13 @@ def to_timm(arrays: Mapping[str, np.ndarray], path: str) -> dict[str, np.ndarray
 
 
 def _split(name: str) -> tuple[str, str]:
-  """The number of the block and the name inside it; empty for what is in no block."""
+  """Returns a block's number and the name inside it; both empty for names outside blocks."""
   match = re.fullmatch(r"Transformer/encoderblock_(\d+)/(.*)", name)
   return (match[1], match[2]) if match else ("", "")
 
 
 def _fused(arrays: Mapping[str, np.ndarray], query: str, path: str) -> np.ndarray:
-  """Query, key and value, [d h k] or [h k] each, as [d (3 h k)] or [(3 h k)]."""
+  """Concatenates query, key and value, [d h k] or [h k] each, to [d (3 h k)] or [(3 h k)]."""
   parts = [arrays.get(query.replace("/query/", f"/{part}/")) for part in ("query", "key", "value")]
   found = [part for part in parts if part is not None]
   if len(found) < len(parts) or any(part.shape != found[0].shape for part in found):
@@ -99,7 +99,7 @@ def _fused(arrays: Mapping[str, np.ndarray], query: str, path: str) -> np.ndarra
 
 
 def _transposed(name: str, array: np.ndarray) -> np.ndarray:
-  """Linear [in, out] as [out, in]; [h k d] as [d (h k)]; convolution HWIO as OIHW."""
+  """Transposes kernels: [in, out] to [out, in], [h k d] to [d (h k)], HWIO to OIHW."""
   if not name.endswith("/kernel"):
     return array
   if array.ndim == 4:

@@ -7,7 +7,7 @@ from typing import Any
 
 from vitcomp_jax.errors import UserError
 
-# The key of the metadata under which this library describes the weights that it writes.
+# The metadata key under which this library describes the weights that it writes.
 KEY = "vitcomp_jax"
 # The weight of a classifier's last layer: timm's names, and CAFormer's authors'.
 _CLASSIFIERS = ("head.weight", "head.fc.fc2.weight", "head.fc2.weight")
@@ -26,16 +26,16 @@ PREPROCESS: dict[str, Any] = {
 
 @dataclasses.dataclass(frozen=True)
 class Description:
-  """Facts about weights, read without building a model.
+  """Describes weights, without building a model.
 
   Attributes:
-    source: The file, or the hub id, as the user named it.
+    source: The file or hub id, as the user named it.
     shapes: Shapes of the tensors by name.
-    variant: The variant that they were written for; None: not said.
-    class_names: Of the classifier's outputs, in order; empty: not said.
-    image_size: Height and width of the images that they were made for, in pixels; None: not said.
-    grid: Rows and columns of the position embeddings; None: not said.
-    preprocess: Values of `data.Preprocess` by name; empty: not said.
+    variant: The variant that they were written for; None if unknown.
+    class_names: Names of the classifier's outputs, in order; empty if unknown.
+    image_size: Height and width of the input images, in pixels; None if unknown.
+    grid: Rows and columns of the position embeddings; None if unknown.
+    preprocess: Values of `data.Preprocess` by name; empty if unknown.
   """
 
   source: str
@@ -48,23 +48,26 @@ class Description:
 
   @property
   def num_classes(self) -> int:
-    """Outputs of the classifier; 0 where there is none."""
+    """Returns the number of the classifier's outputs; 0 without a classifier."""
     return next((self.shapes[name][0] for name in _CLASSIFIERS if name in self.shapes), 0)
 
 
 def describe(
   source: str, shapes: Mapping[str, tuple[int, ...]], metadata: Mapping[str, str]
 ) -> Description:
-  """Reads what `metadata` says.
+  """Reads the description of weights from their metadata.
 
   Args:
-    source: As the user named the weights, for errors.
-    shapes: Of the tensors, by name.
-    metadata: What is stored with them.
+    source: The file or hub id, as the user named it, for error messages.
+    shapes: Shapes of the tensors by name.
+    metadata: Text stored with the tensors, by key.
+
+  Returns:
+    The description; without this library's key, the shapes alone.
 
   Raises:
-    UserError: If this library's part of the metadata is damaged, or names another number of classes
-      than the classifier has.
+    UserError: If this library's part of the metadata is damaged, or has another number of class
+      names than the classifier has outputs.
   """
   if KEY not in metadata:
     return Description(source, shapes)
@@ -99,14 +102,14 @@ def metadata(
   grid: tuple[int, int],
   preprocess: Mapping[str, Any],
 ) -> dict[str, str]:
-  """Writes what `describe` reads, as text by key.
+  """Returns the metadata that `describe` reads, as text by key.
 
   Args:
-    variant: As in `Description`; so are the others.
-    class_names: Of the classifier's outputs; empty: not known.
-    image_size: In pixels.
+    variant: The variant that the weights are for.
+    class_names: Names of the classifier's outputs; empty if unknown.
+    image_size: Height and width of the input images, in pixels.
     grid: Rows and columns of the position embeddings.
-    preprocess: Values of `data.Preprocess` by name, or more.
+    preprocess: Values of `data.Preprocess` by name; others are ignored.
   """
   values = {
     "variant": variant,
@@ -115,7 +118,7 @@ def metadata(
     "grid": list(grid),
     "preprocess": {name: preprocess[name] for name in PREPROCESS},
   }
-  # One key: safetensors writes several in an order of its own, so that equal runs' files differed.
+  # One key, because safetensors writes several in an arbitrary order: equal runs' files differed.
   return {KEY: json.dumps(values, allow_nan=False)}
 
 

@@ -1,4 +1,4 @@
-"""Reading weights from files and the Hugging Face hub, and writing them."""
+"""Reads weights from files and the Hugging Face hub, and writes them."""
 
 import argparse
 import contextlib
@@ -22,38 +22,38 @@ from vitcomp_jax.errors import UserError
 from vitcomp_jax.weights import augreg
 from vitcomp_jax.weights.description import Description
 from vitcomp_jax.weights.description import describe as describe_metadata
-from vitcomp_jax.weights.timm import to_timm
+from vitcomp_jax.weights.timm_names import to_timm
 
 HUB_PREFIX = "hf-hub:"
 HUB_FILE = "model.safetensors"
 TORCH_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt", ".tar")
 SUFFIXES = (".safetensors", *TORCH_SUFFIXES, ".npz")
-# Training checkpoints keep the weights under one of these; averaged ones go first, as in timm.
+# Keys that hold the weights of training checkpoints; averaged weights first, as in timm.
 NESTED = ("state_dict_ema", "model_ema", "state_dict", "model")
-# What wrappers (DistributedDataParallel, torch.compile, Lightning) put before every name.
+# Prefixes that wrappers (DistributedDataParallel, torch.compile, Lightning) add to every name.
 PREFIXES = ("module.", "_orig_mod.", "model.")
 
 
 def read(weights: str, cache_dir: str | None = None, widen: bool = True) -> dict[str, np.ndarray]:
-  """Reads weights of any kind, with timm's (or the authors') names and PyTorch's layout.
+  """Reads weights of any kind, with timm's (or their authors') names and PyTorch's layout.
 
-  A file's content says what kind it is, whatever its name. Of a training checkpoint the weights in
-  effect are read, averaged ones first; the log says which. A prefix that a wrapper put before every
-  name is removed.
+  The kind of a file is detected from its content. From a training checkpoint the averaged weights
+  are read if it has them; the log states which. A prefix that a wrapper added to every name is
+  removed.
 
   Args:
     weights: A safetensors file, a PyTorch file such as `.pth`, `.pt`, `.bin`, `.ckpt` or `.pth.tar`
-      (PyTorch has to be installed), an AugReg `.npz` file, or the id of a Hugging Face repository
-      such as `timm/deit_small_patch16_224.fb_in1k`, with or without `hf-hub:` in front. A
-      repository that is in the local cache is taken from there, without network.
-    cache_dir: The hub's cache; None: the usual one.
-    widen: Whether half precision becomes float32.
+      (requires PyTorch), an AugReg `.npz` file, or a Hugging Face id such as
+      `timm/deit_small_patch16_224.fb_in1k`, with or without the prefix `hf-hub:`. Repositories in
+      the local cache are read without network.
+    cache_dir: The hub's cache; None for the default.
+    widen: Whether half precision is converted to float32.
 
   Returns:
     Arrays by name.
 
   Raises:
-    UserError: If the weights are not there, or damaged, or of an unknown kind.
+    UserError: If the weights do not exist, are damaged, or are of an unknown kind.
   """
   path = locate(weights, cache_dir)
   state = _READERS[_kind(path)](path)
@@ -64,14 +64,14 @@ def read(weights: str, cache_dir: str | None = None, widen: bool = True) -> dict
 
 
 def describe(weights: str, cache_dir: str | None = None) -> Description:
-  """Reads what weights say of themselves; of a safetensors file the header alone.
+  """Reads the shapes and metadata of weights; only the header of a safetensors file is read.
 
   Args:
     weights: As for `read`.
     cache_dir: As for `read`.
 
   Raises:
-    UserError: As `read`, and if what they say is damaged.
+    UserError: As `read`, and if the metadata is damaged.
   """
   path = locate(weights, cache_dir)
   if _kind(path) != "safetensors":
@@ -85,17 +85,17 @@ def describe(weights: str, cache_dir: str | None = None) -> Description:
 
 
 def read_metadata(weights: str, cache_dir: str | None = None) -> dict[str, str]:
-  """Reads the free text that `write` stored with weights.
+  """Reads the metadata that `write` stored with weights.
 
   Args:
     weights: As for `read`.
     cache_dir: As for `read`.
 
   Returns:
-    Text by key; empty for files that hold none.
+    Text by key; empty for files without metadata.
 
   Raises:
-    UserError: If the weights are not there or damaged.
+    UserError: If the weights do not exist or are damaged.
   """
   path = locate(weights, cache_dir)
   if _kind(path) != "safetensors":
@@ -106,7 +106,7 @@ def read_metadata(weights: str, cache_dir: str | None = None) -> dict[str, str]:
 
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[Any]:
-  """Opens a safetensors file and reads its header alone."""
+  """Opens a safetensors file, reading only its header."""
   try:
     with safetensors.safe_open(path, framework="np") as file:
       yield file
@@ -115,12 +115,12 @@ def _opened(path: Path) -> Iterator[Any]:
 
 
 def write(params: Mapping[str, Any], path: str, metadata: Mapping[str, str] | None = None) -> None:
-  """Writes parameters as safetensors with timm's names; all of the file, or nothing.
+  """Writes parameters as a safetensors file with timm's names, atomically.
 
   Args:
     params: Flax parameter tree.
-    path: Where to; directories are made.
-    metadata: Free text to store with them.
+    path: The file to write; missing directories are created.
+    metadata: Text to store with the parameters, by key.
 
   Raises:
     UserError: If the file cannot be written.
@@ -130,7 +130,7 @@ def write(params: Mapping[str, Any], path: str, metadata: Mapping[str, str] | No
     target.parent.mkdir(parents=True, exist_ok=True)
     with replacing(target) as unfinished:
       unfinished.touch()
-      mode = unfinished.stat().st_mode  # safetensors makes files that only their owner can read
+      mode = unfinished.stat().st_mode  # safetensors writes files that only their owner can read
       safetensors.numpy.save_file(to_timm(params), unfinished, dict(metadata or {}))
       unfinished.chmod(mode)
   except (safetensors.SafetensorError, OSError) as error:
@@ -138,14 +138,11 @@ def write(params: Mapping[str, Any], path: str, metadata: Mapping[str, str] | No
 
 
 def locate(weights: str, cache_dir: str | None = None) -> Path:
-  """The local file that holds weights; fetched first where it is on the hub only.
+  """Returns the local file of weights, after downloading it from the hub if necessary.
 
   Args:
     weights: As for `read`.
     cache_dir: As for `read`.
-
-  Returns:
-    A file.
 
   Raises:
     UserError: If there is no such file.
@@ -172,7 +169,7 @@ def is_hub_id(weights: str) -> bool:
 
 
 def _kind(path: Path) -> str:
-  """Detects the kind of a file from its content, or from its suffix if the content is not known.
+  """Detects the kind of a file from its content, or from its suffix if the content is unknown.
 
   Raises:
     UserError: If it is empty, or of no known kind.
@@ -187,7 +184,7 @@ def _kind(path: Path) -> str:
     except zipfile.BadZipFile as error:
       raise _damaged(path, error) from error
     return "npz" if any(name.endswith(".npy") for name in names) else "torch"
-  if head[:2] == b"\x80\x02":  # a pickle of protocol 2, in which PyTorch wrote before it used zip
+  if head[:2] == b"\x80\x02":  # a pickle of protocol 2, PyTorch's format before zip
     return "torch"
   if head[8:] == b"{" or path.suffix == ".safetensors":
     return "safetensors"
@@ -200,7 +197,7 @@ def _kind(path: Path) -> str:
 
 
 def _without_prefixes(names: Iterable[str]) -> dict[str, str]:
-  """Names without the prefixes that all of them share, by what they were."""
+  """Maps names to the same names without the wrapper prefixes that all of them share."""
   found = {name: name for name in names}
   while prefix := next((p for p in PREFIXES if _all_start(found.values(), p)), None):
     found = {name: new.removeprefix(prefix) for name, new in found.items()}
@@ -212,7 +209,7 @@ def _all_start(names: Iterable[str], prefix: str) -> bool:
 
 
 def _from_hub(hub_id: str, cache_dir: str | None) -> Path:
-  """The cached file of a repository; fetched if it is not cached yet."""
+  """Returns the cached file of a repository, after downloading it if necessary."""
   import huggingface_hub  # slow to import, and rarely needed
   from huggingface_hub.errors import LocalEntryNotFoundError
 
@@ -239,13 +236,13 @@ def _from_hub(hub_id: str, cache_dir: str | None) -> Path:
 def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
   try:
     return dict(safetensors.numpy.load_file(path))
-  # Besides its own errors, whatever NumPy makes of a type that it does not know.
+  # Unknown types raise various errors in NumPy, beside safetensors' own.
   except Exception as error:
     raise _damaged(path, error) from error
 
 
 def _read_torch(path: Path) -> dict[str, np.ndarray]:
-  """Tensors of a PyTorch checkpoint, which only PyTorch can read safely."""
+  """Reads the tensors of a PyTorch checkpoint, which only PyTorch can read safely."""
   try:
     torch = importlib.import_module("torch")
   except ImportError as error:
@@ -264,7 +261,7 @@ def _read_torch(path: Path) -> dict[str, np.ndarray]:
       f"weights {path} hold Python objects beside tensors, or are damaged; such objects are "
       "never loaded, as they may run code: fetch the file again or convert it to .safetensors."
     ) from error
-  # What else PyTorch raises depends on where the damage is.
+  # PyTorch's other errors depend on where the damage is.
   except Exception as error:
     raise _damaged(path, error) from error
   state = _in_effect(state, path)
@@ -278,7 +275,7 @@ def _read_torch(path: Path) -> dict[str, np.ndarray]:
     logging.info("weights %s: left out what is no tensor: %s", path, ", ".join(others))
   try:
     return {name: _from_torch(torch, tensor) for name, tensor in tensors.items()}
-  # Quantized, sparse and other tensors that NumPy has no type for raise what they like.
+  # Quantized, sparse and other tensors without a NumPy type raise various errors.
   except Exception as error:
     raise UserError(
       f"weights {path}: expected dense tensors of a type that NumPy has, got others "
@@ -287,7 +284,7 @@ def _read_torch(path: Path) -> dict[str, np.ndarray]:
 
 
 def _in_effect(checkpoint: Any, path: Path) -> Mapping[str, Any]:
-  """Returns the state dict in effect of a training checkpoint; empty if there is none."""
+  """Returns the state dict of a training checkpoint, averaged if it has one; empty without one."""
   state, keys = checkpoint if isinstance(checkpoint, Mapping) else {}, []
   while key := next((k for k in NESTED if isinstance(state.get(k), Mapping)), None):
     others = [str(k) for k in state if k != key]
@@ -299,10 +296,9 @@ def _in_effect(checkpoint: Any, path: Path) -> Mapping[str, Any]:
 
 
 def _from_torch(torch: Any, tensor: Any) -> np.ndarray:
-  # NumPy knows no bfloat16, so PyTorch has to widen it.
-  array: np.ndarray = (
-    (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).detach().numpy()
-  )
+  if tensor.dtype == torch.bfloat16:  # which NumPy lacks
+    tensor = tensor.float()
+  array: np.ndarray = tensor.detach().numpy()
   return array
 
 
@@ -310,14 +306,14 @@ def _read_npz(path: Path) -> dict[str, np.ndarray]:
   try:
     with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
       arrays = {name: _widen(file[name]) for name in file.files}
-  # What NumPy raises depends on where the damage is; it advises to load pickles, which we never do.
+  # NumPy's errors depend on where the damage is; some advise loading pickles, which is unsafe.
   except Exception as error:
     raise _damaged(path, ValueError("not an archive of plain arrays")) from error
   return augreg.to_timm(arrays, str(path))
 
 
 def _widen(array: np.ndarray) -> np.ndarray:
-  """Half precision as float32; everything else as it is."""
+  """Converts half precision to float32; returns other types unchanged."""
   if array.dtype == np.dtype("V2"):  # how NumPy stores bfloat16
     array = array.view(ml_dtypes.bfloat16)
   half = array.dtype in (np.float16, ml_dtypes.bfloat16)
@@ -332,7 +328,7 @@ def _damaged(path: Path, error: Exception) -> UserError:
 
 
 def _line(error: Exception) -> str:
-  """The first line of what an error says."""
+  """Returns the first line of an error's message."""
   return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(". ")
 
 

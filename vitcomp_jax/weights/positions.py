@@ -1,4 +1,4 @@
-"""Resampling of position embeddings for another grid of patches."""
+"""Resamples position embeddings for another grid of patches."""
 
 import numpy as np
 from jaxtyping import Float
@@ -13,21 +13,21 @@ def resample_positions(
 ) -> Float[np.ndarray, "1 m d"]:
   """Resizes position embeddings bicubically, rows and columns separately.
 
-  Both rules agree with PyTorch's bicubic `interpolate` without aligned corners. They differ
-  also when the grid grows: in the kernel's parameter and at the borders.
+  Both rules agree with PyTorch's bicubic `interpolate` with `align_corners=False`. They differ even
+  for a growing grid, in the kernel's parameter and at the borders.
 
   Args:
-    positions: Rows of the prefix, then of the patches, row-major.
-    prefix: Rows in front that belong to no patch; they stay as they are.
+    positions: Embeddings of the prefix tokens, then of the patches in row-major order.
+    prefix: Number of prefix tokens, whose embeddings are unchanged.
     old_grid: Patches per column and per row (height, width) of `positions`.
-    new_grid: The same, wanted.
+    new_grid: Patches per column and per row of the result.
     antialias: True for timm's rule, False for the rule of DINOv2's authors.
 
   Returns:
-    The `prefix + new_grid[0] * new_grid[1]` rows; float64 for float64, else float32.
+    Embeddings with m = `prefix + new_grid[0] * new_grid[1]`; float64 for float64, else float32.
 
   Raises:
-    ValueError: If the number of rows is not that of the prefix and the old grid.
+    ValueError: If the number of embeddings does not match the prefix and the old grid.
 
   References:
     Keys, Cubic convolution interpolation for digital image processing, 1981, Eq. 4 and 15.
@@ -46,14 +46,14 @@ def resample_positions(
 
 
 def antialiased_weights(old: int, new: int) -> Float[np.ndarray, "new old"]:
-  """Weights of bicubic resizing that blurs when it shrinks (a = -0.5, renormalised).
+  """Computes the weights of bicubic resizing with antialiasing (a = -0.5, renormalised).
 
   Args:
-    old: Samples there are.
-    new: Samples wanted.
+    old: Number of input samples.
+    new: Number of output samples.
 
   Returns:
-    A row of weights, of sum 1, for each new sample.
+    A row of weights for each output sample, of sum 1.
   """
   scale = old / new
   stretch = max(scale, 1.0)
@@ -69,20 +69,20 @@ def antialiased_weights(old: int, new: int) -> Float[np.ndarray, "new old"]:
 
 
 def plain_weights(old: int, new: int) -> Float[np.ndarray, "new old"]:
-  """Weights of bicubic resizing with four taps and repeated borders (a = -0.75).
+  """Computes the weights of bicubic resizing with four taps and repeated borders (a = -0.75).
 
   Args:
-    old: Samples there are.
-    new: Samples wanted.
+    old: Number of input samples.
+    new: Number of output samples.
 
   Returns:
-    A row of weights, of sum 1, for each new sample.
+    A row of weights for each output sample, of sum 1.
   """
   weights = np.zeros((new, old))
   centre = (np.arange(new) + 0.5) * (old / new) - 0.5
   for offset in range(-1, 3):
     tap = np.floor(centre).astype(int) + offset
-    # Taps past the border fall onto the same sample, so they have to add up.
+    # Taps past the border share one sample, so they have to add up.
     np.add.at(
       weights,
       (np.arange(new), np.clip(tap, 0, old - 1)),
@@ -92,7 +92,7 @@ def plain_weights(old: int, new: int) -> Float[np.ndarray, "new old"]:
 
 
 def keys_kernel(x: Float[np.ndarray, "..."], a: float) -> Float[np.ndarray, "..."]:
-  """Keys' piecewise cubic kernel: 1 at 0, 0 at the other integers and from 2 on.
+  """Evaluates Keys' piecewise cubic kernel: 1 at 0, 0 at other integers and beyond 2.
 
   Args:
     x: Distances, in samples.

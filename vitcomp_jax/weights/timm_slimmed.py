@@ -1,4 +1,4 @@
-"""Slimmed networks for timm's own `VisionTransformer`, which has one width for all layers."""
+"""Exports slimmed networks to timm's `VisionTransformer`, which has one width for all layers."""
 
 import math
 import pathlib
@@ -77,32 +77,32 @@ def arguments(indices: Sequence[LayerIndex], width: int) -> dict[str, Any] | Non
   """Returns the arguments of timm's `VisionTransformer` for a slimmed network's widths.
 
   Args:
-    indices: What each layer keeps.
+    indices: Kept units of each layer.
     width: Channels of a token.
 
   Returns:
-    `num_heads` and `mlp_ratio`, and `attn_head_dim`, which timm 1.0.31's `Attention` takes; none
-    where the layers differ, as timm cannot hold such a network.
+    `num_heads`, `mlp_ratio` and `attn_head_dim` (of timm 1.0.31's `Attention`); None if the layers
+    differ in width, which timm cannot represent.
   """
   if len({tuple(index.widths.values()) for index in indices}) > 1:
     return None
   heads, head_dim, mlp_dim = indices[0].widths.values()
   ratio = mlp_dim / width
-  if int(width * ratio) != mlp_dim:  # which is how timm counts its hidden units
+  if int(width * ratio) != mlp_dim:  # timm's rule for the number of hidden units
     ratio = (mlp_dim + 0.5) / width
   return {"num_heads": heads, "mlp_ratio": ratio, "attn_head_dim": head_dim}
 
 
 def rescale(params: Mapping[str, Any], head_dim: int, slimmed_head_dim: int) -> dict[str, Any]:
-  """Parameters for timm, which scales attention by the slimmed head's size and not the dense one's.
+  """Rescales queries for timm, which scales attention by the slimmed head's size, not the dense's.
 
   Args:
-    params: Of the slimmed network.
+    params: Parameters of the slimmed network.
     head_dim: Dimensions of a dense head.
-    slimmed_head_dim: Of a slimmed one.
+    slimmed_head_dim: Dimensions of a slimmed head.
 
   Returns:
-    The same, with the difference in the queries.
+    The parameters, with the ratio of both scales in the queries.
   """
   factor = math.sqrt(slimmed_head_dim / head_dim)
 
