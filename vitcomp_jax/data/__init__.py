@@ -1,4 +1,4 @@
-"""Images and labels: where they come from, how they are transformed, in which order they come."""
+"""Images and labels: sources, transforms, augmentation and batches."""
 
 from vitcomp_jax.data.dataset import Dataset
 from vitcomp_jax.data.loader import load

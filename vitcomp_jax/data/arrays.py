@@ -16,15 +16,19 @@ def endless_batches(data: object, batch_size: int, seed: int) -> tuple[Iterator[
   """Returns endless batches, and whether they have labels.
 
   Args:
-    data: Images [n h w 3]; a tuple of images and labels [n]; or an iterable of batches, each one
-      images, a tuple of images and labels, or a mapping with `image` and maybe `label`. Arrays are
-      drawn from in an order that is new in every epoch; an iterable begins again where it ends.
-    batch_size: Of batches from arrays.
-    seed: Of the order.
+    data: Images [n h w 3]; a tuple of images and labels [n]; or an iterable of batches, each of
+      which is images, a tuple of images and labels, or a mapping with `image` and optionally
+      `label`. Arrays are shuffled in every epoch; an iterable is repeated.
+    batch_size: Size of batches from arrays.
+    seed: Seed of the shuffling.
+
+  Returns:
+    Iterator over `image` [b h w 3] and `label` int32[b] (0 without labels); and whether there are
+    labels.
 
   Raises:
-    UserError: For something else, or no images; while iterating, for batches of another kind than
-      the first, or too few in an iterable that cannot begin again.
+    UserError: If `data` is of another kind or has no images; while iterating, if only some batches
+      have labels, or if an iterable cannot be repeated.
   """
   if hasattr(data, "shape") or _is_pair(data):
     stream = _drawn(_batch(data), batch_size, seed)
@@ -38,7 +42,7 @@ def endless_batches(data: object, batch_size: int, seed: int) -> tuple[Iterator[
 
 
 def _is_pair(data: object) -> TypeGuard[tuple[ArrayLike, ArrayLike]]:
-  """Returns whether this is images and labels, and not two batches."""
+  """Returns whether data is a pair of images and labels, as opposed to two batches."""
   if not (isinstance(data, tuple) and len(data) == 2):
     return False
   images, labels = data
@@ -46,7 +50,7 @@ def _is_pair(data: object) -> TypeGuard[tuple[ArrayLike, ArrayLike]]:
 
 
 def _batch(data: object) -> Batch:
-  """Returns images, and labels where there are some, by name."""
+  """Returns the images, and the labels if there are any, by name."""
   if isinstance(data, Mapping):
     found = {name: np.asarray(data[name]) for name in ("image", "label") if name in data}
   elif _is_pair(data):
@@ -65,7 +69,7 @@ def _batch(data: object) -> Batch:
 
 
 def _drawn(arrays: Batch, batch_size: int, seed: int) -> Iterator[Batch]:
-  """Yields rows in a random order; what is left of an epoch begins the next batch."""
+  """Yields batches in random order; a batch may span two epochs."""
   rng, count = np.random.default_rng(seed), len(arrays["image"])
   order = rng.permutation(count)
   while True:
@@ -76,7 +80,7 @@ def _drawn(arrays: Batch, batch_size: int, seed: int) -> Iterator[Batch]:
 
 
 def _repeated(data: Iterable[object]) -> Iterator[Batch]:
-  """Yields the batches of an iterable again and again."""
+  """Yields the batches of an iterable, endlessly repeated."""
   total = 0
   while True:
     before = total
@@ -91,7 +95,7 @@ def _repeated(data: Iterable[object]) -> Iterator[Batch]:
 
 
 def _labelled(stream: Iterator[Batch], has_labels: bool) -> Iterator[Batch]:
-  """Yields batches that all have labels, zeros where there are none."""
+  """Yields batches with labels, which are zero if there are none."""
   for batch in stream:
     if ("label" in batch) != has_labels:
       raise UserError("data: expected labels in every batch or in none, got both.")

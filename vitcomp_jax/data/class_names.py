@@ -1,4 +1,4 @@
-"""Names of classes as people read them."""
+"""Looks up human-readable names of classes."""
 
 import functools
 import importlib.resources
@@ -6,13 +6,13 @@ from collections.abc import Sequence
 
 
 def readable(names: Sequence[str]) -> tuple[str, ...]:
-  """The words of WordNet ids that ImageNet-1k has, such as `n01440764`; other names as they are."""
+  """Replaces ImageNet-1k's WordNet ids, such as `n01440764`, by words; keeps other names."""
   words = _imagenet1k()
   return tuple(words.get(name, name) for name in names)
 
 
 def guess(num_classes: int) -> tuple[str, ...]:
-  """ImageNet-1k's names for 1000 classes, in the order of timm's weights; otherwise numbers."""
+  """Guesses class names: ImageNet-1k's for 1000 classes, in timm's order; else `class 0`, ..."""
   if num_classes == 1000:
     return tuple(_imagenet1k().values())
   return tuple(f"class {i}" for i in range(num_classes))
@@ -25,7 +25,7 @@ def imagenet_ids() -> tuple[str, ...]:
 
 @functools.cache
 def _imagenet1k() -> dict[str, str]:
-  """Words by WordNet id, in the order of the classes."""
+  """Reads the words of each WordNet id, in the order of the classes."""
   file = importlib.resources.files("vitcomp_jax.data") / "bundled" / "imagenet1k.tsv"
   lines = file.read_text(encoding="utf-8").splitlines()
   return dict(line.split("\t") for line in lines)

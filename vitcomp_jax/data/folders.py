@@ -7,9 +7,9 @@ import os
 from vitcomp_jax.data import images
 
 File = tuple[str, str]  # folder and name
-# A folder that is named like one of these is no class.
+# Folders with one of these suffixes are no classes.
 _COMMON = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
-_NAMED = 5  # kinds of files that are told
+_NAMED = 5  # kinds of files in a message
 
 
 @dataclasses.dataclass
@@ -17,10 +17,10 @@ class Found:
   """Holds the image files found in a split's folder.
 
   Attributes:
-    classes: The images of each class, those of a folder in the order of torchvision's ImageFolder.
-    loose: The images where there are no folders of classes.
-    left_out: How many files there are besides, by kind.
-    examples: One of each kind.
+    classes: Images of each class, in the order of torchvision's ImageFolder.
+    loose: Images outside of class folders, if there are no such folders.
+    left_out: Number of files that are not used, by kind.
+    examples: One such file of each kind.
   """
 
   classes: dict[str, list[File]] = dataclasses.field(default_factory=dict)
@@ -45,15 +45,15 @@ class Found:
 
 
 def find(folder: str) -> Found:
-  """Looks for images in `FOLDER/CLASS/` at any depth, or else in `FOLDER/`.
+  """Finds the images in `FOLDER/CLASS/` at any depth, or else in `FOLDER/`.
 
-  Hidden files and folders are left out, links are followed.
+  Hidden files and folders are left out; links are followed.
 
   Args:
-    folder: Of a split.
+    folder: Folder of a split.
 
   Returns:
-    What is there; without folders of classes the images are `loose`.
+    The images by class; without class folders they are `loose`.
 
   Raises:
     OSError: If a folder cannot be read.
@@ -73,9 +73,9 @@ def find(folder: str) -> Found:
 
 
 def _below(folder: str, found: Found, why: str, above: frozenset[tuple[int, int]]) -> list[File]:
-  """Returns the images of a folder at any depth; with a reason `why`, leaves them out instead."""
+  """Returns the images of a folder at any depth; leaves them out if `why` gives a reason."""
   identity = _identity(folder)
-  if identity in above:  # A link back to where it lies.
+  if identity in above:  # A link to one of its own parents.
     return []
   inner, files = _entries(folder)
   taken = _images(folder, files, found, why)

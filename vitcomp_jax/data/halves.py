@@ -1,4 +1,4 @@
-"""Divides a folder of images that has no splits of its own, and leaves labels out of a source."""
+"""Splits a folder of images that has no splits of its own, and drops the labels of a source."""
 
 import logging
 import os
@@ -11,14 +11,14 @@ from vitcomp_jax.errors import UserError
 
 
 class Half:
-  """Holds every image of a folder that is not in the other half; drawn by chance, once for all."""
+  """Holds a random half of a folder's images, always the same one."""
 
   def __init__(self, whole: FolderSource, split: str) -> None:
-    """Chooses the images.
+    """Draws the images.
 
     Args:
       whole: The folder.
-      split: `train`, or another name for the other half.
+      split: `train` for one half, any other name for the other.
     """
     order = np.random.default_rng(0).permutation(len(whole))
     middle = (len(whole) + 1) // 2
@@ -50,21 +50,21 @@ class Unlabelled:
 
 
 def has_splits(directory: str | None) -> bool:
-  """Returns whether a folder holds both a split to train on and one to evaluate on."""
+  """Returns whether a folder has both a training and an evaluation split."""
   names = set(os.listdir(_checked(directory)))
   return "train" in names and bool(names & set(EVAL_SPLITS))
 
 
 def half(directory: str | None, split: str, class_order: str) -> Half:
-  """Opens one half of the images in a folder, or in the one split that it has.
+  """Opens one half of the images in a folder, or in its only split.
 
   Args:
     directory: The folder.
     split: `train` or `eval`.
-    class_order: Of the classes, see `labels.sort_classes`.
+    class_order: Order of the classes, see `labels.sort_classes`.
 
   Raises:
-    UserError: If there is no such folder, or it has fewer than two images.
+    UserError: If the folder does not exist or has fewer than two images.
   """
   path = _checked(directory)
   splits = [name for name in ("train", *EVAL_SPLITS) if os.path.isdir(os.path.join(path, name))]

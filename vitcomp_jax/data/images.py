@@ -1,4 +1,4 @@
-"""Decodes image files to the RGB image that a viewer shows."""
+"""Decodes image files and converts them to RGB as image viewers do."""
 
 import functools
 import io
@@ -11,11 +11,11 @@ import PIL.ImageOps
 
 from vitcomp_jax.errors import UserError
 
-# Stubs without a decoder, and what starts a program outside of Pillow.
+# Formats without a decoder, and those for which Pillow starts another program.
 _FOREIGN = ("BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF")
 _DEEP = ("I", "F")  # No range is known that 8 bits could be scaled from.
 _Turn = PIL.Image.Transpose
-_TURNS = {  # by EXIF's orientation, as `PIL.ImageOps.exif_transpose`
+_TURNS = {  # by EXIF orientation, as in `PIL.ImageOps.exif_transpose`
   2: _Turn.FLIP_LEFT_RIGHT,
   3: _Turn.ROTATE_180,
   4: _Turn.FLIP_TOP_BOTTOM,
@@ -25,13 +25,13 @@ _TURNS = {  # by EXIF's orientation, as `PIL.ImageOps.exif_transpose`
   8: _Turn.ROTATE_90,
 }
 
-# It warns of large pictures and odd metadata without saying in which file. What cannot be shown is
-# an error, which does; a filter per image would not be safe among threads.
+# Pillow warns about large images and odd metadata without naming the file. Images that cannot be
+# decoded raise an error, which names it; a filter per image would not be thread-safe.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
 class CorruptImage(UserError):
-  """Raised for an image that cannot be read or decoded; the message names it."""
+  """Reports an image that cannot be read or decoded; the message names it."""
 
 
 @functools.cache
@@ -43,7 +43,7 @@ def suffixes() -> frozenset[str]:
 
 @functools.cache
 def _formats() -> tuple[str, ...]:
-  PIL.Image.preinit()  # The common ones, which are tried first.
+  PIL.Image.preinit()  # The common formats, which are tried first.
   PIL.Image.init()
   return tuple(name for name in PIL.Image.ID if name not in _FOREIGN)
 
@@ -52,11 +52,11 @@ def decode(content: bytes, what: str) -> PIL.Image.Image:
   """Decodes an image file.
 
   Args:
-    content: Of the file.
-    what: Names it in errors, those of `to_rgb` too.
+    content: The file's bytes.
+    what: Name of the file in error messages, including those of `to_rgb`.
 
   Returns:
-    The image, wholly decoded.
+    The image, fully decoded.
 
   Raises:
     CorruptImage: If it cannot be decoded.
@@ -68,7 +68,7 @@ def decode(content: bytes, what: str) -> PIL.Image.Image:
     raise CorruptImage(f"{what}: not an image") from error
   except PIL.Image.DecompressionBombError as error:
     raise CorruptImage(f"{what}: too many pixels ({_line(error)})") from error
-  except Exception as error:  # Of broken files Pillow's readers raise whatever comes.
+  except Exception as error:  # Pillow raises errors of any type for broken files.
     raise CorruptImage(f"{what}: {_line(error)}") from error
   image.filename = what
   return image
@@ -77,19 +77,19 @@ def decode(content: bytes, what: str) -> PIL.Image.Image:
 def to_rgb(
   image: PIL.Image.Image | np.ndarray, pad: int = 0, exif_orientation: bool = False
 ) -> PIL.Image.Image:
-  """Makes an RGB image with zeros around it.
+  """Converts an image to RGB and pads it with zeros.
 
   Args:
-    image: PIL image, whose values are scaled to 8 bits if it has 16 per channel; or uint8[h w],
+    image: PIL image, which is scaled to 8 bits if it has 16 per channel; or uint8[h w],
       uint8[h w 1] or uint8[h w 3].
     pad: Pixels added on every side.
-    exif_orientation: Whether it is turned as its EXIF tag says before anything else.
+    exif_orientation: Whether the image is first rotated or flipped as its EXIF tag says.
 
   Returns:
     The RGB image.
 
   Raises:
-    CorruptImage: If it cannot be converted; the message names the file, where it is known.
+    CorruptImage: If it cannot be converted; the message names the file if it is known.
   """
   if isinstance(image, np.ndarray):
     image = _from_array(image)
@@ -102,7 +102,7 @@ def to_rgb(
     if exif_orientation and (turn := exif_turn(image)) is not None:
       image = image.transpose(turn)
     if image.mode.startswith("I;16"):
-      # The high byte, as Pillow itself decodes colours of 16 bits; `convert` would clip to white.
+      # The high byte, as Pillow decodes 16-bit colours; `convert` would clip to white.
       image = PIL.Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     rgb = image.convert("RGB")
   except (OSError, ValueError) as error:
@@ -119,12 +119,12 @@ def _from_array(array: np.ndarray) -> PIL.Image.Image:
 
 
 def exif_turn(image: PIL.Image.Image | np.ndarray) -> PIL.Image.Transpose | None:
-  """Returns how a viewer turns an image as its EXIF tag says; None: it does not."""
+  """Returns the transpose that an image's EXIF tag asks viewers for; None if there is none."""
   if isinstance(image, np.ndarray):
     return None
   try:
     return _TURNS.get(image.getexif().get(PIL.ExifTags.Base.Orientation, 1))
-  except Exception:  # EXIF data that cannot be read turn nothing, in a viewer neither.
+  except Exception:  # Viewers ignore EXIF data that cannot be read.
     return None
 
 

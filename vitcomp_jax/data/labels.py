@@ -18,36 +18,36 @@ def sort_classes(names: Iterable[str], order: str = "sorted") -> tuple[str, ...]
   """Sorts the names of class folders.
 
   Args:
-    names: Of the folders.
-    order: `sorted`, as torchvision does (1, 10, 2), or `natural`, as timm does (1, 2, 10): numbers
-      by their value, upper case as lower case.
+    names: Names of the folders.
+    order: `sorted` as in torchvision (1, 10, 2); or `natural` as in timm (1, 2, 10), which compares
+      numbers by value and ignores case.
 
   Returns:
     The names in the order of their labels.
   """
-  # Names that are equal but for their case keep one order on every machine.
+  # Sorted first, so that names that differ only by case have one order on every machine.
   found = sorted(names)
   return tuple(sorted(found, key=_natural) if order == "natural" else found)
 
 
 def _natural(name: str) -> list[str | int]:
-  # Text and digits alternate, so that only like is compared with like.
+  # Text and digits alternate, so that values of one type are compared.
   return [int(part) if i % 2 else part for i, part in enumerate(re.split(r"(\d+)", name.lower()))]
 
 
 def are_numbers(names: Sequence[str]) -> bool:
-  """Returns whether all names are plain numbers, which say no more than positions."""
+  """Returns whether all names are plain numbers, which carry no more information than positions."""
   return all(name.isdecimal() for name in names)
 
 
 def read_names(path: str) -> tuple[str, ...]:
-  """Reads names of a model's outputs: a line each, the first output's first.
+  """Reads the names of a model's outputs, in order.
 
   Args:
-    path: A text file; or `imagenet1k`, the WordNet ids of ImageNet-1k.
+    path: A text file with a name per line; or `imagenet1k` for ImageNet-1k's WordNet ids.
 
   Raises:
-    UserError: If there is no such file, or a name is empty or there twice.
+    UserError: If the file cannot be read, or a name is empty or repeated.
   """
   if path == IMAGENET:
     return class_names.imagenet_ids()
@@ -73,15 +73,15 @@ def match(names: Sequence[str], outputs: Sequence[str], where: str) -> tuple[int
   """Finds each class among the names of a model's outputs.
 
   Args:
-    names: Of the classes.
-    outputs: Of the model's outputs, in order.
-    where: Names the data, for the error.
+    names: Names of the classes.
+    outputs: Names of the model's outputs, in order.
+    where: Name of the data, for the error message.
 
   Returns:
-    The output of each class.
+    The index of each class's output.
 
   Raises:
-    UserError: If some are not there.
+    UserError: If a class is not among the outputs.
   """
   index = {name: i for i, name in enumerate(outputs)}
   unknown = [name for name in names if name not in index]
@@ -101,23 +101,23 @@ def name_outputs(
   where: str,
   order: str | None = None,
 ) -> tuple[str, ...]:
-  """Names a model's outputs as the data do.
+  """Names a model's outputs by the classes of a data set.
 
   Args:
-    names: Of the data's classes, in their order.
-    num_classes: Outputs of the model.
-    known: Names of the outputs, in order, as the weights have them; empty: they have none.
-    where: Names the data, for messages.
-    order: In which class folders were sorted, as `config.data.class_order`; None: not said.
+    names: Names of the data's classes, in order.
+    num_classes: Number of outputs of the model.
+    known: Names of the outputs in the weights, in order; empty if unknown.
+    where: Name of the data, for messages.
+    order: Order in which class folders were sorted, as `config.data.class_order`; None if not set.
 
   Returns:
-    `known`, if the data know their classes by these names; ImageNet's, if theirs are WordNet ids
-    and the model has 1,000 outputs. Otherwise the data's own names, whose places then are taken on
-    trust, a warning says so: of numbers, where `known` has other names and no order is asked for,
-    in their natural order.
+    `known`, if it includes the data's classes; ImageNet-1k's WordNet ids, if it is not known and
+    the data's classes are such ids for 1,000 outputs; otherwise the data's own names, assumed to be
+    in the order of the outputs, with a warning. If those are numbers, `known` has other names and
+    `order` is None, they are sorted in natural order.
 
   Raises:
-    UserError: If neither names nor their number fit.
+    UserError: If neither the names nor their number fit.
   """
   if set(names) <= set(known):
     return tuple(known)
@@ -128,7 +128,7 @@ def name_outputs(
   if known and not (are_numbers(names) and not are_numbers(known)):
     match(names, known, where)
   if known and order is None:
-    # The weights' order is another than that of the folders' names: a number is a place in it.
+    # The folders' numbers are positions in the weights' order.
     names = sort_classes(names, "natural")
   if len(names) != num_classes:
     raise UserError(
@@ -143,19 +143,19 @@ def name_outputs(
 def name_trained_outputs(
   names: Sequence[str], num_classes: int, known: Sequence[str], where: str
 ) -> tuple[str, ...]:
-  """Names the outputs of a classifier that is trained on the data.
+  """Names the outputs of a classifier that is trained on a data set.
 
   Args:
-    names: Of the data's classes, in their order.
-    num_classes: Outputs of the model.
-    known: Names of the outputs in the weights to start from; empty: they have none, or another
-      number of outputs.
-    where: Names the data, for the error.
+    names: Names of the data's classes, in order.
+    num_classes: Number of outputs of the model.
+    known: Names of the outputs in the initial weights; empty if they have none, or another number
+      of outputs.
+    where: Name of the data, for the error message.
 
   Returns:
-    `known`, if the data's classes are among them: their order stays, and so does their classifier.
-    ImageNet's, for WordNet ids and 1,000 outputs. Otherwise the data's names; outputs beyond them
-    are called unused.
+    `known`, if it includes the data's classes, so that the classifier can be kept; ImageNet-1k's
+    WordNet ids, if the data's classes are such ids for 1,000 outputs; otherwise the data's names,
+    followed by `unused` ones.
 
   Raises:
     UserError: If there are more classes than outputs.
@@ -173,7 +173,7 @@ def name_trained_outputs(
 
 
 def check_count(asked: Sequence[str], num_classes: int) -> None:
-  """Refuses names of another number of outputs than the model has."""
+  """Raises a UserError if there is not one name for each output of the model."""
   if len(asked) != num_classes:
     raise UserError(
       f"config.data.classes: expected {num_classes} names, as many as the model has outputs, got "
@@ -182,7 +182,7 @@ def check_count(asked: Sequence[str], num_classes: int) -> None:
 
 
 def differing(old: Sequence[str], new: Sequence[str]) -> str:
-  """Describes in what names of outputs differ."""
+  """Describes the first difference between two lists of output names."""
   if len(old) != len(new):
     return f"{len(old)} classes, not {len(new)}"
   i = _first_difference(old, new)
@@ -190,12 +190,12 @@ def differing(old: Sequence[str], new: Sequence[str]) -> str:
 
 
 def _first_difference(a: Sequence[str], b: Sequence[str]) -> int:
-  """Returns where two equally long sequences that differ do so first."""
+  """Returns the index of the first difference between two sequences of equal length."""
   return next(i for i, (x, y) in enumerate(zip(a, b, strict=True)) if x != y)
 
 
 def _warn(names: Sequence[str], where: str, order: str | None) -> None:
-  """Says what is taken on trust."""
+  """Warns that the data's classes are assumed to be in the order of the model's outputs."""
   shown = ", ".join(f"{name} is {i}" for i, name in enumerate(names[:_LISTED]))
   logging.warning(
     "%s: classes are numbered by their order (%s%s), which could not be compared with the model's; "

@@ -1,8 +1,8 @@
-"""Mixup, CutMix and random erasing: drawn on the host, done inside the step.
+"""Mixup, CutMix and random erasing, drawn on the host and applied inside the step.
 
-The draws are functions of the seed, the step and the row, so that they do not depend on how many
-devices or processes share a batch. A row mixes with its neighbour (0 with 1, 2 with 3, ...), which
-lies on the same device; examples come in random order, so that neighbours are random pairs.
+The draws are functions of the seed, the step and the row, and so independent of the number of
+devices and processes. A row mixes with its neighbour (0 with 1, 2 with 3, ...), which is on the
+same device; the order of examples is random, so neighbours are random pairs.
 """
 
 import math
@@ -14,7 +14,7 @@ import numpy as np
 
 from vitcomp_jax.data.transforms import Preprocess, normalize
 
-Box = tuple[int, int, int, int]  # top, left, bottom, right, in pixels; the last two are outside
+Box = tuple[int, int, int, int]  # top, left, bottom, right, in pixels; the last two exclusive
 
 _NO_BOX: Box = (0, 0, 0, 0)
 _ERASED_AREA = 0.02, 1 / 3
@@ -24,16 +24,17 @@ _ERASED_LOG_ASPECT = math.log(0.3), -math.log(0.3)
 def draw_mix(
   size: tuple[int, int], rng: np.random.Generator, mixup: float, cutmix: float
 ) -> tuple[float, Box]:
-  """Draws how a batch is mixed: by Mixup or CutMix, half of the time each if both are asked for.
+  """Draws the parameters of Mixup or CutMix for a batch; if both are on, one of them at random.
 
   Args:
-    size: Height and width, in pixels.
+    size: Height and width of the images, in pixels.
     rng: Source of the draws.
-    mixup: Alpha of Mixup's Beta distribution; 0: none.
-    cutmix: Alpha of CutMix's; 0: none.
+    mixup: Alpha of Mixup's Beta distribution; 0 turns Mixup off.
+    cutmix: Alpha of CutMix's Beta distribution; 0 turns CutMix off.
 
   Returns:
-    The share that each image keeps of itself, and, of CutMix, the box that its neighbour fills.
+    The share that each image keeps of itself, and CutMix's box, which its neighbour fills; the box
+    is empty for Mixup.
 
   References:
     Zhang et al., `mixup <https://arxiv.org/abs/1710.09412>`_, 2018;
@@ -42,7 +43,8 @@ def draw_mix(
   if not (mixup or cutmix):
     return 1.0, _NO_BOX
   cuts = cutmix and (not mixup or rng.random() < 0.5)
-  share = float(rng.beta(cutmix, cutmix) if cuts else rng.beta(mixup, mixup))
+  alpha = cutmix if cuts else mixup
+  share = float(rng.beta(alpha, alpha))
   if not cuts:
     return share, _NO_BOX
   sides = [int(side * math.sqrt(1 - share)) for side in size]
@@ -50,12 +52,17 @@ def draw_mix(
   top, left = (max(c - s // 2, 0) for c, s in zip(centre, sides, strict=True))
   ends = zip(centre, sides, size, strict=True)
   bottom, right = (min(c + s // 2, limit) for c, s, limit in ends)
-  # What lies outside is cut off, so that the box may be smaller than was drawn.
+  # The box is clipped to the image, so the share is computed from its area.
   return 1 - (bottom - top) * (right - left) / (size[0] * size[1]), (top, left, bottom, right)
 
 
 def draw_erased(size: tuple[int, int], rng: np.random.Generator, probability: float) -> Box:
-  """Draws the box of an image that is erased; an empty one if none is.
+  """Draws the box of an image to erase; it is empty if nothing is erased.
+
+  Args:
+    size: Height and width of the image, in pixels.
+    rng: Source of the draws.
+    probability: Probability that a box is erased.
 
   References:
     Zhong et al., `Random Erasing <https://arxiv.org/abs/1708.04896>`_, 2017.
@@ -67,10 +74,8 @@ def draw_erased(size: tuple[int, int], rng: np.random.Generator, probability: fl
     aspect = math.exp(rng.uniform(*_ERASED_LOG_ASPECT))
     height, width = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
     if height < size[0] and width < size[1]:
-      top, left = (
-        int(rng.integers(size[0] - height + 1)),
-        int(rng.integers(size[1] - width + 1)),
-      )
+      top = int(rng.integers(size[0] - height + 1))
+      left = int(rng.integers(size[1] - width + 1))
       return top, left, top + height, left + width
   return _NO_BOX
 
@@ -83,8 +88,11 @@ def mix(
   Args:
     images: f[b h w 3], b even.
     targets: f[b classes].
-    share: f[b], what each keeps of itself.
-    box: i[b 4], what its neighbour fills instead; empty where the whole images are mixed.
+    share: f[b], share that each image keeps of itself.
+    box: i[b 4], CutMix's boxes, which neighbours fill; empty for Mixup.
+
+  Returns:
+    The mixed images and targets, of the same shapes.
   """
   is_cut = (box[:, 2] > box[:, 0]) & (box[:, 3] > box[:, 1])
   outside = 1 - _inside(box, *images.shape[1:3]).astype(images.dtype)
@@ -101,9 +109,9 @@ def erase(images: jax.Array, box: jax.Array, key: jax.Array, row: jax.Array) -> 
 
   Args:
     images: f[b h w 3], normalised.
-    box: i[b 4].
-    key: Of the step.
-    row: i[b], each image's place in the whole batch.
+    box: i[b 4], the boxes.
+    key: Random key of the step.
+    row: i[b], row of each image in the whole batch.
   """
   keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, row)
   noise = jax.vmap(lambda k: jax.random.normal(k, images.shape[1:], images.dtype))(keys)
@@ -117,18 +125,18 @@ def training_inputs(
   smoothing: float,
   key: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-  """Returns the inputs and the targets of a training step.
+  """Computes the inputs and targets of a training step.
 
   Args:
-    batch: `image` uint8[b h w 3], `label` i[b] and `row` i[b]; where the config asks for them,
-      `erased` i[b 4], `mix_share` f[b] and `mix_box` i[b 4].
-    pre: Of the images.
-    num_classes: Of the targets.
-    smoothing: Share of the target that is spread evenly over all classes.
-    key: Of the step.
+    batch: `image` uint8[b h w 3], `label` i[b] and `row` i[b]; with random erasing, `erased`
+      i[b 4]; with Mixup or CutMix, `mix_share` f[b] and `mix_box` i[b 4].
+    pre: Preprocessing of the images.
+    num_classes: Number of classes.
+    smoothing: Label smoothing, the share of the target spread evenly over all classes.
+    key: Random key of the step.
 
   Returns:
-    Normalised images f[b h w 3], and the probability of each class, f[b classes].
+    Normalised images f[b h w 3], and class probabilities f[b classes].
   """
   images = normalize(batch["image"], pre)
   targets = jax.nn.one_hot(batch["label"], num_classes, dtype=jnp.float32)

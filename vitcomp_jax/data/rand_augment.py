@@ -1,6 +1,6 @@
-"""RandAugment as DeiT uses it, `rand-m9-mstd0.5-inc1` in timm's terms, by Pillow's operations.
+"""RandAugment as DeiT uses it, `rand-m9-mstd0.5-inc1` in timm, with Pillow's operations.
 
-Of each image two operations are drawn, with replacement; each is done with probability one half, at
+Two operations are drawn for each image, with replacement; each is applied with probability 0.5, at
 a magnitude around 9 of 10.
 
 Cubuk et al., `RandAugment <https://arxiv.org/abs/1909.13719>`_, 2019;
@@ -16,21 +16,22 @@ import PIL.ImageEnhance
 import PIL.ImageOps
 
 Image = PIL.Image.Image
-# (image, strength in [0, 1], source of signs, colour of what moves in) -> image
-Operation = Callable[[Image, float, np.random.Generator, tuple[int, int, int]], Image]
+Colour = tuple[int, int, int]
+# (image, strength in [0, 1], source of random signs, fill colour) -> image
+Operation = Callable[[Image, float, np.random.Generator, Colour], Image]
 
 _LAYERS = 2
 _PROBABILITY = 0.5
 _MAGNITUDE, _MAGNITUDE_STD, _LARGEST = 9.0, 0.5, 10.0
 
 
-def rand_augment(image: Image, rng: np.random.Generator, fill: tuple[int, int, int]) -> Image:
+def rand_augment(image: Image, rng: np.random.Generator, fill: Colour) -> Image:
   """Applies two random operations to an RGB image.
 
   Args:
     image: RGB, of any size.
     rng: Source of the draws.
-    fill: Colour of what moves in at the borders, in [0, 255]: the data's mean.
+    fill: Fill colour of the borders, in [0, 255], such as the data's mean.
   """
   for name in rng.choice(list(OPERATIONS), _LAYERS):
     if rng.random() >= _PROBABILITY:
@@ -45,52 +46,53 @@ def _signed(value: float, rng: np.random.Generator) -> float:
 
 
 def _moved(
-  image: Image, matrix: tuple[float, float, float, float, float, float], fill: Any
+  image: Image, matrix: tuple[float, float, float, float, float, float], fill: Colour
 ) -> Image:
   affine, bicubic = PIL.Image.Transform.AFFINE, PIL.Image.Resampling.BICUBIC
   return image.transform(image.size, affine, matrix, bicubic, fillcolor=fill)
 
 
-def _rotate(image: Image, strength: float, rng: np.random.Generator, fill: Any) -> Image:
+def _rotate(image: Image, strength: float, rng: np.random.Generator, fill: Colour) -> Image:
   bicubic = PIL.Image.Resampling.BICUBIC
   return image.rotate(_signed(30 * strength, rng), bicubic, fillcolor=fill)
 
 
-def _shear_x(image: Image, strength: float, rng: np.random.Generator, fill: Any) -> Image:
+def _shear_x(image: Image, strength: float, rng: np.random.Generator, fill: Colour) -> Image:
   return _moved(image, (1, _signed(0.3 * strength, rng), 0, 0, 1, 0), fill)
 
 
-def _shear_y(image: Image, strength: float, rng: np.random.Generator, fill: Any) -> Image:
+def _shear_y(image: Image, strength: float, rng: np.random.Generator, fill: Colour) -> Image:
   return _moved(image, (1, 0, 0, _signed(0.3 * strength, rng), 1, 0), fill)
 
 
-def _translate_x(image: Image, strength: float, rng: np.random.Generator, fill: Any) -> Image:
+def _translate_x(image: Image, strength: float, rng: np.random.Generator, fill: Colour) -> Image:
   return _moved(image, (1, 0, _signed(0.45 * strength, rng) * image.width, 0, 1, 0), fill)
 
 
-def _translate_y(image: Image, strength: float, rng: np.random.Generator, fill: Any) -> Image:
+def _translate_y(image: Image, strength: float, rng: np.random.Generator, fill: Colour) -> Image:
   return _moved(image, (1, 0, 0, 0, 1, _signed(0.45 * strength, rng) * image.height), fill)
 
 
-def _posterize(image: Image, strength: float, *_: Any) -> Image:
+def _posterize(image: Image, strength: float, *_: object) -> Image:
   bits = 4 - int(4 * strength)
-  # Pillow knows no image of 0 bits, which is black.
-  return PIL.ImageOps.posterize(image, bits) if bits else image.point(lambda _: 0)
+  if not bits:  # A black image, which Pillow refuses to make.
+    return image.point(lambda _: 0)
+  return PIL.ImageOps.posterize(image, bits)
 
 
-def _solarize(image: Image, strength: float, *_: Any) -> Image:
+def _solarize(image: Image, strength: float, *_: object) -> Image:
   return PIL.ImageOps.solarize(image, 256 - int(256 * strength))
 
 
-def _solarize_add(image: Image, strength: float, *_: Any) -> Image:
+def _solarize_add(image: Image, strength: float, *_: object) -> Image:
   added = int(110 * strength)
   return image.point([min(255, i + added) if i < 128 else i for i in range(256)] * 3)
 
 
 def _enhanced(kind: Callable[[Image], Any]) -> Operation:
-  """An enhancement by a factor around 1; the further from it, the stronger."""
+  """Returns an operation that enhances by a random factor, further from 1 for more strength."""
 
-  def apply(image: Image, strength: float, rng: np.random.Generator, fill: Any) -> Image:
+  def apply(image: Image, strength: float, rng: np.random.Generator, fill: Colour) -> Image:
     del fill
     return kind(image).enhance(max(0.1, 1 + _signed(0.9 * strength, rng)))
 

@@ -1,4 +1,4 @@
-"""Sources of images and labels, with random access by index."""
+"""Sources of images and labels, accessed by index."""
 
 import dataclasses
 import functools
@@ -19,25 +19,25 @@ from vitcomp_jax.data.images import CorruptImage, decode
 from vitcomp_jax.errors import UserError
 
 EVAL_SPLITS = ("validation", "val", "test")
-_NAMED = 5  # folders
+_NAMED = 5  # folders in a message
 
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-  """An image, PIL or uint8[h w c], and the index of its class."""
+  """Holds an image, PIL or uint8[h w c], and the index of its class."""
 
   image: PIL.Image.Image | np.ndarray
-  label: int  # -1: none
+  label: int  # -1 without labels
 
 
 class Source(Protocol):
-  """A split of a data set.
+  """Provides the examples of a split of a data set.
 
   Attributes:
-    name: Of the data set.
+    name: Name of the data set.
     split: Name of the split.
-    class_names: By label; empty for images without labels.
-    image_shape: Height and width where all images share a small one, else none.
+    class_names: Class names by label; empty without labels.
+    image_shape: Height and width if all images have the same; None otherwise.
   """
 
   name: str
@@ -48,7 +48,7 @@ class Source(Protocol):
   def __len__(self) -> int: ...
 
   def __getitem__(self, index: int) -> Example:
-    """The example.
+    """Reads an example.
 
     Raises:
       CorruptImage: If its image cannot be read or decoded.
@@ -57,7 +57,7 @@ class Source(Protocol):
 
 
 class ArraySource:
-  """Images that are already in memory."""
+  """Holds images in memory."""
 
   def __init__(
     self,
@@ -79,7 +79,7 @@ class ArraySource:
 
 
 class FakeSource:
-  """Noise with random labels, the same for the same index."""
+  """Generates noise images with random labels, which the index determines."""
 
   def __init__(self, split: str, size: tuple[int, int], num_classes: int) -> None:
     lengths = {"train": 1280, "validation": 256}
@@ -99,18 +99,18 @@ class FakeSource:
 
 
 class FolderSource:
-  """Image files in `DIR/SPLIT/CLASS/`, at any depth; the classes are named like the folders.
+  """Reads image files in `DIR/SPLIT/CLASS/`, at any depth; classes are named after the folders.
 
-  Without such folders, the images in `DIR/SPLIT/` have no labels.
+  Without class folders, the images in `DIR/SPLIT/` have no labels.
   """
 
   def __init__(self, directory: str, split: str, class_order: str = "sorted") -> None:
-    """Looks for the files, and tells of those that are left out.
+    """Finds the files, and warns about those that are left out.
 
     Args:
-      directory: Holds the folders of the splits.
-      split: Name of one.
-      class_order: Of the classes, see `labels.sort_classes`.
+      directory: Folder that holds the folders of the splits.
+      split: Name of the split.
+      class_order: Order of the classes, see `labels.sort_classes`.
 
     Raises:
       UserError: If there are no images, or a folder cannot be read.
@@ -158,7 +158,7 @@ def _named(names: Sequence[str]) -> str:
 
 
 class TfdsSource:
-  """A data set that TFDS prepared as ArrayRecord; read without TensorFlow."""
+  """Reads a data set that TFDS prepared as ArrayRecord, without TensorFlow."""
 
   def __init__(self, builder: Any, split: str) -> None:
     import tensorflow_datasets as tfds
@@ -169,7 +169,7 @@ class TfdsSource:
     self.class_names = tuple(features["label"].names) if has_labels else ()
     height, width = features["image"].shape[:2]
     self.image_shape = (height, width) if height and width else None
-    # Decoding here, not in TFDS, tells a corrupt image and spares a copy.
+    # Decoded here, not in TFDS, to detect corrupt images and to avoid a copy.
     self._records = builder.as_data_source(
       split=split, decoders={"image": tfds.decode.SkipDecoding()}
     )
@@ -182,7 +182,7 @@ class TfdsSource:
     return self._example(record, index)
 
   def read(self, indices: Sequence[int]) -> list[Example | CorruptImage]:
-    """Several examples, some three times as fast as one by one; see the function `read`."""
+    """Reads several examples as the function `read`, about three times faster than one by one."""
     records = self._records.__getitems__(list(indices))
     pairs = zip(records, indices, strict=True)
     return [_caught(functools.partial(self._example, *pair)) for pair in pairs]
@@ -193,14 +193,14 @@ class TfdsSource:
 
 
 def read(source: Source, indices: Sequence[int]) -> list[Example | CorruptImage]:
-  """Reads several examples; a corrupt one stands there as its error.
+  """Reads several examples.
 
   Args:
-    source: Where from.
-    indices: Which.
+    source: The source to read from.
+    indices: Indices of the examples.
 
   Returns:
-    As many as there are indices.
+    The example, or the error if its image is corrupt, for each index.
   """
   if isinstance(source, TfdsSource):
     return source.read(indices)
@@ -226,17 +226,17 @@ def make_source(
 
   Args:
     name: `bundled`, `folder`, `fake`, or a TFDS name.
-    directory: The image folder, or TFDS's data_dir (None: TFDS's default).
-    split: Name of the split; None: the evaluation split that there is.
+    directory: The image folder, or TFDS's data_dir; None for TFDS's default.
+    split: Name of the split; None for the first of `EVAL_SPLITS` that exists.
     fake_size: Height and width of the images of `fake`, in pixels.
     fake_classes: Number of classes of `fake`.
-    class_order: Of the classes of `folder`, see `labels.sort_classes`; None: `sorted`.
+    class_order: Order of the classes of `folder`, see `labels.sort_classes`; None for `sorted`.
 
   Returns:
     The source.
 
   Raises:
-    UserError: If there is no such data set or split.
+    UserError: If the data set or the split does not exist.
   """
   if name == "bundled":
     return _bundled(split or "test")
@@ -248,7 +248,7 @@ def make_source(
 
 
 def _known_split(name: str, split: str | None, known: tuple[str, ...]) -> str:
-  """`split` if it is known; for none, the first evaluation split."""
+  """Returns `split` if it is known; for None, the first evaluation split."""
   if split is None and (first := next((s for s in EVAL_SPLITS if s in known), None)):
     return first
   if split in known:
@@ -304,7 +304,7 @@ def _tfds(name: str, directory: str | None, split: str | None) -> Source:
 
 
 def _tfds_builder(name: str, directory: str | None) -> Any:
-  """TFDS's builder, made from the prepared files alone: no network, no TensorFlow."""
+  """Returns TFDS's builder, made from the prepared files without network or TensorFlow."""
   import tensorflow_datasets as tfds
 
   try:

@@ -1,6 +1,6 @@
-"""Turns an image into the model's input, pixel-equal to timm's evaluation transform.
+"""Transforms images to the model's input, pixel-equal to timm's evaluation transform.
 
-Everything up to the batch is uint8; `normalize` runs inside the jitted step.
+Images stay uint8 until `normalize`, which runs inside the jitted step.
 """
 
 import dataclasses
@@ -22,25 +22,25 @@ _RESAMPLING = {
   "lanczos": PIL.Image.Resampling.LANCZOS,
   "nearest": PIL.Image.Resampling.NEAREST,
 }
-_LARGE = 2**24  # Pixels of a resized image, of which no more than the crop is made.
+_LARGE = 2**24  # Pixels of a resized image above which only the crop is computed.
 
 Array = TypeVar("Array")
 
 
 @dataclasses.dataclass(frozen=True)
 class Preprocess:
-  """Preprocessing of images.
+  """Describes the preprocessing of images.
 
   Attributes:
     image_size: Height and width of the model's input, in pixels.
-    mean: Of the red, green and blue values, which are in [0, 1].
-    std: Their standard deviations.
-    crop_pct: Share of the resized image's side that the central crop keeps.
+    mean: Means of the red, green and blue values, which are in [0, 1].
+    std: Standard deviations of the red, green and blue values.
+    crop_pct: Share of the resized image's side that the centre crop keeps.
     interpolation: `bicubic`, `bilinear`, `lanczos` or `nearest`.
-    pad: Pixels of zeros added on every side before anything else.
+    pad: Pixels of zeros added on every side first.
     crop_mode: `center` resizes the shorter side and crops the centre; `squash` resizes both sides
-      and crops the centre; `border` resizes the longer side and fills up with the mean.
-    exif_orientation: Whether images are turned as their EXIF tag says.
+      and crops the centre; `border` resizes the longer side and pads with the mean.
+    exif_orientation: Whether images are rotated or flipped as their EXIF tag says.
   """
 
   image_size: tuple[int, int]
@@ -72,29 +72,29 @@ class Preprocess:
 
   @property
   def fill(self) -> tuple[int, int, int]:
-    """Returns the mean as a colour, to fill borders with."""
+    """Returns the mean as an RGB colour in [0, 255], to fill borders with."""
     red, green, blue = (min(max(round(255 * value), 0), 255) for value in self.mean)
     return red, green, blue
 
 
 def evaluation_image(image: PIL.Image.Image | np.ndarray, pre: Preprocess) -> np.ndarray:
-  """Resizes, then crops the centre: timm's evaluation transform.
+  """Resizes an image and crops its centre, as timm's evaluation transform does.
 
   Args:
     image: PIL image, or uint8 array as in `images.to_rgb`.
-    pre: The sizes, the interpolation and the mode of the crop.
+    pre: Preprocessing of the image.
 
   Returns:
     uint8[h w 3] with h, w = `pre.image_size`.
 
   Raises:
-    CorruptImage: If it cannot be made an RGB image.
+    CorruptImage: If the image cannot be converted to RGB.
   """
   rgb = to_rgb(image, pre.pad, pre.exif_orientation)
   height, width = pre.image_size
   resized = _resized_size((rgb.height, rgb.width), pre)
   top, left = _offset(resized[0], height), _offset(resized[1], width)
-  # What the image has of the crop; around it is nothing, or the mean.
+  # The part of the crop inside the image; the rest is filled below.
   bottom, right = min(top + height, resized[0]), min(left + width, resized[1])
   window = (max(left, 0), max(top, 0), right, bottom)
   part = _resized_part(rgb, (resized[1], resized[0]), window, pre.interpolation)
@@ -106,7 +106,7 @@ def evaluation_image(image: PIL.Image.Image | np.ndarray, pre: Preprocess) -> np
 
 
 def _resized_size(size: tuple[int, int], pre: Preprocess) -> tuple[int, int]:
-  """Height and width after the resize, rounded as torchvision and timm round them."""
+  """Returns height and width after the resize, rounded as in torchvision and timm."""
   height, width = size
   target = [math.floor(side / pre.crop_pct) for side in pre.image_size]
   if pre.crop_mode == "squash":
@@ -122,7 +122,7 @@ def _resized_size(size: tuple[int, int], pre: Preprocess) -> tuple[int, int]:
 
 
 def _offset(length: int, kept: int) -> int:
-  """Returns where a centre crop begins, as in torchvision; negative if padding is needed."""
+  """Returns the start of a centre crop, as in torchvision; negative if padding is needed."""
   spare = length - kept
   return round(spare / 2) if spare >= 0 else -(-spare // 2)
 
@@ -133,22 +133,21 @@ def _resized_part(
   window: tuple[int, int, int, int],
   interpolation: str,
 ) -> PIL.Image.Image:
-  """Resizes an image, and computes only a window of the result where that is large.
+  """Resizes an image and crops a window; of a large result only the window is computed.
 
   Args:
-    image: In RGB.
-    size: Width and height that it is resized to.
+    image: RGB image.
+    size: Width and height of the resized image.
     window: Left, top, right and bottom in the resized image.
-    interpolation: Of the resize.
+    interpolation: Interpolation of the resize.
 
   Returns:
-    The part.
+    The window of the resized image.
   """
   if math.prod(size) <= _LARGE:
     return _resize(image, size[1], size[0], interpolation).crop(window)
-  # A long strip becomes far larger than what is kept of it. Pillow can resize a box of the image
-  # alone, which differs by its roundings. It computes with 32 bits, so that of the image only what
-  # the box needs is given.
+  # A long strip is resized to far more pixels than are kept. Pillow can resize a box of an image,
+  # with other rounding errors. It computes in 32 bits, so it gets only the pixels that it needs.
   scales = np.array(image.size) / size
   first, last = window[:2] * scales, window[2:] * scales
   reach = np.ceil(3 * np.maximum(scales, 1)) + 1  # of Lanczos, the widest filter
@@ -170,8 +169,8 @@ def normalize(images: Array, pre: Preprocess) -> Array:
   """Scales pixels to [0, 1], then subtracts the mean and divides by the standard deviation.
 
   Args:
-    images: uint8[... 3], of NumPy or JAX; floats are taken as normalised, and returned as they are.
-    pre: Holds `mean` and `std`.
+    images: uint8[... 3], of NumPy or JAX; floats are assumed to be normalised and returned as is.
+    pre: Preprocessing, of which `mean` and `std` are used.
 
   Returns:
     float32[... 3], of the same library.
@@ -181,17 +180,17 @@ def normalize(images: Array, pre: Preprocess) -> Array:
   shape = (1,) * (images.ndim - 1) + (3,)  # type: ignore[attr-defined]
   mean = np.asarray(pre.mean, np.float32).reshape(shape)
   std = np.asarray(pre.std, np.float32).reshape(shape)
-  pixels = cast(Any, images).astype(np.float32)  # What NumPy and JAX share has no common type.
+  pixels = cast(Any, images).astype(np.float32)  # NumPy and JAX arrays have no common type.
   return cast(Array, (pixels / np.float32(255) - mean) / std)
 
 
 def flip_shift(images: np.ndarray, flips: np.ndarray, shifts: np.ndarray) -> np.ndarray:
-  """Mirrors and moves images; what moves in is zero.
+  """Flips and shifts images, filling with zeros.
 
   Args:
     images: uint8[b h w c].
-    flips: bool[b], whether an image is mirrored left to right.
-    shifts: int[b 2], rows down and columns right, in pixels.
+    flips: bool[b], whether an image is flipped left to right.
+    shifts: int[b 2], shifts down and to the right, in pixels.
 
   Returns:
     uint8[b h w c].
@@ -208,12 +207,12 @@ def flip_shift(images: np.ndarray, flips: np.ndarray, shifts: np.ndarray) -> np.
 def random_flip_shift(
   images: np.ndarray, rngs: Sequence[np.random.Generator], max_shift: int = 2
 ) -> np.ndarray:
-  """Mirrors half of the images and moves each by up to `max_shift` pixels either way.
+  """Flips images with probability 0.5 and shifts them by up to `max_shift` pixels each way.
 
   Args:
     images: uint8[b h w c].
-    rngs: Source of each image's draws.
-    max_shift: In pixels.
+    rngs: Source of the draws of each image.
+    max_shift: Largest shift, in pixels.
 
   Returns:
     uint8[b h w c].
@@ -235,7 +234,7 @@ def random_crop_box(
     size: Height and width of the image, in pixels.
     rng: Source of the draws.
     scale: Range of the box's share of the image's area, drawn uniformly.
-    ratio: Range of width over height, drawn uniformly in its logarithm.
+    ratio: Range of width over height, drawn log-uniformly.
 
   Returns:
     Top, left, height and width, in pixels.
@@ -247,7 +246,7 @@ def random_crop_box(
     w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
     if 0 < w <= width and 0 < h <= height:
       return int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1)), h, w
-  # No box fitted: the largest central one whose ratio is allowed.
+  # No box fitted: take the largest central one with an allowed ratio.
   w, h = width, height
   if width / height < ratio[0]:
     h = round(width / ratio[0])
@@ -259,23 +258,23 @@ def random_crop_box(
 def random_crop_flip(
   image: PIL.Image.Image | np.ndarray, pre: Preprocess, rng: np.random.Generator
 ) -> PIL.Image.Image:
-  """Resizes a random box to the input size, and mirrors half of the images.
+  """Resizes a random box of an image to the input size, and flips it with probability 0.5.
 
   Args:
     image: PIL image, or uint8 array as in `images.to_rgb`.
-    pre: The size and the interpolation; `crop_pct` has no part in it.
+    pre: Preprocessing of the image; `crop_pct` and `crop_mode` are not used.
     rng: Source of the draws.
 
   Returns:
     An RGB image of `pre.image_size`.
 
   Raises:
-    CorruptImage: If it cannot be made an RGB image.
+    CorruptImage: If the image cannot be converted to RGB.
   """
   rgb = to_rgb(image, pre.pad, pre.exif_orientation)
   top, left, height, width = random_crop_box((rgb.height, rgb.width), rng)
   box = (left, top, left + width, top + height)
-  # Of the box alone, so that no pixel from outside reaches in.
+  # Cropped first, so that no pixel outside of the box contributes.
   rgb = _resize(rgb.crop(box), *pre.image_size, pre.interpolation)
   flip = PIL.Image.Transpose.FLIP_LEFT_RIGHT
   return rgb.transpose(flip) if rng.random() < 0.5 else rgb
