@@ -14,7 +14,7 @@ def tiny_variant() -> None:
   spec = VARIANTS["vit_mini_patch3_30"]
   tiny = dataclasses.replace(spec, name=TINY, patch_size=6, width=16, depth=3, mlp_dim=32)
   VARIANTS[TINY] = tiny
-  parallel._CUT_FROM = 256
+  parallel._SHARD_FROM = 256
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""Files that are written as a whole or not at all, whatever happens in between.
+"""Writes files atomically: completely, or not at all.
 
-Of several processes that run one program, the first one writes.
+If several processes run one program, only the first one writes.
 """
 
 import contextlib
@@ -14,7 +14,7 @@ from vitcomp_jax import multihost, strict_json
 
 @contextlib.contextmanager
 def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
-  """A path beside `path` to write to; it takes the place of `path` when the block ends well."""
+  """Yields a temporary path to write to, which replaces `path` if the block raises no error."""
   if not multihost.is_first():
     with tempfile.TemporaryDirectory() as folder:
       yield pathlib.Path(folder) / path.name
@@ -46,15 +46,15 @@ def replacing_folder(path: pathlib.Path) -> Iterator[pathlib.Path]:
 
 
 def write_text(path: pathlib.Path, text: str) -> None:
-  """Writes a text file."""
+  """Writes a text file atomically."""
   with replacing(path) as temporary:
     temporary.write_text(text, encoding="utf-8")
 
 
 def write_json(path: pathlib.Path, values: Any) -> None:
-  """Writes a JSON file.
+  """Writes a JSON file atomically.
 
   Raises:
-    ValueError: For a number that is not finite; the file stays as it was.
+    ValueError: If a number is not finite; an existing file is not changed.
   """
   write_text(path, strict_json.dumps(values, indent=1) + "\n")

@@ -1,4 +1,4 @@
-"""Checkpoints: the only file that knows Orbax."""
+"""Saves and restores checkpoints with Orbax, which no other module uses."""
 
 import contextlib
 import functools
@@ -19,20 +19,20 @@ from vitcomp_jax.errors import UserError
 
 
 class Checkpointer:
-  """Keeps the newest checkpoints of one stage, written in the background and atomically."""
+  """Keeps the newest checkpoints of one stage, written atomically in the background."""
 
   def __init__(self, directory: pathlib.Path, keep: int = 2) -> None:
-    """Opens the directory, which is made if need be.
+    """Opens the directory, and creates it if it does not exist.
 
     Args:
       directory: `WORKDIR/checkpoints/STAGE`; each checkpoint is a folder named by its step.
-      keep: How many of the newest stay.
+      keep: Number of newest checkpoints to keep.
     """
     _silence_background_threads()
     options = ocp.CheckpointManagerOptions(
       max_to_keep=keep,
       enable_async_checkpointing=True,
-      # What a kill or a full disk left half written would fill the disk for good.
+      # Otherwise unfinished checkpoints, after a kill or on a full disk, would stay forever.
       cleanup_tmp_directories=True,
     )
     self._directory = directory
@@ -41,20 +41,22 @@ class Checkpointer:
     )
 
   def save(self, step: int, state: Any) -> None:
-    """Starts to write `state`, a pytree of arrays.
+    """Starts to write a checkpoint in the background.
 
-    It is copied first: the next step donates the state's buffers while they are being written.
+    Args:
+      step: Number of steps done.
+      state: Pytree of arrays. It is copied, as the next step donates its buffers.
 
     Raises:
-      OSError: If this checkpoint, or the one before, cannot be written.
+      OSError: If this checkpoint or the previous one cannot be written.
     """
     state = jax.tree.map(jnp.copy, state)
     with self._write_errors():
-      # Forced, because Orbax otherwise passes over a step below its newest without a word.
+      # Forced, because Orbax otherwise silently skips a step below its newest.
       self._manager.save(step, args=ocp.args.StandardSave(state), force=True)
 
   def restore(self, like: Any) -> tuple[int, Any] | None:
-    """The newest checkpoint that can be read; damaged ones after it are removed.
+    """Restores the newest checkpoint that can be read, and removes damaged ones after it.
 
     Args:
       like: A state of the same shapes.
@@ -63,20 +65,20 @@ class Checkpointer:
       The step and the state; None if there are no checkpoints.
 
     Raises:
-      UserError: If there are checkpoints and none can be read, or one is of another shape.
+      UserError: If there are checkpoints and none can be read, or one has other shapes.
     """
     abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
     damaged: list[int] = []
     for step in sorted(self._manager.all_steps(), reverse=True):
       try:
         state = self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
-      # Whatever is wrong with it, the one before may be whole.
+      # The one before may be intact, whatever is wrong with this one.
       except Exception as error:
         self._check_shapes(step, like)
         logging.warning("Checkpoint %d cannot be read: %s", step, _first_line(error))
         damaged.append(step)
         continue
-      # Only now: if none can be read, the reason may lie elsewhere.
+      # Removed only now: if none can be read, the cause may be elsewhere.
       for later in damaged:
         logging.warning("Removed checkpoint %d; going on from checkpoint %d.", later, step)
         self._manager.delete(later)
@@ -89,14 +91,14 @@ class Checkpointer:
     return None
 
   def latest_step(self) -> int | None:
-    """The newest checkpoint that is written or being written; None if there is none."""
+    """Returns the step of the newest checkpoint, written or being written; None without one."""
     return self._manager.latest_step()
 
   def _check_shapes(self, step: int, like: Any) -> None:
-    """Raises a UserError if a checkpoint is whole but of another shape."""
+    """Raises a UserError if a checkpoint is intact but has other shapes."""
     try:
       there = _shapes(self._manager.item_metadata(step).tree)
-    except Exception:  # Not even its shapes can be read: it is damaged.
+    except Exception:  # Its shapes cannot be read either: it is damaged.
       return
     here = _shapes(like)
     differing = sorted(key for key in there.keys() | here.keys() if there.get(key) != here.get(key))
@@ -110,10 +112,10 @@ class Checkpointer:
       )
 
   def close(self) -> None:
-    """Waits for what is being written.
+    """Waits until all checkpoints are written.
 
     Raises:
-      OSError: If it cannot be written.
+      OSError: If one cannot be written.
     """
     with self._write_errors():
       try:
@@ -123,7 +125,7 @@ class Checkpointer:
 
   @contextlib.contextmanager
   def _write_errors(self) -> Iterator[None]:
-    """Makes what the system refuses an OSError: TensorStore raises ValueError for a full disk."""
+    """Converts the system's errors to OSError: TensorStore raises ValueError for a full disk."""
     try:
       yield
     except Exception as error:
@@ -140,7 +142,7 @@ class Checkpointer:
 
 
 def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
-  """Shapes of the arrays by name."""
+  """Returns the shapes of a tree's arrays by name."""
   leaves = jax.tree_util.tree_leaves_with_path(tree)
   return {jax.tree_util.keystr(k, simple=True, separator="/"): tuple(x.shape) for k, x in leaves}
 
@@ -148,7 +150,7 @@ def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
 def _system_reason(error: BaseException | None) -> str | None:
   """Returns the operating system's message behind an error; None if there is none."""
   while error is not None:
-    # TensorStore has no type of its own for such errors.
+    # TensorStore has no error type for these.
     if isinstance(error, OSError) or "os_error_code" in str(error):
       return str(error)
     error = error.__cause__ or error.__context__
@@ -161,19 +163,19 @@ def _first_line(error: Exception) -> str:
 
 @functools.cache
 def _silence_background_threads() -> None:
-  """Keeps Orbax's threads from printing what belongs to errors that are raised as well.
+  """Keeps Orbax's threads from printing tracebacks of errors that are raised anyway.
 
-  It stays for the rest of the process: a thread may still print after the error was raised.
+  It lasts for the rest of the process: a thread may print after the error was raised.
   """
   for name in ("absl", "asyncio"):
     logging.getLogger(name).addFilter(lambda record: not _is_orbax_traceback(record))
-  # Of the arrays that fail together, those which are not begun are forgotten.
+  # If several arrays fail together, Orbax drops those not yet begun.
   forgotten = r"coroutine '\w*(serialize|_read_)\S*' was never awaited"
   warnings.filterwarnings("ignore", forgotten, RuntimeWarning)
   show = sys.unraisablehook
 
   def show_others(unraisable: Any) -> None:
-    # Of the arrays that fail together, Orbax waits for the first and closes the loop to the others.
+    # If several arrays fail together, Orbax closes the event loop after the first.
     closed = str(unraisable.exc_value) == "Event loop is closed"
     if not closed and not _passes_orbax(unraisable.exc_traceback):
       show(unraisable)
@@ -185,7 +187,7 @@ def _is_orbax_traceback(record: logging.LogRecord) -> bool:
   if not record.exc_info:
     return False
   trace = record.exc_info[2]
-  # An array's error that nobody waited for comes from TensorStore, without Python frames.
+  # An array's error that was not awaited comes from TensorStore, without Python frames.
   return _passes_orbax(trace) or (record.name == "asyncio" and trace is None)
 
 

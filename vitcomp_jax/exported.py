@@ -1,8 +1,8 @@
-"""Exported models, which run without the library's own modules.
+"""Loads and runs exported models, without the library's own modules.
 
 The stage `export` writes a folder with `manifest.json` and the artefacts that it lists; the
-function `export` writes one file with its manifest beside it. StableHLO is what `jax.export`
-serialises, ONNX is for ONNX Runtime; both hold their weights, and take any number of images.
+function `export` writes one file with its manifest beside it. StableHLO is serialised by
+`jax.export`, ONNX is for ONNX Runtime; both contain the weights, and accept any batch size.
 """
 
 import dataclasses
@@ -31,11 +31,11 @@ FILES = {
 
 @dataclasses.dataclass(frozen=True)
 class Exported:
-  """An exported model: called with images, it gives the logits.
+  """Holds an exported model, which maps images to logits.
 
   Attributes:
-    run: From images to logits (features for a model without classifier).
-    manifest: What stands in `manifest.json`.
+    run: Maps images to logits, or to features for a model without classifier.
+    manifest: Content of the manifest.
 
   Examples:
     >>> import numpy as np
@@ -98,11 +98,11 @@ def load_exported(path: str | os.PathLike[str]) -> Exported:
   """Loads an exported model.
 
   Args:
-    path: A file that `export` wrote, `.stablehlo` or `.onnx`; or a run, its folder `export`, or a
-      file in that.
+    path: File that `export` wrote, `.stablehlo` or `.onnx`; or folder of a run, its folder
+      `export`, or a file in it.
 
   Raises:
-    UserError: If it is not there, is not what the manifest says, or cannot be run here.
+    UserError: If the model does not exist, differs from its manifest, or cannot be run here.
 
   Examples:
     >>> import tempfile
@@ -140,15 +140,18 @@ def load_exported(path: str | os.PathLike[str]) -> Exported:
 
 
 def manifest_beside(file: pathlib.Path) -> pathlib.Path:
-  """Returns where the manifest of a single file stands."""
+  """Returns the path of a single file's manifest."""
   return file.with_name(f"{file.name}.json")
 
 
 def read_manifest(path: pathlib.Path) -> dict[str, Any]:
-  """Reads a manifest.
+  """Reads the manifest of an export.
+
+  Args:
+    path: Path of the manifest.
 
   Raises:
-    UserError: If it is not there, or something else.
+    UserError: If there is no manifest, or it is damaged or of another version.
   """
   try:
     manifest = strict_json.loads(path.read_text(encoding="utf-8"))

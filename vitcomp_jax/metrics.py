@@ -1,4 +1,4 @@
-"""Metrics of a run: JSON lines, TensorBoard events, and what the terminal shows."""
+"""Writes the metrics of a run as JSON lines and TensorBoard events, and shows its progress."""
 
 import json
 import logging
@@ -6,7 +6,7 @@ import pathlib
 import sys
 import time
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import tqdm
 from tensorboardX import SummaryWriter
@@ -14,22 +14,24 @@ from tensorboardX import SummaryWriter
 from vitcomp_jax import multihost, strict_json
 from vitcomp_jax.atomic import write_text
 
+T = TypeVar("T")
+
 
 class MetricsWriter:
   """Writes the metrics of one stage."""
 
   def __init__(self, workdir: pathlib.Path, stage: str, start_step: int, total_steps: int) -> None:
-    """Opens the files; metrics past `start_step`, from a run that was cut off, are dropped.
+    """Opens the files, and drops metrics past `start_step`, which an interrupted run wrote.
 
     Args:
-      workdir: Where `metrics.jsonl` and `tensorboard/` are.
+      workdir: Folder of `metrics.jsonl` and `tensorboard/`.
       stage: Name of the stage.
-      start_step: Steps that are done.
-      total_steps: Steps there will be.
+      start_step: Number of steps done.
+      total_steps: Number of steps in total.
     """
     self._path, self._stage, self._begin = workdir / "metrics.jsonl", stage, time.monotonic()
     self._elapsed = _drop_later(self._path, stage, start_step)
-    multihost.meet("metrics")  # All have read what was logged before more of it is.
+    multihost.meet("metrics")  # All processes have read the file before it grows.
     self._board = None
     if multihost.is_first():
       self._board = SummaryWriter(str(workdir / "tensorboard" / stage), purge_step=start_step + 1)
@@ -43,13 +45,16 @@ class MetricsWriter:
 
   @property
   def seconds(self) -> float:
-    """Time spent in the stage, earlier sittings included as far as they were logged."""
+    """Returns the seconds spent in the stage, including those logged before a resumption."""
     return self._elapsed + time.monotonic() - self._begin
 
   def write(self, step: int, metrics: Mapping[str, Any]) -> None:
     """Logs the metrics of a step.
 
-    Arrays of one number become numbers, others lists; what is not finite is `null` in the file.
+    Args:
+      step: The step, counted from 1.
+      metrics: Numbers and arrays by name. An array of one number is written as a number, others as
+        lists; values that are not finite are `null` in the file.
     """
     if self._board is None:
       return
@@ -85,7 +90,7 @@ class MetricsWriter:
 
 
 def read_metrics(workdir: pathlib.Path, stage: str) -> list[dict[str, Any]]:
-  """Reads the logged metrics of a stage, in order."""
+  """Reads the logged metrics of a stage, one record per logged step, in order."""
   path = workdir / "metrics.jsonl"
   if not path.exists():
     return []
@@ -93,12 +98,12 @@ def read_metrics(workdir: pathlib.Path, stage: str) -> list[dict[str, Any]]:
 
 
 def _records(path: pathlib.Path) -> list[dict[str, Any]]:
-  """Reads the logged records, without damaged lines."""
+  """Reads the logged records, skipping damaged lines."""
   return [r for r in map(_parse, path.read_text(errors="replace").splitlines()) if r]
 
 
 def _parse(line: str) -> dict[str, Any]:
-  """A logged record; a line that a kill cut off is an empty one."""
+  """Parses a logged record; a truncated line gives an empty one."""
   try:
     record = json.loads(line)
   except ValueError:
@@ -120,8 +125,8 @@ def _plain(value: Any) -> Any:
   return value[0] if isinstance(value, list) and len(value) == 1 else value
 
 
-def progress(items: Iterable[Any], what: str, total: int) -> Iterable[Any]:
-  """The items, with a progress bar on a terminal."""
+def progress(items: Iterable[T], what: str, total: int) -> Iterable[T]:
+  """Returns the items, with a progress bar if this is a terminal."""
   return tqdm.tqdm(
     items, desc=what, total=total, disable=not (multihost.is_first() and sys.stderr.isatty())
   )

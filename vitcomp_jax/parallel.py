@@ -1,12 +1,12 @@
 """Layouts of state and batches on the devices: data parallel, FSDP and pmap.
 
-- `data`: every device holds the whole state and works on its rows of the batch;
-- `fsdp`: the state is cut up too, and whole only while a step needs it (fully sharded data
+- `data`: the state is replicated and the batch is sharded;
+- `fsdp`: the state is sharded too, and gathered only while a step needs it (fully sharded data
   parallel);
-- `pmap`: as `data`, under `jax.pmap`, which sums gradients because the step says so.
+- `pmap`: as `data`, under `jax.pmap`, with an explicit mean of gradients in the step.
 
-In `data` and `fsdp` a step is written for the whole batch and XLA divides it, so that nothing in it
-depends on the number of devices, random numbers included.
+In `data` and `fsdp` a step is written for the whole batch and XLA partitions it, so that its
+results, including random numbers, do not depend on the number of devices.
 """
 
 import functools
@@ -24,21 +24,21 @@ from vitcomp_jax.errors import UserError
 
 AXIS = "data"
 
-# Smaller arrays are whole everywhere: gathering one costs more than holding it.
-_CUT_FROM = 2**13
+# Arrays of fewer elements are replicated: gathering them costs more than holding them.
+_SHARD_FROM = 2**13
 
 
 class Layout:
-  """A way to lay out steps on devices."""
+  """Lays out states, batches and steps on devices."""
 
   def __init__(self, config: ParallelConfig | None = None) -> None:
-    """Takes the devices.
+    """Selects the devices.
 
     Args:
-      config: The mode, and how many devices; None: `data` on all.
+      config: The mode and the number of devices; None for `data` on all devices.
 
     Raises:
-      UserError: If there are not that many devices, or not the same number in each process.
+      UserError: If there are fewer devices, or several processes would not use all of theirs.
     """
     config = config or ParallelConfig()
     self.mode = config.mode
@@ -57,21 +57,24 @@ class Layout:
     self._mesh = Mesh(np.array(devices[:count]), (AXIS,), axis_types=(AxisType.Auto,))
     mine = [device for device in devices[:count] if device.process_index == jax.process_index()]
     self._local = Mesh(np.array(mine), (AXIS,), axis_types=(AxisType.Auto,))
-    self._whole = NamedSharding(self._mesh, PartitionSpec())
-    self._rows = NamedSharding(self._mesh, PartitionSpec(AXIS))
+    self._replicated = NamedSharding(self._mesh, PartitionSpec())
+    self._by_row = NamedSharding(self._mesh, PartitionSpec(AXIS))
 
   @property
   def num_devices(self) -> int:
     return int(self._mesh.size)
 
   def check_batch_size(self, key: str, size: int, parts: int = 1, together: int = 1) -> None:
-    """Refuses batches that cannot be divided.
+    """Checks that batches can be divided among devices and parts.
 
     Args:
-      key: Of the config.
-      size: Of a batch.
-      parts: That are worked on one after the other.
-      together: Rows that must not be separated.
+      key: Config key of the batch size, for the error message.
+      size: Batch size.
+      parts: Number of parts of a batch, for gradient accumulation.
+      together: Number of neighbouring rows that must stay together.
+
+    Raises:
+      UserError: If the batch size is not a multiple of their product.
     """
     unit = self.num_devices * parts * together
     if size % unit:
@@ -84,27 +87,27 @@ class Layout:
       )
 
   def rows(self, batch_size: int) -> slice:
-    """The rows of a global batch that this process has to make."""
+    """Returns the rows of a global batch that this process makes."""
     size = batch_size // jax.process_count()
     return slice(jax.process_index() * size, (jax.process_index() + 1) * size)
 
   def put(self, tree: Any) -> Any:
-    """Whole copies of host arrays on every device."""
-    return jax.tree.map(lambda x: _put(x, self._whole), tree)
+    """Replicates host arrays on every device."""
+    return jax.tree.map(lambda x: _put(x, self._replicated), tree)
 
   def put_state(self, state: Any) -> Any:
-    """A training state, laid out as the mode asks for; the given one may be donated afterwards."""
-    return jax.tree.map(lambda x: _put(x, self._of(x)), state)
+    """Copies a training state to the devices, sharded by the mode; the copy may be donated."""
+    return jax.tree.map(lambda x: _put(x, self._sharding(x)), state)
 
   def put_batch(self, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
-    """A global batch from this process's rows of it."""
+    """Assembles a global batch from each process's rows of it."""
     return {
-      key: jax.make_array_from_process_local_data(self._rows, np.asarray(value))
+      key: jax.make_array_from_process_local_data(self._by_row, np.asarray(value))
       for key, value in batch.items()
     }
 
   def get(self, tree: Any) -> Any:
-    """Host copies of whole arrays, in every process the same."""
+    """Copies whole arrays to the host, the same in every process."""
     return jax.tree.map(_get, tree)
 
   def compile(self, step: Callable[..., tuple[Any, Any]]) -> Callable[..., tuple[Any, Any]]:
@@ -112,34 +115,33 @@ class Layout:
 
     Args:
       step: (state, batch, fixed) -> (state, metrics), of the whole batch or, if it is called with
-        `axis`, of one device's rows. The state is donated. It may use `gathered` and `cut`.
+        `axis`, of one device's rows. The state is donated. It may use `gather` and `shard`.
 
     Returns:
-      A function of placed arguments.
+      A function of arguments from `put_state` and `put_batch`.
     """
     if self.mode == "pmap":
       return self._pmapped(step)
-    # Figures are wanted in every process; the state stays as it is laid out.
     return jax.jit(step, donate_argnums=0)
 
-  def gathered(self, tree: Any) -> Any:
-    """Inside of a step: whole arrays of what may be cut up."""
-    return self._constrained(tree, lambda _: self._whole)
+  def gather(self, tree: Any) -> Any:
+    """Replicates arrays that may be sharded; to be called inside a step."""
+    return self._constrained(tree, lambda _: self._replicated)
 
-  def cut(self, tree: Any) -> Any:
-    """Inside of a step: arrays laid out as the state is."""
-    return self._constrained(tree, self._of)
+  def shard(self, tree: Any) -> Any:
+    """Shards arrays as `put_state` does; to be called inside a step."""
+    return self._constrained(tree, self._sharding)
 
-  def _constrained(self, tree: Any, of: Callable[[Any], NamedSharding]) -> Any:
+  def _constrained(self, tree: Any, sharding: Callable[[Any], NamedSharding]) -> Any:
     if self.mode == "pmap":
       return tree
-    return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, of(x)), tree)
+    return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, sharding(x)), tree)
 
-  def _of(self, x: Any) -> NamedSharding:
-    """Returns the sharding of a state array: along its longest side that the devices divide."""
+  def _sharding(self, x: Any) -> NamedSharding:
+    """Returns the sharding of a state array, along its longest axis that the devices divide."""
     sides = [i for i, side in enumerate(np.shape(x)) if side % self.num_devices == 0]
-    if self.mode != "fsdp" or not sides or np.size(x) < _CUT_FROM:
-      return self._whole
+    if self.mode != "fsdp" or not sides or np.size(x) < _SHARD_FROM:
+      return self._replicated
     longest = max(sides, key=lambda i: np.shape(x)[i])
     axes = [AXIS if i == longest else None for i in range(np.ndim(x))]
     return NamedSharding(self._mesh, PartitionSpec(*axes))
@@ -161,7 +163,7 @@ class Layout:
     return apply
 
   def _parts(self, rows: jax.Array) -> jax.Array:
-    """This process's rows of a global array, [devices rows ...], each where it is."""
+    """Returns this process's rows of a global array, [devices rows ...], without moving them."""
     shards = sorted(rows.addressable_shards, key=lambda shard: shard.index[0].start or 0)
     parts = [shard.data[None] for shard in shards]
     shape = (len(parts), *parts[0].shape[1:])
@@ -169,13 +171,13 @@ class Layout:
     return jax.make_array_from_single_device_arrays(shape, sharding, parts)
 
   def _everywhere(self, x: jax.Array) -> jax.Array:
-    """An array that is whole on this process's devices, as one that is whole on all of them."""
+    """Turns an array replicated on this process's devices into one replicated on all devices."""
     shards = [shard.data for shard in x.addressable_shards]
-    return jax.make_array_from_single_device_arrays(x.shape, self._whole, shards)
+    return jax.make_array_from_single_device_arrays(x.shape, self._replicated, shards)
 
 
 def _put(x: Any, sharding: NamedSharding) -> jax.Array:
-  """A copy, even where it lies right already: the step donates what it is given."""
+  """Copies an array, even if it has this sharding already, as the step donates its arguments."""
   if isinstance(x, jax.Array) and not x.is_fully_addressable:
     return jnp.copy(jax.device_put(x, sharding))
   host = np.asarray(x)

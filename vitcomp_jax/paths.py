@@ -1,4 +1,4 @@
-"""Expands paths as a user writes them."""
+"""Expands paths that users write."""
 
 import os
 import re
@@ -9,14 +9,14 @@ _VARIABLE = re.compile(r"\$(?:([A-Za-z_]\w*)|\{([A-Za-z_]\w*)\})", re.ASCII)
 
 
 def expand(path: str | os.PathLike[str]) -> str:
-  """Expands a path as a shell does, which passes some on as they are, such as `--workdir=~/run`.
+  """Expands a path as a shell does; shells do not expand all arguments, such as `--workdir=~/run`.
 
   Args:
-    path: In which `~` and `~USER` at its beginning stand for a home, and `$NAME` and `${NAME}` for
-      variables of the environment, unless there is a file of that very name.
+    path: A path. A leading `~` or `~USER` is replaced by a home directory; `$NAME` and `${NAME}`
+      are replaced by environment variables, unless a file of that literal name exists.
 
   Raises:
-    UserError: If there is neither such a variable nor such a file.
+    UserError: If an environment variable is not set, and there is no file of the literal name.
   """
   path = os.path.expanduser(path)
 

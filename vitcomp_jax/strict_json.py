@@ -1,4 +1,4 @@
-"""JSON as its standard has it: no NaN, no infinities, and every key of an object once."""
+"""Reads and writes JSON by its standard: no NaN or infinity, and no repeated key in an object."""
 
 import collections
 import json
@@ -11,24 +11,24 @@ from vitcomp_jax.errors import UserError
 
 
 def dumps(values: Any, indent: int | None = None) -> str:
-  """Writes values as JSON.
+  """Converts values to JSON.
 
   Raises:
-    ValueError: For a number that is not finite, for which JSON has no name.
+    ValueError: If a number is not finite, which JSON cannot represent.
   """
   return json.dumps(values, indent=indent, allow_nan=False)
 
 
 def dumps_or_null(values: Any) -> str:
-  """Writes values as JSON on one line, with `null` for every number that is not finite."""
+  """Converts values to one line of JSON, with `null` for numbers that are not finite."""
   return dumps(_or_none(values))
 
 
 def loads(text: str) -> Any:
-  """Reads JSON.
+  """Parses JSON.
 
   Raises:
-    ValueError: If it is something else, or has a key twice, which Python would pass over, or a
+    ValueError: If it is not JSON, repeats a key (of which Python would keep the last), or has a
       number that is not finite.
   """
   twice: list[str] = []
@@ -75,4 +75,6 @@ def _or_none(values: Any) -> Any:
     return values if math.isfinite(values) else None
   if isinstance(values, dict):
     return {key: _or_none(value) for key, value in values.items()}
-  return [_or_none(value) for value in values] if isinstance(values, list | tuple) else values
+  if isinstance(values, list | tuple):
+    return [_or_none(value) for value in values]
+  return values

@@ -1,7 +1,7 @@
-"""Costs that a budget can limit: multiply-accumulates, or latency on one device.
+"""Costs that a budget limits: multiply-accumulates, or latency on one device.
 
-A cost is a function of the tokens at attention and at the MLP of each layer. The counts are ints
-for a plan, and traced, with straight-through gradients, for the budget term of a search.
+A cost is a function of the token counts at attention and at the MLP of each layer. The counts are
+ints for a plan, and traced with straight-through gradients for the budget term of a search.
 """
 
 import abc
@@ -9,6 +9,7 @@ import dataclasses
 import itertools
 import math
 import reprlib
+import types
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -22,12 +23,12 @@ from vitcomp_jax.models.spec import LayerSpec, ViTSpec
 
 
 class CostModel(abc.ABC):
-  """A cost.
+  """Computes the cost of a forward pass.
 
   Attributes:
-    key: Its name among `config.budget`'s keys and among the figures of a run.
-    unit: Of its budgets.
-    scale: What `count` gives for one unit.
+    key: Name of the cost in `config.budget` and in the metrics of a run.
+    unit: Unit of budgets.
+    scale: Value of `count` for one unit.
   """
 
   key: ClassVar[str]
@@ -38,21 +39,24 @@ class CostModel(abc.ABC):
   def count(
     self, spec: ViTSpec, layers: Sequence[LayerSpec], counts: Sequence[tuple[Any, Any]]
   ) -> Any:
-    """The cost of a forward pass.
+    """Computes the cost of a forward pass.
 
     Args:
-      spec: The model.
-      layers: Its layers.
+      spec: Spec of the model.
+      layers: Layers of the model.
       counts: Tokens at attention and at the MLP of each layer, ints or traced scalars.
+
+    Returns:
+      The cost in `unit`, times `scale`; a number or a traced scalar.
     """
 
   def static(self, spec: ViTSpec, layers: Sequence[LayerSpec]) -> float:
-    """The cost of a model whose reducers are static, in `unit`."""
+    """Computes the cost of a model whose reducers are static, in `unit`."""
     return float(self.count(spec, layers, macs.static_counts(spec, layers))) / self.scale
 
 
 class Macs(CostModel):
-  """Multiply-accumulates per image."""
+  """Counts multiply-accumulates per image."""
 
   key, unit, scale = "gmacs", "GMACs", 1e9
 
@@ -70,17 +74,17 @@ _COLUMNS = ("attention_ms", "reduction_ms", "mlp_ms")
 
 @dataclasses.dataclass(frozen=True)
 class Latency(CostModel):
-  """The time that a batch takes, from a table of one layer's parts over token counts.
+  """Predicts the latency of a batch from a table of one layer's parts over token counts.
 
-  Between the counts of the table the parts are linear.
+  Latencies are interpolated linearly between the counts of the table.
 
   Attributes:
     counts: Token counts, ascending.
-    attention_ms: Of one layer's attention at each count.
-    reduction_ms: Of pruning and merging, where a layer that is entered by so many tokens does it.
-    mlp_ms: Of one layer's MLP.
-    fixed_ms: Of all that is no layer.
-    about: What was measured: the device, the batch size, the model.
+    attention_ms: Latency of one layer's attention at each count.
+    reduction_ms: Latency of pruning and merging in a layer that so many tokens enter.
+    mlp_ms: Latency of one layer's MLP at each count.
+    fixed_ms: Latency of everything outside of the layers.
+    about: Describes the measurement: the device, the batch size, the model.
   """
 
   key, unit = "latency_ms", "ms"
@@ -99,33 +103,32 @@ class Latency(CostModel):
     total: Any = self.fixed_ms
     for at_attention, at_mlp in counts:
       xp = jnp if isinstance(at_mlp, jax.Array) else np
-      known = xp.asarray(self.counts, np.float32)
-      attention, reduction, mlp = (
-        xp.interp(n, known, xp.asarray(column, np.float32))
-        for n, column in (
-          (at_attention, self.attention_ms),
-          (at_attention, self.reduction_ms),
-          (at_mlp, self.mlp_ms),
-        )
-      )
+      attention = self._interpolated(xp, at_attention, self.attention_ms)
+      reduction = self._interpolated(xp, at_attention, self.reduction_ms)
+      mlp = self._interpolated(xp, at_mlp, self.mlp_ms)
       total += attention + xp.where(at_mlp < at_attention, reduction, 0.0) + mlp
     return total
 
+  def _interpolated(self, xp: types.ModuleType, count: Any, column: Sequence[float]) -> Any:
+    counts, values = xp.asarray(self.counts, np.float32), xp.asarray(column, np.float32)
+    return xp.interp(count, counts, values)
+
   def to_json(self) -> dict[str, Any]:
+    """Returns the content of the table's file."""
     values = {"format": _FORMAT, "version": _VERSION, "about": dict(self.about)}
     columns = {name: list(getattr(self, name)) for name in ("counts", *_COLUMNS)}
     return {**values, **columns, "fixed_ms": self.fixed_ms}
 
 
 def parse_latency(values: Any, where: str) -> Latency:
-  """A table from the content of its file.
+  """Parses the content of a latency table's file.
 
   Args:
-    values: The content.
-    where: The file's name, for errors.
+    values: The content, parsed from JSON.
+    where: Name of the file, for error messages.
 
   Raises:
-    UserError: Names the key that is missing or wrong.
+    UserError: If a key is missing or has an invalid value.
   """
   if not isinstance(values, Mapping) or values.get("format") != _FORMAT:
     raise UserError(
@@ -169,6 +172,6 @@ def _are_times(values: Any, count: int) -> bool:
 
 
 def never_falling(values: np.ndarray) -> np.ndarray:
-  """Values that never fall nor lie below 0: what rises already stays, noise is evened out."""
+  """Smooths values to a non-negative, non-decreasing sequence; keeps those that rise already."""
   highest, lowest = np.maximum.accumulate(values), np.minimum.accumulate(values[::-1])[::-1]
   return np.asarray(np.maximum((highest + lowest) / 2, 0))

@@ -1,4 +1,4 @@
-"""Measures the latency table of a model on this device, once, by which a search counts time."""
+"""Measures the latency table of a model on this device, from which a search predicts latency."""
 
 import dataclasses
 import hashlib
@@ -28,17 +28,17 @@ from vitcomp_jax.weights import loading
 Reduction = Callable[[int, int], TokenReducer]
 
 _COUNTS = 11  # token counts in the table
-_DEPTH = 4  # layers that are timed as one program: one alone would pay for each call
-_REMOVED = 24  # a layer that is timed with its reduction prunes and merges one token in so many
-_ROUNDS, _SECONDS = 5, 1.0  # in which all programs take turns, and what each gets at least
+_DEPTH = 4  # layers timed as one program, to share the overhead of a call
+_REMOVED = 24  # a layer timed with its reduction prunes and merges one token in so many
+_ROUNDS, _SECONDS = 5, 1.0  # rounds of timing, and the least time for each program
 
 
 @dataclasses.dataclass(frozen=True)
 class _Resize:
-  """Makes the tokens as many as are to be timed: the first ones, again and again.
+  """Repeats or drops tokens to get the number that is to be timed.
 
   Attributes:
-    num_tokens: How many there are afterwards.
+    num_tokens: Number of tokens afterwards.
   """
 
   num_tokens: int
@@ -47,7 +47,7 @@ class _Resize:
     del stats
     x, size = tokens.x, tokens.sizes
     if x.shape[1] != self.num_tokens:
-      # Or XLA would leave out the work on what is cut off, and do that on equal tokens once.
+      # Otherwise XLA would skip work on dropped tokens and share it between equal ones.
       x, size = jax.lax.optimization_barrier((x, size))
       times = -(-self.num_tokens // x.shape[1])
       x, size = (jnp.concatenate([y] * times, axis=1)[:, : self.num_tokens] for y in (x, size))
@@ -59,13 +59,16 @@ class _Resize:
 
 
 def table(spec: ViTSpec, batch: int, reduce: Reduction, cache: pathlib.Path | None) -> Latency:
-  """The latency table of a model on this device, from the cache if it was measured before.
+  """Returns the latency table of a model on this device, from the cache if it is there.
 
   Args:
-    spec: The model.
-    batch: Images at once.
-    reduce: Makes the reduction that prunes to one count and merges to another.
-    cache: A folder; None: nothing is kept.
+    spec: Spec of the model.
+    batch: Batch size.
+    reduce: Maker of the reduction from the counts after pruning and after merging.
+    cache: Folder of measured tables; None for no cache.
+
+  Raises:
+    UserError: If the cached table is damaged.
   """
   about = {
     "device": device_name(),
@@ -88,7 +91,7 @@ def table(spec: ViTSpec, batch: int, reduce: Reduction, cache: pathlib.Path | No
     if path:
       path.parent.mkdir(parents=True, exist_ok=True)
       write_json(path, found.to_json())
-  # Of several processes, each with a device of its own, all count by the same numbers.
+  # Several processes, each with its own device, use the same table.
   fixed = (found.fixed_ms,) * len(found.counts)
   shared = np.array([found.attention_ms, found.reduction_ms, found.mlp_ms, fixed])
   attention, reduction, mlp, fixed = map(tuple, multihost.from_first(shared).tolist())
@@ -96,10 +99,10 @@ def table(spec: ViTSpec, batch: int, reduce: Reduction, cache: pathlib.Path | No
 
 
 def read(path: pathlib.Path) -> Latency:
-  """A table from its file.
+  """Reads a latency table from its file.
 
   Raises:
-    UserError: If it holds something else.
+    UserError: If the file cannot be read or holds something else.
   """
   try:
     values = strict_json.loads(path.read_text())
@@ -109,7 +112,7 @@ def read(path: pathlib.Path) -> Latency:
 
 
 def device_name() -> str:
-  """Names the device: the accelerator's kind, or the processor's name and cores."""
+  """Returns the name of the device: the accelerator's kind, or the processor and its cores."""
   kind = jax.devices()[0].device_kind
   if jax.default_backend() != "cpu":
     return kind
@@ -121,16 +124,16 @@ def device_name() -> str:
 
 
 def programs(spec: ViTSpec, batch: int, reduce: Reduction) -> dict[tuple[str, int], timing.Subject]:
-  """Lists what is timed for a table: short stacks of layers, by kind and token count.
+  """Compiles the short stacks of layers that are timed for a table.
 
   Args:
-    spec: The model.
-    batch: Images at once.
-    reduce: Makes the reduction that prunes to one count and merges to another.
+    spec: Spec of the model.
+    batch: Batch size.
+    reduce: Maker of the reduction from the counts after pruning and after merging.
 
   Returns:
-    `none`, without a layer; `whole` layers; `attention`, whose MLPs see one token; and `reduction`,
-    layers that prune and merge, each from where the one before it left off.
+    The programs by kind and token count. The kinds are `none`, without layers; `whole` layers;
+    `attention`, whose MLPs see one token; and `reduction`, layers that prune and merge.
   """
   short = dataclasses.replace(spec, depth=_DEPTH)
   params = loading.load_params(short, short.dense_layers, None)
@@ -143,12 +146,12 @@ def programs(spec: ViTSpec, batch: int, reduce: Reduction) -> dict[tuple[str, in
 def tabulate(
   spec: ViTSpec, subjects: Mapping[tuple[str, int], timing.Subject], reduce: Reduction
 ) -> Latency:
-  """The table from the medians of what was timed.
+  """Computes the table from the median latencies of the timed programs.
 
   Args:
-    spec: The model.
-    subjects: From `programs`, timed.
-    reduce: As there.
+    spec: Spec of the model.
+    subjects: The timed programs from `programs`.
+    reduce: Maker of reductions, as for `programs`.
   """
   ms = {key: 1e3 * statistics.median(subject.seconds) for key, subject in subjects.items()}
   fixed, counts = ms["none", 0], _counts(spec)
@@ -158,7 +161,7 @@ def tabulate(
   )
   mlp, zeros = never_falling(whole - attention), (0.0,) * len(counts)
   without = Latency(tuple(counts), tuple(attention.tolist()), zeros, tuple(mlp.tolist()), fixed, {})
-  at, left = [0.0], [0.0]  # What a stack takes beyond that is its reductions'.
+  at, left = [0.0], [0.0]  # The rest of a stack's latency is that of its reductions.
   for (kind, n), layers in _stacks(spec, reduce).items():
     if kind == "reduction":
       passed = macs.static_counts(spec, layers)
@@ -169,13 +172,13 @@ def tabulate(
 
 
 def _counts(spec: ViTSpec) -> list[int]:
-  """The token counts of a table, from the fewest that a plan can keep."""
+  """Returns the token counts of a table, from the fewest that a plan can keep."""
   places = np.linspace(spec.num_prefix + 1, spec.num_tokens, _COUNTS)
   return np.unique(places.round().astype(int)).tolist()
 
 
 def _stacks(spec: ViTSpec, reduce: Reduction) -> dict[tuple[str, int], tuple[LayerSpec, ...]]:
-  """The layers of what is timed."""
+  """Returns the layers of each timed program, by kind and token count."""
   base = spec.dense_layers[0]
   stacks: dict[tuple[str, int], tuple[LayerSpec, ...]] = {("none", 0): ()}
   for n in _counts(spec):

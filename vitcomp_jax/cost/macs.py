@@ -1,7 +1,7 @@
-"""One counter of multiply-accumulates, for the report (ints) and for the budget loss (traced).
+"""Counts multiply-accumulates, for reports (ints) and for the budget loss (traced).
 
-The rule is the papers', whose "GFLOPs" are 1e9 multiply-accumulates: matrix products and the patch
-embedding, the latter counted for the prefix tokens too; no norms, biases, softmax or matching.
+The papers' rule is used, whose "GFLOPs" are 1e9 multiply-accumulates: matrix products and the patch
+embedding count, the latter also for prefix tokens; norms, biases, softmax and matching do not.
 """
 
 from collections.abc import Sequence
@@ -12,13 +12,13 @@ from vitcomp_jax.models.spec import LayerSpec, ViTSpec
 
 
 def layer_macs(layer: LayerSpec, width: int, at_attention: Any, at_mlp: Any) -> Any:
-  """Multiply-accumulates of one layer, per image.
+  """Counts the multiply-accumulates of one layer, per image.
 
   Args:
-    layer: Its widths.
+    layer: Spec of the layer, of which the widths are used.
     width: Channels of a token.
     at_attention: Tokens that enter attention, an int or a traced scalar.
-    at_mlp: Tokens that enter the MLP.
+    at_mlp: Tokens that enter the MLP, an int or a traced scalar.
   """
   inner = layer.num_heads * layer.head_dim
   attention = at_attention * (4.0 * width * inner) + at_attention * at_attention * (2.0 * inner)
@@ -26,11 +26,11 @@ def layer_macs(layer: LayerSpec, width: int, at_attention: Any, at_mlp: Any) -> 
 
 
 def macs(spec: ViTSpec, layers: Sequence[LayerSpec], counts: Sequence[tuple[Any, Any]]) -> Any:
-  """Multiply-accumulates of a forward pass, per image.
+  """Counts the multiply-accumulates of a forward pass, per image.
 
   Args:
-    spec: The model.
-    layers: Its layers.
+    spec: Spec of the model.
+    layers: Layers of the model.
     counts: Tokens at attention and at the MLP of each layer, ints or traced scalars.
 
   References:
@@ -46,11 +46,11 @@ def macs(spec: ViTSpec, layers: Sequence[LayerSpec], counts: Sequence[tuple[Any,
 
 
 def static_counts(spec: ViTSpec, layers: Sequence[LayerSpec]) -> list[tuple[int, int]]:
-  """Tokens at attention and at the MLP of each layer, for static reducers.
+  """Counts the tokens at attention and at the MLP of each layer, for static reducers.
 
   Args:
-    spec: The model.
-    layers: Its layers.
+    spec: Spec of the model.
+    layers: Layers of the model.
   """
   counts, n = [], 0
   for i, layer in enumerate(layers):
@@ -61,5 +61,5 @@ def static_counts(spec: ViTSpec, layers: Sequence[LayerSpec]) -> list[tuple[int,
 
 
 def static_macs(spec: ViTSpec, layers: Sequence[LayerSpec]) -> float:
-  """Multiply-accumulates of a model whose reducers are static, per image."""
+  """Counts the multiply-accumulates of a model whose reducers are static, per image."""
   return float(macs(spec, layers, static_counts(spec, layers)))

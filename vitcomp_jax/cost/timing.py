@@ -1,10 +1,10 @@
-"""Timing of compiled models that take turns."""
+"""Times compiled models in turns."""
 
 import dataclasses
 import logging
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
@@ -15,9 +15,35 @@ from vitcomp_jax.models.spec import ViTSpec
 from vitcomp_jax.weights.loading import Params
 
 
+class Timed(Protocol):
+  """Describes anything that can be timed.
+
+  Attributes:
+    seconds: Timings so far, in seconds.
+  """
+
+  seconds: list[float]
+
+  def time_once(self) -> float:
+    """Runs once, and returns the seconds that it took."""
+    ...
+
+
 @dataclasses.dataclass
 class Subject:
-  """One model at one batch size, compiled."""
+  """Holds a compiled model for one batch size, and its timings.
+
+  Attributes:
+    name: Name of the model.
+    batch: Batch size.
+    forward: The compiled forward pass, of weights and images.
+    params: The weights.
+    images: The input, f32[b h w 3].
+    compile_s: Seconds that compilation took.
+    first_s: Seconds that the first run took.
+    peak_bytes: Memory of the program, with arguments and results.
+    seconds: Timings of a forward pass, in seconds.
+  """
 
   name: str
   batch: int
@@ -30,6 +56,7 @@ class Subject:
   seconds: list[float] = dataclasses.field(default_factory=list)
 
   def time_once(self) -> float:
+    """Runs a forward pass, and returns the seconds that it took."""
     begin = time.perf_counter()
     self.forward(self.params, self.images).block_until_ready()
     return time.perf_counter() - begin
@@ -39,10 +66,10 @@ def compiled(name: str, model: Backbone, params: Params, batch: int) -> Subject:
   """Compiles a model for a batch size, and runs it once on noise.
 
   Args:
-    name: Of the model.
+    name: Name of the model, for logs and tables.
     model: The model.
-    params: Its weights.
-    batch: Images at once.
+    params: Weights of the model.
+    batch: Batch size.
   """
   arguments = jax.device_put(params), jnp.asarray(noise(model.spec, batch))
 
@@ -62,20 +89,20 @@ def compiled(name: str, model: Backbone, params: Params, batch: int) -> Subject:
 
 
 def noise(spec: ViTSpec, batch: int) -> np.ndarray:
-  """Normal noise as images, f32[b h w 3]; a smaller batch is the start of a larger one."""
+  """Draws normal noise as images, f32[b h w 3]; a smaller batch is a prefix of a larger one."""
   return np.random.default_rng(0).standard_normal((batch, *spec.image_size, 3), np.float32)
 
 
-def take_turns(subjects: Sequence[Any], seconds: float, rounds: int) -> None:
-  """Times everything in rounds, so that drift hits all alike.
+def take_turns(subjects: Sequence[Timed], seconds: float, rounds: int) -> None:
+  """Times several subjects in rounds, so that drift affects all of them alike.
 
   Args:
-    subjects: What has `time_once` and a list `seconds`.
-    seconds: That each is given in all, at least three times a round.
-    rounds: How many.
+    subjects: Subjects to time; their timings are appended.
+    seconds: Total time for each subject; each is run at least three times a round.
+    rounds: Number of rounds.
   """
   for subject in subjects:
-    subject.time_once()  # a warm-up besides the one after compiling
+    subject.time_once()  # another warm-up, after the one on compilation
   for _ in range(rounds):
     for subject in subjects:
       begin, count = time.perf_counter(), 0

@@ -1,6 +1,6 @@
 """Looks up timm's preprocessing by architecture and pre-training tag, as in `NAME.TAG`.
 
-`bundled/timm_tags.json` has it; `tools/timm_tags.py` makes that file.
+It is stored in `bundled/timm_tags.json`, which `tools/timm_tags.py` writes.
 """
 
 import difflib
@@ -17,10 +17,10 @@ _HUB = ("hf-hub:", "timm/")
 
 
 def tag_of(name: str) -> dict[str, Any] | None:
-  """Returns what timm records for a pre-trained model; None if the tag is not known.
+  """Returns timm's preprocessing for a pre-trained model; None if the tag is unknown.
 
   Args:
-    name: `NAME.TAG`, or with `timm/` or `hf-hub:timm/` before it.
+    name: `NAME.TAG`, optionally with the prefix `timm/` or `hf-hub:timm/`.
 
   Returns:
     `mean`, `std`, `crop_pct`, `crop_mode`, `interpolation`, `image_size` and `num_classes`.
@@ -30,7 +30,7 @@ def tag_of(name: str) -> dict[str, Any] | None:
 
 
 def architecture(name: str) -> str | None:
-  """Returns the name without its tag; None if the tag is not known."""
+  """Returns the name without its tag; None if the tag is unknown."""
   return _without_hub(name).split(".")[0] if tag_of(name) else None
 
 
@@ -46,7 +46,7 @@ def spec_changes(tag: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def near_tags(name: str) -> list[str]:
-  """Returns up to three known tags of the same architecture that are closest to `name`."""
+  """Returns up to three known tags of the same architecture, closest to `name` first."""
   architecture = name.split(".")[0] + "."
   known = [other for other in _table()["tags"] if other.startswith(architecture)]
   return difflib.get_close_matches(name, known, n=3, cutoff=0.0)
@@ -58,11 +58,11 @@ def timm_version() -> str:
 
 
 def warn_unknown(name: str, spec: ViTSpec) -> None:
-  """Warns that timm's preprocessing of weights is not known, and says what is done instead.
+  """Warns that timm's preprocessing for weights is unknown, and names the one used instead.
 
   Args:
-    name: Of the weights, as the user gave it.
-    spec: Whose preprocessing is taken.
+    name: Name of the weights, as the user gave it.
+    spec: Spec of the model, whose preprocessing is used.
   """
   near = near_tags(_without_hub(name))
   logging.warning(

@@ -1,4 +1,4 @@
-"""Every model by name: timm's names, and the small one this project trains itself."""
+"""Model variants by timm's names, and a small one that this project trains."""
 
 import dataclasses
 import difflib
@@ -21,13 +21,13 @@ _SIZES = {  # width, depth, heads, hidden units
   "huge": (1280, 32, 16, 5120),
   "giantopt": (1536, 40, 16, 6144),
 }
-# Patch, sides, and share of the resized image that evaluation keeps.
+# Patch size, image size and `crop_pct`.
 _CLIP = {
   "base": ((32, 224, 0.9), (32, 256, 1.0), (32, 384, 1.0), (16, 224, 0.95), (16, 384, 1.0)),
   "large": ((14, 224, 1.0), (14, 336, 1.0)),
   "huge": ((14, 224, 1.0), (14, 336, 1.0), (14, 378, 1.0)),
 }
-# With the outputs that image and text have in common, which the head makes.
+# The same, and the dimensions of the embedding shared with text, which the head computes.
 _CLIP_QUICKGELU = {
   "base": ((32, 224, 0.9, 512), (16, 224, 0.9, 512)),
   "large": ((14, 224, 1.0, 768), (14, 336, 1.0, 768)),
@@ -56,10 +56,10 @@ def _vit(name: str, size: str, image_size: int, patch_size: int = 16, **options)
 
 
 def _clip() -> Iterator[ViTSpec]:
-  """CLIP's vision towers: as fine-tuned for ImageNet, and OpenAI's with their own activation."""
+  """Yields CLIP's vision towers: fine-tuned for ImageNet, and OpenAI's with QuickGELU."""
   clip = dict(norm_pre=True, norm_eps=1e-5)
   for size, sides in _CLIP.items():
-    # LAION's large model came with other scales.
+    # LAION's large model uses another mean and standard deviation.
     scales = (_HALF, _HALF) if size == "large" else (_CLIP_MEAN, _CLIP_STD)
     for patch, side, crop in sides:
       options = dict(clip, mean=scales[0], std=scales[1], crop_pct=crop)
@@ -72,12 +72,12 @@ def _clip() -> Iterator[ViTSpec]:
 
 
 def _siglip() -> Iterator[ViTSpec]:
-  """SigLIP's vision towers, which have no classifier."""
+  """Yields SigLIP's vision towers, which have no classifier."""
   options = dict(num_classes=0, class_token=False, pool="map", mean=_HALF, std=_HALF)
   for size, patches in _SIGLIP.items():
     for patch, sides in patches:
       for side in sides:
-        # timm has the older ones with the exact GELU, though all were trained with the other.
+        # timm uses the exact GELU for the older ones, though all were trained with tanh.
         tanh = patch == 32 or (size, side) == ("large", 512) or size == "giantopt"
         tanh |= (size, patch) == ("so400m", 16)
         activation = "gelu_tanh" if tanh else "gelu"
@@ -86,7 +86,7 @@ def _siglip() -> Iterator[ViTSpec]:
 
 
 def _build() -> dict[str, ViTSpec]:
-  """Builds all variants, with the preprocessing of timm's weights of the same name."""
+  """Returns all variants by name, with the preprocessing of timm's weights of that name."""
   specs = []
   for size, side in (("tiny", 224), ("small", 224), ("base", 224), ("base", 384)):
     crop = 1.0 if side == 384 else 0.9
@@ -102,7 +102,7 @@ def _build() -> dict[str, ViTSpec]:
     name = f"vit_{size}_patch{patch}_224.mae"
     specs.append(_vit(name, size, 224, patch, pool="size_mean"))
   for size in ("small", "base", "large"):
-    # Their authors resample positions as PyTorch's plain bicubic does.
+    # The authors resample positions by PyTorch's plain bicubic interpolation.
     dino = dict(num_classes=0, layer_scale=True, crop_pct=1.0, antialias=False)
     specs.append(_vit(f"vit_{size}_patch14_dinov2", size, 518, 14, **dino))
     registers = dict(num_registers=4, pos_on_prefix=False)
@@ -110,7 +110,7 @@ def _build() -> dict[str, ViTSpec]:
   specs += [*_clip(), *_siglip()]
   for name, depths, dims in _CAFORMER:
     specs.append(caformer(name, (224, 224), depths, dims, crop_pct=1.0))
-  # Fashion-MNIST's 28 pixels padded to 30: 100 patches, as many as compression needs to show.
+  # Fashion-MNIST's 28 pixels padded to 30 give 100 patches, enough to compress.
   specs.append(
     ViTSpec(
       "vit_mini_patch3_30",
@@ -133,7 +133,7 @@ VARIANTS = _build()
 
 
 def list_variants() -> list[str]:
-  """Returns the names of all variants.
+  """Returns the names of all variants, sorted.
 
   Examples:
     >>> import vitcomp_jax as vc
@@ -152,14 +152,15 @@ def get_spec(
   """Returns the spec of a variant, by timm's name with or without a pre-training tag.
 
   Args:
-    variant: Such as `deit_small_patch16_224` or `vit_base_patch16_224.dino`; with a tag, images are
-      prepared as timm prepares them for those weights.
-    num_classes: Outputs of the classifier, 0 for features; None: the variant's or the tag's.
-    image_size: Side of a square, or height and width, in pixels; None: the variant's or the tag's.
-    dtype: Of the computation; None: that of inputs and weights.
+    variant: Name such as `deit_small_patch16_224` or `vit_base_patch16_224.dino`; with a tag, the
+      spec has timm's preprocessing for those weights.
+    num_classes: Number of classes, 0 for features; None for the variant's or the tag's.
+    image_size: Side of a square, or height and width, in pixels; None for the variant's or the
+      tag's.
+    dtype: Precision of the computation; None for that of inputs and weights.
 
   Raises:
-    UserError: For an unknown variant, or an image size that the patch does not divide.
+    UserError: If the variant is unknown, or the patch size does not divide the image size.
 
   Examples:
     >>> import vitcomp_jax as vc

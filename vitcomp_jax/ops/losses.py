@@ -8,12 +8,12 @@ from jaxtyping import Array, Float, Int
 def cross_entropy(
   logits: Float[Array, "b c"], labels: Int[Array, " b"], smoothing: float = 0.0
 ) -> Float[Array, ""]:
-  """Cross-entropy with labels, in nats.
+  """Computes the cross-entropy with labels, in nats.
 
   Args:
-    logits: Of any precision; the softmax runs in float32 at least.
+    logits: Logits of any precision; the softmax runs in float32 at least.
     labels: Class indices.
-    smoothing: Share of the target that is spread evenly over all classes.
+    smoothing: Label smoothing, the share of the target spread evenly over all classes.
   """
   log_p = jax.nn.log_softmax(_at_least_float32(logits))
   picked = jnp.take_along_axis(log_p, labels[:, None], axis=1)[:, 0]
@@ -23,21 +23,21 @@ def cross_entropy(
 def soft_cross_entropy(
   logits: Float[Array, "b c"], targets: Float[Array, "b c"]
 ) -> Float[Array, ""]:
-  """Cross-entropy with probabilities of the classes, in nats.
+  """Computes the cross-entropy with class probabilities, in nats.
 
   Args:
-    logits: Of any precision; the softmax runs in float32 at least.
-    targets: Rows that sum to 1.
+    logits: Logits of any precision; the softmax runs in float32 at least.
+    targets: Class probabilities, which sum to 1 in each row.
   """
   return -jnp.mean(jnp.sum(targets * jax.nn.log_softmax(_at_least_float32(logits)), axis=1))
 
 
 def logit_divergence(logits: Float[Array, "b c"], teacher: Float[Array, "b c"]) -> Float[Array, ""]:
-  """Kullback-Leibler divergence from the teacher's prediction, in nats.
+  """Computes the Kullback-Leibler divergence from the teacher's prediction, in nats.
 
   Args:
-    logits: Of any precision; it is computed in float32 at least.
-    teacher: Of the same precision.
+    logits: Logits of any precision; the divergence is computed in float32 at least.
+    teacher: The teacher's logits, of the same precision.
   """
   target = jax.nn.log_softmax(_at_least_float32(teacher))
   difference = target - jax.nn.log_softmax(_at_least_float32(logits))
@@ -50,11 +50,11 @@ def distillation(
   """Computes the divergence of a student from its teacher, in nats.
 
   Args:
-    logits: The student's.
-    teacher: The teacher's.
-    kind: `soft`, the divergence of the predictions at a temperature, times its square; or `hard`,
-      the cross-entropy with the teacher's class.
-    temperature: Of `soft`.
+    logits: The student's logits.
+    teacher: The teacher's logits.
+    kind: `soft` for the divergence of the predictions at a temperature, times its square; `hard`
+      for the cross-entropy with the teacher's class.
+    temperature: Temperature of `soft`.
 
   References:
     Hinton et al., 2015, `Distilling the Knowledge <https://arxiv.org/abs/1503.02531>`_;
@@ -68,11 +68,12 @@ def distillation(
 def feature_divergence(
   features: Float[Array, "b ..."], teacher: Float[Array, "b ..."]
 ) -> Float[Array, ""]:
-  """Squared distance from the teacher's features, relative to their squared length.
+  """Computes the squared distance from the teacher's features, relative to their squared norm.
 
   Args:
-    features: [b d], or [b 2 d] of a distilled model; it is computed in float32 at least.
-    teacher: Of the same shape and precision.
+    features: Features [b d], or [b 2 d] of a distilled model; the distance is computed in float32
+      at least.
+    teacher: The teacher's features, of the same shape and precision.
   """
   teacher = _at_least_float32(teacher).reshape(len(teacher), -1)
   features = _at_least_float32(features).reshape(len(features), -1)

@@ -1,4 +1,4 @@
-"""The loop around the step: batches in, metrics and checkpoints out, resumable anywhere."""
+"""Runs training steps: reads batches, writes metrics and checkpoints, and resumes anywhere."""
 
 import dataclasses
 import itertools
@@ -26,24 +26,25 @@ from vitcomp_jax.training.step import StepFn, TrainState
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-  """Describes what a stage trains.
+  """Describes the training of a stage.
 
   Attributes:
-    stage: Names the checkpoints and the metrics.
-    state: Before the first step; it may lie anywhere.
-    step_at: Gives the function of a step (counted from 0), from `step.make_step`.
-    batches: Gives this process's rows of the batches from a step on; each a function of its step.
-    steps: How many in all.
+    stage: Name of the checkpoints and metrics.
+    state: State before the first step, on any device.
+    step_at: Maps a step, counted from 0, to its function from `step.make_step`.
+    batches: Maps a step to this process's rows of the batches from there on; each batch is a
+      function of its step.
+    steps: Total number of steps.
     log_every: Steps between logged metrics.
     checkpoint_every: Steps between checkpoints.
-    schedule: The learning rate, which is logged.
-    fixed: What no step changes, such as a teacher's weights.
+    schedule: Learning rate by step, which is logged.
+    fixed: Arrays that no step changes, such as a teacher's weights.
   """
 
   stage: str
   state: TrainState
   step_at: Callable[[int], StepFn]
-  batches: Callable[[int], Iterator[Mapping[str, Any]]]
+  batches: Callable[[int], Iterator[Mapping[str, np.ndarray]]]
   steps: int
   log_every: int
   checkpoint_every: int
@@ -57,42 +58,39 @@ def train(
   """Runs a stage's steps, from its last checkpoint if there is one.
 
   Args:
-    task: What to do.
-    workdir: Of the run.
-    layout: On the devices.
-    traced: First and last step of a profile; empty: none.
+    task: The training to run.
+    workdir: Folder of the run.
+    layout: Layout of state and batches on the devices.
+    traced: First and last step to profile; empty for no profile.
 
   Returns:
-    The state after the last step, and the seconds spent, earlier sittings included.
+    The state after the last step, and the seconds spent, including those before a resumption.
 
   Raises:
-    Preempted, KeyboardInterrupt: If the process was asked to end, or Ctrl-C was pressed; a
-      checkpoint is written before.
-    UserError: If the loss is not finite; what led to it is in `failure.json`. Or if the data cannot
-      be read, after a checkpoint where one process does it all.
+    Preempted: On SIGTERM, after a checkpoint.
+    KeyboardInterrupt: On Ctrl-C, after a checkpoint.
+    UserError: If the loss is not finite, after writing `failure.json`; or if the data cannot be
+      read, after a checkpoint (except with several processes).
   """
   state, fixed = layout.put_state(task.state), layout.put_state(task.fixed)
   with (
     Checkpointer(workdir / "checkpoints" / task.stage) as checkpoints,
     Preemption() as preemption,
   ):
-    restored = checkpoints.restore(state)
-    done, state = restored if restored else (0, state)
+    done, state = checkpoints.restore(state) or (0, state)
     logging.info("%s: steps %d to %d; the first is compiled", task.stage, done + 1, task.steps)
-    watch = _LossWatch(task.stage, workdir, checkpoints)
+    watch, clock = _LossWatch(task.stage, workdir, checkpoints), _Clock()
     with MetricsWriter(workdir, task.stage, done, task.steps) as writer:
-      iterator, clock = task.batches(done), _Clock()
+      batches = task.batches(done)
       for step in range(done + 1, task.steps + 1):
-        clock.begin_input()
         try:
-          batch = next(iterator)
-        except UserError:  # a corrupt image, say: what was learnt is not lost with it
-          # Several processes would have to save together, and the others know nothing of it.
+          batch = clock.time_input(batches)
+        except UserError:  # such as a corrupt image
+          # Several processes would have to save together, and only one may have the error.
           if jax.process_count() == 1 and step - 1 != (checkpoints.latest_step() or 0):
             watch.check()
             checkpoints.save(step - 1, state)
           raise
-        clock.end_input(len(batch["label"]) * jax.process_count())
         if traced and step == traced[0]:
           jax.profiler.start_trace(str(workdir / "profile"))
         placed = layout.put_batch({k: v for k, v in batch.items() if k != "index"})
@@ -101,12 +99,9 @@ def train(
         watch.add(step, metrics["loss"], batch["index"])
         is_last = step == task.steps
         if step % task.log_every == 0 or step == 1 or is_last:
-          metrics = layout.get(metrics)
-          rate = {"learning_rate": np.asarray(task.schedule(step - 1))}
-          speed = clock.metrics()
-          if step == 1:  # Compiling is most of it.
-            speed = {"first_step_s": speed["step_s"]}
-          writer.write(step, {**metrics, **rate, **speed})
+          learning_rate = np.asarray(task.schedule(step - 1))
+          metrics = layout.get(metrics) | {"learning_rate": learning_rate}
+          writer.write(step, metrics | clock.metrics(step == 1))
           watch.check()
         if traced and step == traced[-1]:
           jax.block_until_ready(state)
@@ -121,11 +116,14 @@ def train(
 
 
 def run(task: Task, layout: Layout) -> TrainState:
-  """Runs a task's steps without a workdir: nothing is logged, nothing kept but the last state.
+  """Runs a task's steps without a workdir, logs and checkpoints.
 
   Args:
-    task: To do.
-    layout: On the devices.
+    task: The training to run.
+    layout: Layout of state and batches on the devices.
+
+  Returns:
+    The state after the last step.
 
   Raises:
     UserError: If the loss is not finite.
@@ -144,7 +142,7 @@ def run(task: Task, layout: Layout) -> TrainState:
 
 
 class _Clock:
-  """Measures where the time of the steps goes."""
+  """Measures the time of steps and the part of it spent waiting for batches."""
 
   def __init__(self) -> None:
     self._restart()
@@ -153,33 +151,45 @@ class _Clock:
     self._begin = time.monotonic()
     self._steps, self._images, self._waited = 0, 0, 0.0
 
-  def begin_input(self) -> None:
-    self._asked = time.monotonic()
+  def time_input(self, batches: Iterator[Mapping[str, np.ndarray]]) -> Mapping[str, np.ndarray]:
+    """Returns the next batch, and adds the time that it took."""
+    begin = time.monotonic()
+    batch = next(batches)
+    self._waited += time.monotonic() - begin
+    self._steps, self._images = self._steps + 1, self._images + len(batch["label"])
+    return batch
 
-  def end_input(self, images: int) -> None:
-    self._waited += time.monotonic() - self._asked
-    self._steps, self._images = self._steps + 1, self._images + images
+  def metrics(self, is_first: bool) -> dict[str, float]:
+    """Returns means over the steps since the last call, all of which must have finished.
 
-  def metrics(self) -> dict[str, float]:
-    """Means over the steps since the last call; it is called when the last step is done."""
+    Args:
+      is_first: Whether this is the first step, most of whose time is compilation.
+    """
     spent = time.monotonic() - self._begin
-    found = {
-      "images_per_second": self._images / spent,
-      "step_s": spent / self._steps,
-      "input_wait_s": self._waited / self._steps,
-    }
-    memory = [device.memory_stats() or {} for device in jax.local_devices()]
-    peak = max((stats.get("peak_bytes_in_use", 0) for stats in memory), default=0)
-    # What a CPU's device takes is the process's own.
-    peak = peak or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 2**10
+    step_s, wait_s = spent / self._steps, self._waited / self._steps
+    images_per_second = self._images * jax.process_count() / spent
     self._restart()
-    return found | {"peak_memory_gb": peak / 2**30}
+    if is_first:
+      return {"first_step_s": step_s}
+    return {
+      "images_per_second": images_per_second,
+      "step_s": step_s,
+      "input_wait_s": wait_s,
+      "peak_memory_gb": _peak_bytes() / 2**30,
+    }
+
+
+def _peak_bytes() -> int:
+  """Returns the peak memory of a device; on CPU, of the process."""
+  memory = [device.memory_stats() or {} for device in jax.local_devices()]
+  peak = max((stats.get("peak_bytes_in_use", 0) for stats in memory), default=0)
+  return peak or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 2**10
 
 
 class _LossWatch:
-  """Stops a run whose loss is no longer finite, and writes down what led to it.
+  """Raises an error if the loss is not finite, and writes the step and the batch to a file.
 
-  A loss is looked at a step later, when it is there, so that no step waits for it.
+  Each loss is checked one step later, so that no step waits for it.
   """
 
   def __init__(self, stage: str, workdir: pathlib.Path, checkpoints: Checkpointer) -> None:
@@ -192,7 +202,7 @@ class _LossWatch:
       self._check(*self._open.pop(0))
 
   def check(self) -> None:
-    """Looks at all that are left."""
+    """Checks all pending losses."""
     while self._open:
       self._check(*self._open.pop(0))
 

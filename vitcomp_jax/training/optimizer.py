@@ -12,12 +12,12 @@ from vitcomp_jax.config import SearchConfig, SlimConfig, TrainConfig
 
 
 def train_steps(config: TrainConfig, num_examples: int) -> int:
-  """Steps of a training."""
+  """Returns the number of steps of a training."""
   return max(1, math.ceil(config.epochs * num_examples / config.batch_size))
 
 
 def train_schedule(config: TrainConfig, num_examples: int) -> optax.Schedule:
-  """Linear warm-up, then a cosine down to the smallest learning rate."""
+  """Returns a schedule of linear warm-up and cosine decay to the smallest learning rate."""
   steps = train_steps(config, num_examples)
   warmup = min(steps - 1, round(config.warmup_epochs * num_examples / config.batch_size))
   scale = config.batch_size / (config.learning_rate_for or config.batch_size)
@@ -32,10 +32,10 @@ FROZEN = "frozen"
 def per_group(
   group_of: Callable[[tuple[str, ...]], str], groups: Mapping[str, optax.GradientTransformation]
 ) -> optax.GradientTransformation:
-  """An optimizer for each group of variables; those of the group `FROZEN` stay as they are.
+  """Returns an optimizer for each group of variables; the group `FROZEN` is not updated.
 
   Args:
-    group_of: The group of a variable, by its path.
+    group_of: Maps a variable's path to its group.
     groups: The optimizers by group.
   """
 
@@ -48,12 +48,12 @@ def per_group(
 
 
 def train_optimizer(config: TrainConfig, num_examples: int) -> optax.GradientTransformation:
-  """AdamW; kernels decay, biases, norms, tokens and positions do not."""
+  """Returns AdamW; only kernels decay, not biases, norms, tokens or positions."""
   return _clipped(config, num_examples, _is_kernel)
 
 
 def mask_optimizer(config: SlimConfig, num_examples: int) -> optax.GradientTransformation:
-  """The same for ViT-Slim's masks, with their own learning rate and weight decay."""
+  """Returns AdamW for ViT-Slim's masks, with their own learning rate and weight decay."""
   rate = config.mask_learning_rate or config.learning_rate
   config = dataclasses.replace(config, learning_rate=rate, weight_decay=config.mask_weight_decay)
   return _clipped(config, num_examples, None)
@@ -75,12 +75,12 @@ def _is_kernel(params: Any) -> Any:
 
 
 def search_schedule(config: SearchConfig, epoch_steps: int) -> optax.Schedule:
-  """The learning rate of the rates.
+  """Returns the learning rate schedule of a search.
 
   Args:
-    config: `schedule` is `cosine`, step by step, or `authors`: once per epoch and one epoch late,
-      so that three epochs from 0.01 to 0.001 run at 0.01, 0.01 and 0.00775.
-    epoch_steps: Steps of an epoch, for `authors`.
+    config: Its `schedule` is `cosine`, which changes every step; or `authors`, which changes every
+      epoch and lags by one, so that three epochs from 0.01 to 0.001 use 0.01, 0.01 and 0.00775.
+    epoch_steps: Steps per epoch, for `authors`.
   """
   if config.schedule == "cosine":
     alpha = config.min_learning_rate / config.learning_rate
@@ -97,5 +97,5 @@ def search_schedule(config: SearchConfig, epoch_steps: int) -> optax.Schedule:
 
 
 def search_optimizer(config: SearchConfig, epoch_steps: int) -> optax.GradientTransformation:
-  """Adam without decay on the rates."""
+  """Returns Adam without weight decay for the search variables."""
   return optax.adam(search_schedule(config, epoch_steps), b2=config.adam_b2)

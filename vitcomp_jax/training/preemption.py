@@ -1,4 +1,4 @@
-"""A request to end, as schedulers send it before they take the machine away, or Ctrl-C."""
+"""Ends training on SIGTERM, which schedulers send before they take a machine away, or on Ctrl-C."""
 
 import logging
 import signal
@@ -11,14 +11,14 @@ from jax.experimental import multihost_utils
 
 
 class Preempted(Exception):
-  """The process was asked to end; the same command goes on."""
+  """Reports that the process was asked to end; the same command resumes it."""
 
 
 class Preemption:
-  """Notes SIGTERM and Ctrl-C while a loop runs, so that it can end after a step.
+  """Catches SIGTERM and Ctrl-C while a loop runs, so that it can end after a step.
 
-  A second Ctrl-C ends it at once. Several processes, which may be told at different times, agree on
-  the step to end at; Ctrl-C ends them at once.
+  A second Ctrl-C ends it at once. Several processes, which may be signalled at different times,
+  agree on the step to end at; Ctrl-C ends them at once.
   """
 
   def __init__(self) -> None:
@@ -26,19 +26,24 @@ class Preemption:
     self._before: dict[int, Any] = {}
 
   def reached(self, step: int) -> bool:
-    """Whether to end after this step; in every process the same."""
+    """Returns whether to end after this step, the same in every process."""
     if jax.process_count() > 1:
       return multihost_utils.reached_preemption_sync_point(step)
     return self._asked is not None
 
   def end(self, where: str) -> NoReturn:
-    """Ends the loop, when a checkpoint is written.
+    """Ends the loop; to be called after a checkpoint is written.
+
+    Args:
+      where: Stage and step, for the message.
 
     Raises:
-      KeyboardInterrupt: If it was Ctrl-C that asked for it.
-      Preempted: Otherwise.
+      KeyboardInterrupt: On Ctrl-C.
+      Preempted: On SIGTERM.
     """
-    raise KeyboardInterrupt(where) if self._asked == signal.SIGINT else Preempted(where)
+    if self._asked == signal.SIGINT:
+      raise KeyboardInterrupt(where)
+    raise Preempted(where)
 
   def _note(self, number: int, frame: types.FrameType | None) -> None:
     del frame
@@ -49,10 +54,10 @@ class Preemption:
     self._asked = number
 
   def __enter__(self) -> "Preemption":
-    # Only a main thread may take signals.
+    # Only the main thread may handle signals.
     if jax.process_count() == 1 and threading.current_thread() is threading.main_thread():
       for number in (signal.SIGTERM, signal.SIGINT):
-        if signal.getsignal(number) != signal.SIG_IGN:  # as of a job in the background
+        if signal.getsignal(number) != signal.SIG_IGN:  # as in background jobs
           self._before[number] = signal.signal(number, self._note)
     return self
 

@@ -1,4 +1,4 @@
-"""One optimizer step: a pure function of the state and a batch."""
+"""Training steps: pure functions of the state and a batch."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -16,22 +16,31 @@ Batch = Mapping[str, Array]
 
 
 class TrainState(flax.struct.PyTreeNode):
-  """The state of a training run: what is trained, and what belongs to it.
+  """Holds the state of a training run.
 
   The order of the examples and all randomness are functions of the seed and the step.
+
+  Attributes:
+    step: Number of steps done, i[].
+    params: The weights.
+    arch: Search variables; empty without a search.
+    opt_state: State of the optimizer.
+    ema: Exponential moving average of the weights; None if it is not kept.
+    rng: Random key data of the run.
+    passed: Search variables at selected steps, each [k ...]; None if they are not kept.
   """
 
-  step: Any  # i[]
-  params: Any  # the weights
-  arch: Any  # search variables; empty where there are none
+  step: Any
+  params: Any
+  arch: Any
   opt_state: Any
-  ema: Any  # averaged weights; None where they are not kept
-  rng: Any  # key data of the run
-  passed: Any = None  # search variables at some steps, [k ...]; None where they are not kept
+  ema: Any
+  rng: Any
+  passed: Any = None
 
 
-# (params, arch, fixed, batch, random key, step) -> loss and metrics. The batch also holds `row`,
-# i[b]: which of the whole batch's rows these are, for random numbers that are each row's own.
+# (params, arch, fixed, batch, random key, step) -> (loss, metrics). The batch also holds `row`,
+# i[b]: the rows' positions in the whole batch, for random numbers that differ between rows.
 LossFn = Callable[..., tuple[Array, Metrics]]
 
 # (state, batch, fixed) -> (state, metrics)
@@ -47,16 +56,16 @@ def init_state(
   ema: bool = False,
   keeps: int = 0,
 ) -> TrainState:
-  """The state before the first step.
+  """Returns the state before the first step.
 
   Args:
     params: The weights.
     arch: Search variables.
-    tx: Optimizer of what is trained.
-    trains: Of `params` and `arch`, those that are trained.
-    seed: Of all randomness.
+    tx: Optimizer of the trained variables.
+    trains: Trained variables, out of `params` and `arch`.
+    seed: Seed of all randomness.
     ema: Whether averaged weights are kept.
-    keeps: At how many steps the search variables are kept.
+    keeps: Number of steps at which the search variables are kept.
   """
   variables = {"params": params, "arch": arch}
   return TrainState(
@@ -79,28 +88,28 @@ def make_step(
   parts: int = 1,
   keeps: Sequence[int] = (),
 ) -> StepFn:
-  """The compiled step.
+  """Returns the compiled training step.
 
   Args:
-    loss_fn: A mean over the batch, differentiated with respect to what is trained only, so that no
-      gradient of anything else exists in the compiled step.
-    tx: Optimizer of what is trained.
-    trains: Of `params` and `arch`, those that are trained.
-    layout: On the devices.
-    ema_decay: Of the averaged weights.
-    parts: In which the batch is done one after the other, their gradients averaged.
-    keeps: Steps, counted from 0, before which the search variables are kept, in `passed`.
+    loss_fn: Mean loss of the batch. It is differentiated with respect to the trained variables
+      only, so the compiled step computes no other gradients.
+    tx: Optimizer of the trained variables.
+    trains: Trained variables, out of `params` and `arch`.
+    layout: Layout of state and batches on the devices.
+    ema_decay: Decay of the averaged weights.
+    parts: Number of parts that the batch is divided into, for gradient accumulation.
+    keeps: Steps, counted from 0, before which the search variables are kept in `passed`.
 
   Returns:
-    A function that maps state, batch and what is fixed (such as a teacher's weights) to the next
-    state and metrics. The state is donated.
+    A function that maps the state, a batch and fixed arrays (such as a teacher's weights) to the
+    next state and the metrics. The state is donated.
   """
 
   def step(
     state: TrainState, batch: Batch, fixed: Any, axis: str | None = None
   ) -> tuple[TrainState, Metrics]:
     key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
-    variables, fixed = layout.gathered(({"params": state.params, "arch": state.arch}, fixed))
+    variables, fixed = layout.gather(({"params": state.params, "arch": state.arch}, fixed))
     trained = {name: variables[name] for name in trains}
 
     def loss_of(trained: dict[str, Any], part: Batch) -> tuple[Array, Metrics]:
@@ -110,7 +119,7 @@ def make_step(
     grads, metrics = _mean_grads(loss_of, trained, with_rows(batch, axis), parts)
     if axis:
       grads, metrics = jax.lax.pmean((grads, metrics), axis)
-    grads = layout.cut(grads)
+    grads = layout.shard(grads)
     held = {name: getattr(state, name) for name in trains}
     updates, opt_state = tx.update(grads, state.opt_state, held)
     held = optax.apply_updates(held, updates)
@@ -121,13 +130,13 @@ def make_step(
       ema = optax.incremental_update(held["params"], ema, 1 - decay)
     passed = _kept(state, keeps)
     state = state.replace(step=state.step + 1, opt_state=opt_state, ema=ema, passed=passed, **held)
-    return layout.cut(state), metrics
+    return layout.shard(state), metrics
 
   return layout.compile(step)
 
 
 def _kept(state: TrainState, steps: Sequence[int]) -> Any:
-  """Returns `state.passed` with the search variables as they are, if this is one of the steps."""
+  """Returns `state.passed`, with the current search variables added if this is one of the steps."""
   if not steps:
     return state.passed
   is_now = jnp.asarray(steps) == state.step
@@ -139,15 +148,15 @@ def _kept(state: TrainState, steps: Sequence[int]) -> Any:
 
 
 def random_streams(key: Array, batch: Batch, names: Sequence[str]) -> dict[str, Array]:
-  """A module's random keys, other ones for each part of a batch that is worked on apart."""
+  """Returns the random keys of a module, which differ between the parts of a batch."""
   key = jax.random.fold_in(key, batch["row"][0])
   return dict(zip(names, jax.random.split(key, len(names)), strict=True))
 
 
 def top1(logits: Array, targets: Array) -> Array:
-  """Returns the percentage of rows whose largest logit and largest target coincide.
+  """Computes the percentage of rows whose largest logit and largest target coincide.
 
-  Logits that are not all finite are never right: the largest would be the first that is NaN.
+  Rows with a logit that is not finite count as wrong: argmax would return the first NaN.
   """
   is_right = jnp.argmax(logits, axis=1) == jnp.argmax(targets, axis=1)
   is_right &= jnp.all(jnp.isfinite(logits), axis=1)
@@ -155,7 +164,7 @@ def top1(logits: Array, targets: Array) -> Array:
 
 
 def with_rows(batch: Batch, axis: str | None = None) -> dict[str, Array]:
-  """Names each row's place in the whole batch."""
+  """Adds `row`, i[b], the position of each row in the whole batch."""
   count = len(batch["label"])
   first = jax.lax.axis_index(axis) * count if axis else 0
   return {**batch, "row": first + jnp.arange(count, dtype=jnp.int32)}
@@ -164,7 +173,7 @@ def with_rows(batch: Batch, axis: str | None = None) -> dict[str, Array]:
 def _mean_grads(
   loss_of: Callable[..., tuple[Array, Metrics]], trained: Any, batch: Batch, parts: int
 ) -> tuple[Any, Metrics]:
-  """Gradients and metrics, the loss among them, as means over the parts of a batch."""
+  """Returns gradients and metrics (including the loss), averaged over the parts of a batch."""
 
   def one(part: Batch) -> tuple[Any, Metrics]:
     (loss, metrics), grads = jax.value_and_grad(loss_of, has_aux=True)(trained, part)
@@ -174,8 +183,8 @@ def _mean_grads(
     return one(batch)
 
   def split(x: Array) -> Array:
-    """[parts b/parts ...]; pairs are dealt out in turn, so that no device's rows move to another,
-    and what mixes two neighbours finds both."""
+    """Returns [parts b/parts ...]; pairs of rows are dealt out in turn, so that rows stay on their
+    device and with the neighbour that they mix with."""
     together = 2 if x.shape[0] // parts % 2 == 0 else 1
     dealt = x.reshape(-1, parts, together, *x.shape[1:])
     return jnp.swapaxes(dealt, 0, 1).reshape(parts, -1, *x.shape[1:])
