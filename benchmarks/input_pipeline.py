@@ -2,9 +2,9 @@
 
   python benchmarks/input_pipeline.py [--images 256] [--workers 2] [--json FILE]
 
-The images are made here: 500 x 375 pixels, the usual size of ImageNet's, with the spectrum of
+The images are generated: 500 x 375 pixels, the usual size in ImageNet, with the spectrum of
 photographs, so that they take as long to decode. The bare loop decodes and resizes them with Pillow
-in as many threads and keeps nothing. Everything takes turns, several times; medians are shown.
+in as many threads. Everything is timed in turns, several times; medians are shown.
 """
 
 import argparse
@@ -32,7 +32,7 @@ PRE = transforms.Preprocess(
 
 
 def write_images(folder: pathlib.Path, count: int) -> list[pathlib.Path]:
-  """Images with as much detail at every scale, in two classes."""
+  """Writes images with the spectrum of photographs, in two classes."""
   paths = []
   for i in range(count):
     rng = np.random.default_rng(i)

@@ -1,10 +1,10 @@
-"""Predicts the latency of random plans from a table of one layer's parts, and measures it.
+"""Predicts the latency of random plans from a latency table, and measures it.
 
     python benchmarks/latency_model.py [--variant NAME] [--batch N] [--plans N] [--json FILE]
 
-The plans are sorted uniform counts of pruning and merging. They take turns with what the table is
-made of, so that what else the machine does hits all alike; medians are compared. A search by
-`config.budget.latency_ms` counts by such a table.
+The plans have sorted uniform counts of pruning and merging. They are timed in turns with the
+programs of the table, so that other load on the machine affects all alike; medians are compared. A
+search with `config.budget.latency_ms` uses such a table.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from vitcomp_jax.paths import expand
 
 
 def random_plan(spec: ViTSpec, rng: np.random.Generator) -> tuple[LayerSpec, ...]:
-  """Layers with counts of any sum, each at most the one before."""
+  """Draws layers with random token counts, each at most the one before."""
   compressed = compressed_layers(spec)
   counts = rng.integers(spec.num_prefix + 1, spec.num_tokens + 1, 2 * sum(compressed))
   pairs = iter(np.sort(counts)[::-1].reshape(-1, 2).tolist())
@@ -41,7 +41,7 @@ def random_plan(spec: ViTSpec, rng: np.random.Generator) -> tuple[LayerSpec, ...
 def main(argv: Sequence[str]) -> None:
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument("--variant", default="deit_small_patch16_224")
-  parser.add_argument("--batch", type=int, default=16, help="images at once")
+  parser.add_argument("--batch", type=int, default=16, help="batch size")
   parser.add_argument("--plans", type=int, default=10)
   parser.add_argument("--rounds", type=int, default=7)
   parser.add_argument("--seed", type=int, default=0)

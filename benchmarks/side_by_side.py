@@ -2,10 +2,10 @@
 
   python benchmarks/side_by_side.py [--torch-python PATH] [--json FILE] [--only dense,plan]
 
-PyTorch runs in a process of its own (`torch_vit.py`), with as many threads and the same random
-weights and images; before anything is timed, its outputs have to be ours. All take turns, so that
-what else the machine does hits all alike; medians are compared. Linux; docs/performance.md says
-more.
+PyTorch runs in its own process (`torch_vit.py`), with as many threads and the same random weights
+and images; its outputs are compared with ours first. Everything is timed in turns, so that other
+load on the machine affects all alike; medians are compared. It needs Linux; see
+docs/performance.md.
 """
 
 import argparse
@@ -41,7 +41,7 @@ from vitcomp_jax.runs.run import Run, open_run
 from vitcomp_jax.stages import search
 from vitcomp_jax.weights.timm_names import to_timm
 
-# What is measured, at which batch sizes, and the ways in which PyTorch does it there.
+# Measured parts by name, with PyTorch's counterparts at each batch size.
 BATCH = 16
 PARTS = {
   "dense": {BATCH: ("dense eager", "dense compiled"), 1: ("dense eager",)},
@@ -49,7 +49,7 @@ PARTS = {
   "sliced": {BATCH: (), 1: ()},
   "search": {BATCH: ("search", "search without weight gradients")},
 }
-# Measured apart, on our side alone, and in few rounds: a forward pass takes seconds.
+# Measured separately, without PyTorch and in few rounds: a forward pass takes seconds.
 MAE_H, MAE_H_PLAN = "vit_huge_patch14_224.mae", "diffrate/mae_huge@103.4"
 MAE_H_BATCH, MAE_H_ROUNDS = 2, 2
 ALL = (*PARTS, "mae_h")
@@ -60,8 +60,7 @@ _ADAM_B1 = 0.9
 
 @dataclasses.dataclass(frozen=True)
 class FirstTokens:
-  """Keeps the first tokens, as many as another reducer: what it costs to choose and merge them is
-  what this one does not do."""
+  """Keeps the first tokens, as many as another reducer, to measure the cost of the latter."""
 
   like: TokenReducer
 
@@ -70,7 +69,7 @@ class FirstTokens:
     if keep == n:
       return tokens
     x = tokens.x[:, :keep]
-    # Any sizes that XLA cannot foresee: attention takes them into account as under the plan.
+    # Sizes that XLA cannot predict, so that attention accounts for them as under the plan.
     return Tokens.begin(x, tokens.num_prefix, size=1 + abs(x[..., 0]))
 
   def count(self, n: int) -> int:
@@ -79,7 +78,7 @@ class FirstTokens:
 
 @dataclasses.dataclass
 class Subject:
-  """A subject to time besides the models that `timing.compiled` makes."""
+  """Holds a function to time, beside the models of `timing.compiled`."""
 
   name: str
   batch: int
@@ -88,10 +87,10 @@ class Subject:
 
 
 class Search:
-  """Steps of the stage `search` on one batch.
+  """Runs steps of the stage `search` on one batch.
 
   Attributes:
-    arrays: Images, labels and the rates after a step, as `torch_vit.py` takes them.
+    arrays: Images, labels and the rates after a step, as inputs of `torch_vit.py`.
   """
 
   def __init__(self, run: Run) -> None:
@@ -100,7 +99,7 @@ class Search:
     batch.pop("index")
     self._step, self._batch = task.step_at(0), run.inputs.layout.put_batch(batch)
     self._state = run.inputs.layout.put_state(task.state)
-    # The first rates stand where a count just is whole; which one it is, rounding decides.
+    # The initial rates give exactly whole counts, which rounding errors may change.
     self.time_once()
     images = normalize(batch["image"], run.inputs.preprocess)
     self.arrays = {"search_images": _to_torch(images), "labels": batch["label"].astype(np.int64)}
@@ -113,7 +112,7 @@ class Search:
     return time.perf_counter() - begin
 
   def gradient(self) -> np.ndarray:
-    """The next step's gradient of all rates, which Adam's mean of gradients tells."""
+    """Runs a step and returns its gradient of all rates, computed from Adam's first moment."""
     before = self._mean_gradient()
     self.time_once()
     return (self._mean_gradient() - _ADAM_B1 * before) / (1 - _ADAM_B1)
@@ -124,17 +123,17 @@ class Search:
 
 
 class Peer:
-  """A process that answers questions: a line of JSON each, and a line of JSON back."""
+  """Runs a process that answers each line of JSON by a line of JSON."""
 
   def __init__(self, command: Sequence[str]) -> None:
     pipe = subprocess.PIPE
     self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True)
 
   def ask(self, *question: Any) -> dict[str, Any]:
-    """The answer.
+    """Returns the answer to a question.
 
     Raises:
-      RuntimeError: If there is none; what the process had to say stands on standard error.
+      RuntimeError: If there is none; standard error has the process's messages.
     """
     assert self._process.stdin and self._process.stdout
     try:
@@ -144,13 +143,13 @@ class Peer:
       raise RuntimeError(f"no answer to {question!r}") from error
 
   def close(self) -> None:
-    """Ends the input, with which the process ends."""
+    """Closes the input, which ends the process."""
     with contextlib.suppress(BrokenPipeError):
       self._process.communicate()
 
 
 def make_run(variant: str, plan: vc.Plan) -> Run:
-  """Returns a search for a plan of the same cost from random weights; writes nothing."""
+  """Opens a search for a plan of the same cost with random weights; writes nothing."""
   config = vc.default_config()
   config.model.variant, config.data.name, config.data.workers = variant, "fake", 1
   config.budget.gmacs, config.search.batch_size = plan.gmacs, BATCH
@@ -158,10 +157,10 @@ def make_run(variant: str, plan: vc.Plan) -> Run:
 
 
 def plan_counts(run: Run, plan: vc.Plan) -> list[tuple[int, int]]:
-  """Both counts of every layer.
+  """Returns the pruned and the merged count of every layer.
 
   Raises:
-    vc.UserError: For a model or a plan that the PyTorch side does not know.
+    vc.UserError: If the PyTorch side does not support the model or the plan.
   """
   spec, layers = run.inputs.spec, plan.layers_for(run.inputs.spec)
   reducers = [layer.reduce for layer in layers]
@@ -177,7 +176,7 @@ def plan_counts(run: Run, plan: vc.Plan) -> list[tuple[int, int]]:
 
 
 def check_torch(python: str) -> None:
-  """Refuses an interpreter without PyTorch."""
+  """Raises a UserError if a Python interpreter cannot import PyTorch."""
   command = [python, "-c", "import torch, numpy"]
   try:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -196,7 +195,7 @@ def check_torch(python: str) -> None:
 def torch_side(
   python: str, run: Run, counts: Sequence[tuple[int, int]], arrays: Mapping[str, np.ndarray]
 ) -> Iterator[tuple[Peer, str]]:
-  """PyTorch's process, which has our weights, plan and images, and PyTorch's version."""
+  """Yields PyTorch's process, with our weights, plan and images, and PyTorch's version."""
   config, spec = run.config.search, run.inputs.spec
   options = {
     "target": run.inputs.target_gmacs * 1e9,
@@ -222,16 +221,16 @@ def compare(
   """Times some of `PARTS` on both sides.
 
   Args:
-    run: From `make_run`.
-    plan: Of its model.
-    parts: What is measured.
-    python: An interpreter that has PyTorch; none: our side alone.
-    seconds: Of timing that each subject is given.
-    rounds: In which all take turns.
+    run: The run from `make_run`.
+    plan: A plan for its model.
+    parts: Names of the parts.
+    python: Python interpreter with PyTorch; None to leave PyTorch out.
+    seconds: Total time for each subject.
+    rounds: Number of rounds.
 
   Returns:
-    The subjects; and PyTorch's version (`torch`), what it could not do, and why (`left_out`), and
-    how far its first outputs are from ours, relative to them (`distances`).
+    The subjects; and PyTorch's version (`torch`), the subjects that it failed on, with reasons
+    (`left_out`), and the relative distances of its first outputs from ours (`distances`).
   """
   counts = plan_counts(run, plan)
   spec, params = run.inputs.spec, run.artefacts.params
@@ -274,7 +273,7 @@ def _asks(peer: Peer, way: str, batch: int) -> Callable[[], float]:
 
 
 def time_mae_h(seconds: float) -> list[Any]:
-  """ViT-H, dense and under its plan, with one set of weights."""
+  """Times ViT-H, dense and under its plan, with one set of weights."""
   dense, params = vc.load(MAE_H)
   plan = ViT(dense.spec, vc.load_plan(MAE_H_PLAN).layers_for(dense.spec))
   subjects = [
@@ -286,7 +285,7 @@ def time_mae_h(seconds: float) -> list[Any]:
 
 
 def ratios(subjects: Sequence[Any]) -> dict[str, float | None]:
-  """Returns the ratios of medians; None where a part was left out."""
+  """Returns the ratios of medians; None if a part was left out."""
   median = {(s.name, s.batch): statistics.median(s.seconds) for s in subjects}
   eager, compiled = (median.get((f"torch {way}", BATCH)) for way in PARTS["dense"][BATCH])
   fastest = min((s for s in (eager, compiled) if s), default=None)
@@ -316,7 +315,7 @@ def ratios(subjects: Sequence[Any]) -> dict[str, float | None]:
 
 
 def entry(subject: Any) -> dict[str, Any]:
-  """One row of the table, and of the JSON file."""
+  """Returns one row of the table and of the JSON file."""
   low, median, high = (float(s) for s in np.percentile(subject.seconds, (25, 50, 75)))
   return {
     "name": subject.name,
@@ -329,7 +328,7 @@ def entry(subject: Any) -> dict[str, Any]:
 
 
 def table(result: Mapping[str, Any]) -> str:
-  """The rows, what was left out, and the ratios."""
+  """Formats the rows, the left-out parts and the ratios."""
   lines = [f"{'':40} {'batch':>5} {'median ms':>10} {'IQR ms':>8} {'images/s':>9}"]
   for e in result["entries"]:
     times = f"{e['median_ms']:10.1f} {e['iqr_ms']:8.1f} {e['images_per_second']:9.2f}"
@@ -341,7 +340,7 @@ def table(result: Mapping[str, Any]) -> str:
 
 
 def machine(torch: str | None) -> dict[str, Any]:
-  """Describes the machine and the versions that were measured."""
+  """Describes the machine and the installed versions."""
   lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
   names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
   versions = {"python": platform.python_version(), "torch": torch, **environment()["versions"]}
@@ -349,22 +348,23 @@ def machine(torch: str | None) -> dict[str, Any]:
 
 
 def threads() -> int:
-  """The cores that XLA uses, and PyTorch is given."""
+  """Returns the number of cores that XLA uses, and PyTorch's number of threads."""
   return len(os.sched_getaffinity(0))
 
 
 def _rates(arch: Mapping[str, Any]) -> dict[str, np.ndarray]:
-  """The rates that are learnt, or what belongs to them; some layers have nothing to choose."""
-  found = {
-    f"rates.{i}.{action}": np.asarray(arch[f"blocks_{i}"]["reduce"][f"{action}_logits"])
-    for i in range(len(arch))
-    for action in ("prune", "merge")
-  }
-  return {name: rate for name, rate in found.items() if rate.size > 1}
+  """Returns the rates (or their gradients) by name, without layers that have only one candidate."""
+  found = {}
+  for i in range(len(arch)):
+    for action in ("prune", "merge"):
+      rate = np.asarray(arch[f"blocks_{i}"]["reduce"][f"{action}_logits"])
+      if rate.size > 1:
+        found[f"rates.{i}.{action}"] = rate
+  return found
 
 
 def _to_torch(images: np.ndarray) -> np.ndarray:
-  """[b h w 3] -> [b 3 h w]."""
+  """Transposes images [b h w 3] to [b 3 h w]."""
   return np.ascontiguousarray(images.transpose(0, 3, 1, 2))
 
 
@@ -373,12 +373,12 @@ def main(argv: Sequence[str]) -> int:
   parser.add_argument(
     "--torch-python", default=sys.executable, help="has PyTorch; none: no PyTorch"
   )
-  parser.add_argument("--json", type=pathlib.Path, help="where the figures are written")
-  parser.add_argument("--only", default=",".join(ALL), help="parts, with commas between")
+  parser.add_argument("--json", type=pathlib.Path, help="file to write the results to")
+  parser.add_argument("--only", default=",".join(ALL), help="parts, separated by commas")
   parser.add_argument("--variant", default="deit_small_patch16_224", help="the model")
   parser.add_argument("--plan", default="diffrate/deit_small@2.9", help="its plan")
-  parser.add_argument("--seconds", type=float, default=10.0, help="of timing for each row")
-  parser.add_argument("--rounds", type=int, default=5, help="in which all take turns")
+  parser.add_argument("--seconds", type=float, default=10.0, help="seconds of timing for each row")
+  parser.add_argument("--rounds", type=int, default=5, help="rounds of timing")
   known = parser.parse_args(argv)
   parts = known.only.split(",")
   try:

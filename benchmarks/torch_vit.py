@@ -1,9 +1,9 @@
-"""The PyTorch side of `side_by_side.py`: a Vision Transformer, dense, under a plan, and searched.
+"""Runs the PyTorch side of `side_by_side.py`: a ViT, dense, under a plan, and searched.
 
-It is started by `side_by_side.py` and imports nothing of vitcomp_jax, so that it runs in any
-interpreter that has PyTorch. The first line on standard input, JSON, sets up a `Side`; each further
-one is `["prepare" or "time", name, batch]`. Each is answered by one line on standard
-output: the PyTorch version; the outputs of a first run, or an error; the seconds of one more run.
+It is started by `side_by_side.py` and does not import vitcomp_jax, so that it runs in any
+interpreter with PyTorch. The first line on standard input, JSON, sets up a `Side`; each further one
+is `["prepare" or "time", name, batch]`. Each is answered by one line on standard output: the
+PyTorch version; the outputs of a first run, or an error; the seconds of another run.
 """
 
 import copy
@@ -24,7 +24,7 @@ _NOISE = 2.0**-22  # of an expected count, relative to the patches
 
 
 class Block(nn.Module):
-  """An encoder layer, under timm's names."""
+  """Implements an encoder layer with timm's parameter names."""
 
   def __init__(self, width: int, heads: int, hidden: int) -> None:
     super().__init__()
@@ -39,7 +39,17 @@ class Block(nn.Module):
   def reduced(
     self, x: Tensor, size: Tensor | None, prune: int, merge: int
   ) -> tuple[Tensor, Tensor | None]:
-    """The layer as a plan deploys it: tokens and their sizes, [b n d] and [b n]; none: all 1."""
+    """Applies the layer under a plan.
+
+    Args:
+      x: Tokens [b n d].
+      size: Sizes of the tokens [b n]; None if all are 1.
+      prune: Tokens left after pruning.
+      merge: Tokens left after merging.
+
+    Returns:
+      The remaining tokens and their sizes.
+    """
     q, k, v = self.project(x)
     bias = None if size is None else size.log()[:, None, None]
     x = self.add(x, functional.scaled_dot_product_attention(q, k, v, attn_mask=bias))
@@ -54,7 +64,7 @@ class Block(nn.Module):
     return self.feed(x), size
 
   def searched(self, tokens: "Masked", rates: tuple[Tensor, Tensor]) -> "Masked":
-    """The layer with learnable counts, which masks tokens instead of removing them."""
+    """Applies the layer with learnable counts, masking tokens instead of removing them."""
     x, size, keep, count = tokens
     q, k, v = self.project(x)
     before = int(count)
@@ -74,12 +84,12 @@ class Block(nn.Module):
       x, size = torch.cat([head, x[:, start:]], 1), torch.cat([head_size, size[:, start:]], 1)
     keep = masked(keep, prune_probability, int(prune), before)
     keep = masked(keep, merge_probability, start, pruned)
-    # Each count takes the whole gradient of the smallest.
+    # Each count receives the whole gradient of the smallest.
     count = min(pruned, start) + (prune - prune.detach()) + (merge - merge.detach())
     return self.feed(x), size.detach(), keep, count
 
   def project(self, x: Tensor) -> tuple[Tensor, ...]:
-    """Queries, keys and values, [b h n k] each."""
+    """Returns queries, keys and values, [b h n k] each."""
     b, n, _ = x.shape
     qkv = self.attn["qkv"](self.norm1(x)).view(b, n, 3, self.heads, -1)
     return qkv.permute(2, 0, 3, 1, 4).unbind(0)
@@ -91,12 +101,12 @@ class Block(nn.Module):
     return x + self.mlp["fc2"](functional.gelu(self.mlp["fc1"](self.norm2(x))))
 
 
-# Tokens [b n d], their sizes and masks [b n] (none: all 1), and how many are not masked.
+# Tokens [b n d], their sizes and masks [b n] (None if all are 1), and the unmasked count.
 Masked = tuple[Tensor, Tensor | None, Tensor | None, Tensor]
 
 
 class ViT(nn.Module):
-  """A Vision Transformer whose CLS token is classified, of the shape that its weights have."""
+  """Implements a Vision Transformer that classifies its CLS token, of the shape of its weights."""
 
   def __init__(self, weights: dict[str, Tensor], heads: int) -> None:
     super().__init__()
@@ -125,7 +135,7 @@ class ViT(nn.Module):
     return self.classify(x)
 
   def reduced(self, images: Tensor, plan: list[list[int]]) -> Tensor:
-    """Logits under a plan, which is given as both counts of every layer."""
+    """Computes logits under a plan, the pruned and merged count of every layer."""
     x, size = self.embed(images), None
     for block, counts in zip(self.blocks, plan, strict=True):
       x, size = block.reduced(x, size, *counts)
@@ -134,7 +144,7 @@ class ViT(nn.Module):
   def searched(
     self, images: Tensor, rates: dict[int, tuple[Tensor, Tensor]]
   ) -> tuple[Tensor, Tensor]:
-    """Logits and multiply-accumulates under the rates of those layers that may lose tokens."""
+    """Computes logits and multiply-accumulates under the rates of layers that reduce tokens."""
     x = self.embed(images)
     tokens: Masked = x, None, None, torch.tensor(float(x.shape[1]))
     width, hidden = self.head.in_features, self.blocks[0].mlp["fc1"].out_features
@@ -158,7 +168,7 @@ def take(x: Tensor, order: Tensor) -> Tensor:
 def cls_attention(
   q: Tensor, k: Tensor, bias: Tensor | None = None, keep: Tensor | None = None
 ) -> Tensor:
-  """The attention of CLS, mean over heads, [b n]; -1 where masked."""
+  """Computes the attention of CLS, averaged over heads, [b n]; -1 if masked."""
   logits = (q[:, :, :1] * q.shape[-1] ** -0.5) @ k.mT
   logits = logits if bias is None else logits + bias
   if keep is None:
@@ -169,13 +179,13 @@ def cls_attention(
 
 
 def most_important(importance: Tensor, count: int) -> Tensor:
-  """Positions of the most important tokens, CLS first, [b count]."""
+  """Returns the positions of the most important tokens, CLS first, [b count]."""
   order = 1 + importance[:, 1:].argsort(dim=1, descending=True, stable=True)[:, : count - 1]
   return torch.cat([torch.zeros_like(order[:, :1]), order], dim=1)
 
 
 def merged(x: Tensor, size: Tensor, start: int, stop: int) -> tuple[Tensor, Tensor]:
-  """The first `start` tokens after those of rank [start, stop) have joined the most similar one."""
+  """Merges tokens of rank [start, stop) into the most similar of the first `start` tokens."""
   unit = functional.normalize(x.detach(), dim=-1)
   score, receiver = (unit[:, start:stop] @ unit[:, 1:start].mT).max(dim=-1)
   receiver = receiver + 1
@@ -186,7 +196,7 @@ def merged(x: Tensor, size: Tensor, start: int, stop: int) -> tuple[Tensor, Tens
 
 
 def masked_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, keep: Tensor) -> Tensor:
-  """Attention of every row to the kept keys and itself (Rao et al., DynamicViT, 2021, Eq. 11)."""
+  """Computes attention of every row to kept keys and itself (Rao et al., DynamicViT, Eq. 11)."""
   logits = (q * q.shape[-1] ** -0.5) @ k.mT + bias
   keep = keep[:, None, None]
   seen = keep + (1 - keep) * torch.eye(keep.shape[-1])
@@ -195,10 +205,10 @@ def masked_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, keep: Tensor
 
 
 def choice(logits: Tensor) -> tuple[Tensor, Tensor]:
-  """The probability that each rank is kept, and the kept count, both with CLS.
+  """Returns the probability that each rank is kept, and the kept count, both with CLS.
 
   Args:
-    logits: Of keeping n, n - 1, ... 1 of n patches.
+    logits: Logits of keeping n, n - 1, ... 1 of n patches.
   """
   n = len(logits)
   p = logits.softmax(0)
@@ -208,7 +218,7 @@ def choice(logits: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def masked(keep: Tensor, probability: Tensor, start: int, stop: int) -> Tensor:
-  """Masks ranks [start, stop), with the gradient of the probability; nothing if there are none."""
+  """Masks ranks [start, stop), with the gradient of the probability."""
   if start >= stop:
     return keep
   hard = torch.ones_like(probability)
@@ -217,18 +227,18 @@ def masked(keep: Tensor, probability: Tensor, start: int, stop: int) -> Tensor:
 
 
 class Search:
-  """Steps of a search: only the rates are trained."""
+  """Runs steps of a search, which trains the rates only."""
 
   def __init__(self, model: ViT, arrays: dict[str, Tensor], options: dict, through: bool) -> None:
     """Sets up a search from its first step.
 
     Args:
-      model: With weights that stay.
-      arrays: The images, labels and first rates.
-      options: The budget and the optimizer's numbers.
-      through: Whether gradients of the weights are computed, which nothing uses.
+      model: Model with fixed weights.
+      arrays: Images, labels and initial rates.
+      options: Budget and hyperparameters of the optimizer.
+      through: Whether unused gradients of the weights are computed.
     """
-    # A copy, as a compiled model would be compiled anew for every change of `requires_grad`.
+    # A copy, because changing `requires_grad` recompiles a compiled model.
     self.model, self.options = copy.deepcopy(model).requires_grad_(through), options
     self.images, self.labels = arrays["search_images"], arrays["labels"]
     self.rates: dict[int, tuple[Tensor, Tensor]] = {}
@@ -242,7 +252,7 @@ class Search:
     self.adam = torch.optim.Adam(self.trained, lr=rate, betas=betas)
 
   def __call__(self) -> Tensor:
-    """One step; returns the gradient of all rates."""
+    """Runs a step, and returns the gradient of all rates."""
     self.model.zero_grad()
     self.adam.zero_grad()
     logits, macs = self.model.searched(self.images, self.rates)
@@ -254,7 +264,7 @@ class Search:
 
 
 class Side:
-  """Lists what can be run, by name."""
+  """Holds the runnable computations by name."""
 
   def __init__(self, setup: dict[str, Any]) -> None:
     """Loads the arrays.
@@ -273,14 +283,14 @@ class Side:
     self.runs: dict[tuple[str, int], Callable[[], Tensor]] = {}
 
   def prepare(self, name: str, batch: int) -> dict[str, Any]:
-    """The outputs of a first run; or the error of one that cannot be compiled."""
+    """Returns the outputs of a first run, or the error if it cannot be compiled."""
     self.runs[name, batch] = run = self._run(name, batch)
     try:
       return {"outputs": run().flatten().tolist()}
     except Exception as error:
       if name != "dense compiled":
         raise
-      # Whatever a compiler has to say; the others go on without it.
+      # Any error of the compiler; the others are still measured.
       return {"error": " ".join(f"{type(error).__name__}: {error}".split())[:300]}
 
   def time(self, name: str, batch: int) -> dict[str, Any]:
@@ -302,7 +312,7 @@ class Side:
 
 
 def main() -> None:
-  # What a compiler prints must not look like an answer.
+  # The compiler's output must not be mistaken for an answer.
   answers = os.fdopen(os.dup(1), "w", buffering=1)
   os.dup2(2, 1)
   side = Side(*json.loads(sys.stdin.readline()))

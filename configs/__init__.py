@@ -1,1 +1,1 @@
-"""Experiments: one file each, whose `get_config()` gives the config of a run."""
+"""Experiments: one file each, whose `get_config()` returns the config of a run."""

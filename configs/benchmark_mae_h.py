@@ -1,9 +1,9 @@
-"""The speed of ViT-H (MAE), dense and under DiffRate's published schedule of 103.4 GMACs.
+"""Measures the speed of ViT-H (MAE), dense and under DiffRate's published plan of 103.4 GMACs.
 
   python -m vitcomp_jax.main --config configs/benchmark_mae_h.py
 
-Random weights and generated images, as neither changes what a forward pass costs: nothing has to be
-fetched. It takes 6 GB of memory and, on two CPU cores, some minutes. The figures are in
+The weights are random and the images generated, which does not change the speed: nothing has to be
+downloaded. It takes 6 GB of memory and a few minutes on two CPU cores. The results are in
 `benchmark.json` and `report.md` of the workdir. Other batch sizes:
 `--config.benchmark.batch_sizes="(1,8)"`.
 """

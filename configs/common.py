@@ -8,12 +8,13 @@ IMAGENET_TRAIN_IMAGES = 1_281_167
 
 
 def imagenet(variant: str, weights: str | None) -> ml_collections.ConfigDict:
-  """ImageNet-1k with the augmentation of DeiT (Touvron et al., 2021, Table 9): random crops and
-  flips, RandAugment, random erasing, Mixup, CutMix and three augmentations of an image.
+  """Returns a config for ImageNet-1k with DeiT's augmentation (Touvron et al., 2021, Table 9).
+
+  It has random crops and flips, RandAugment, random erasing, Mixup, CutMix and three repetitions.
 
   Args:
-    variant: The model.
-    weights: Its weights; none: random ones.
+    variant: Name of the model.
+    weights: Weights of the model; None for random ones.
   """
   config = default_config()
   config.model.variant = variant
@@ -30,12 +31,14 @@ def imagenet(variant: str, weights: str | None) -> ml_collections.ConfigDict:
 
 
 def deit_training(training: ml_collections.ConfigDict, epochs: float) -> None:
-  """The optimization of DeiT: AdamW, 5e-4 for 512 images, 5 epochs of warm-up, a cosine to 1e-5,
-  weight decay 0.05, label smoothing 0.1, stochastic depth 0.1.
+  """Sets DeiT's optimization in a config.
+
+  It is AdamW, learning rate 5e-4 per 512 images, 5 epochs of warm-up, cosine decay to 1e-5, weight
+  decay 0.05, label smoothing 0.1, stochastic depth 0.1.
 
   Args:
-    training: The part of a config that is changed.
-    epochs: Its length.
+    training: The part of a config to change.
+    epochs: Number of epochs.
   """
   training.epochs = epochs
   training.batch_size = 1024
@@ -51,16 +54,17 @@ def deit_training(training: ml_collections.ConfigDict, epochs: float) -> None:
 def diffrate_finetuning(
   variant: str, weights: str, plan: str, drop_path: float, large: bool = False
 ) -> ml_collections.ConfigDict:
-  """DiffRate's fine-tuning on ImageNet-1k under its authors' schedule, and an evaluation.
+  """Returns a config that fine-tunes and evaluates DiffRate's published plan on ImageNet-1k.
 
-  From the authors: 30 epochs from 2e-5 to 1e-6 with DeiT's augmentation. The rest is DeiT's.
+  Following the authors, it trains for 30 epochs from 2e-5 to 1e-6 with DeiT's augmentation. The
+  rest is DeiT's recipe.
 
   Args:
-    variant: The model.
-    weights: Its fine-tuned weights.
-    plan: The published plan.
+    variant: Name of the model.
+    weights: Fine-tuned weights of the model.
+    plan: Name of the published plan.
     drop_path: Stochastic depth at the last layer.
-    large: Cut the state up over the devices, and compute in half precision.
+    large: Whether to shard the state over the devices, and compute in half precision.
   """
   config = imagenet(variant, weights)
   config.stages = ("finetune", "evaluate", "visualize")
@@ -82,18 +86,18 @@ def diffrate_finetuning(
 def diffrate_imagenet(
   arg: str | None, variant: str, weights: str, gmacs: float
 ) -> ml_collections.ConfigDict:
-  """DiffRate's search on ImageNet-1k, three epochs as its authors ran it, and an evaluation.
+  """Returns a config for DiffRate's search on ImageNet-1k as its authors ran it, and an evaluation.
 
-  From the authors: 3 epochs of batches of 1,024 images, learning rate 0.01 falling to 0.001 by
-  their epoch-wise cosine, candidates 4 tokens apart, rates that start at zero, label smoothing of
-  0.1, DeiT's augmentation. Ours, as the defaults of `SearchConfig`: no clamp of sizes, no
-  stochastic depth, the budget term relative to the dense model.
+  From the authors: 3 epochs of batches of 1,024 images, learning rate from 0.01 to 0.001 by their
+  epoch-wise cosine, candidates 4 tokens apart, rates that start at zero, label smoothing of 0.1,
+  DeiT's augmentation. Defaults of `SearchConfig`: no clamp of sizes, no stochastic depth, the
+  budget term relative to the dense model.
 
   Args:
-    arg: What stands behind the colon in `--config FILE:ARG`: the budget in GMACs; none: `gmacs`.
-    variant: The model.
-    weights: Its fine-tuned weights.
-    gmacs: The budget where no argument is given.
+    arg: Budget in GMACs, the ARG of `--config FILE:ARG`; None for `gmacs`.
+    variant: Name of the model.
+    weights: Fine-tuned weights of the model.
+    gmacs: Default budget in GMACs.
   """
   config = imagenet(variant, weights)
   config.stages = ("search", "evaluate", "visualize")
@@ -115,7 +119,11 @@ def diffrate_imagenet(
 
 
 def budget(arg: str | None, default: float) -> float:
-  """The budget that stands behind the colon of `--config FILE:ARG`."""
+  """Parses the ARG of `--config FILE:ARG`, a budget or share.
+
+  Raises:
+    ValueError: If it is not a number.
+  """
   if not arg:
     return default
   try:
@@ -125,16 +133,16 @@ def budget(arg: str | None, default: float) -> float:
 
 
 def vitslim_imagenet(arg: str | None, variant: str, weights: str) -> ml_collections.ConfigDict:
-  """ViT-Slim on ImageNet-1k: 50 epochs of search, and 300 of re-training what was cut out.
+  """Returns a config for ViT-Slim on ImageNet-1k: 50 epochs of search, 300 of re-training.
 
-  From the authors: the epochs, the weights of the three norms, masks that take the weights'
-  learning rate and no weight decay. Around that DeiT's recipe, see `imagenet` and `deit_training`.
+  From the authors: the epochs, the weights of the three norms, masks with the weights' learning
+  rate and no weight decay. The rest is DeiT's recipe, see `imagenet` and `deit_training`.
 
   Args:
-    arg: What stands behind the colon in `--config FILE:ARG`: the share of head dimensions and of
-      hidden units that is kept; none: 0.7.
-    variant: The model.
-    weights: Its weights.
+    arg: Share of head dimensions and of hidden units to keep, the ARG of `--config FILE:ARG`; None
+      for 0.7.
+    variant: Name of the model.
+    weights: Weights of the model.
   """
   config = imagenet(variant, weights)
   config.stages = ("slim", "finetune", "evaluate", "visualize")
@@ -154,15 +162,15 @@ def vitslim_mini(
   mask_learning_rate: float,
   checkpoint_every: int,
 ) -> ml_collections.ConfigDict:
-  """ViT-Slim on the small ViT whose weights ship with the package: search, re-training, evaluation.
+  """Returns a config that slims, re-trains and evaluates the small ViT with bundled weights.
 
   Args:
-    data: The data set, `bundled` or `fashion_mnist`.
-    epochs: Of the search.
-    finetune_epochs: Of the re-training.
-    warmup_epochs: Of both.
-    mask_learning_rate: A few epochs are short for masks: they start at 1 and have to move.
-    checkpoint_every: Steps between checkpoints of both.
+    data: Name of the data set, `bundled` or `fashion_mnist`.
+    epochs: Epochs of the search.
+    finetune_epochs: Epochs of the re-training.
+    warmup_epochs: Epochs of warm-up, of both.
+    mask_learning_rate: Learning rate of the masks, which have to move far from 1 in a few epochs.
+    checkpoint_every: Steps between checkpoints, of both.
   """
   config = default_config()
   config.stages = ("slim", "finetune", "evaluate", "visualize")

@@ -1,21 +1,21 @@
-"""All methods at 80 %, 65 % and 50 % of the MACs, on Fashion-MNIST and the weights that ship.
+"""Compares all methods at 80 %, 65 % and 50 % of the MACs, on Fashion-MNIST with bundled weights.
 
   python tools/prepare_fashion_mnist.py
   python -m vitcomp_jax.main --config configs/compare_fashion_mnist.py:off_the_shelf
 
-Off the shelf nothing but DiffRate's rates is learnt, with three seeds each. Behind the colon stands
+The part after the colon is one of
 
-- `off_the_shelf` (if left out): the methods with the weights as they are;
-- `again`: the same from the plans that were found here and ship in `configs/plans`, in minutes;
+- `off_the_shelf`, the default: the methods without training, DiffRate's rates with three seeds;
+- `again`: the same with the searched plans of `configs/plans`, in minutes;
 - `random`: DiffRate's plans among 300 random schedules for each budget, on 2,000 images;
 - `finetuned`: DiffRate, ToMe, EViT, DynamicViT and ViT-Slim at 65 %, each trained for the same
   epochs from the same weights by the same distillation;
-- `ablation`: what DiffRate's importance, actions, images and steps do, at 50 %;
+- `ablation`: the effect of DiffRate's importance, actions, images and steps, at 50 %;
 - `tuning`: `off_the_shelf` on the 5,000 training images that are held out for choosing settings.
 
-Searches and trainings see the first 55,000 training images, the table is over all 10,000 test
-images. One line in `methods` or `finetuned` adds a method. Everything goes on where it was cut off.
-`docs/results.md` has what was measured.
+Searches and trainings use the first 55,000 training images, evaluations all 10,000 test images. One
+line in `methods` or `finetuned` adds a method. An interrupted comparison is resumed. The results
+are in `docs/results.md`.
 """
 
 import pathlib
@@ -44,7 +44,7 @@ def get_config(part: str = "off_the_shelf") -> ml_collections.ConfigDict:
     plans = pathlib.Path(__file__).parent / "plans" / "fashion_mnist"
     config.compare.searched = str(plans)
 
-  # This small model's CLS token does not know what is important; see docs/results.md.
+  # This small model's CLS attention is no good importance metric; see docs/results.md.
   config.search.importance = "mean_attention"
   config.search.steps = 160
   config.search.batch_size = 32

@@ -1,12 +1,12 @@
-"""All methods at the budgets of DiffRate's published schedules, on ImageNet-1k.
+"""Compares all methods at the budgets of DiffRate's published schedules, on ImageNet-1k.
 
   python -m vitcomp_jax.main --config configs/compare_imagenet.py:deit_small --config.data.dir=DIR
 
-Behind the colon stands the model: `deit_small` (if left out), `deit_base`, `mae_large` or
-`mae_huge`; MAE's fine-tuned weights come as `.pth` files from its authors. Everything is off the
-shelf: DiffRate's rates are searched as in `configs/diffrate_vit*.py`, its authors' schedules have
-rows of their own, the other methods are as strong as the budget asks for. It needs accelerators.
-Nothing was measured here; what was published stands in those configs.
+The model after the colon is `deit_small` (the default), `deit_base`, `mae_large` or `mae_huge`;
+MAE's fine-tuned weights are `.pth` files from its authors. No model is trained: DiffRate's rates
+are searched as in `configs/diffrate_vit*.py`, its authors' schedules have their own rows, and the
+strength of the other methods is set by the budget. It needs accelerators. Nothing was measured
+here; published results are in those configs.
 """
 
 import ml_collections

@@ -1,15 +1,15 @@
-"""DiffRate on a small ViT that was trained on Fashion-MNIST, with all of the data set.
+"""Searches with DiffRate on a small ViT trained on Fashion-MNIST, with the full data set.
 
 Paper: Chen et al., DiffRate, ICCV 2023 (https://arxiv.org/abs/2305.17997), whose authors did not
-use this data set. The weights ship with the package.
+use this data set. The weights are bundled with the package.
 
   python tools/prepare_fashion_mnist.py
   python -m vitcomp_jax.main --config configs/diffrate_fashion_mnist.py:0.65
 
-The number behind the colon is the budget as a share of the dense model's MACs, 0.65 if left out.
-The search sees the 60,000 training images, the evaluation the 10,000 test images. Hand-made
-schedules of the same MACs stand beside the searched one. There is no published figure to compare
-with; what a run measures is in its `report.md`.
+The number after the colon is the budget as a share of the dense model's MACs, by default 0.65. The
+search uses the 60,000 training images, the evaluation the 10,000 test images. Hand-made schedules
+of the same MACs are evaluated too. There is no published accuracy to compare with; the results of a
+run are in its `report.md`.
 """
 
 import ml_collections
@@ -26,7 +26,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   config.data.name = "fashion_mnist"
   config.data.pad = 1  # 28 pixels to 30, which patches of 3 divide
   config.budget.fraction = common.budget(arg, 0.65)
-  # This small model's CLS token does not know what is important; see docs/results.md.
+  # This small model's CLS attention is no good importance metric; see docs/results.md.
   config.search.importance = "mean_attention"
   config.search.steps = 1000
   config.search.checkpoint_every = 100

@@ -1,20 +1,20 @@
-"""DiffRate on DeiT-B, ImageNet-1k.
+"""Searches with DiffRate on DeiT-B, ImageNet-1k.
 
 Paper: Chen et al., DiffRate, ICCV 2023 (https://arxiv.org/abs/2305.17997).
 
   python -m vitcomp_jax.main --config configs/diffrate_vitb.py:11.5
 
-The number behind the colon is the budget in GMACs, 11.5 if left out. `imagenet2012` must have been
+The number after the colon is the budget in GMACs, by default 11.5. `imagenet2012` must have been
 prepared by TFDS in ArrayRecord form. The weights are fetched from the Hugging Face hub,
 `timm/deit_base_patch16_224.fb_in1k`.
 
-Published, without fine-tuning (of the authors' own schedule where DiffRate is concerned, which is
+Published, without fine-tuning (DiffRate with the authors' own schedule, which is
 the plan `diffrate/deit_base@11.5`):
 
   dense     17.564 GMACs  81.8 % top-1  (DeiT README)
   DiffRate  11.517 GMACs  81.498 % top-1, 95.404 % top-5  (DiffRate README)
 
-Nothing was measured here: neither these figures nor how long the search takes.
+Neither these accuracies nor the duration of the search were measured here.
 """
 
 import ml_collections

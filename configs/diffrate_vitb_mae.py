@@ -1,21 +1,21 @@
-"""DiffRate on ViT-B (MAE), ImageNet-1k.
+"""Searches with DiffRate on ViT-B (MAE), ImageNet-1k.
 
 Paper: Chen et al., DiffRate, ICCV 2023 (https://arxiv.org/abs/2305.17997).
 
   python -m vitcomp_jax.main --config configs/diffrate_vitb_mae.py:11.5
 
-The number behind the colon is the budget in GMACs, 11.5 if left out. `imagenet2012` must have been
+The number after the colon is the budget in GMACs, by default 11.5. `imagenet2012` must have been
 prepared by TFDS in ArrayRecord form. The weights are the official fine-tuned ones of MAE,
 `mae_finetuned_vit_base.pth`, from MAE's authors: fetch them, and give the path with
-`--config.model.weights=PATH`. Reading a `.pth` file takes an installed PyTorch.
+`--config.model.weights=PATH`. Reading a `.pth` file requires PyTorch.
 
-Published, without fine-tuning (of the authors' own schedule where DiffRate is concerned, which is
+Published, without fine-tuning (DiffRate with the authors' own schedule, which is
 the plan `diffrate/mae_base@11.5`):
 
   dense     17.564 GMACs  83.7 % top-1  (as re-evaluated by later work)
   DiffRate  11.517 GMACs  82.864 % top-1, 96.148 % top-5  (DiffRate README)
 
-Nothing was measured here: neither these figures nor how long the search takes.
+Neither these accuracies nor the duration of the search were measured here.
 """
 
 import ml_collections

@@ -1,21 +1,21 @@
-"""DiffRate on ViT-L (MAE), ImageNet-1k.
+"""Searches with DiffRate on ViT-L (MAE), ImageNet-1k.
 
 Paper: Chen et al., DiffRate, ICCV 2023 (https://arxiv.org/abs/2305.17997).
 
   python -m vitcomp_jax.main --config configs/diffrate_vitl_mae.py:42.3
 
-The number behind the colon is the budget in GMACs, 42.3 if left out. `imagenet2012` must have been
+The number after the colon is the budget in GMACs, by default 42.3. `imagenet2012` must have been
 prepared by TFDS in ArrayRecord form. The weights are the official fine-tuned ones of MAE,
 `mae_finetuned_vit_large.pth`, from MAE's authors: fetch them, and give the path with
-`--config.model.weights=PATH`. Reading a `.pth` file takes an installed PyTorch.
+`--config.model.weights=PATH`. Reading a `.pth` file requires PyTorch.
 
-Published, without fine-tuning (of the authors' own schedule where DiffRate is concerned, which is
+Published, without fine-tuning (DiffRate with the authors' own schedule, which is
 the plan `diffrate/mae_large@42.3`):
 
   dense     61.555 GMACs  85.96 % top-1  (as re-evaluated by later work)
   DiffRate  42.290 GMACs  85.658 % top-1, 97.442 % top-5  (DiffRate README)
 
-Nothing was measured here: neither these figures nor how long the search takes.
+Neither these accuracies nor the duration of the search were measured here.
 """
 
 import ml_collections

@@ -1,20 +1,20 @@
-"""DiffRate on DeiT-S, ImageNet-1k.
+"""Searches with DiffRate on DeiT-S, ImageNet-1k.
 
 Paper: Chen et al., DiffRate, ICCV 2023 (https://arxiv.org/abs/2305.17997).
 
   python -m vitcomp_jax.main --config configs/diffrate_vits.py:2.9
 
-The number behind the colon is the budget in GMACs, 2.9 if left out. `imagenet2012` must have been
+The number after the colon is the budget in GMACs, by default 2.9. `imagenet2012` must have been
 prepared by TFDS in ArrayRecord form. The weights are fetched from the Hugging Face hub,
 `timm/deit_small_patch16_224.fb_in1k`.
 
-Published, without fine-tuning (of the authors' own schedule where DiffRate is concerned, which is
+Published, without fine-tuning (DiffRate with the authors' own schedule, which is
 the plan `diffrate/deit_small@2.9`):
 
   dense      4.599 GMACs  79.9 % top-1  (DeiT README)
   DiffRate   2.905 GMACs  79.538 % top-1, 94.828 % top-5  (DiffRate README)
 
-Nothing was measured here: neither these figures nor how long the search takes.
+Neither these accuracies nor the duration of the search were measured here.
 """
 
 import ml_collections

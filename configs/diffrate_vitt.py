@@ -1,20 +1,20 @@
-"""DiffRate on DeiT-Ti, ImageNet-1k.
+"""Searches with DiffRate on DeiT-Ti, ImageNet-1k.
 
 Paper: Chen et al., DiffRate, ICCV 2023 (https://arxiv.org/abs/2305.17997).
 
   python -m vitcomp_jax.main --config configs/diffrate_vitt.py:0.9
 
-The number behind the colon is the budget in GMACs, 0.9 if left out. `imagenet2012` must have been
+The number after the colon is the budget in GMACs, by default 0.9. `imagenet2012` must have been
 prepared by TFDS in ArrayRecord form. The weights are fetched from the Hugging Face hub,
 `timm/deit_tiny_patch16_224.fb_in1k`.
 
-Published, without fine-tuning (of the authors' own schedule where DiffRate is concerned, which is
+Published, without fine-tuning (DiffRate with the authors' own schedule, which is
 the plan `diffrate/deit_tiny@0.9`):
 
   dense      1.254 GMACs  72.2 % top-1  (DeiT README)
   DiffRate   0.902 GMACs  71.78 % top-1  (re-measured by others, READMEs of ToaSt and MaMe)
 
-Nothing was measured here: neither these figures nor how long the search takes.
+Neither these accuracies nor the duration of the search were measured here.
 """
 
 import ml_collections

@@ -1,14 +1,14 @@
-"""Fine-tuning of ViT-H (MAE) under DiffRate's published schedule, ImageNet-1k.
+"""Fine-tunes ViT-H (MAE) under DiffRate's published schedule, ImageNet-1k.
 
 Paper: Chen et al., DiffRate, ICCV 2023 (https://arxiv.org/abs/2305.17997).
 
   python -m vitcomp_jax.main --config configs/finetune_diffrate_vith_mae.py --config.data.dir=DIR
 
-Any other plan, such as one that `configs/diffrate_vith_mae.py` has searched, goes in by
+Any other plan, such as one from `configs/diffrate_vith_mae.py`, is set by
 `--config.model.plan=RUN/plan.json`. `imagenet2012` must have been prepared by TFDS in ArrayRecord
 form; `--config.data.name=fake` tries the command without it. The weights are the official
 fine-tuned ones of MAE, from its authors: fetch them, and give the path with
-`--config.model.weights=PATH`; reading a `.pth` file takes an installed PyTorch. The state is cut up
+`--config.model.weights=PATH`; reading a `.pth` file requires PyTorch. The state is sharded
 over the devices (`config.parallel.mode="fsdp"`). The stochastic depth is that of ViT-L.
 
 Published, off the shelf (DiffRate README; not measured here): 86.664 % top-1 at 103.337 GMACs;

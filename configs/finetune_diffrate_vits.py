@@ -1,10 +1,10 @@
-"""Fine-tuning of DeiT-S under DiffRate's published schedule, ImageNet-1k.
+"""Fine-tunes DeiT-S under DiffRate's published schedule, ImageNet-1k.
 
 Paper: Chen et al., DiffRate, ICCV 2023 (https://arxiv.org/abs/2305.17997).
 
   python -m vitcomp_jax.main --config configs/finetune_diffrate_vits.py --config.data.dir=DIR
 
-Any other plan, such as one that `configs/diffrate_vits.py` has searched, goes in by
+Any other plan, such as one from `configs/diffrate_vits.py`, is set by
 `--config.model.plan=RUN/plan.json`. `imagenet2012` must have been prepared by TFDS in ArrayRecord
 form; `--config.data.name=fake` tries the command without it.
 

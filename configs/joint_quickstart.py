@@ -1,10 +1,10 @@
-"""Both at once: a slimmed network whose token counts are searched, at 65 % times 65 % of the MACs.
+"""Slims a network, then searches its token counts, to 65 % times 65 % of the MACs.
 
     python -m vitcomp_jax.main --config configs/joint_quickstart.py
 
 The network is slimmed as in `configs/vitslim_quickstart.py`; DiffRate then searches how many tokens
-its layers keep, and what came of both is trained again. The report has the dense model, each of the
-two alone, and both.
+its layers keep, and the result is trained again. The report compares the dense model, each method
+alone, and both.
 """
 
 import ml_collections
@@ -17,7 +17,7 @@ def get_config() -> ml_collections.ConfigDict:
   config.stages = ("slim", "search", "finetune", "evaluate", "visualize")
   config.slim.budgets = (0.6, 0.6, 1.0)
   config.budget.fraction = 0.4
-  # This small model's CLS token does not know what is important; see docs/results.md.
+  # This small model's CLS attention is no good importance metric; see docs/results.md.
   config.search.importance = "mean_attention"
   config.search.steps = 100
   config.search.batch_size = 64

@@ -1,4 +1,4 @@
-"""DeiT-S from scratch on ImageNet-1k, by DeiT's recipe.
+"""Trains DeiT-S from scratch on ImageNet-1k, by DeiT's recipe.
 
 Paper: Touvron et al., DeiT, ICML 2021 (https://arxiv.org/abs/2012.12877).
 

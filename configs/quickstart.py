@@ -2,9 +2,9 @@
 
     python -m vitcomp_jax.main --config configs/quickstart.py
 
-Everything it needs is in the package: 6,000 images of Fashion-MNIST, and the weights that
-`configs/pretrain_fashion_mnist.py` made. DiffRate (Chen et al., ICCV 2023, arXiv 2305.17997) learns
-how many tokens each layer keeps; nothing is fine-tuned. The report has the dense model, the learnt
+The package bundles everything it needs: 6,000 images of Fashion-MNIST, and the weights from
+`configs/pretrain_fashion_mnist.py`. DiffRate (Chen et al., ICCV 2023, arXiv 2305.17997) learns how
+many tokens each layer keeps, without fine-tuning. The report compares the dense model, the searched
 plan, and two hand-made schedules of the same MACs.
 """
 
@@ -21,7 +21,7 @@ def get_config() -> ml_collections.ConfigDict:
   config.data.name = "bundled"
   config.data.pad = 1
   config.budget.fraction = 0.65
-  # This small model's CLS token does not know what is important; see docs/results.md.
+  # This small model's CLS attention is no good importance metric; see docs/results.md.
   config.search.importance = "mean_attention"
   config.search.steps = 150
   config.search.batch_size = 64

@@ -1,16 +1,16 @@
-"""ViT-Slim on a small ViT that was trained on Fashion-MNIST, with all of the data set.
+"""Slims a small ViT trained on Fashion-MNIST with ViT-Slim, with the full data set.
 
 Paper: Chavan et al., ViT-Slim, CVPR 2022 (https://arxiv.org/abs/2201.00814), whose authors did not
-use this data set. The weights ship with the package.
+use this data set. The weights are bundled with the package.
 
   python tools/prepare_fashion_mnist.py
   python -m vitcomp_jax.main --config configs/vitslim_fashion_mnist.py
   python -m vitcomp_jax.main --config configs/vitslim_fashion_mnist.py:both@0.7
 
-What stands behind the colon is what is searched, `attn`, `mlp`, `both` or `all` (with the patches),
-and the share of it that is kept. Without a share, attention and MLP are cut to half of the model's
-MACs. Search and re-training see the 60,000 training images, the evaluation the 10,000 test images.
-There is no published figure to compare with; what was measured is in `docs/results.md`.
+The argument after the colon is the searched dimension, `attn`, `mlp`, `both` or `all` (with the
+patches), and the share of it to keep. Without a share, attention and MLP are cut to half of the
+model's MACs. Search and re-training use the 60,000 training images, the evaluation the 10,000 test
+images. There is no published accuracy to compare with; results are in `docs/results.md`.
 """
 
 import ml_collections
@@ -40,8 +40,8 @@ def get_config(arg: str = "both") -> ml_collections.ConfigDict:
   else:
     config.budget.fraction = 0.5
 
-  slim = config.slim
-  slim.w_attn, slim.w_mlp, slim.w_patch = (
-    w * on for w, on in zip((slim.w_attn, slim.w_mlp, slim.w_patch), searched, strict=True)
-  )
+  attn, mlp, patch = searched
+  config.slim.w_attn *= attn
+  config.slim.w_mlp *= mlp
+  config.slim.w_patch *= patch
   return config

@@ -2,9 +2,9 @@
 
     python -m vitcomp_jax.main --config configs/vitslim_quickstart.py
 
-Everything it needs is in the package, as for `configs/quickstart.py`. ViT-Slim (Chavan et al., CVPR
-2022, arXiv 2201.00814) learns which head dimensions and hidden units the network can do without;
-they are cut out, and what is left is an ordinary, smaller ViT, which is trained again.
+The package bundles everything it needs, as for `configs/quickstart.py`. ViT-Slim (Chavan et al.,
+CVPR 2022, arXiv 2201.00814) learns which head dimensions and hidden units are superfluous; they are
+removed, and the smaller ViT is trained again.
 """
 
 import ml_collections

@@ -1,13 +1,13 @@
-"""ViT-Slim on DeiT-B, ImageNet-1k.
+"""Slims DeiT-B with ViT-Slim on ImageNet-1k.
 
 Paper: Chavan et al., ViT-Slim, CVPR 2022 (https://arxiv.org/abs/2201.00814). Weights: timm's
 `deit_base_patch16_224.fb_in1k`.
 
   python -m vitcomp_jax.main --config configs/vitslim_vitb.py:0.6 --config.data.dir=DIR
 
-The number behind the colon is the share of head dimensions and of hidden units that is kept, 0.6 if
-left out; see `configs/vitslim_vits.py` for how one search serves several. `vitcomp_jax.configs.
-common` tells where the recipe comes from. It needs accelerators.
+The number after the colon is the share of head dimensions and of hidden units to keep, by default
+0.6; see `configs/vitslim_vits.py` for several shares from one search. For the sources of the recipe
+see `configs/common.py`. It needs accelerators.
 
 Published (not measured here), on the 50,000 validation images after re-training: 82.4 % top-1 at
 10.6 GMACs and 52.6 million parameters, with 0.6 of head dimensions and of hidden units.

@@ -1,15 +1,15 @@
-"""ViT-Slim on DeiT-S, ImageNet-1k.
+"""Slims DeiT-S with ViT-Slim on ImageNet-1k.
 
 Paper: Chavan et al., ViT-Slim, CVPR 2022 (https://arxiv.org/abs/2201.00814). Weights: timm's
 `deit_small_patch16_224.fb_in1k`.
 
   python -m vitcomp_jax.main --config configs/vitslim_vits.py:0.7 --config.data.dir=DIR
 
-The number behind the colon is the share of head dimensions and of hidden units that is kept, 0.7 if
-left out. One search serves all shares: a second run takes `masks.safetensors` and
-`searched.safetensors` of the first as `config.slim.masks` and `config.model.weights`. With patches:
-`--config.slim.budgets="(0.7,0.7,0.8)"`. `vitcomp_jax.configs.common` tells where the recipe comes
-from. It needs accelerators: the authors' search took 43 hours of a V100.
+The number after the colon is the share of head dimensions and of hidden units to keep, by default
+0.7. One search serves all shares: a second run takes `masks.safetensors` and `searched.safetensors`
+of the first as `config.slim.masks` and `config.model.weights`. With patches:
+`--config.slim.budgets="(0.7,0.7,0.8)"`. For the sources of the recipe see `configs/common.py`. It
+needs accelerators: the authors' search took 43 hours on a V100.
 
 Published (their tables 2, 4 and 6; not measured here), top-1 in percent on the 50,000 validation
 images after re-training, GMACs and parameters in millions:

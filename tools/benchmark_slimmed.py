@@ -2,8 +2,8 @@
 
     python tools/benchmark_slimmed.py [--batch 16] [--rounds 7]
 
-All models take turns, so that what else the machine does hits all alike; medians are compared. The
-masks are random, as what a cut keeps does not change what it costs.
+The models are timed in turns, so that other load on the machine affects all alike; medians are
+compared. The masks are random, as the choice of units does not change the speed.
 """
 
 import argparse
@@ -24,7 +24,7 @@ TILES = (1, 8, 16)
 
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-  parser.add_argument("--batch", type=int, default=16, help="images at once")
+  parser.add_argument("--batch", type=int, default=16, help="batch size")
   parser.add_argument(
     "--rounds", type=int, default=7, help="turns of each model, three timings each"
   )

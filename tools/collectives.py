@@ -1,9 +1,9 @@
-"""Prints what the devices exchange in one training step, from the program that XLA made of it.
+"""Prints the collective operations of one training step, from the program that XLA compiled.
 
   python tools/collectives.py --config configs/diffrate_vits.py --stage search --devices 8
 
-The step is compiled for so many virtual CPU devices and not run. Everything else is the config's,
-but the data are generated and the weights random; `--config.KEY=VALUE` changes keys.
+The step is compiled for virtual CPU devices and not run. The data are generated and the weights
+random; everything else is taken from the config, whose keys `--config.KEY=VALUE` changes.
 """
 
 import argparse
@@ -21,7 +21,7 @@ _ARRAY = re.compile(r"([a-z]+\d+)\[([\d,]*)\]")
 
 
 def collectives(program: str) -> Iterator[tuple[str, int]]:
-  """The collective operations of a compiled program: their kind, and the bytes of their results."""
+  """Yields the kind of each collective operation of a program, and the bytes of its results."""
   for line in program.splitlines():
     if match := _LINE.search(line):
       yield match[2], sum(_size(kind, sides) for kind, sides in _ARRAY.findall(match[1]))
@@ -33,8 +33,8 @@ def _size(kind: str, sides: str) -> int:
 
 
 def compiled_step(options: list[str], stage: str, batch_size: int) -> str:
-  """The program of a stage's first step."""
-  # Only here, when the number of devices is set.
+  """Compiles a stage's first step, and returns the program's text."""
+  # Imported only here, when the number of devices is set.
   from vitcomp_jax import main, stages
   from vitcomp_jax.runs.run import open_run
 

@@ -3,8 +3,8 @@
   apt install dataset-fashion-mnist
   python tools/prepare_fashion_mnist.py
 
-turns the four gzipped IDX files of that Debian package into the TFDS data set `fashion_mnist` in
-ArrayRecord form. `--bundle FILE` writes, instead, the balanced subset that comes with the package.
+converts the four gzipped IDX files of that Debian package to the TFDS data set `fashion_mnist` in
+ArrayRecord format. `--bundle FILE` writes the balanced subset that this package bundles instead.
 """
 
 import argparse
@@ -46,10 +46,10 @@ def read_idx(path: pathlib.Path) -> np.ndarray:
     path: The file.
 
   Returns:
-    uint8 array of the shape that the header gives.
+    uint8 array of the shape in the header.
 
   Raises:
-    ValueError: If it is not such a file, or if it is cut short.
+    ValueError: If it is no such file, or is truncated.
   """
   with gzip.open(path, "rb") as file:
     content = file.read()
@@ -64,7 +64,7 @@ def read_split(source: pathlib.Path, split: str) -> tuple[np.ndarray, np.ndarray
   """Reads one split.
 
   Args:
-    source: The folder with the IDX files.
+    source: Folder with the IDX files.
     split: `train` or `test`.
 
   Returns:
@@ -79,12 +79,10 @@ def read_split(source: pathlib.Path, split: str) -> tuple[np.ndarray, np.ndarray
 
 
 def missing_files(source: pathlib.Path) -> list[str]:
-  """The names of the IDX files that `source` lacks."""
-  names = [
-    f"{prefix}-{kind}-ubyte.gz"
-    for prefix in PREFIXES.values()
-    for kind in ("images-idx3", "labels-idx1")
-  ]
+  """Returns the names of the IDX files that `source` lacks."""
+  names = []
+  for prefix in PREFIXES.values():
+    names += [f"{prefix}-images-idx3-ubyte.gz", f"{prefix}-labels-idx1-ubyte.gz"]
   return [name for name in names if not (source / name).is_file()]
 
 
@@ -92,7 +90,7 @@ def missing_files(source: pathlib.Path) -> list[str]:
 with tfds.core.registered.skip_registration():
 
   class FashionMnist(tfds.core.GeneratorBasedBuilder):
-    """Fashion-MNIST from local IDX files."""
+    """Builds Fashion-MNIST from local IDX files."""
 
     VERSION = tfds.core.Version("3.0.1")
 
@@ -120,15 +118,15 @@ with tfds.core.registered.skip_registration():
     def _generate_examples(self, split: str) -> Iterator[tuple[int, dict[str, Any]]]:
       images, labels = read_split(self._source, split)
       for i, (image, label) in enumerate(zip(images, labels, strict=True)):
-        # Not as an array, which TFDS would call TensorFlow to encode.
+        # A PIL image, because TFDS would encode an array with TensorFlow.
         yield i, {"image": PIL.Image.fromarray(image), "label": int(label)}
 
 
 def prepare(source: pathlib.Path, data_dir: pathlib.Path) -> pathlib.Path:
-  """Writes the TFDS data set, unless it is there already.
+  """Writes the TFDS data set, unless it exists already.
 
   Args:
-    source: The folder with the IDX files.
+    source: Folder with the IDX files.
     data_dir: TFDS's data_dir.
 
   Returns:
@@ -143,8 +141,8 @@ def bundle(source: pathlib.Path, file: pathlib.Path) -> None:
   """Writes the first images of each class of each split, shuffled, as a compressed npz.
 
   Args:
-    source: The folder with the IDX files.
-    file: The npz to write.
+    source: Folder with the IDX files.
+    file: The npz file to write.
   """
   arrays: dict[str, Any] = {"class_names": np.array(CLASS_NAMES)}
   for split, per_class in BUNDLED_PER_CLASS.items():

@@ -1,9 +1,9 @@
-"""Writes down what timm's weights expect to be done to images.
+"""Writes the table of preprocessing for timm's weights.
 
     python tools/timm_tags.py
 
-writes `vitcomp_jax/bundled/timm_tags.json` anew: all tags of timm's models that are variants here.
-It needs timm, which nothing else here does.
+rewrites `vitcomp_jax/bundled/timm_tags.json`, with all tags of timm's models that are variants of
+this library. It needs timm, unlike everything else here.
 """
 
 import json

@@ -45,10 +45,10 @@ def loads(text: str) -> Any:
 
 
 def read(path: pathlib.Path) -> dict[str, Any]:
-  """Reads a JSON object that a run has written.
+  """Reads a file with a JSON object that a run has written.
 
   Raises:
-    UserError: If it is something else by now.
+    UserError: If the file cannot be read or holds something else.
   """
   try:
     values = loads(path.read_text(encoding="utf-8"))

@@ -19,16 +19,19 @@ def for_timm(
   indices: Sequence[LayerIndex] | None,
   params: Params,
 ) -> tuple[Params, str]:
-  """Returns parameters for timm's own model, and which model they are for.
+  """Converts a network's parameters for timm's `VisionTransformer`.
 
   Args:
-    spec: The dense model.
-    layers: Those of the network.
-    indices: What each layer keeps; None: all.
-    params: Of the network.
+    spec: Spec of the dense model.
+    layers: Layers of the network.
+    indices: Kept units of each layer; None if nothing was sliced.
+    params: Parameters of the network.
+
+  Returns:
+    The parameters, and a description of timm's model that they are for.
 
   Raises:
-    UserError: If timm's model cannot hold the network.
+    UserError: If timm's model cannot represent the network.
   """
   if removes_tokens(layers):
     raise UserError("timm's VisionTransformer does not remove tokens")
@@ -53,17 +56,17 @@ def write(
   params: Params,
   folder: pathlib.Path,
 ) -> str:
-  """Writes `timm.safetensors` if timm's own model can hold a slimmed network.
+  """Writes `timm.safetensors` if timm's `VisionTransformer` can represent a slimmed network.
 
   Args:
-    spec: The dense model, with the names of its classes.
-    layers: Those of the network.
-    indices: What each layer keeps.
-    params: Of the network.
-    folder: Where to.
+    spec: Spec of the dense model, with class names.
+    layers: Layers of the network.
+    indices: Kept units of each layer.
+    params: Parameters of the network.
+    folder: Folder to write to.
 
   Returns:
-    How to load it, or why it was not written.
+    A description of timm's model to load it with, or the reason why it was not written.
   """
   try:
     params, how = for_timm(spec, layers, indices, params)
