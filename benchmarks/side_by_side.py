@@ -246,7 +246,10 @@ def compare(
   with contextlib.ExitStack() as stack:
     if python:
       peer, found["torch"] = stack.enter_context(torch_side(python, run, counts, arrays))
-    for part, batch in ((name, batch) for name in parts for batch in PARTS[name]):
+    timed = []
+    for name in parts:
+      timed += [(name, batch) for batch in PARTS[name]]
+    for part, batch in timed:
       if part == "search":
         subjects.append(Subject("jax search", batch, steps.time_once))
         expected = steps.gradient()

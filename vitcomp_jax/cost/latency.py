@@ -155,10 +155,11 @@ def tabulate(
   """
   ms = {key: 1e3 * statistics.median(subject.seconds) for key, subject in subjects.items()}
   fixed, counts = ms["none", 0], _counts(spec)
-  whole, attention = (
-    never_falling(np.array([ms[kind, n] - fixed for n in counts]) / _DEPTH)
-    for kind in ("whole", "attention")
-  )
+
+  def per_layer(kind: str) -> np.ndarray:
+    return never_falling(np.array([ms[kind, n] - fixed for n in counts]) / _DEPTH)
+
+  whole, attention = per_layer("whole"), per_layer("attention")
   mlp, zeros = never_falling(whole - attention), (0.0,) * len(counts)
   without = Latency(tuple(counts), tuple(attention.tolist()), zeros, tuple(mlp.tolist()), fixed, {})
   at, left = [0.0], [0.0]  # The rest of a stack's latency is that of its reductions.

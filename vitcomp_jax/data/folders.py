@@ -34,7 +34,7 @@ class Found:
     self.examples[kind] = min(path, self.examples.get(kind, path))
 
   def told(self) -> str:
-    """Returns a message about the files left out; empty if there are none."""
+    """Describes the files left out in a message; empty if there are none."""
     if not (count := self.left_out.total()):
       return ""
     kinds = sorted(self.left_out, key=lambda kind: (-self.left_out[kind], kind))

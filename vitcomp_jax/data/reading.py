@@ -15,8 +15,8 @@ from vitcomp_jax.data.rand_augment import rand_augment
 from vitcomp_jax.errors import UserError
 
 CROPS = ("crop_flip", "rand_augment")  # augmentations that start from the original image
-_MEMORY_BYTES = 2**30  # What the decoded images of a data set may take.
-_SMALL_SIDE = 64  # Pixels; a larger image is decoded whenever it is needed.
+_MEMORY_BYTES = 2**30  # Most memory for the decoded images of a data set.
+_SMALL_SIDE = 64  # Pixels; larger images are decoded whenever they are needed.
 _READ_AT_ONCE = 1024  # Records.
 
 

@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from vitcomp_jax.weights.timm_names import Params
+
 
 @dataclasses.dataclass(frozen=True)
 class LayerIndex:
@@ -56,7 +58,7 @@ def _round_up(count: int, tile: int) -> int:
   return -(-count // tile) * tile
 
 
-def slice_params(params: Mapping[str, Any], indices: Sequence[LayerIndex]) -> dict[str, Any]:
+def slice_params(params: Mapping[str, Any], indices: Sequence[LayerIndex]) -> Params:
   """Returns the parameters of the slimmed network, gathered from the dense network's.
 
   Args:
@@ -69,7 +71,7 @@ def slice_params(params: Mapping[str, Any], indices: Sequence[LayerIndex]) -> di
   return {**params, **blocks}
 
 
-def _slice_block(block: Mapping[str, Any], index: LayerIndex) -> dict[str, Any]:
+def _slice_block(block: Mapping[str, Any], index: LayerIndex) -> Params:
   attn, mlp = np.ravel(index.attn), np.array(index.mlp)
   qkv, proj = block["attn"]["qkv"], block["attn"]["proj"]
   fc1, fc2 = block["mlp"]["fc1"], block["mlp"]["fc2"]
@@ -86,7 +88,7 @@ def _slice_block(block: Mapping[str, Any], index: LayerIndex) -> dict[str, Any]:
   }
 
 
-def scale_qkv(block: Mapping[str, Any], factors: np.ndarray) -> dict[str, Any]:
+def scale_qkv(block: Mapping[str, Any], factors: np.ndarray) -> Params:
   """Multiplies the queries, keys and values of a layer.
 
   Args:

@@ -96,7 +96,7 @@ def arguments(indices: Sequence[LayerIndex], width: int) -> dict[str, Any] | Non
   return {"num_heads": heads, "mlp_ratio": ratio, "attn_head_dim": head_dim}
 
 
-def rescale(params: Mapping[str, Any], head_dim: int, slimmed_head_dim: int) -> dict[str, Any]:
+def rescale(params: Mapping[str, Any], head_dim: int, slimmed_head_dim: int) -> Params:
   """Rescales queries for timm, which scales attention by the slimmed head's size, not the dense's.
 
   Args:
@@ -109,7 +109,7 @@ def rescale(params: Mapping[str, Any], head_dim: int, slimmed_head_dim: int) -> 
   """
   factor = math.sqrt(slimmed_head_dim / head_dim)
 
-  def rescaled(block: Mapping[str, Any]) -> dict[str, Any]:
+  def rescaled(block: Mapping[str, Any]) -> Params:
     q, k, v = np.split(np.ones(block["attn"]["qkv"]["kernel"].shape[-1]), 3)
     return scale_qkv(block, np.concatenate([factor * q, k, v]))
 
