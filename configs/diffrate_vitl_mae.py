@@ -6,7 +6,7 @@ Paper: Chen et al., DiffRate, ICCV 2023 (https://arxiv.org/abs/2305.17997).
 
 The number after the colon is the budget in GMACs, by default 42.3. `imagenet2012` must have been
 prepared by TFDS in ArrayRecord form. The weights are the official fine-tuned ones of MAE,
-`mae_finetuned_vit_large.pth`, from MAE's authors: fetch them, and give the path with
+`mae_finetuned_vit_large.pth`, from MAE's authors: download them, and set the path with
 `--config.model.weights=PATH`. Reading a `.pth` file requires PyTorch.
 
 Published, without fine-tuning (DiffRate with the authors' own schedule, which is

@@ -7,7 +7,7 @@ Paper: Chen et al., DiffRate, ICCV 2023 (https://arxiv.org/abs/2305.17997).
 Any other plan, such as one from `configs/diffrate_vitl_mae.py`, is set by
 `--config.model.plan=RUN/plan.json`. `imagenet2012` must have been prepared by TFDS in ArrayRecord
 form; `--config.data.name=fake` tries the command without it. The weights are the official
-fine-tuned ones of MAE, from its authors: fetch them, and give the path with
+fine-tuned ones of MAE, from its authors: download them, and set the path with
 `--config.model.weights=PATH`; reading a `.pth` file requires PyTorch. The state is sharded
 over the devices (`config.parallel.mode="fsdp"`).
 

@@ -29,7 +29,7 @@ def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
 
 @contextlib.contextmanager
 def replacing_folder(path: pathlib.Path) -> Iterator[pathlib.Path]:
-  """An empty folder to fill, which takes the place of `path` when the block ends well."""
+  """Yields an empty folder to fill, which replaces `path` if the block raises no error."""
   with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as scratch:
     new, old = pathlib.Path(scratch, "new"), pathlib.Path(scratch, "old")
     new.mkdir()
