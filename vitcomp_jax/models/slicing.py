@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from vitcomp_jax.weights.timm_names import Params
+Params = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
