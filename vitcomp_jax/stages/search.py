@@ -98,7 +98,8 @@ def run(run: Run) -> SearchResult:
       begin = time.monotonic()
       found = engine.choose(state, run.artefacts.params, _held_back(run, suffix))
       seconds += time.monotonic() - begin
-      result = _save(run, suffix, found, seconds)
+      _save(run, suffix, found)
+      result = _result(run, suffix, found, seconds)
     if suffix:
       run.workdir.finish(stage, result)
     results.append(result)
@@ -167,53 +168,67 @@ def _method(run: Run, suffix: str) -> DiffRate:
   )
 
 
-def _save(run: Run, suffix: str, found: Found, seconds: float) -> SearchResult:
-  """Saves the plan for one budget; returns what the search for it took and found."""
-  config, spec, cost, target = (
-    run.config.search,
-    run.inputs.spec,
-    run.inputs.cost,
-    run.inputs.targets[suffix],
-  )
+def _save(run: Run, suffix: str, found: Found) -> None:
+  """Saves the plan for one budget."""
+  spec, cost, target = run.inputs.spec, run.inputs.cost, run.inputs.targets[suffix]
   spent = cost.static(spec, found.layers)
   if abs(spent - target) > 0.01 * target:
     logging.warning("the nearest plan has %.4g %s, the budget is %.4g", spent, cost.unit, target)
-  images = steps_of(run) * config.batch_size + config.choose_images
-  indices = run.artefacts.base_plan.indices if run.artefacts.base_plan else None
-  name = f"vit_slim+{config.method}" if indices else config.method
-  made_by = {"method": name, "steps": steps_of(run), "images": images}
-  made_by |= {
+  base = run.artefacts.base_plan
+  made_by = {
+    "method": _name(run),
+    "steps": steps_of(run),
+    "images": _images(run),
     "weights": run.config.model.weights,
     "data": run.inputs.train_data.name,
     "seed": run.config.seed,
   }
-  where = {}
   if isinstance(cost, Latency):
-    where = {key: cost.about[key] for key in ("device", "batch")}
-    made_by |= {cost.key: round(spent, 3), **where}
-  plan = make_plan(spec, found.layers, made_by, indices)
+    made_by |= {cost.key: round(spent, 3), **_where(cost)}
+  plan = make_plan(spec, found.layers, made_by, base.indices if base else None)
   save_plan(plan, run.workdir.path / "plan.json")
   if suffix:
     (run.workdir.path / "plans").mkdir(exist_ok=True)
-    save_plan(plan, run.workdir.path / "plans" / f"{name}{suffix}.json")
-  summary: dict[str, Any] = {
-    "plan": f"{name}{suffix}",
-    "steps": steps_of(run),
-    "images": images,
-    "minutes": round(seconds / 60, 2),
-    f"budget_{cost.key}": target,
-    **where,
-  }
+    save_plan(plan, run.workdir.path / "plans" / f"{_name(run)}{suffix}.json")
+
+
+def _name(run: Run) -> str:
+  """Returns what the plan's method is called: on slimmed layers it has two parts."""
+  base, method = run.artefacts.base_plan, run.config.search.method
+  return f"vit_slim+{method}" if base and base.indices else method
+
+
+def _images(run: Run) -> int:
+  """Returns the images that one budget's search sees, those to choose a plan by included."""
+  config = run.config.search
+  return steps_of(run) * config.batch_size + config.choose_images
+
+
+def _where(cost: Latency) -> dict[str, Any]:
+  """Returns the device and batch size of a latency table."""
+  return {key: cost.about[key] for key in ("device", "batch")}
+
+
+def _result(run: Run, suffix: str, found: Found, seconds: float) -> SearchResult:
+  """Returns what the search for one budget took and found."""
+  spec, cost = run.inputs.spec, run.inputs.cost
+  spent: dict[str, Any] = {f"budget_{cost.key}": run.inputs.targets[suffix]}
   for each in (MACS, cost):
-    reached = {f"raw_{each.key}": found.raw, each.key: found.layers}
-    summary |= {key: round(each.static(spec, of), 6) for key, of in reached.items()}
+    spent[f"raw_{each.key}"] = round(each.static(spec, found.raw), 6)
+    spent[each.key] = round(each.static(spec, found.layers), 6)
+  if isinstance(cost, Latency):
+    spent |= _where(cost)
   return SearchResult(
-    **summary,
+    plan=f"{_name(run)}{suffix}",
+    steps=steps_of(run),
+    images=_images(run),
+    minutes=round(seconds / 60, 2),
     offset=round(found.offset, 3),
     chosen_step=found.step,
     tried=tuple((each.step, each.loss) for each in found.passed),
     raw_counts=_counts(found.raw),
     counts=_counts(found.layers),
+    **spent,
   )
 
 
