@@ -57,8 +57,16 @@ def run(spec, layers, params):
   return out, jax.device_get(seen)
 
 
+def _names():
+  """All but DynamicViT; at once, one for each way in which tokens are removed."""
+  for name in schedules():
+    if name != "dynamicvit":
+      at_once = name in ("uniform", "uniform_merge", "tome", "evit")
+      yield pytest.param(name, marks=() if at_once else pytest.mark.slow)
+
+
 @pytest.mark.parametrize("prefix", PREFIXES)
-@pytest.mark.parametrize("name", [name for name in schedules() if name != "dynamicvit"])
+@pytest.mark.parametrize("name", list(_names()))
 def test_every_patch_shows_its_token_or_its_last_value(name, prefix):
   spec = small_spec(**PREFIXES[prefix])
   layers = within(name, spec, 0.6 * macs.static_macs(spec, spec.dense_layers) / 1e9)
