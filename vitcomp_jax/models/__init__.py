@@ -1,1 +1,1 @@
-"""One Flax Vision Transformer whose layers are data: specs, tokens, reducers, variants."""
+"""Flax Vision Transformers whose layers are data: specs, tokens, reducers, variants."""

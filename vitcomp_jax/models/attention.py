@@ -27,17 +27,17 @@ class Attention(nn.Module):
   def __call__(
     self, x: Float[Array, "b n d"], tokens: Tokens, gate: Gate = open_gate
   ) -> tuple[Float[Array, "b q d"], AttentionStats]:
-    """Returns what the tokens attend to, and statistics for reducers.
+    """Returns the attention's output, and statistics for reducers.
 
     Args:
-      x: The values of the tokens after a norm.
-      tokens: What is known of them: their sizes and their mask.
+      x: Normed token values.
+      tokens: The tokens, for their sizes and mask.
       gate: Factor on queries, keys and values.
     """
     b, n, _ = x.shape
     s = self.spec
-    # Divided before anything else, so that in a backward pass the three are put side by side again
-    # as they are. Heads stand next to the batch: each product is one batched matrix product.
+    # Split first, so that a backward pass concatenates the three gradients without a transpose.
+    # Heads are next to the batch: each product is one batched matrix product.
     q, k, v = (
       gate(part.reshape(1, b, n, s.num_heads, s.head_dim).swapaxes(2, 3))[0]
       for part in jnp.split(self.qkv(x), 3, axis=-1)

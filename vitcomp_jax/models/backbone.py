@@ -1,4 +1,4 @@
-"""The shape that all backbones have."""
+"""Base class of all backbones."""
 
 import flax.linen as nn
 from jaxtyping import Array, Float
@@ -8,14 +8,14 @@ from vitcomp_jax.models.tokens import Output, Tokens
 
 
 class Backbone(nn.Module):
-  """A model of layers; `layers` says what each layer is and what it removes.
+  """Base of models whose `layers` describe each layer and the tokens it removes.
 
-  A backbone says how images become tokens, what a layer does, and what is read of the last one.
+  A backbone embeds images as tokens, applies its layers, and classifies the last layer's tokens.
 
   Attributes:
     spec: The model.
     layers: Its layers, `spec.dense_layers` or compressed ones.
-    remat: Compute a layer's activations again in the backward pass, instead of keeping them.
+    remat: Whether the backward pass recomputes a layer's activations instead of storing them.
   """
 
   spec: ViTSpec
@@ -35,17 +35,17 @@ class Backbone(nn.Module):
     raise NotImplementedError
 
   def __call__(self, images: Float[Array, "b h w 3"]) -> Float[Array, "b classes"]:
-    """Returns logits, or pooled features where the model has no classifier."""
+    """Returns logits, or pooled features if the model has no classifier."""
     return self.forward(images).logits
 
   def forward(self, images: Float[Array, "b h w 3"]) -> Output:
     """Returns logits, pooled features, and the tokens of every layer.
 
     Args:
-      images: Normalised by the spec's mean and std.
+      images: Images, normalised by the spec's mean and std.
 
     Raises:
-      ValueError: If the images are not of the model's size.
+      ValueError: If the images do not have the model's size.
     """
     if images.shape[1:3] != self.spec.image_size:
       raise ValueError(f"images: expected {self.spec.image_size} pixels, got {images.shape[1:3]}")

@@ -1,4 +1,4 @@
-"""One encoder layer, made of the parts that a backbone gives it."""
+"""One encoder layer, built from a backbone's parts."""
 
 from collections.abc import Callable
 from typing import Protocol, runtime_checkable
@@ -18,7 +18,7 @@ Scale = Callable[[Array], Array]
 
 @runtime_checkable
 class BlockParts(Protocol):
-  """Makes the parts of a layer. A value that hashes, as it is a field of a module."""
+  """Makes the parts of a layer; hashable, as it is a field of a module."""
 
   def norm(self) -> nn.Module:
     """Makes the norm before attention, or before the MLP."""
@@ -29,11 +29,11 @@ class BlockParts(Protocol):
     ...
 
   def mlp(self, layer: LayerSpec) -> nn.Module:
-    """Makes the MLP, a function of tokens and of the gate of its hidden units."""
+    """Makes the MLP, a function of the tokens and the gate on its hidden units."""
     ...
 
   def scales(self, layer: LayerSpec, branch: int) -> tuple[Scale, Scale]:
-    """Makes the factors of the residual stream and of a branch that is added to it, 1 or 2."""
+    """Makes the scales of the residual stream and of its branch number 1 or 2."""
     ...
 
 
@@ -42,7 +42,7 @@ class EncoderBlock(nn.Module):
 
   layer: LayerSpec
   parts: BlockParts
-  # Held as fields of their own so that Flax adopts the ones that are modules.
+  # Separate fields, so that Flax adopts those that are modules.
   select: TokenReducer
   reduce: TokenReducer
   token_gate: Gate
@@ -79,8 +79,8 @@ def encoder_block(layer: LayerSpec, parts: BlockParts, remat: bool = False) -> E
   """Makes one layer.
 
   Args:
-    layer: What it is and what it removes.
-    parts: Makes its parts.
+    layer: The layer's spec.
+    parts: Factory of the layer's parts.
     remat: See `Backbone`.
   """
   gates = layer.token_gate, layer.head_gate, layer.hidden_gate

@@ -10,7 +10,7 @@ def build(spec: ViTSpec, layers: tuple[LayerSpec, ...], remat: bool = False) -> 
   """Builds a model.
 
   Args:
-    spec: The model's.
+    spec: The model.
     layers: Its layers, `spec.dense_layers` or compressed ones.
     remat: See `Backbone`.
   """

@@ -1,4 +1,4 @@
-"""CAFormer: two stages of convolutions, then two of attention, whose layers may lose tokens.
+"""CAFormer: two convolutional stages, then two of attention whose layers may remove tokens.
 
 Yu et al., `MetaFormer Baselines for Vision <https://arxiv.org/abs/2210.13452>`_, 2022.
 """
@@ -30,10 +30,10 @@ _STEM_KERNEL, _KERNEL, _MIXER_KERNEL = 7, 3, 7
 
 @dataclasses.dataclass(frozen=True)
 class CAFormerSpec(ViTSpec):
-  """A CAFormer as a ViT whose tokens convolutions make, and make fewer once more on the way.
+  """A CAFormer as a ViT: convolutions make its tokens, and downsample them once between layers.
 
-  Its layers are those with attention, of both such stages one after the other; `patch_size` is the
-  side of what a token of the first one stands for, and `width` what the head sees.
+  Its layers are those of both attention stages, in order; `patch_size` is the side of the patch
+  that a token of the first of them stands for, and `width` the channels that the head reads.
 
   Attributes:
     depths: Blocks of the four stages.
@@ -77,7 +77,7 @@ class CAFormerSpec(ViTSpec):
 
   @property
   def embed_macs(self) -> int:
-    """Counts all convolutions."""
+    """Returns the multiply-accumulates of all convolutions."""
     patches = self.num_patches
     positions = (16 * patches, 4 * patches, patches, math.prod(self._last_grid))
     total, channels, kernel = 0, 3, _STEM_KERNEL
@@ -92,7 +92,7 @@ class CAFormerSpec(ViTSpec):
 def caformer(
   name: str, image_size: tuple[int, int], depths: tuple[int, ...], dims: tuple[int, ...], **options
 ) -> CAFormerSpec:
-  """A spec from what tells CAFormers apart."""
+  """Makes a spec from the values in which CAFormers differ."""
   return CAFormerSpec(
     name,
     image_size,
@@ -110,10 +110,10 @@ def caformer(
 
 
 class CAFormer(Backbone):
-  """A CAFormer; `layers` says what each layer with attention is and what it removes.
+  """A CAFormer; `layers` describe its layers with attention and the tokens they remove.
 
-  Where the last stage begins, merged and pruned tokens go back to their places, so that it can
-  convolve them; all of its tokens are there anew.
+  Before the last stage, merged and pruned tokens return to their places on the grid, as the stage
+  begins with a convolution; the stage starts with all of its tokens.
   """
 
   spec: CAFormerSpec
@@ -150,8 +150,8 @@ class CAFormer(Backbone):
   def restore(self, tokens: Tokens) -> Float[Array, "b h w d"]:
     """Returns the full grid before the last stage, normed for its convolution.
 
-    A masked token is replaced by what removing it would leave in its place, with a gradient to the
-    mask.
+    A masked token is replaced by the value that removing it would leave in its place, with a
+    gradient to the mask.
     """
     tokens = tokens.normed(self.stages[3].downsample.norm)
     x = unmerge(tokens)
@@ -168,7 +168,7 @@ class CAFormer(Backbone):
 
 
 def _tokens_of(x: Float[Array, "b h w d"]) -> Tokens:
-  """Makes a grid tokens, of which none is removed yet."""
+  """Returns a grid as tokens, none of them removed."""
   return Tokens.begin(x.reshape(x.shape[0], -1, x.shape[3]), 0, track_origin=True)
 
 
@@ -242,7 +242,7 @@ class _ConvBlock(nn.Module):
 
 
 class _SeparableConv(nn.Module):
-  """MobileNet's: to twice the channels, a convolution of each channel alone, and back."""
+  """MobileNet's separable convolution: doubles the channels, convolves each, projects back."""
 
   width: int
   dtype: str | None
@@ -276,7 +276,7 @@ class _StarMlp(nn.Module):
 
 
 class _Linear(nn.Module):
-  """A projection without bias; timm has it as a convolution of single places where on a grid."""
+  """A projection without bias; on a grid its kernel has the shape of timm's 1x1 convolution."""
 
   features: int
   on_grid: bool

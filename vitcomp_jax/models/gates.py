@@ -1,4 +1,4 @@
-"""Gates: factors on what flows inside a layer, learnt while ViT-Slim searches."""
+"""Gates: factors on the values inside a layer, learnt by ViT-Slim's search."""
 
 import dataclasses
 import math
@@ -24,8 +24,8 @@ class SoftMask(nn.Module):
   """A learnt factor per unit, `zeta` in the collection `arch`.
 
   Attributes:
-    shape: Of `zeta`; it has the rank of what it multiplies.
-    initial: Where every factor starts.
+    shape: Shape of `zeta`, with the rank of the values it multiplies.
+    initial: Initial value of every factor.
     squash: Whether the factor is tanh(zeta), as for patches.
 
   References:
@@ -44,11 +44,11 @@ class SoftMask(nn.Module):
 
 @dataclasses.dataclass(frozen=True)
 class HardMask:
-  """Lets some units through and makes the others 0: what a cut leaves, before anything is removed.
+  """Keeps some units and zeroes the others: a cut, before anything is removed.
 
   Attributes:
-    shape: As of a `SoftMask`.
-    kept: Places in the flattened shape that are let through.
+    shape: Shape of the mask, as in `SoftMask`.
+    kept: Kept positions in the flattened shape.
   """
 
   shape: tuple[int, ...]

@@ -1,6 +1,6 @@
-"""Heads by a spec's `pool`: each norms and pools the last tokens, classifies, and counts its MACs.
+"""Heads by a spec's `pool`: they norm and pool the last tokens, classify, and count their MACs.
 
-A head that a ViT holds shares the ViT's scope, so that its parameters have timm's names.
+The head of a ViT shares the ViT's scope, so that its parameters have timm's names.
 """
 
 from collections.abc import Callable
@@ -32,7 +32,7 @@ class Head(Protocol):
 
   @staticmethod
   def macs(spec: ViTSpec, tokens: Any) -> tuple[Any, int]:
-    """Counts multiply-accumulates of pooling and of the classifier.
+    """Counts the multiply-accumulates of pooling and of the classifier.
 
     Args:
       spec: The model.
@@ -66,7 +66,7 @@ class ClsHead(nn.Module):
 
 
 class ClsDistHead(nn.Module):
-  """Classifies CLS and the distillation token apart, and takes the mean.
+  """Classifies the CLS and the distillation token separately, and averages the logits.
 
   Its features are f[b 2 d]; without classifiers the logits are their mean.
 
@@ -94,10 +94,10 @@ class ClsDistHead(nn.Module):
 
 
 class SizeMeanHead(nn.Module):
-  """Classifies the normed mean of the patch tokens, each weighing as much as its patches.
+  """Classifies the normed mean of the patch tokens, weighted by their sizes.
 
   References:
-    Chen et al., `DiffRate <https://arxiv.org/abs/2305.17997>`_, 2023, their model for MAE.
+    Chen et al., `DiffRate <https://arxiv.org/abs/2305.17997>`_, 2023, the authors' model for MAE.
   """
 
   spec: ViTSpec
@@ -117,7 +117,7 @@ class SizeMeanHead(nn.Module):
 
 
 def size_mean(tokens: Tokens) -> Float[Array, "b d"]:
-  """Computes Σ s·x / Σ s over the patch tokens, of sizes s, which are 0 where masked.
+  """Computes Σ s·x / Σ s over the patch tokens, of sizes s, taken as 0 where masked.
 
   The denominator takes no gradient, as in the authors' model for MAE weights.
   """
@@ -130,7 +130,7 @@ def size_mean(tokens: Tokens) -> Float[Array, "b d"]:
 
 
 class MapHead(nn.Module):
-  """Classifies what a learnt query's attention to all tokens makes of them (SigLIP)."""
+  """Classifies the tokens as pooled by a learnt query's attention (SigLIP)."""
 
   spec: ViTSpec
 
@@ -147,8 +147,8 @@ class MapHead(nn.Module):
     return tokens, features, self.head(features)
 
   def probe(self) -> Float[Array, "h d"]:
-    """Returns the pooling query folded through key projection and norm scale, by head."""
-    if self.is_initializing():  # There are no parameters yet.
+    """Returns the pooling query folded through key projection and norm scale, per head."""
+    if self.is_initializing():  # no parameters yet
       return jnp.zeros((self.spec.num_heads, self.spec.width))
     return self.norm.variables["params"]["scale"][None] * self.attn_pool.probe()
 
@@ -162,15 +162,15 @@ class MapHead(nn.Module):
 class AttentionPool(nn.Module):
   """SigLIP's head: a learnt query attends to all tokens, and an MLP follows.
 
-  A token weighs as much as the patches it stands for, and nothing where it is masked.
+  Tokens are weighted by the number of patches they stand for; masked tokens are not seen.
 
   Attributes:
-    num_heads: Of the query; the width is divided among them.
+    num_heads: Heads of the query, which share the width.
     mlp_dim: Hidden units of the MLP.
     width: Channels of a token.
-    norm_eps: As in the layers.
-    dtype: As in the layers.
-    activation: As in the layers.
+    norm_eps: Epsilon of the norm, as in the layers.
+    dtype: Dtype of the computation, as in the layers.
+    activation: Activation of the MLP, as in the layers.
 
   References:
     Zhai et al., `SigLIP <https://arxiv.org/abs/2303.15343>`_, 2023.
@@ -200,11 +200,11 @@ class AttentionPool(nn.Module):
     return y + self.mlp(self.norm(y)[:, None])[:, 0]
 
   def query(self) -> Float[Array, "1 h k"]:
-    """Returns the query, by head."""
+    """Returns the query per head."""
     return self.q(self.latent).reshape(1, self.num_heads, -1)
 
   def probe(self) -> Float[Array, "h d"]:
-    """Returns the query folded through the key projection and scaled, by head."""
+    """Returns the scaled query folded through the key projection, per head."""
     keys = self.kv.variables["params"]["kernel"][:, : self.width]
     keys = keys.reshape(self.width, self.num_heads, -1)
     return self._scale * jnp.einsum("hk,dhk->hd", self.query()[0].astype(keys.dtype), keys)
@@ -215,12 +215,12 @@ class AttentionPool(nn.Module):
 
   @nn.nowrap
   def _by_head(self, x: Array) -> Array:
-    """[b n d] -> [b h n k]"""
+    """Splits channels into heads: [b n d] -> [b h n k]."""
     return x.reshape(*x.shape[:2], self.num_heads, -1).swapaxes(1, 2)
 
 
 class MeanHead(nn.Module):
-  """Classifies the normed mean of the tokens that are not masked by an MLP (CAFormer).
+  """Classifies the normed mean of the unmasked tokens with an MLP (CAFormer).
 
   References:
     Yu et al., `MetaFormer Baselines for Vision <https://arxiv.org/abs/2210.13452>`_, 2022.
@@ -241,7 +241,7 @@ class MeanHead(nn.Module):
 
   @staticmethod
   def macs(spec: ViTSpec, tokens: Any) -> tuple[Any, int]:
-    """Counts as DiffRate's authors do, 8·C for each class."""
+    """Counts 8·C for each class, as DiffRate's authors do."""
     del tokens
     return 0.0, 8 * spec.width * spec.num_classes
 

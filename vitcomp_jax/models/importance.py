@@ -1,4 +1,4 @@
-"""Importance metrics: what tells the tokens that a reducer keeps."""
+"""Importance metrics: the scores by which reducers rank tokens."""
 
 from collections.abc import Callable
 
@@ -27,8 +27,8 @@ def cls_attention(stats: AttentionStats, tokens: Tokens) -> Float[Array, "b n"]:
 def pool_query_attention(stats: AttentionStats, tokens: Tokens) -> Float[Array, "b n"]:
   """Computes mean_h softmax(q k(norm(x)) / sqrt(d) + log s) for the query q of a pooling head.
 
-  It is the attention that the head would pay each token if this layer were the last: k makes the
-  head's keys of the tokens behind this attention, after the final norm. The project's own.
+  This is the attention that the head would pay each token if this layer were the last: k projects
+  the normed tokens after this attention to the head's keys. The project's own.
   """
   assert tokens.probe is not None, "pool_query needs a pooling head"
   del stats
@@ -36,9 +36,9 @@ def pool_query_attention(stats: AttentionStats, tokens: Tokens) -> Float[Array, 
 
 
 def mean_attention(stats: AttentionStats, tokens: Tokens) -> Float[Array, "b n"]:
-  """Computes mean_h mean_i softmax(q_i k / sqrt(d) + log s): what each token receives from all.
+  """Computes mean_h mean_i softmax(q_i k / sqrt(d) + log s): the attention each token receives.
 
-  In a search, from all that are kept.
+  In a search, only kept tokens i count.
 
   References:
     Chen et al., `DiffRate <https://arxiv.org/abs/2305.17997>`_, 2023, their code for CAFormer.
@@ -48,7 +48,7 @@ def mean_attention(stats: AttentionStats, tokens: Tokens) -> Float[Array, "b n"]
 
 
 def mean_attention_of_all(stats: AttentionStats, tokens: Tokens) -> Float[Array, "b n"]:
-  """Computes `mean_attention` of all tokens, in a search of dropped ones too.
+  """Computes `mean_attention` over all tokens, including dropped ones in a search.
 
   References:
     Chen et al., `DiffRate <https://arxiv.org/abs/2305.17997>`_, 2023, their code for CAFormer.
@@ -59,22 +59,22 @@ def mean_attention_of_all(stats: AttentionStats, tokens: Tokens) -> Float[Array,
 
 
 def value_norm(stats: AttentionStats, tokens: Tokens) -> Float[Array, "b n"]:
-  """Computes |v|, the length of each token's values, all heads together. The project's own."""
+  """Computes |v|, the norm of each token's values over all heads. The project's own."""
   del tokens
   return attention.value_norm(stats.v, stats.keep)
 
 
 def random(stats: AttentionStats, tokens: Tokens) -> Float[Array, "b n"]:
-  """Draws numbers, the same for every image and at every call, to compare with."""
+  """Returns random scores, the same for every image and call, as a baseline."""
   del tokens
   b, _, n, _ = stats.k.shape
-  # A prefix of the same numbers for any count, so that masking sees what removing does.
+  # Any count gets a prefix of the same numbers, so that masking and removing agree.
   score = jnp.asarray(np.random.default_rng(0).random(n, np.float32))
   return attention.last_if_dropped(jnp.tile(score, (b, 1)), stats.keep)
 
 
-# Each gives f[b n], negative where a token is masked, from the statistics of an attention and the
-# tokens behind it. By falling preference of `ViTSpec.importance`.
+# Each maps an attention's statistics and the tokens after it to f[b n], negative where a token is
+# masked. `ViTSpec.importance` prefers the first that a model supports.
 IMPORTANCES: dict[str, Importance] = {
   "cls": cls_attention,
   "pool_query": pool_query_attention,

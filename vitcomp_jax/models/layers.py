@@ -1,4 +1,4 @@
-"""Small parts that several modules are made of, under timm's names."""
+"""Small modules shared by the models, with timm's parameter names."""
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -12,17 +12,17 @@ kernel_init = nn.initializers.truncated_normal(0.02)
 
 
 def identity(x: Array) -> Array:
-  """Returns its argument: stands in for a part that a model does not have."""
+  """Returns its argument: replaces a part that a model does not have."""
   return x
 
 
 def dense(features: int, dtype: str | None, use_bias: bool = True) -> nn.Dense:
-  """Makes a projection with the initialisation that all of them share."""
+  """Makes a projection with the models' initialisation."""
   return nn.Dense(features, use_bias=use_bias, dtype=dtype, kernel_init=kernel_init)
 
 
 class LayerNorm(nn.Module):
-  """Flax's layer norm, in at least float32, whose backward pass a CPU does in half the time."""
+  """Flax's layer norm, in at least float32, with a backward pass twice as fast on a CPU."""
 
   epsilon: float
 

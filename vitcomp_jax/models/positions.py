@@ -1,4 +1,4 @@
-"""Positions by a spec's `positions`: they tell the layers where in the image a token lies."""
+"""Position embeddings by a spec's `positions`."""
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -10,8 +10,7 @@ from vitcomp_jax.models.spec import ViTSpec
 class AbsolutePositions(nn.Module):
   """Adds a learnt embedding to each token before the first layer.
 
-  It shares the scope of the ViT that holds it: its parameter is `pos_embed`, f[1 rows d]. The
-  counting rule of MACs leaves additions out.
+  It shares the ViT's scope: its parameter is `pos_embed`, f[1 rows d]. Additions count no MACs.
   """
 
   spec: ViTSpec

@@ -1,4 +1,4 @@
-"""Static reducers: hashable values that serve as jit key and as JSON in a plan."""
+"""Static reducers: hashable values that serve as jit keys and as JSON in a plan."""
 
 import dataclasses
 import reprlib
@@ -10,18 +10,18 @@ from vitcomp_jax.models.gates import Gate, open_gate
 from vitcomp_jax.models.importance import IMPORTANCES
 from vitcomp_jax.models.tokens import AttentionStats, TokenReducer, Tokens
 
-LARGEST = 2**31 - 1  # more is a slip of the pen, and would not fit the arithmetic
+LARGEST = 2**31 - 1  # more would overflow int32
 
 
 class StaticReducer:
-  """Base of reducers whose fields are plain values; reads, checks and writes its own JSON.
+  """Base of reducers whose fields are plain values; it reads, checks and writes their JSON.
 
-  A subclass is a frozen dataclass or a Linen module. Whole numbers among its fields are counts,
-  fractions are shares in (0, 1].
+  A subclass is a frozen dataclass or a Linen module. Its int fields are counts, its float fields
+  shares in (0, 1].
 
   Attributes:
-    type_name: Its name in a plan's JSON.
-    before_attention: Whether it can stand before attention, where nothing is known of it yet.
+    type_name: Name in a plan's JSON.
+    before_attention: Whether it can run before attention, without statistics.
     is_fixed: Whether it removes the same tokens from every image.
   """
 
@@ -34,11 +34,11 @@ class StaticReducer:
     raise NotImplementedError
 
   def counts(self, n: int) -> tuple[int, int]:
-    """Returns how many of `n` tokens remain after pruning, and after merging as well."""
+    """Returns how many of `n` tokens remain after pruning, and after merging too."""
     return self.count(n), self.count(n)
 
   def token_gate(self, num_tokens: int) -> Gate:
-    """Returns the gate that masks, in the dense model, what this reducer removes."""
+    """Returns the gate that masks the tokens this reducer removes, in the dense model."""
     del num_tokens
     return open_gate
 
@@ -49,7 +49,7 @@ class StaticReducer:
       n: Tokens that enter.
       num_prefix: Prefix tokens of the model.
       num_tokens: Tokens of the model before any reduction.
-      where: It stands, for the error.
+      where: Place named in the error.
     """
     del n
     least = num_prefix + 1
@@ -59,7 +59,7 @@ class StaticReducer:
         raise UserError(f"{where}: expected {name} from {least} to {num_tokens}, got {kept}.")
 
   def to_json(self) -> dict[str, Any]:
-    """Returns the name and the fields that are not at their defaults."""
+    """Returns the type's name and the fields that differ from their defaults."""
     values = {f.name: getattr(self, f.name) for f in _fields(type(self)).values()}
     shown = {
       f.name: values[f.name] for f in _fields(type(self)).values() if values[f.name] != f.default
@@ -68,14 +68,14 @@ class StaticReducer:
 
   @classmethod
   def from_json(cls, values: Mapping[str, Any], where: str) -> "StaticReducer":
-    """Reads what `to_json` writes.
+    """Reads a reducer from the JSON object of `to_json`.
 
     Args:
       values: The JSON object.
-      where: It stands, for errors.
+      where: Place named in errors.
 
     Raises:
-      UserError: Names the field that is missing, wrong or not known.
+      UserError: If a field is missing, wrong or unknown.
     """
     fields = _fields(cls)
     options = {key: value for key, value in values.items() if key != "type"}
@@ -92,7 +92,7 @@ class StaticReducer:
 
 
 def _fields(reducer: type) -> dict[str, dataclasses.Field[Any]]:
-  """Returns the fields that a reducer's JSON holds, without the two that Flax adds."""
+  """Returns the fields in a reducer's JSON, without the two that Flax adds."""
   fields = dataclasses.fields(reducer)
   return {field.name: field for field in fields if field.name not in ("parent", "name")}
 

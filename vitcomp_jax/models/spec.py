@@ -1,4 +1,4 @@
-"""A ViT as data: what the whole model is, and what each of its layers is."""
+"""A ViT as data: specs of the model and of its layers."""
 
 import dataclasses
 import functools
@@ -24,20 +24,20 @@ class LayerSpec:
     num_heads: Attention heads.
     head_dim: Channels per head.
     mlp_dim: Hidden units of the MLP.
-    qk_scale: Factor of the attention's products; stays the original head's when a head shrinks.
-    select: Removes tokens before attention.
-    reduce: Removes tokens between attention and MLP.
+    qk_scale: Factor of the attention's logits; a slimmed head keeps that of the original.
+    select: Reducer before attention.
+    reduce: Reducer between attention and MLP.
     token_gate: Factor on the normed tokens, before attention and before the MLP.
     head_gate: Factor on queries, keys and values.
     hidden_gate: Factor on the MLP's hidden units.
-    size_bias: Proportional attention: merged tokens weigh as much as their patches.
-    mask_eps: Smoothing of the softmax where tokens are masked; the authors': 1e-6.
-    layer_scale: Learnt per-channel factors on both residual branches.
-    queries: The first so many tokens alone attend and go on, such as those that the head reads; the
-      others still are keys and values. None: all.
+    size_bias: Whether attention is proportional, that is weighted by the tokens' sizes.
+    mask_eps: Smoothing of the masked softmax; the authors use 1e-6.
+    layer_scale: Whether both residual branches have learnt per-channel factors.
+    queries: Number of first tokens that attend and go on, such as those that the head reads; the
+      others are only keys and values. None: all.
     drop_path: Probability of dropping a residual branch of an image (stochastic depth).
-    index: Which units of the dense layer a slimmed one keeps; None: all. Equal layers may differ in
-      them, as they compute alike.
+    index: Units of the dense layer that a slimmed one keeps; None: all. Ignored by comparison, as
+      layers that differ only here compute the same.
   """
 
   num_heads: int
@@ -58,7 +58,7 @@ class LayerSpec:
 
 
 def removes_tokens(layers: Sequence[LayerSpec]) -> bool:
-  """Whether any layer removes tokens, before or after its attention."""
+  """Returns whether any layer removes tokens, before or after its attention."""
   return any((layer.select, layer.reduce) != (keep_all, keep_all) for layer in layers)
 
 
@@ -71,36 +71,37 @@ class ViTSpec:
     image_size: Height and width in pixels.
     patch_size: Side of a square patch in pixels.
     width: Channels of a token.
-    depth: Layers.
+    depth: Number of layers.
     num_heads: Heads of a dense layer.
     mlp_dim: Hidden units of a dense layer's MLP.
-    num_classes: Outputs of the classifier; 0: none, the model gives features.
-    class_token: Has a CLS token.
-    distilled: Has a distillation token, and a second head that is averaged with the first.
-    num_registers: Register tokens.
-    pos_on_prefix: Position embeddings cover the prefix; otherwise only the patches.
-    positions: How tokens tell where they lie, one of `positions.POSITIONS`.
+    num_classes: Outputs of the classifier; 0: no classifier, the model returns features.
+    class_token: Whether there is a CLS token.
+    distilled: Whether there are a distillation token and a second head, averaged with the first.
+    num_registers: Number of register tokens.
+    pos_on_prefix: Whether position embeddings cover the prefix, or the patches only.
+    positions: Kind of position embedding, one of `positions.POSITIONS`.
     pool: The head, one of `heads.HEADS`: `cls`, `cls_dist` (CLS and distillation token),
-      `size_mean` (mean over patches, each token weighing as much as the patches it stands for; then
-      `fc_norm` instead of `norm`), `mean` (CAFormer: of the tokens), or `map` (SigLIP: a learnt
-      query attends to the tokens, by their sizes too).
-    norm_pre: Tokens are normed before the first layer, and the patch embedding has no bias (CLIP).
-    activation: Of every MLP, see `ops.activations.ACTIVATIONS`.
-    layer_scale: Learnt per-channel factors on the residual branches (DINOv2).
-    norm_eps: Added to the variance in every LayerNorm.
-    antialias: Position embeddings for another grid are resampled as timm does; otherwise as
-      PyTorch's plain bicubic does (DINOv2's origin).
-    mean: Of the input channels, in [0, 1].
-    std: Of the input channels, in [0, 1].
+      `size_mean` (mean over patch tokens weighted by size; `fc_norm` replaces `norm`), `mean`
+      (mean over tokens, for CAFormer), or `map` (a learnt query attends to the tokens, weighted by
+      size, for SigLIP).
+    norm_pre: Whether tokens are normed before the first layer, and the patch embedding has no bias
+      (CLIP).
+    activation: Activation of every MLP, one of `ops.activations.ACTIVATIONS`.
+    layer_scale: Whether residual branches have learnt per-channel factors (DINOv2).
+    norm_eps: Epsilon of every LayerNorm, added to the variance.
+    antialias: Whether position embeddings are resampled to another grid as timm does, or by
+      PyTorch's plain bicubic interpolation as DINOv2's authors do.
+    mean: Mean of the input channels, in [0, 1].
+    std: Standard deviation of the input channels, in [0, 1].
     crop_pct: Share of the resized image that evaluation keeps.
-    interpolation: Of evaluation's resizing.
-    crop_mode: How evaluation crops, see `data.Preprocess`.
+    interpolation: Interpolation of evaluation's resizing.
+    crop_mode: Crop of evaluation, see `data.Preprocess`.
     pad: Pixels of zeros added around images, see `data.Preprocess`.
-    exif_orientation: Whether images are turned as their EXIF tag says.
-    class_names: Of the classifier's outputs, in order; empty: not known. Equal models may differ in
-      them.
-    dtype: Of the computation; None: that of inputs and weights.
-    attention: Which form of attention computes it, see `ops.attention.attend`.
+    exif_orientation: Whether images are rotated by their EXIF tag.
+    class_names: Names of the classifier's outputs, in order; empty: unknown. Ignored by
+      comparison.
+    dtype: Dtype of the computation; None: that of inputs and weights.
+    attention: Implementation of attention, see `ops.attention.attend`.
   """
 
   name: str
@@ -143,7 +144,7 @@ class ViTSpec:
 
   @property
   def preprocess(self) -> Preprocess:
-    """Returns how the model's images are made."""
+    """Returns the preprocessing of the model's images."""
     return Preprocess(
       self.image_size,
       self.mean,
@@ -157,7 +158,7 @@ class ViTSpec:
 
   @property
   def grid(self) -> tuple[int, int]:
-    """Rows and columns of patches."""
+    """Returns rows and columns of patches."""
     return self.image_size[0] // self.patch_size, self.image_size[1] // self.patch_size
 
   @property
@@ -166,7 +167,7 @@ class ViTSpec:
 
   @property
   def num_prefix(self) -> int:
-    """CLS, distillation and register tokens."""
+    """Returns the number of CLS, distillation and register tokens."""
     return self.class_token + self.distilled + self.num_registers
 
   @property
@@ -175,24 +176,24 @@ class ViTSpec:
 
   @property
   def pools_patches(self) -> bool:
-    """Whether the head reads the patch tokens; otherwise the prefix."""
+    """Returns whether the head reads the patch tokens rather than the prefix."""
     return self.pool not in ("cls", "cls_dist")
 
   @property
   def pos_prefix(self) -> int:
-    """Rows of the position embeddings that belong to the prefix."""
+    """Returns the rows of the position embeddings that belong to the prefix."""
     return self.num_prefix if self.pos_on_prefix else 0
 
   def importance(self, asked: str = "auto", where: str = "config.search.importance") -> str:
     """Resolves `auto` to the best importance metric that this model supports.
 
     Args:
-      asked: One of `importance.IMPORTANCES`; or `auto`, the attention of what the head looks at:
-        CLS, the head's own query, or, where it takes a mean, all tokens.
-      where: It stands, for the error.
+      asked: One of `importance.IMPORTANCES`; or `auto`, the attention paid by the CLS token, by the
+        head's own query or, if the head takes a mean, by all tokens.
+      where: Key named in the error.
 
     Raises:
-      UserError: If the model does not have what is asked for.
+      UserError: If the model does not support the metric.
     """
     there = {"cls": self.class_token, "pool_query": self.pool == "map"}
     has = [name for name in IMPORTANCES if there.get(name, True)]
@@ -206,24 +207,24 @@ class ViTSpec:
 
   @property
   def starts(self) -> dict[int, int]:
-    """The layers that all tokens enter, whatever was removed before, and how many those are."""
+    """Returns the layers that start with all tokens again, and their token counts."""
     return {0: self.num_tokens}
 
   def tokens_at(self, layer: int) -> int:
-    """Tokens that enter a layer if none was removed."""
+    """Returns the tokens that enter a layer if none was removed."""
     return self.starts[max(start for start in self.starts if start <= layer)]
 
   def patches_at(self, layer: int) -> int:
-    """Patch tokens that enter a layer if none was removed."""
+    """Returns the patch tokens that enter a layer if none was removed."""
     return self.tokens_at(layer) - self.num_prefix
 
   def grid_at(self, layer: int) -> tuple[int, int]:
-    """Rows and columns of the patches that a layer knows."""
+    """Returns rows and columns of the patches at a layer."""
     del layer
     return self.grid
 
   def width_at(self, layer: int) -> int:
-    """Channels of a layer's tokens."""
+    """Returns the channels of a layer's tokens."""
     del layer
     return self.width
 
@@ -232,20 +233,23 @@ class ViTSpec:
     return (f"blocks_{layer}",)
 
   def with_tokens(self, num_tokens: int) -> "ViTSpec":
-    """The model for images of another size, that which gives so many tokens."""
+    """Returns the spec with the image size that has `num_tokens` tokens."""
     sides = (self.patch_size, (num_tokens - self.num_prefix) * self.patch_size)
     return dataclasses.replace(self, image_size=sides)
 
   @property
   def embed_macs(self) -> int:
-    """Counts the multiply-accumulates of the patch embedding, which no reduction changes."""
+    """Returns the multiply-accumulates of the patch embedding, which no reduction changes."""
     return self.num_tokens * self.width * 3 * self.patch_size**2
 
   def check_plain(self, what: str) -> None:
-    """Refuses what only a ViT can do that keeps one sequence of tokens from first to last.
+    """Refuses a model whose tokens start anew between layers, such as a CAFormer.
+
+    Args:
+      what: Feature named in the error.
 
     Raises:
-      UserError: If the model is another.
+      UserError: If the model is not a plain Vision Transformer.
     """
     if len(self.starts) > 1:
       raise UserError(
@@ -255,7 +259,7 @@ class ViTSpec:
 
   @functools.cached_property
   def dense_layers(self) -> tuple[LayerSpec, ...]:
-    """The layers as they are before any compression."""
+    """Returns the layers before any compression."""
     head_dim = self.width // self.num_heads
     layer = LayerSpec(
       self.num_heads, head_dim, self.mlp_dim, head_dim**-0.5, layer_scale=self.layer_scale
@@ -274,7 +278,7 @@ def of_layer(spec: ViTSpec, tree: Mapping[str, Any], layer: int) -> Any:
 
 
 def with_drop_path(layers: tuple[LayerSpec, ...], rate: float) -> tuple[LayerSpec, ...]:
-  """Stochastic depth that grows linearly from 0 at the first layer to `rate` at the last."""
+  """Returns layers whose stochastic depth grows linearly from 0 at the first to `rate`."""
   last = max(len(layers) - 1, 1)
   return tuple(
     dataclasses.replace(layer, drop_path=rate * i / last) for i, layer in enumerate(layers)

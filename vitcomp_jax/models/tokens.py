@@ -1,4 +1,4 @@
-"""Tokens that flow between layers, and the statistics and interfaces of reducers."""
+"""Tokens between layers, and the statistics and interface of reducers."""
 
 from collections.abc import Callable
 from typing import Protocol, runtime_checkable
@@ -13,18 +13,18 @@ from vitcomp_jax.ops import select
 class Tokens(flax.struct.PyTreeNode):
   """A batch of token sequences. Shapes: b images, n tokens, d width, p patches.
 
-  Only its methods change a sequence, as all fields have to follow.
+  Change a sequence by its methods only: they keep all fields consistent.
   """
 
   x: Array  # f[b n d]
-  source: Array  # i[b p] token that now holds each patch; -1 pruned
+  source: Array  # i[b p] token that holds each patch; -1: pruned
   num_prefix: int = flax.struct.field(pytree_node=False)  # never sorted, merged or removed
-  size: Array | None = None  # f[b n] patches a token stands for; None: one each, plain attention
+  size: Array | None = None  # f[b n] patches per token; None: one each, plain attention
   keep: Array | None = None  # f[b n] 1 kept, 0 dropped; None: nothing is masked
-  num_kept: Array | None = None  # f[] tokens that a mask keeps, if as many in every image
-  pruned: Array | None = None  # f[b p d] the value that a pruned patch had last; None: none was
-  origin: Array | None = None  # i[b n] patch that each token began as, -1: none; None: not asked
-  probe: Array | None = None  # f[h d] what the pooling head looks for in a normed token
+  num_kept: Array | None = None  # f[] tokens kept by the mask, if equal in every image
+  pruned: Array | None = None  # f[b p d] last values of pruned patches; None: none pruned
+  origin: Array | None = None  # i[b n] patch each token started as, -1: none; None: not tracked
+  probe: Array | None = None  # f[h d] folded query of the pooling head; None: not used
 
   @classmethod
   def begin(
@@ -35,14 +35,14 @@ class Tokens(flax.struct.PyTreeNode):
     probe: Array | None = None,
     track_origin: bool = False,
   ) -> "Tokens":
-    """Returns new tokens, of which each one behind the prefix holds a patch of its own.
+    """Returns new tokens; each one after the prefix holds one patch.
 
     Args:
-      x: f[b n d].
+      x: Values, f[b n d].
       num_prefix: Tokens at the front that hold no patch.
-      size: See the field.
-      probe: See the field.
-      track_origin: Whether to follow which patch a token began as.
+      size: Patches per token, f[b n]; None: not tracked.
+      probe: Folded query of the pooling head, f[h d].
+      track_origin: Whether to track which patch each token started as.
     """
     b, n, _ = x.shape
     places = jnp.arange(num_prefix, n)
@@ -53,7 +53,7 @@ class Tokens(flax.struct.PyTreeNode):
 
   @property
   def sizes(self) -> Array:
-    """Returns the patches that each token stands for, f[b n]: one each if they are not tracked."""
+    """Returns the patches each token stands for, f[b n]: one each if sizes are not tracked."""
     return self._ones() if self.size is None else self.size
 
   @property
@@ -65,18 +65,18 @@ class Tokens(flax.struct.PyTreeNode):
     return jnp.ones(self.x.shape[:2], jnp.promote_types(self.x.dtype, jnp.float32))
 
   def with_x(self, x: Array) -> "Tokens":
-    """Returns the same tokens with other values, f[b n d]."""
+    """Returns the tokens with other values, f[b n d]."""
     return self.replace(x=x)
 
   def normed(self, norm: Callable[[Array], Array]) -> "Tokens":
-    """Returns the tokens, and what is left of pruned patches, after a norm."""
+    """Returns the tokens and the values of pruned patches after a norm."""
     return self.replace(x=norm(self.x), pruned=None if self.pruned is None else norm(self.pruned))
 
   def take(self, order: Array) -> "Tokens":
-    """Returns the tokens at some positions in that order; patches of the others are pruned.
+    """Returns the tokens at the given positions; patches of the others are pruned.
 
     Args:
-      order: i[b c], each position at most once.
+      order: Positions, i[b c], each at most once.
     """
     n = self.x.shape[1]
     source = select.follow(self.source, order, n)
@@ -89,15 +89,15 @@ class Tokens(flax.struct.PyTreeNode):
     )
 
   def first(self, count: int) -> "Tokens":
-    """Returns the first tokens, by a cut instead of a gather; the others must hold no patches."""
+    """Returns the first tokens, by a slice instead of a gather; the others must hold no patches."""
     return self.replace(x=self.x[:, :count], **self._of_each(lambda values: values[:, :count]))
 
   def fuse(self, order: Array, weight: Array) -> "Tokens":
-    """Takes some tokens, and fuses the others into one that stands last and holds their patches.
+    """Takes some tokens, and fuses the others into one last token that holds their patches.
 
     Args:
-      order: i[b c], positions of those that are taken.
-      weight: f[b n], factor of each of the others in their sum, which the new token is.
+      order: Positions of the taken tokens, i[b c].
+      weight: Weights in the sum that forms the fused token, f[b n].
     """
     is_fused = jnp.all(order[:, :, None] != jnp.arange(self.x.shape[1])[None, None], axis=1)
     weight = jnp.where(is_fused, weight, 0).astype(self.x.dtype)
@@ -115,14 +115,14 @@ class Tokens(flax.struct.PyTreeNode):
     )
 
   def merge(self, x: Array, size: Array, receiver: Array) -> "Tokens":
-    """Returns the first tokens, to which the patches of the last ones have gone.
+    """Returns the first tokens, which now hold the patches of the last ones.
 
     Args:
-      x: f[b t d], what merging made of the first t tokens. The others are gone.
-      size: f[b t], the patches that each of them stands for now.
-      receiver: i[b s], the token that now has the patches of each of the last s ones. Without a
-        mask s = n - t. With a mask t = n, as what has merged stays in its place; then s = n, and a
-        token that does not merge is its own receiver.
+      x: Values of the first t tokens after merging, f[b t d].
+      size: Patches that each of them now stands for, f[b t].
+      receiver: Token that receives the patches of each of the last s ones, i[b s]. Without a mask
+        s = n - t. With a mask s = t = n, as merged tokens stay in place; a token that does not
+        merge is its own receiver.
     """
     start = self.x.shape[1] - receiver.shape[1]
     receiver = receiver.astype(self.source.dtype)
@@ -131,13 +131,13 @@ class Tokens(flax.struct.PyTreeNode):
     return self.first(x.shape[1]).replace(x=x, size=size, source=source)
 
   def mask(self, is_pruned: Array, keep: Array, num_kept: Array | None = None) -> "Tokens":
-    """Returns the same tokens with another mask; none is removed.
+    """Returns the tokens with another mask; none is removed.
 
     Args:
-      is_pruned: b[b n] or b[1 n], whether a token no longer holds its patches. Of those that are
-        masked, the others are yet to be merged.
-      keep: f[b n], see the field.
-      num_kept: f[], see the field.
+      is_pruned: Whether a token no longer holds its patches, b[b n] or b[1 n]. The other masked
+        tokens are yet to be merged.
+      keep: Mask, f[b n]: 1 kept, 0 dropped.
+      num_kept: Tokens that the mask keeps, f[], if equal in every image.
     """
     is_pruned = jnp.broadcast_to(is_pruned, self.x.shape[:2])
     is_gone = jnp.take_along_axis(is_pruned, jnp.maximum(self.source, 0), axis=1)
@@ -146,12 +146,12 @@ class Tokens(flax.struct.PyTreeNode):
     return self.replace(source=source, pruned=pruned, keep=keep, num_kept=num_kept)
 
   def _of_each(self, change: Callable[[Array], Array]) -> dict[str, Array | None]:
-    """Changes the fields that have one value for each token, without `x`."""
+    """Applies a change to the fields with one value per token, except `x`."""
     fields = {"size": self.size, "keep": self.keep, "origin": self.origin}
     return {name: None if v is None else change(v) for name, v in fields.items()}
 
   def _last_values(self, source: Array) -> Array:
-    """Returns `pruned` after some patches were pruned, which `source` knows already."""
+    """Returns `pruned` after the prunings that `source` already reflects."""
     is_new = (source < 0) & (self.source >= 0)
     last = select.take(self.x, jnp.maximum(self.source, 0))
     before = jnp.zeros_like(last) if self.pruned is None else self.pruned
@@ -165,16 +165,16 @@ def _append(values: Array | None, last: Array) -> Array | None:
 def unmerge(tokens: Tokens) -> Float[Array, "b p d"]:
   """Puts tokens back on the full grid of patches, row by row, for dense tasks.
 
-  A patch shows the token that it became a part of; a pruned one shows the value that it had last,
-  normed like the others where they are.
+  A merged patch gets the value of its token; a pruned one its last value, normed if the tokens
+  are.
 
   Args:
-    tokens: Of an `Output`: `tokens`, or one of `layers`.
+    tokens: Tokens of an `Output`: `tokens`, or one of `layers`.
 
   Examples:
     >>> import vitcomp_jax as vc
     >>> x = jnp.array([[[9.0], [1.0], [2.0]]])  # CLS and two tokens
-    >>> source = jnp.array([[1, 2, 1]])  # where each of three patches is
+    >>> source = jnp.array([[1, 2, 1]])  # tokens of three patches
     >>> tokens = Tokens(x=x, size=None, keep=None, source=source, num_prefix=1)
     >>> vc.unmerge(tokens)[0, :, 0].tolist()
     [1.0, 2.0, 1.0]
@@ -186,36 +186,36 @@ def unmerge(tokens: Tokens) -> Float[Array, "b p d"]:
 
 
 class AttentionStats(flax.struct.PyTreeNode):
-  """Statistics of a layer's attention for reducers; XLA drops those that none uses."""
+  """Statistics of a layer's attention for reducers; XLA drops unused ones."""
 
   q: Array  # f[b h n k] queries
   k: Array  # f[b h n k] keys
   v: Array  # f[b h n k] values
   log_size: Array | None  # f[b n] added to the logits of each key
   keep: Array | None  # as in Tokens
-  scale: float = flax.struct.field(pytree_node=False)  # factor of the products
+  scale: float = flax.struct.field(pytree_node=False)  # factor of the logits
 
   @property
   def mean_key(self) -> Array:
-    """Returns each token's key, mean over heads, f[b n k]: what ToMe compares."""
+    """Returns each token's key, averaged over heads as for ToMe, f[b n k]."""
     return self.k.mean(axis=1)
 
 
 class Output(flax.struct.PyTreeNode):
   """Outputs of a forward pass."""
 
-  logits: Array  # f[b classes]; the features where the model has no classifier
-  features: Array  # f[b d] pooled, what the classifier sees
+  logits: Array  # f[b classes]; features if the model has no classifier
+  features: Array  # f[b d] pooled input of the classifier
   tokens: Tokens  # after the final norm
   layers: tuple[Tokens, ...]  # after each layer
 
 
 @runtime_checkable
 class TokenReducer(Protocol):
-  """Removes tokens, or masks them, between two parts of a layer."""
+  """Removes or masks tokens between two parts of a layer."""
 
   def __call__(self, tokens: Tokens, stats: AttentionStats | None) -> Tokens:
-    """Returns the tokens that go on; `stats` is None before attention."""
+    """Returns the remaining tokens; `stats` is None before attention."""
     ...
 
   def count(self, n: int) -> int:

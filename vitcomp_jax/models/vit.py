@@ -19,7 +19,7 @@ _token_init = nn.initializers.normal(1e-6)
 
 
 class ViT(Backbone):
-  """A Vision Transformer: patches behind prefix tokens, positions, layers, and a head."""
+  """A Vision Transformer: prefix and patch tokens, positions, layers, and a head."""
 
   def setup(self) -> None:
     spec = self.spec
@@ -32,7 +32,7 @@ class ViT(Backbone):
     self.prefix = [
       self.param(name, _token_init, (1, int(n), spec.width)) for name, n in counts.items() if n
     ]
-    # Both have their parameters in this module's scope, under timm's names.
+    # Positions and head put their parameters in this module's scope, for timm's names.
     self.positions = POSITIONS[spec.positions](spec)
     nn.share_scope(self, self.positions)
     self.norm_pre = LayerNorm(spec.norm_eps) if spec.norm_pre else identity
