@@ -1,8 +1,8 @@
 """Compression methods, each a file or a folder: its reducers, its schedules, its search.
 
-`methods.tome.layers(spec, r=13)` and its like make layers without a search;
-`methods.within("tome", spec, gmacs)` makes them as strong as a budget asks for. `DiffRate` and
-`ViTSlim` search inside training loops of your own.
+`methods.tome.layers(spec, r=13)` and its siblings make layers without a search;
+`methods.within("tome", spec, gmacs)` makes layers that meet a budget. `DiffRate` and `ViTSlim`
+search inside your own training loop.
 """
 
 from vitcomp_jax.config import DiffRateOptions, ViTSlimOptions

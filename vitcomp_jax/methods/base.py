@@ -1,4 +1,4 @@
-"""Defines a method: static reducers, schedules without a search, and maybe a search."""
+"""Interfaces of a method: static reducers, schedules without a search, and optionally a search."""
 
 import dataclasses
 import types
@@ -13,18 +13,18 @@ from vitcomp_jax.models.tokens import Output
 
 Metrics = dict[str, Array]
 Layers = tuple[LayerSpec, ...]
-# Makes layers from a model and a strength, 0 (all tokens stay) to 1 (as few as can be).
+# Makes layers from a model and a strength, from 0 (all tokens stay) to 1 (as few as possible).
 Schedule = Callable[[ViTSpec, float], Layers]
 
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-  """Describes a method for the registry.
+  """A method's entry in the registry.
 
   Attributes:
-    reducers: Its static reducers, which plans may hold.
-    schedules: Schedules that need no search, by the names of their rows.
-    is_trained: Whether a schedule's weights have to be trained before it can be measured.
+    reducers: Static reducers that plans may hold.
+    schedules: Schedules without a search, by row name.
+    is_trained: Whether the schedules need trained weights before they can be measured.
   """
 
   reducers: tuple[type[StaticReducer], ...] = ()
@@ -35,13 +35,13 @@ class Method:
 
 
 def quarters(spec: ViTSpec) -> list[int]:
-  """Returns the layers before which a quarter, a half and three quarters of the depth lie."""
+  """Returns the layers that start at a quarter, a half and three quarters of the depth."""
   return [spec.depth * quarter // 4 for quarter in (1, 2, 3)]
 
 
 @runtime_checkable
 class SearchMethod(Protocol):
-  """Builds the layers of a search for one model, and penalises what they cost.
+  """Builds the layers of a search for one model, and penalises their cost.
 
   A training loop applies `layers()` with the collections `params` and `arch`.
   """
@@ -51,9 +51,9 @@ class SearchMethod(Protocol):
     ...
 
   def init(self) -> dict[str, Any]:
-    """Returns the search variables before the first step: the collection `arch`."""
+    """Returns the initial search variables: the collection `arch`."""
     ...
 
   def penalty(self, arch: Mapping[str, Any], out: Output, step: Array) -> tuple[Array, Metrics]:
-    """Computes what is added to the task loss, and metrics to log."""
+    """Computes the term added to the task loss, and metrics to log."""
     ...

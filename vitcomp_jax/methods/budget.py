@@ -1,4 +1,4 @@
-"""Bisection, by which every method meets its budget."""
+"""Bisection, used by every method to meet its budget."""
 
 from collections.abc import Callable
 
@@ -9,13 +9,13 @@ def bracket(is_above: Callable[[float], bool], below: float, above: float) -> tu
   """Finds where a cost crosses a budget.
 
   Args:
-    is_above: Whether a value costs more than the budget; monotone between the two ends.
-    below: The end that costs less, whether it is the smaller number or the larger one.
-    above: The other end.
+    is_above: Whether a value costs more than the budget; monotone between the ends.
+    below: End that costs less; may be the smaller or the larger number.
+    above: End that costs more.
 
   Returns:
-    Two neighbouring values, the first on the side of `below`, the second on that of `above`. Where
-    all of the range is on one side, both are next to the other side's end.
+    Two neighbouring values, the first on the side of `below`, the second on that of `above`. If the
+    whole range is on one side, both are next to the other side's end.
   """
   for _ in range(_STEPS):
     middle = (below + above) / 2

@@ -1,7 +1,7 @@
-"""DynamicViT: small networks between the layers learn which tokens to keep.
+"""DynamicViT: small networks between the layers learn to select tokens.
 
-Rao et al., `DynamicViT <https://arxiv.org/abs/2106.02034>`_, NeurIPS 2021. What it learns are
-weights, so it has no search: a plan with prediction modules is trained by the stage `finetune`.
+Rao et al., `DynamicViT <https://arxiv.org/abs/2106.02034>`_, NeurIPS 2021. It learns weights
+only, without a search: the stage `finetune` trains a plan with prediction modules.
 """
 
 import dataclasses
@@ -18,12 +18,12 @@ from vitcomp_jax.models.spec import LayerSpec, ViTSpec
 from vitcomp_jax.models.tokens import AttentionStats, Output, Tokens
 from vitcomp_jax.ops import select
 
-RATIO_WEIGHT = 2.0  # the authors', of the mean over the places
+RATIO_WEIGHT = 2.0  # the authors', for the mean over the places
 _kernel_init = nn.initializers.truncated_normal(0.02)
 
 
 class _Predictor(nn.Module):
-  """Scores tokens with a small network; submodules have the authors' names."""
+  """Scores tokens with a small network, whose submodules have the authors' names."""
 
   @nn.nowrap
   def _layer(self, name: str, features: int) -> nn.Dense:
@@ -40,7 +40,7 @@ class _Predictor(nn.Module):
     x = nn.gelu(self._layer("in_conv_1", width)(x), approximate=False)
     local, whole = jnp.split(x, 2, axis=-1)
     weight = keep[..., None].astype(x.dtype)
-    # An image may have lost all of its patches; the authors' mean is not a number then.
+    # An image may have no patches left, which makes the authors' mean NaN.
     count = jnp.maximum(jnp.sum(weight, axis=1, keepdims=True), 1)
     mean = jnp.sum(whole * weight, axis=1, keepdims=True) / count
     x = jnp.concatenate([local, jnp.broadcast_to(mean, whole.shape)], axis=-1)
@@ -53,8 +53,8 @@ class PredictorSelect(StaticReducer, _Predictor):
   """DynamicViT's reduction: keeps the tokens that a small network scores highest.
 
   Attributes:
-    keep: Tokens that are kept, prefix included.
-    ratio: Share of all patches that is to be kept while training; `keep` is rounded down from it.
+    keep: Tokens to keep, prefix included.
+    ratio: Share of all patches to keep while training; `keep` is rounded down from it.
 
   References:
     Rao et al., `DynamicViT <https://arxiv.org/abs/2106.02034>`_, 2021, Sec. 3.2.
@@ -82,10 +82,10 @@ class PredictorSelect(StaticReducer, _Predictor):
 
 
 class PredictorMask(_Predictor):
-  """`PredictorSelect` by masking, for training: each token is kept or dropped at random.
+  """`PredictorSelect` as masking, for training: each token is kept or dropped at random.
 
-  The decision is drawn by the Gumbel-softmax trick, hard in the forward pass with the gradient of
-  the soft one; the random stream is `gumbel`. A token that was dropped once stays dropped.
+  Decisions are drawn by the straight-through Gumbel-softmax, hard in the forward pass with the soft
+  gradient, from the random stream `gumbel`. A dropped token stays dropped.
   """
 
   @nn.compact
@@ -105,12 +105,12 @@ class PredictorMask(_Predictor):
 
 
 def layers(spec: ViTSpec, places: Sequence[int], ratios: Sequence[int | float]) -> Layers:
-  """DynamicViT's layers, whose prediction modules have to be trained.
+  """Makes DynamicViT's layers, whose prediction modules have to be trained.
 
   Args:
     spec: The model.
     places: Layers before which tokens are dropped.
-    ratios: Share of all patches that each of them keeps, rounded down.
+    ratios: Share of all patches that each place keeps, rounded down.
 
   References:
     Rao et al., `DynamicViT <https://arxiv.org/abs/2106.02034>`_, 2021, Sec. 3.
@@ -129,11 +129,11 @@ def _after_quarters(spec: ViTSpec, strength: float) -> Layers:
 
 
 def training_layers(layers: tuple[LayerSpec, ...], mask_eps: float = 0.0) -> tuple[LayerSpec, ...]:
-  """Layers that mask tokens at random, as their prediction modules say.
+  """Returns layers that mask tokens at random, as their prediction modules decide.
 
   Args:
-    layers: Static ones, with prediction modules.
-    mask_eps: Smoothing of the masked softmax; the authors': 1e-6.
+    layers: Static layers with prediction modules.
+    mask_eps: Smoothing of the masked softmax; the authors use 1e-6.
   """
   return tuple(
     dataclasses.replace(
@@ -146,7 +146,7 @@ def training_layers(layers: tuple[LayerSpec, ...], mask_eps: float = 0.0) -> tup
 
 
 def places(layers: tuple[LayerSpec, ...]) -> list[int]:
-  """The layers that have a prediction module."""
+  """Returns the layers that have a prediction module."""
   return [i for i, layer in enumerate(layers) if isinstance(layer.select, PredictorSelect)]
 
 
@@ -155,11 +155,11 @@ def ratio_loss(spec: ViTSpec, layers: tuple[LayerSpec, ...], out: Output) -> Flo
 
   Args:
     spec: The model.
-    layers: The static ones, which know the ratios.
-    out: Of the training layers.
+    layers: Static layers, which hold the ratios.
+    out: Output of the training layers.
 
   Returns:
-    The squared difference, a mean over the images and a sum over the places.
+    The squared difference, averaged over images and summed over places.
   """
   total = jnp.zeros((), out.tokens.x.dtype)
   for layer, tokens in zip(layers, out.layers, strict=True):
@@ -170,11 +170,11 @@ def ratio_loss(spec: ViTSpec, layers: tuple[LayerSpec, ...], out: Output) -> Flo
 
 
 def token_distance(tokens: Tokens, teacher: Tokens) -> Float[Array, ""]:
-  """Mean squared distance of the kept patch tokens from a teacher's (Eq. 10).
+  """Computes the mean squared distance of the kept patch tokens from a teacher's (Eq. 10).
 
   Args:
-    tokens: After the last layer, masked ones still in place.
-    teacher: The dense model's.
+    tokens: Tokens after the last layer, masked ones in place.
+    teacher: The dense model's tokens.
   """
   prefix = tokens.num_prefix
   square = jnp.mean((tokens.x - teacher.x)[:, prefix:] ** 2, axis=2)

@@ -1,7 +1,7 @@
 """EViT: keeps the tokens that CLS attends to, and fuses the others into one.
 
 Liang et al., `EViT <https://arxiv.org/abs/2202.07800>`_, ICLR 2022. It learns
-weights alone.
+weights only.
 """
 
 import dataclasses
@@ -22,13 +22,13 @@ _WARMUP_PHASES = 7
 class AttentiveSelect(StaticReducer):
   """EViT's reduction: keeps the tokens that CLS attends to most, and fuses the others into one.
 
-  The fused token is the sum of the others, each times its importance, the attention that CLS pays
-  it; it stands last and is a token like any other from then on.
+  The fused token is the sum of the others weighted by importance, the attention that CLS pays them;
+  it is appended last, and is an ordinary token from then on.
 
   Attributes:
-    keep: Tokens that are kept, prefix included, the fused token not.
-    fuse: Whether the others are fused; otherwise they are gone.
-    importance: What stands in for the attention of CLS where there is none, see `PruneMerge`.
+    keep: Tokens to keep, including the prefix but not the fused token.
+    fuse: Whether the others are fused or dropped.
+    importance: Importance metric, for models without CLS another than `cls`; see `PruneMerge`.
 
   References:
     Liang et al., `EViT <https://arxiv.org/abs/2202.07800>`_, 2022, Sec. 3.2 and Eq. 4.
@@ -58,14 +58,14 @@ def layers(
   fuse: bool = True,
   tokens: Sequence[int | None] | None = None,
 ) -> Layers:
-  """EViT's layers.
+  """Makes EViT's layers.
 
   Args:
     spec: The model.
-    keep_rate: Of each layer, the share of the tokens behind the prefix that is kept, rounded up; a
-      fused token of an earlier layer is one of them.
+    keep_rate: Share of the tokens after the prefix that each layer keeps, rounded up; fused
+      tokens of earlier layers count.
     fuse: Whether the others are fused into one token.
-    tokens: Of each layer, how many are kept, whatever the rate; None: as the rate says.
+    tokens: Number of tokens that each layer keeps instead; None: by the rate.
 
   References:
     Liang et al., `EViT <https://arxiv.org/abs/2202.07800>`_, 2022, Sec. 3.
@@ -85,18 +85,18 @@ def layers(
 
 
 def warmup(spec: ViTSpec, planned: Layers, steps: int) -> list[tuple[int, Layers]]:
-  """Layers for the steps in which EViT's keep rates fall from 1 to those of a plan, by a cosine.
+  """Returns phases in which EViT's keep rates fall from 1 to a plan's along a cosine.
 
-  The authors change the rates at every step; each set of rates is compiled, so here there are
-  eight, the plan's included.
+  The authors change the rates at every step. As each set of rates is compiled, there are eight
+  phases here, the plan's included.
 
   Args:
     spec: The model.
-    planned: The plan's.
-    steps: Of the warm-up.
+    planned: The plan's layers.
+    steps: Steps of the warm-up.
 
   Returns:
-    The first step of each phase, and its layers.
+    The first step and the layers of each phase.
   """
   rates, n = [], 0
   for i, layer in enumerate(planned):
@@ -118,7 +118,7 @@ def warmup(spec: ViTSpec, planned: Layers, steps: int) -> list[tuple[int, Layers
 
 
 def _after_quarters(fuse: bool) -> Schedule:
-  """EViT with one keep rate after each quarter of the layers, as its authors for depth 12."""
+  """Returns EViT with one keep rate at each quarter of the depth, as its authors do at depth 12."""
 
   def at(spec: ViTSpec, strength: float) -> Layers:
     places = quarters(spec)

@@ -1,4 +1,4 @@
-"""Schedules made by hand, and by chance: the same counts in every image, nothing learnt."""
+"""Hand-made and random schedules: the same counts for every image, nothing learnt."""
 
 import dataclasses
 import itertools
@@ -13,8 +13,8 @@ from vitcomp_jax.methods.diffrate.reducer import PruneMerge
 from vitcomp_jax.models.spec import ViTSpec
 
 TOLERANCE = 0.01  # of a budget
-_DRAWS = 10_000  # random schedules at once
-_MISSES = 100  # times that many without one near the budget
+_DRAWS = 10_000  # random schedules per batch
+_MISSES = 100  # batches in a row without one near the budget
 
 
 def compressed_layers(
@@ -24,8 +24,8 @@ def compressed_layers(
 
   Args:
     spec: The model.
-    first: Whether the first may.
-    last: Whether the last may; None: unless the head pools over the patches it leaves.
+    first: Whether the first layer may.
+    last: Whether the last layer may; None: unless the head pools over patches.
   """
   last = not spec.pools_patches if last is None else last
   starts = [*spec.starts, spec.depth]
@@ -35,7 +35,7 @@ def compressed_layers(
 
 
 def _counted(merges: bool, importance: str = "auto") -> Callable[[ViTSpec, np.ndarray], Layers]:
-  """Layers that prune, or merge, to given counts."""
+  """Returns a function that makes layers which prune, or merge, to given counts."""
 
   def make(spec: ViTSpec, counts: np.ndarray) -> Layers:
     kept, metric = iter(counts), spec.importance(importance)
@@ -54,13 +54,13 @@ def _counted(merges: bool, importance: str = "auto") -> Callable[[ViTSpec, np.nd
 
 
 def _patches(spec: ViTSpec) -> np.ndarray:
-  """Patch tokens of each layer that may lose some, if none is removed."""
+  """Returns the patch tokens of each compressed layer if none is removed."""
   compressed = enumerate(compressed_layers(spec))
   return np.array([spec.patches_at(i) for i, yes in compressed if yes])
 
 
 def _uniform(merges: bool, importance: str = "auto") -> Schedule:
-  """One count for all layers; where it is no whole number, earlier layers keep one token more."""
+  """Returns a schedule of one count; if fractional, earlier layers keep one token more."""
   make = _counted(merges, importance)
 
   def at(spec: ViTSpec, strength: float) -> Layers:
@@ -72,7 +72,7 @@ def _uniform(merges: bool, importance: str = "auto") -> Schedule:
 
 
 def _linear(merges: bool) -> Schedule:
-  """Counts that fall linearly with the depth, to no less than one patch token."""
+  """Returns a schedule whose counts fall linearly with depth, to at least one patch token."""
   make = _counted(merges)
 
   def at(spec: ViTSpec, strength: float) -> Layers:
@@ -87,14 +87,14 @@ def _linear(merges: bool) -> Schedule:
 def random_counts(
   spec: ViTSpec, target_gmacs: float, count: int, seed: int, tolerance: float = TOLERANCE
 ) -> Iterator[Layers]:
-  """Random schedules near a budget: sorted uniform counts, those that meet it.
+  """Yields random schedules near a budget: sorted uniform counts, filtered by cost.
 
   Args:
     spec: The model.
-    target_gmacs: The budget.
-    count: Schedules to give.
-    seed: Of the counts; the first schedules of a longer series are those of a shorter one.
-    tolerance: Distance from the budget, as a share of it.
+    target_gmacs: The budget in 1e9 multiply-accumulates.
+    count: Number of schedules.
+    seed: Seed of the counts; a longer series begins with the shorter one.
+    tolerance: Relative distance from the budget.
 
   Raises:
     UserError: If none of a million schedules meets the budget.

@@ -11,7 +11,7 @@ from vitcomp_jax.methods.handmade import TOLERANCE, with_importance
 from vitcomp_jax.models.reducers import KeepAll, StaticReducer
 from vitcomp_jax.models.spec import ViTSpec
 
-# A new method is a file of its own, and a name here.
+# To add a method, write its module and list it here.
 METHODS: list[Method] = [
   handmade.METHOD,
   vit_slim.METHOD,
@@ -23,7 +23,7 @@ METHODS: list[Method] = [
 
 
 def reducer_types() -> dict[str, type[StaticReducer]]:
-  """Returns the static reducers that plans may hold, by their names in JSON."""
+  """Returns the static reducers that plans may hold, by name in JSON."""
   found: list[type[StaticReducer]] = [KeepAll]
   for method in METHODS:
     found += method.reducers
@@ -31,7 +31,7 @@ def reducer_types() -> dict[str, type[StaticReducer]]:
 
 
 def schedules() -> dict[str, Schedule]:
-  """Returns the schedules that need no search, by the names of their rows."""
+  """Returns the schedules without a search, by row name."""
   found: dict[str, Schedule] = {}
   for method in METHODS:
     found |= method.schedules
@@ -39,7 +39,7 @@ def schedules() -> dict[str, Schedule]:
 
 
 def untrained_schedules() -> list[str]:
-  """Returns the names of schedules that can be measured with the weights as they are."""
+  """Returns the names of the schedules that need no training."""
   return [name for method in METHODS if not method.is_trained for name in method.schedules]
 
 
@@ -49,12 +49,11 @@ def within(name: str, spec: ViTSpec, target_gmacs: float, importance: str = "aut
   Args:
     name: One of `schedules()`.
     spec: The model.
-    target_gmacs: The budget; the strength that comes nearest is taken.
-    importance: What tells the important tokens of hand-made schedules, see
-      `ViTSpec.importance`.
+    target_gmacs: The budget in 1e9 multiply-accumulates; the nearest strength is used.
+    importance: Importance metric of hand-made schedules, see `ViTSpec.importance`.
 
   Raises:
-    UserError: For an unknown name, or a budget below what the schedule costs at its strongest.
+    UserError: For an unknown name, or a budget below the cost of the strongest schedule.
   """
   known = schedules()
   if name not in known:

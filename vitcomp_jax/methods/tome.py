@@ -21,7 +21,7 @@ class BipartiteMerge(StaticReducer):
   """ToMe's reduction: merges tokens at even positions into similar ones at odd positions.
 
   Attributes:
-    remove: Tokens that are merged away, 1 to half of those behind the prefix.
+    remove: Tokens to merge away, from 1 to half of those after the prefix.
 
   References:
     Bolya et al., `ToMe <https://arxiv.org/abs/2210.09461>`_, 2022, Sec. 3.
@@ -54,12 +54,12 @@ class BipartiteMerge(StaticReducer):
 
 
 def tome_counts(r: int | Sequence[int | float], depth: int) -> list[int]:
-  """Tokens that ToMe is asked to merge away in each layer.
+  """Returns the number of tokens that ToMe should merge away in each layer.
 
   Args:
-    r: The same in every layer; or a list, filled up with 0; or, as a tuple of two, the mean and an
-      inflection from -1 (falling to 0) over 0 (constant) to 1 (rising from 0).
-    depth: Layers.
+    r: One number for every layer; a list per layer, padded with 0; or a tuple of the mean and an
+      inflection, -1 (falling to 0), 0 (constant) to 1 (rising from 0).
+    depth: Number of layers.
 
   References:
     Bolya et al., `ToMe <https://arxiv.org/abs/2210.09461>`_, 2022, Sec. 4.1 (schedules).
@@ -75,13 +75,12 @@ def tome_counts(r: int | Sequence[int | float], depth: int) -> list[int]:
 
 
 def layers(spec: ViTSpec, r: int | Sequence[int | float], prop_attn: bool = True) -> Layers:
-  """ToMe's layers.
+  """Makes ToMe's layers.
 
   Args:
     spec: The model.
-    r: See `tome_counts`; never more than half of a layer's tokens behind the prefix are merged.
-    prop_attn: Whether merged tokens weigh as much as their patches in attention; ToMe's authors do
-      without for MAE.
+    r: Tokens to merge, see `tome_counts`; at most half of a layer's tokens after the prefix.
+    prop_attn: Whether attention weights tokens by size; ToMe's authors do not for MAE.
   """
   made, n = [], 0
   for i, (layer, asked) in enumerate(
@@ -96,13 +95,13 @@ def layers(spec: ViTSpec, r: int | Sequence[int | float], prop_attn: bool = True
 
 
 def _growing(power: float) -> Schedule:
-  """ToMe whose r grows with a power of the depth; whole numbers by rounding the running sum."""
+  """Returns ToMe with r growing with a power of depth, by rounding the cumulative sum."""
 
   def at(spec: ViTSpec, strength: float) -> Layers:
     weights = np.arange(1, spec.depth + 1) ** power
     # At full strength even the first layer merges half of its tokens.
     removed = np.round(strength * spec.num_patches / 2 * np.cumsum(weights))
-    # MAE's authors of ToMe do without proportional attention.
+    # ToMe's authors use no proportional attention for MAE.
     r = np.diff(removed, prepend=0).astype(int).tolist()
     return layers(spec, r, prop_attn=spec.pool != "size_mean")
 

@@ -1,4 +1,4 @@
-"""Activations of MLPs, by the names that a spec has for them."""
+"""Activations of MLPs, by their names in specs."""
 
 import math
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 def gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
   """Computes the exact GELU, x times the normal distribution's cumulative probability.
 
-  By erf, as PyTorch has it: `nn.gelu` asks for erfc, which takes three times as long on a CPU.
+  It uses erf as PyTorch does; the erfc of `nn.gelu` takes three times as long on a CPU.
   """
   return x * _normal_cdf(x)
 
@@ -22,9 +22,9 @@ def _gelu_forward(x: Array) -> tuple[Array, Array]:
 
 
 def _gelu_backward(x: Array, grad: Array) -> tuple[Array]:
-  """Computes the slope from the argument, which is kept anyway: less memory, less time on a CPU.
+  """Computes the gradient from the stored argument alone: less memory, less time on a CPU.
 
-  The barrier keeps XLA from finding the probability in the forward pass, and storing it there.
+  The barrier keeps XLA from reusing, and thus storing, the forward pass's probability.
   """
   x = jax.lax.optimization_barrier(x)
   density = jnp.exp(-0.5 * x * x) * (1 / math.sqrt(2 * math.pi))

@@ -1,4 +1,4 @@
-"""Attention over tokens that stand for several patches, whole or masked."""
+"""Attention over tokens that stand for several patches, with or without a mask."""
 
 import functools
 import math
@@ -22,22 +22,22 @@ def attend(
   eps: float = 0.0,
   form: str = "auto",
 ) -> Float[Array, "b h q k"]:
-  """Proportional attention: each key weighs as much as the patches it stands for.
+  """Computes proportional attention: each key is weighted by the patches it stands for.
 
-  With `keep`, no token is removed; instead a row sees the kept keys and itself, so that kept rows
-  come out as if the others were gone, while gradients still reach `keep` at dropped keys.
+  With `keep`, no token is removed; a row sees the kept keys and itself, so that kept rows are as if
+  the others were gone, while gradients still reach `keep` at dropped keys.
 
   Args:
-    q: Queries, of all tokens or of the first ones.
+    q: Queries of all tokens or of the first ones.
     k: Keys.
     v: Values.
-    scale: Factor of the products, 1/sqrt(k) in a plain ViT.
+    scale: Factor of the logits, 1/sqrt(k) in a plain ViT.
     log_size: Logarithm of the patches each key stands for; None: all 1.
     keep: 1 for kept keys, 0 for dropped ones; None: nothing is masked.
-    eps: The authors' smoothing of a masked softmax (1e-6). A row sees CLS and itself, so it is
-      never empty; without smoothing, masking is exactly as good as removing.
-    form: What computes it where nothing is masked: `xla`, or `cudnn`, the fused kernel of NVIDIA's
-      library (half precision). `auto` takes the latter on a CUDA device, for half precision.
+    eps: Smoothing of the masked softmax, which the authors set to 1e-6. A row sees CLS and itself,
+      so it is never empty; without smoothing, masking equals removing exactly.
+    form: Implementation without a mask: `xla`, or `cudnn`, NVIDIA's fused kernel (half precision).
+      `auto` uses the latter on CUDA devices in half precision.
 
   Returns:
     The attended values.
@@ -50,7 +50,7 @@ def attend(
     if form == "cudnn":
       return _cudnn(q, k, v, scale, log_size)
     if form == "auto" and q.dtype.itemsize == 2 and _on_cuda():
-      # Of a program that is exported for several platforms, the others get the other form.
+      # In a program exported for several platforms, the others use the plain form.
       fused = functools.partial(_cudnn, scale=scale, log_size=log_size)
       plain = functools.partial(_plain, scale=scale, log_size=log_size)
       return jax.lax.platform_dependent(q, k, v, cuda=fused, default=plain)
@@ -65,7 +65,7 @@ def attend(
 
 
 def _plain(q: Array, k: Array, v: Array, scale: float, log_size: Array | None) -> Array:
-  """In the layout and order that XLA's CPU backend fuses into one kernel."""
+  """Computes attention in the layout and order that XLA's CPU backend fuses into one kernel."""
   logits = _logits(q, k, scale, log_size)
   weights = jnp.exp(logits - _peak(logits))
   # Dividing after the product touches n·k numbers instead of n·n.
@@ -74,10 +74,10 @@ def _plain(q: Array, k: Array, v: Array, scale: float, log_size: Array | None) -
 
 
 def _cudnn(q: Array, k: Array, v: Array, scale: float, log_size: Array | None) -> Array:
-  """By cuDNN's kernel, which takes no bias per key: sizes become two more channels of the keys.
+  """Computes attention by cuDNN's kernel, with sizes as two more channels of the keys.
 
-  One channel holds the bias in half precision, the other what was rounded away. Channels are then
-  filled up with zeros to a multiple of 8, as the kernel asks.
+  The kernel takes no bias per key. One channel holds it in half precision, the other its rounding
+  error. Channels are then padded with zeros to a multiple of 8, as the kernel requires.
   """
   dim = q.shape[-1]
   if log_size is not None:
@@ -105,7 +105,7 @@ def _masked(
   logits = _logits(q, k, scale, log_size)
   n = q.shape[2]
   own = _own_logits(q, k[:, :, :n], scale, log_size[:, :n])[..., None]
-  # Relative to what the row sees, or its sum may vanish; the authors' eps is relative to all.
+  # Relative to the keys a row sees, or its sum may vanish; the authors' eps is relative to all.
   seen = logits if eps else logits + _hidden(keep < 0.5)[:, None, None]
   peak = jnp.maximum(_peak(seen), jax.lax.stop_gradient(own))
   own = jnp.exp(own - peak) * (1 - keep[:, :n])[:, None, :, None]
@@ -123,10 +123,10 @@ def _masked(
 def _attend_masked(
   scale: float, q: Array, k: Array, v: Array, log_size: Array, keep: Array
 ) -> Array:
-  """`_masked` without smoothing, whose backward pass needs no [n n] map of the forward pass.
+  """Computes `_masked` without smoothing, and stores no [n n] map for the backward pass.
 
-  So a compiler may fuse the forward pass into one kernel, and the maps take no memory between. For
-  the same reason dropped keys have a logit of minus infinity: nothing has to pass through them.
+  So a compiler may fuse the forward pass into one kernel, and the maps take no memory in between.
+  No gradient passes through this form, so dropped keys can have logits of minus infinity.
   """
   logits = _logits(q, k, scale, log_size + _hidden(keep < 0.5))
   own = (_own_logits(q, k, scale, log_size) + _hidden(keep > 0.5)[:, None])[..., None]
@@ -146,10 +146,10 @@ def _attend_masked_forward(
 def _attend_masked_backward(
   scale: float, residuals: tuple[Array, ...], grad: Array
 ) -> tuple[Array, ...]:
-  # Nothing that the forward pass computes is found again behind the barrier, and kept for it.
+  # The barrier keeps XLA from reusing, and thus storing, values of the forward pass.
   q, k, v, log_size, keep, out = jax.lax.optimization_barrier(residuals)
   grad = grad.astype(v.dtype)
-  # Keys by queries: so laid out, the sums over queries are plain matrix products.
+  # Laid out as keys by queries, sums over queries are plain matrix products.
   logits = _logits(k, q, scale, None) + log_size[:, None, :, None]
   own = _own_logits(q, k, scale, log_size)
   total = jax.nn.logsumexp(logits + _hidden(keep < 0.5)[:, None, :, None], axis=2)
@@ -191,7 +191,7 @@ def attend_one(
   log_size: Float[Array, "b n"] | None = None,
   keep: Float[Array, "b n"] | None = None,
 ) -> Float[Array, "b h k"]:
-  """Proportional attention of one query that is no token, such as a pooling head's.
+  """Computes proportional attention of one query that is no token, such as a pooling head's.
 
   With `keep`, dropped keys are not seen; gradients still reach `keep` at them, as in `attend`.
 
@@ -199,7 +199,7 @@ def attend_one(
     q: The query.
     k: Keys.
     v: Values.
-    scale: Factor of the products.
+    scale: Factor of the logits.
     log_size: Logarithm of the patches each key stands for; None: all 1.
     keep: 1 for kept keys, 0 for dropped ones; None: nothing is masked.
   """
@@ -221,14 +221,14 @@ def cls_attention(
   log_size: Float[Array, "b n"] | None = None,
   keep: Float[Array, "b n"] | None = None,
 ) -> Float[Array, "b n"]:
-  """The CLS token's attention to every token, averaged over the heads.
+  """Computes the CLS token's attention to every token, averaged over heads.
 
-  It is computed apart from `attend`, as one row, so that the whole map need never exist.
+  It is computed as a single row, apart from `attend`, so that the full map never has to exist.
 
   Args:
     q: The CLS token's query.
-    k: All keys.
-    scale: Factor of the products.
+    k: Keys.
+    scale: Factor of the logits.
     log_size: Logarithm of the patches each key stands for; None: all 1.
     keep: 1 for kept keys, 0 for dropped ones, which then score below every kept one.
 
@@ -253,16 +253,16 @@ def mean_attention(
   keep: Float[Array, "b n"] | None = None,
   of_all: bool = False,
 ) -> Float[Array, "b n"]:
-  """The attention that every token receives, averaged over the heads and the kept queries.
+  """Computes the attention that each token receives, averaged over heads and kept queries.
 
   Args:
     q: Queries.
     k: Keys.
-    scale: Factor of the products.
+    scale: Factor of the logits.
     log_size: Logarithm of the patches each key stands for; None: all 1.
     keep: 1 for kept tokens, 0 for dropped ones, which then score below every kept one.
-    of_all: Average over dropped queries too, which see the kept keys and themselves. By what they
-      pay themselves, dropped tokens then have an order of their own.
+    of_all: Whether to average over dropped queries too, which see the kept keys and themselves.
+      The attention that dropped tokens pay themselves then ranks them.
 
   Returns:
     Scores in [0, 1]; below 0 where dropped.
@@ -283,12 +283,12 @@ def probe_attention(
   size: Float[Array, "b n"] | None = None,
   keep: Float[Array, "b n"] | None = None,
 ) -> Float[Array, "b n"]:
-  """The attention that a query which is no token pays every token, averaged over the heads.
+  """Computes the attention that a query which is no token pays each token, averaged over heads.
 
   Args:
     x: Tokens; they are standardised first.
-    probe: The query taken through keys and norm, by head, such that its product with a
-      standardised token is that of query and key up to a constant, which a softmax does not see.
+    probe: Query folded through key projection and norm, per head: its product with a standardised
+      token is the logit up to a constant, to which the softmax is invariant.
     size: Patches each token stands for; None: all 1.
     keep: 1 for kept tokens, 0 for dropped ones, which then score below every kept one.
 
@@ -306,7 +306,7 @@ def probe_attention(
 def value_norm(
   v: Float[Array, "b h n k"], keep: Float[Array, "b n"] | None = None
 ) -> Float[Array, "b n"]:
-  """The length of every token's values, all heads together; -1 where dropped."""
+  """Computes the norm of each token's values over all heads; -1 where dropped."""
   norm = jnp.sqrt(jnp.sum(jnp.square(v.astype(_wide(v))), axis=(1, 3)))
   return last_if_dropped(norm, keep)
 
@@ -314,17 +314,17 @@ def value_norm(
 def last_if_dropped(
   score: Float[Array, "b n"], keep: Float[Array, "b n"] | None
 ) -> Float[Array, "b n"]:
-  """Scores of at least 0, with -1 where a token is dropped."""
+  """Returns nonnegative scores with -1 where a token is dropped."""
   return score if keep is None else jnp.where(keep > 0.5, score, -1.0)
 
 
 def _hidden(is_hidden: Array) -> Array:
-  """Returns the additive mask of logits, -inf where a key is hidden."""
+  """Returns the additive mask of the logits, -inf where a key is hidden."""
   return jnp.where(is_hidden, -jnp.inf, 0.0)
 
 
 def _peak(logits: Array) -> Array:
-  """The largest logit of each row; no gradient, as softmax is invariant under a shift."""
+  """Returns the largest logit of each row; no gradient, as softmax is invariant to shifts."""
   return jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
 
 
@@ -334,7 +334,7 @@ def _logits(q: Array, k: Array, scale: float, log_size: Array | None) -> Array:
 
 
 def _own_logits(q: Array, k: Array, scale: float, log_size: Array | None) -> Array:
-  """The diagonal of the logits, [b h n]."""
+  """Computes the diagonal of the logits, [b h n]."""
   own = jnp.sum((q * scale).astype(_wide(q)) * k, axis=-1)
   return own if log_size is None else own + log_size[:, None, :]
 
@@ -344,5 +344,5 @@ def _weigh(weights: Array, v: Array) -> Array:
 
 
 def _wide(x: Array) -> jnp.dtype:
-  """Softmax runs in at least float32."""
+  """Returns the dtype of the softmax, at least float32."""
   return x.dtype if x.dtype.itemsize >= 4 else jnp.dtype("float32")

@@ -1,4 +1,4 @@
-"""Merging tokens into their most similar ones, without scatter."""
+"""Merging tokens into their most similar ones, without scatters."""
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +8,7 @@ from vitcomp_jax.ops import select
 
 
 def similarity(x: Float[Array, "b s d"], y: Float[Array, "b t d"]) -> Float[Array, "b s t"]:
-  """Cosine similarity of every pair; no gradient flows through it."""
+  """Computes the cosine similarity of every pair, without a gradient."""
   return jnp.einsum("bsd,btd->bst", _unit(x), _unit(y))
 
 
@@ -21,12 +21,12 @@ def _unit(x: Array) -> Array:
 def receivers(
   x: Float[Array, "b n d"], keep: int, first: int
 ) -> tuple[Int[Array, "b s"], Float[Array, "b s"]]:
-  """The most similar kept token of each token past the first `keep`.
+  """Finds the most similar kept token of each token after the first `keep`.
 
   Args:
-    x: Tokens, most important first, the prefix in front.
-    keep: Tokens that remain, prefix included.
-    first: The first token that may receive; the prefix never does.
+    x: Tokens by falling importance, after the prefix.
+    keep: Number of tokens that remain, prefix included.
+    first: First token that may receive, after the prefix.
 
   Returns:
     The receiver's position, in [first, keep), and the cosine similarity.
@@ -36,16 +36,16 @@ def receivers(
 
 
 def best(scores: Float[Array, "b s t"]) -> tuple[Int[Array, "b s"], Float[Array, "b s"]]:
-  """The place and the value of each row's largest score; of equals, the first."""
+  """Returns the index and the value of each row's largest score; the first of equals."""
   largest = jnp.max(scores, axis=-1)
-  # XLA's argmax runs number by number on a CPU; this takes a third of its time there.
+  # XLA's argmax is not vectorised on a CPU; this takes a third of its time.
   place = jnp.arange(scores.shape[-1], dtype=scores.dtype)[None, None]
   first = jnp.min(jnp.where(scores == largest[..., None], place, jnp.inf), axis=-1)
   return first.astype(jnp.int32), largest
 
 
 def joins(receiver: Int[Array, "b s"], count: int, dtype: jnp.dtype) -> Float[Array, "b t s"]:
-  """1 where a token joins a receiver, of `count` receivers; that layout suits a matrix product."""
+  """Returns 1 where a token joins one of `count` receivers, laid out for a matrix product."""
   return (receiver[:, None] == jnp.arange(count)[None, :, None]).astype(dtype)
 
 
@@ -53,7 +53,7 @@ def joins(receiver: Int[Array, "b s"], count: int, dtype: jnp.dtype) -> Float[Ar
 def join(
   x: Float[Array, "b n d"], receiver: Int[Array, "b n"], is_joining: Bool[Array, "#b n"]
 ) -> Float[Array, "b n d"]:
-  """The sum of what joins each token; the gradient of a joining token is that of its receiver."""
+  """Sums the tokens that join each token; its gradient is a gather from the receivers."""
   joined = joins(receiver, x.shape[1], x.dtype) * is_joining[:, None].astype(x.dtype)
   return jnp.einsum("bts,bsd->btd", joined, x)
 
@@ -78,14 +78,14 @@ def merge_tail(
 ) -> tuple[Float[Array, "b t d"], Float[Array, "b t"]]:
   """Merges the last s tokens into their receivers among the first t = n - s.
 
-  A receiver becomes the plain mean of itself and what joins it; its size grows by the joining
-  sizes, each times its weight. Gradients flow through the values, not the choice of receiver.
+  A receiver becomes the plain mean of itself and the tokens that join it; its size grows by their
+  weighted sizes. Gradients flow through the values, not the choice of receiver.
 
   Args:
     x: Tokens; the last s are merged.
     size: Patches each token stands for.
-    receiver: Position each of the last s joins.
-    weight: Share of a joining size that is added.
+    receiver: Position that each of the last s joins.
+    weight: Share of each joining size that is added.
 
   Returns:
     The t merged tokens and their sizes.
@@ -106,14 +106,14 @@ def bipartite_match(
   """Matches tokens at even positions with the most similar ones at odd positions, as ToMe does.
 
   Args:
-    metric: What is compared, by cosine.
-    remove: Tokens that are merged away, at most (n - num_prefix) // 2.
+    metric: Vectors to compare by cosine similarity.
+    remove: Number of tokens to merge away, at most (n - num_prefix) // 2.
     num_prefix: Tokens at the front that neither merge nor receive.
 
   Returns:
-    An order of all tokens, and the receiver of each of its last `remove` ones, which are to be
-    merged away, as a place in that order. In front of those, most similar first, stand the prefix,
-    the other tokens of the even positions, and those of the odd ones.
+    An order of all tokens, and the receivers of its last `remove` ones as positions in that order.
+    The order has the prefix, the remaining even positions, the odd ones, and last the tokens to
+    merge away, most similar first.
 
   References:
     Bolya et al., `ToMe <https://arxiv.org/abs/2210.09461>`_, 2022, Sec. 3 and appendix D.
@@ -143,10 +143,10 @@ def merge_weighted(
   Args:
     x: Tokens; the last s are merged.
     size: Patches each token stands for.
-    receiver: Position each of the last s joins.
+    receiver: Position that each of the last s joins.
 
   Returns:
-    The t merged tokens, each the mean of all patches that it stands for, and their sizes.
+    The t merged tokens, each the mean of the patches it stands for, and their sizes.
 
   References:
     Bolya et al., `ToMe <https://arxiv.org/abs/2210.09461>`_, 2022, Sec. 3.

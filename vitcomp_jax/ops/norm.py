@@ -1,4 +1,4 @@
-"""Layer norm, with a backward pass of its own."""
+"""Layer norm with a custom backward pass."""
 
 import functools
 
@@ -13,21 +13,21 @@ def layer_norm(
 ) -> Float[Array, "*b d"]:
   """Standardises the last axis, then scales and shifts it.
 
-  Its backward pass, which keeps the input alone, takes a CPU half the time of autodiff's.
+  Its backward pass stores only the input, and takes half the time of autodiff's on a CPU.
 
   Args:
     epsilon: Added to the variance.
-    x: Of the dtype in which it is computed, as are the others.
+    x: Values, in the dtype of the computation like the others.
     scale: Factor of each channel.
-    bias: Summand of each channel.
+    bias: Offset of each channel.
   """
   normed, _ = _normed(epsilon, x)
   return normed * _as_row(scale, x) + _as_row(bias, x)
 
 
 def _normed(epsilon: float, x: Array) -> tuple[Array, Array]:
-  """Returns x with mean 0 and variance 1 in the last axis, and the factor that made it so."""
-  # E[x²] - E[x]², which is faster, costs digits that the golden tests see.
+  """Returns x with mean 0 and variance 1 along the last axis, and the factor applied."""
+  # E[x²] - E[x]² is faster, but too inexact for the golden tests.
   centred = x - jnp.mean(x, axis=-1, keepdims=True)
   factor = jax.lax.rsqrt(jnp.mean(centred * centred, axis=-1, keepdims=True) + epsilon)
   return centred * factor, factor
@@ -42,7 +42,7 @@ def _forward(
 def _backward(epsilon: float, kept: tuple[Array, ...], grad: Array) -> tuple[Array, ...]:
   x, scale = kept
   normed, factor = _normed(epsilon, x)
-  # Behind the barrier it is an array; each mean would have XLA write down the scale for all tokens.
+  # The barrier makes it an array; otherwise XLA broadcasts the scale to all tokens for each mean.
   slope = jax.lax.optimization_barrier(grad * _as_row(scale, x))
   along = jnp.mean(slope * normed, axis=-1, keepdims=True)
   dx = factor * (slope - jnp.mean(slope, axis=-1, keepdims=True) - normed * along)

@@ -1,4 +1,4 @@
-"""Ordering tokens by importance, taking the first, and following where patches went."""
+"""Sorting tokens by importance, taking the first, and tracking the patches."""
 
 import jax
 import jax.numpy as jnp
@@ -8,20 +8,20 @@ from jaxtyping import Array, Float, Int
 def importance_order(
   importance: Float[Array, "b n"], num_prefix: int, count: int
 ) -> Int[Array, "b {count}"]:
-  """Positions of the `count` most important tokens, the prefix first and as it stands.
+  """Returns the positions of the `count` most important tokens, the prefix first in its order.
 
   Args:
-    importance: Score of each token; the prefix's scores are not looked at.
+    importance: Score of each token; the prefix's scores are ignored.
     num_prefix: Tokens at the front that always stay.
-    count: Tokens to name, prefix included.
+    count: Number of positions to return, prefix included.
 
   Returns:
-    Positions, by falling importance behind the prefix; among equals the earlier first.
+    Positions, after the prefix by falling importance; among equals the earlier first.
   """
   prefix = jnp.tile(jnp.arange(num_prefix, dtype=jnp.int32), (importance.shape[0], 1))
   scores = importance[:, num_prefix:]
   if count == importance.shape[1]:
-    # Whole, a sort is as fast, and XLA can divide it among devices, which a `top_k` it cannot.
+    # For all tokens a sort is as fast, and unlike `top_k` XLA can partition it over devices.
     order = jnp.argsort(-scores, axis=1, stable=True).astype(jnp.int32)
   else:
     _, order = jax.lax.top_k(scores, count - num_prefix)
@@ -36,7 +36,7 @@ def take(x: Array, order: Int[Array, "b c"]) -> Array:
 
 @jax.custom_vjp
 def permute(x: Float[Array, "b n d"], order: Int[Array, "b n"]) -> Float[Array, "b n d"]:
-  """`take` of all tokens, each once; its gradient is a gather too, where that of `take` adds up."""
+  """Takes all tokens, each once; its gradient is a gather too, where that of `take` scatters."""
   return take(x, order)
 
 
@@ -57,9 +57,9 @@ def follow(
   """Updates the token that holds each patch after `take(_, order)`; -1 if it was dropped.
 
   Args:
-    source: Token that holds each patch before; -1: pruned earlier.
+    source: Token that held each patch before; -1: pruned earlier.
     order: Positions that were taken.
-    num_tokens: Tokens there were before.
+    num_tokens: Number of tokens before.
   """
   found = order[:, :, None] == jnp.arange(num_tokens)[None, None]  # [b c n]
   rank = jnp.where(jnp.any(found, axis=1), jnp.argmax(found, axis=1), -1)  # [b n]

@@ -1,4 +1,4 @@
-"""Functions whose gradient is not their derivative, for learning whole numbers."""
+"""Functions with straight-through gradients, for learning whole numbers."""
 
 import jax
 import jax.numpy as jnp
@@ -6,18 +6,18 @@ from jaxtyping import Array, Bool, Float
 
 
 def ste_ceil(x: Float[Array, ""], tolerance: float = 0.0) -> Float[Array, ""]:
-  """ceil(x - tolerance) with the gradient of x.
+  """Computes ceil(x - tolerance) with the gradient of x.
 
   Args:
     x: Any scalar.
-    tolerance: How far above a whole number still counts as that number. An expectation that is
-      whole in exact arithmetic must not be rounded up because of float noise.
+    tolerance: Excess over a whole number that still counts as that number, so that rounding errors
+      are not rounded up.
   """
   return x + jax.lax.stop_gradient(jnp.ceil(x - tolerance) - x)
 
 
 def ste_mask(probability: Float[Array, " n"], dropped: Bool[Array, " n"]) -> Float[Array, " n"]:
-  """A hard 0/1 mask, 0 where `dropped`, with the gradient of `probability`.
+  """Computes a hard 0/1 mask, 0 where `dropped`, with the gradient of `probability`.
 
   References:
     Chen et al., `DiffRate <https://arxiv.org/abs/2305.17997>`_, 2023, Eq. 6.
@@ -29,10 +29,10 @@ def ste_mask(probability: Float[Array, " n"], dropped: Bool[Array, " n"]) -> Flo
 
 @jax.custom_jvp
 def ste_min(before: Array, prune_count: Array, merge_count: Array) -> Array:
-  """min of the three, whose gradient goes to both counts in full and not to `before`.
+  """Computes the minimum of the three, with a full gradient to both counts and none to `before`.
 
-  So that each layer's two counts feel the budget whichever of them is the smaller, and no layer's
-  count takes the blame for an earlier one's.
+  So the budget reaches both counts of a layer, whichever is smaller, and no gradient from later
+  layers.
   """
   return jnp.minimum(before, jnp.minimum(prune_count, merge_count))
 

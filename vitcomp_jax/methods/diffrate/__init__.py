@@ -1,7 +1,7 @@
-"""DiffRate: how many tokens each layer keeps, learnt by gradient under a compute budget.
+"""DiffRate: learns by gradient how many tokens each layer keeps, under a compute budget.
 
-Chen et al., `DiffRate <https://arxiv.org/abs/2305.17997>`_, ICCV 2023. `reducer` is what a plan
-holds, `search` what learns it; evaluation and export know the first alone.
+Chen et al., `DiffRate <https://arxiv.org/abs/2305.17997>`_, ICCV 2023. Plans hold
+the static `reducer`; `search` learns its counts. Evaluation and export import `reducer` only.
 """
 
 from vitcomp_jax.methods.base import Method

@@ -1,4 +1,4 @@
-"""DiffRate's reduction by masking: with learnable counts, and with the counts of a plan."""
+"""DiffRate's reduction as masking, with learnable counts or the counts of a plan."""
 
 from typing import ClassVar, NamedTuple
 
@@ -14,25 +14,25 @@ from vitcomp_jax.models.tokens import AttentionStats, Tokens
 from vitcomp_jax.ops import merge, select
 from vitcomp_jax.ops.straight_through import ste_ceil, ste_mask, ste_min
 
-# Float noise of an expected count, relative to the patches: a few units in the last place.
+# Rounding error of an expected count, relative to the patches: a few units in the last place.
 NOISE = 2.0**-22
 
 
 def candidates(num_patches: int, granularity: int) -> np.ndarray:
-  """Kept patch tokens to choose among, most first: n, n - g, ... down to at least 1."""
+  """Returns the candidate counts of patch tokens: n, n - g, ... down to at least 1."""
   return np.arange(num_patches, 0, -granularity)
 
 
 def expected_count(logits: Float[Array, " c"], options: np.ndarray) -> Float[Array, ""]:
-  """The expectation of the kept patch tokens under the softmax of the logits (Eq. 4)."""
+  """Computes the expected number of patch tokens under the softmax of the logits (Eq. 4)."""
   return jnp.sum(jax.nn.softmax(logits) * options.astype(logits.dtype))
 
 
 def kept_count(expected: Float[Array, ""], num_patches: int) -> Float[Array, ""]:
-  """The expectation rounded up, with a straight-through gradient.
+  """Rounds the expectation up, with a straight-through gradient.
 
-  An expectation that is whole in exact arithmetic, such as the start's, may come out a few units
-  in the last place higher; it must not be rounded up for that.
+  Rounding errors must not round up an expectation that is an integer in exact arithmetic, such as
+  that of the initial logits.
   """
   return ste_ceil(expected, tolerance=num_patches * NOISE)
 
@@ -40,26 +40,26 @@ def kept_count(expected: Float[Array, ""], num_patches: int) -> Float[Array, ""]
 def keep_probability(
   logits: Float[Array, " c"], options: np.ndarray, num_prefix: int, num_tokens: int
 ) -> Float[Array, " n"]:
-  """Probability that the token at each rank is kept: that of choosing a count above its rank."""
+  """Computes the probability that each rank is kept: that the chosen count exceeds the rank."""
   covered = np.arange(num_tokens)[:, None] < options + num_prefix  # [n c]
   return jnp.asarray(covered, logits.dtype) @ jax.nn.softmax(logits)
 
 
 class Choice(NamedTuple):
-  """How many tokens go on, by one of the two actions."""
+  """Tokens that one of the two actions keeps."""
 
-  probability: Array  # f[n] that the token at each rank is kept
+  probability: Array  # f[n] that each rank is kept
   kept: Array  # f[] tokens that are kept, prefix included
 
 
 class SearchedCounts(nn.Module):
-  """Both counts of a layer as expectations of logits, which are learnt: the collection `arch`.
+  """Both counts of a layer as expectations under learnt logits, the collection `arch`.
 
   Attributes:
     num_patches: Patch tokens of the model.
     num_prefix: Prefix tokens of the model.
-    granularity: Distance between candidate counts of pruning and of merging; `num_patches + 1`
-      leaves the single candidate that keeps all.
+    granularity: Distance between candidate counts, for pruning and merging; `num_patches + 1`
+      leaves a single candidate that keeps all.
 
   References:
     Chen et al., `DiffRate <https://arxiv.org/abs/2305.17997>`_, 2023, Sec. 3.3 and Eq. 4-6.
@@ -84,7 +84,7 @@ class SearchedCounts(nn.Module):
   def _choice(self, name: str, granularity: int) -> Choice:
     options = candidates(self.num_patches, granularity)
     logits = self.variable("arch", name, jnp.zeros, options.shape).value
-    if len(options) == 1:  # nothing to learn, so that no backward pass has to come here
+    if len(options) == 1:  # nothing to learn: spares the backward pass
       logits = jax.lax.stop_gradient(logits)
     count = kept_count(expected_count(logits, options), self.num_patches) + self.num_prefix
     num_tokens = self.num_patches + self.num_prefix
@@ -92,9 +92,9 @@ class SearchedCounts(nn.Module):
 
 
 class ReplayedCounts(nn.Module):
-  """Both counts of a layer as variables, so that plans are tried without compiling.
+  """Both counts of a layer as variables, so that plans run without recompiling.
 
-  The collection `arch` holds the counts themselves, `prune_keep` and `merge_keep`.
+  The collection `arch` holds the counts `prune_keep` and `merge_keep`.
 
   Attributes:
     num_patches: Patch tokens of the model.
@@ -118,15 +118,15 @@ class ReplayedCounts(nn.Module):
 
 
 class MaskedPruneMerge(nn.Module):
-  """`PruneMerge` by masking, with counts that are traced.
+  """`PruneMerge` as masking, with traced counts.
 
-  Tokens come out sorted by importance, the dropped ones last.
+  Its tokens are sorted by importance, the dropped ones last.
 
   Attributes:
-    counts: How many tokens go on; its variables stand in this module's scope.
-    importance: See `PruneMerge`.
-    recipe: How tokens are sorted and merged.
-    limit: Tokens that go on, of which the kept ones are the first; None: all, masked or not.
+    counts: Module that computes the counts; its variables are in this module's scope.
+    importance: Importance metric, see `PruneMerge`.
+    recipe: Details of sorting and merging.
+    limit: Number of tokens to pass on, at least the kept ones; None: all, masked or not.
 
   References:
     Chen et al., `DiffRate <https://arxiv.org/abs/2305.17997>`_, 2023, Sec. 3.3 and Eq. 7.
@@ -157,18 +157,18 @@ class MaskedPruneMerge(nn.Module):
     return tokens if self.limit is None else tokens.first(self.limit)
 
   def count(self, n: int) -> int:
-    """Returns the tokens that go on, masked or not."""
+    """Returns the number of tokens passed on, masked or not."""
     return n if self.limit is None else min(n, self.limit)
 
   def _sorted(self, tokens: Tokens, stats: AttentionStats) -> tuple[Tokens, Array]:
-    """Returns the tokens by falling importance, and the mask that goes with them."""
+    """Returns the tokens by falling importance, and their mask."""
     importance = IMPORTANCES[self.importance](stats, tokens)
     order = select.importance_order(importance, tokens.num_prefix, tokens.x.shape[1])
     taken = tokens.take(order)
     return taken, taken.kept if self.recipe.mask_follows else tokens.kept
 
   def _merged(self, tokens: Tokens, start: Array, stop: Array) -> Tokens:
-    """Adds the tokens of rank [start, stop) to their receivers; they stay where they are."""
+    """Merges the tokens of rank [start, stop) into their receivers, leaving them in place."""
     n, size = tokens.x.shape[1], tokens.sizes
     rank = jnp.arange(n, dtype=start.dtype)[None]
     joins = (rank >= start) & (rank < stop)
@@ -192,10 +192,10 @@ class MaskedPruneMerge(nn.Module):
 
 
 class HeadOnlyPruneMerge(nn.Module):
-  """Counts what a last layer keeps of which only the prefix is left, and removes nothing.
+  """Computes the counts of a last layer that passes on only the prefix, and removes nothing.
 
   Attributes:
-    counts: As of `MaskedPruneMerge`.
+    counts: Module that computes the counts, as in `MaskedPruneMerge`.
   """
 
   counts: SearchedCounts
@@ -210,23 +210,23 @@ class HeadOnlyPruneMerge(nn.Module):
     return tokens.replace(num_kept=ste_min(before, prune.kept, merge.kept))
 
   def count(self, n: int) -> int:
-    """Returns `n`: the tokens that are there stay."""
+    """Returns `n`: no token is removed."""
     return n
 
 
 def _before(tokens: Tokens, counts: SearchedCounts | ReplayedCounts, choice: Choice) -> Array:
-  """Returns the tokens that earlier layers keep; they alone take the gradient of their count."""
-  # Not counted in `keep`: one image's mask would have to reach every device.
+  """Returns the number of tokens that earlier layers keep, without a gradient."""
+  # Not the sum of `keep`, which would broadcast one image's mask to every device.
   total = counts.num_patches + counts.num_prefix
   before = total if tokens.num_kept is None else jax.lax.stop_gradient(tokens.num_kept)
   return jnp.asarray(before, choice.kept.dtype)
 
 
 def _rank_mask(probability: Array, count: Array, stop: Array) -> Array:
-  """0 for ranks in [count, stop), 1 elsewhere; the probability's gradient, unless none is 0.
+  """Returns 0 for ranks in [count, stop), 1 elsewhere; has the probability's gradient if any is 0.
 
-  Ranks past `stop` were dropped earlier. They are 1 here: their 0 is the earlier mask's, which
-  this one then lets the gradient pass to.
+  Ranks past `stop` were dropped earlier. They are 1 here, so that the gradient reaches the earlier
+  mask, which has their 0.
   """
   rank = jnp.arange(probability.shape[0], dtype=count.dtype)
   mask = ste_mask(probability, (rank >= count) & (rank < stop))

@@ -1,4 +1,4 @@
-"""Collects what DiffRate's authors' code does otherwise than this library."""
+"""Differences between the code of DiffRate's authors and this library."""
 
 import dataclasses
 
@@ -7,21 +7,21 @@ from vitcomp_jax.models.spec import ViTSpec
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-  """Options that reproduce the authors' code to the last digit; the defaults are this library's.
+  """Options that reproduce the authors' code to the last digit; defaults are this library's.
 
   Attributes:
-    signed_similarity: Whether a merged token adds its size times the similarity even where that is
-      negative; otherwise times max(similarity, 0), so that no size can shrink below its own.
-    whole_sizes: Whether a merged token adds its whole size, whatever the similarity.
+    signed_similarity: Whether a merged token adds its size times the similarity even if negative;
+      otherwise times max(similarity, 0), so that a receiver's size never shrinks.
+    whole_sizes: Whether a merged token adds its whole size, regardless of similarity.
     first_receives: Whether the most important token may receive others.
-    clamp_size: Whether sizes are clamped to 1 wherever a merge happens while searching, which a
-      deployed plan does not do.
-    mask_follows: Whether a token takes its mask along when tokens are sorted. If not, no value
-      differs, as dropped tokens stay behind the kept ones, but a rate gets the gradient of
-      whichever dropped token stands there later.
+    clamp_size: Whether the search clamps sizes to at least 1 at every merge, which a deployed plan
+      does not do.
+    mask_follows: Whether sorting moves a token's mask with it. If not, values are the same, as
+      dropped tokens stay behind the kept ones, but a rate gets the gradient of the dropped token
+      that is at its rank later.
     mask_eps: Smoothing of the masked softmax.
-    relative_budget: Whether the budget term counts in units of the dense model's cost / 4.6 (its
-      coefficient is for DeiT-S, which has 4.6 GMACs), so that one coefficient serves every model;
+    relative_budget: Whether the budget term is in units of the dense model's cost / 4.6 (its
+      coefficient is for DeiT-S with 4.6 GMACs), so that one coefficient suits every model;
       otherwise in 1e9 multiply-accumulates.
 
   References:
@@ -50,12 +50,11 @@ _PAPER_CAFORMER = Recipe(
 
 
 def recipe(name: str, spec: ViTSpec) -> Recipe:
-  """Returns a recipe by the name that configs use.
+  """Returns a recipe by its name in configs.
 
   Args:
     name: `ours` or `paper`.
-    spec: The model: the authors' code for CAFormer, whose convolutions need every token back on
-      the grid, is another than that for ViTs.
+    spec: The model; the authors' code for CAFormer differs from that for ViTs.
   """
   if name == "ours":
     return OURS

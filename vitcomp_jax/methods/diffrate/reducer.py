@@ -27,14 +27,14 @@ def reduction(spec: ViTSpec, importance: str) -> Callable[[int, int], "PruneMerg
 class PruneMerge(StaticReducer):
   """DiffRate's reduction: keeps the most important tokens, then merges the least important.
 
-  Counts include the prefix. A count above the tokens that are there does nothing, so that the
-  authors' schedules, some of which are not monotone, mean what they mean there.
+  Counts include the prefix. A count above the tokens that are left has no effect, as in the
+  authors' code: some of their schedules are not monotone.
 
   Attributes:
     prune_keep: Tokens after pruning.
     merge_keep: Tokens after merging.
     signed_similarity: See `Recipe`.
-    importance: Ranks the tokens, see `models.importance`.
+    importance: Importance metric, see `models.importance`.
     whole_sizes: See `Recipe`.
     first_receives: See `Recipe`.
 
@@ -64,7 +64,7 @@ class PruneMerge(StaticReducer):
     return min(n, self.prune_keep, self.merge_keep)
 
   def counts(self, n: int) -> tuple[int, int]:
-    """Returns the configured counts; some published ones exceed the tokens that are left."""
+    """Returns the configured counts; some published ones exceed `n`."""
     return self.prune_keep, self.merge_keep
 
   def _merge_last(self, tokens: Tokens, keep: int) -> Tokens:

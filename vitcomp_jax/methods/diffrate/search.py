@@ -1,4 +1,4 @@
-"""DiffRate's search: builds the layers that learn, penalises them, and deploys what they learnt."""
+"""DiffRate's search: builds layers with learnable counts, penalises them and deploys plans."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -29,12 +29,11 @@ from vitcomp_jax.methods.handmade import compressed_layers
 from vitcomp_jax.models.spec import ViTSpec, of_layer, to_tree
 from vitcomp_jax.models.tokens import Output
 
-# The paper's coefficient is for DeiT-S, whose 4.6 GMACs the relative budget term refers to.
+# GMACs of DeiT-S, the model of the paper's coefficient.
 _REFERENCE_GMACS = 4.6
 
-# How steeply the logits of an action that begins by keeping all tokens rise, from no token kept to
-# all. Adam moves a logit by the learning rate in a step, however small its gradient: the steeper
-# the start, the later a count leaves it.
+# Slope of the initial logits of an action that starts by keeping all tokens. Adam moves a logit by
+# the learning rate per step, however small its gradient: the steeper, the later a count changes.
 _STEEP = 300.0
 
 _ACTIONS = ("prune", "merge")
@@ -44,15 +43,15 @@ _ACTIONS = ("prune", "merge")
 class DiffRate:
   """Learns how many tokens each layer of a model prunes and merges, under a budget.
 
-  A training loop of your own applies a model with `layers()`, adds `penalty` to its loss, trains
-  the collection `arch`, which begins as `init()`, and makes static layers of it by `deploy`.
+  Your training loop applies a model with `layers()`, adds `penalty` to its loss and trains the
+  collection `arch`, starting from `init()`; `deploy` makes static layers of it.
 
   Attributes:
     spec: The model.
-    target: The budget, in the cost's unit: GMACs, unless `cost` is another.
-    options: Of the method, `config.search` for one.
+    target: Budget in the unit of `cost`, GMACs by default.
+    options: Options of the method, such as `config.search`.
     base: Layers to search on, such as slimmed ones; None: the dense model's.
-    cost: Computes what the budget limits.
+    cost: Cost that the budget limits.
 
   References:
     Chen et al., `DiffRate <https://arxiv.org/abs/2305.17997>`_, 2023.
@@ -96,7 +95,7 @@ class DiffRate:
 
   @property
   def recipe(self) -> Recipe:
-    """Returns the recipe that the options name."""
+    """Returns the recipe named by the options."""
     return recipes.recipe(self.options.recipe, self.spec)
 
   @property
@@ -106,7 +105,7 @@ class DiffRate:
 
   @property
   def budget_unit(self) -> float:
-    """Returns how much of the cost counts as 1 in the budget term."""
+    """Returns the cost that counts as 1 in the budget term."""
     if not self.recipe.relative_budget:
       return 1e9
     return self.cost.scale * self._dense_cost / _REFERENCE_GMACS
@@ -119,8 +118,8 @@ class DiffRate:
     """Refuses a search that cannot succeed.
 
     Raises:
-      UserError: For a granularity above the model's patches, an importance that the model does not
-        have, a budget below the smallest plan, or one in ms where the recipe counts MACs.
+      UserError: For a granularity above the model's patches, an unsupported importance metric, a
+        budget below the smallest plan, or one in ms with a recipe that counts MACs.
     """
     patches, granularity = self.spec.num_patches, self.options.granularity
     if granularity > patches:
@@ -145,11 +144,11 @@ class DiffRate:
     return self.cost.static(self.spec, self.static_layers(np.repeat(least, 2, axis=1)))
 
   def layers(self, logits_only: bool = False) -> Layers:
-    """Returns layers whose reducers learn their counts; each has a reducer of its own.
+    """Returns layers that learn their counts, each with its own reducer.
 
     Args:
-      logits_only: Whether only what the head reads of the last layer is computed. Logits, counts
-        and their gradients are the same.
+      logits_only: Whether the last layer computes only the tokens that the head reads. Logits,
+        counts and their gradients are the same.
     """
     spec, eps = self.spec, self.recipe.mask_eps
     importance = spec.importance(self.options.importance)
@@ -180,12 +179,12 @@ class DiffRate:
     return found
 
   def replayed_layers(self, limits: Sequence[int | None] | None = None) -> Layers:
-    """Returns layers that run any plan, whose counts are variables, by masking.
+    """Returns layers that run any plan by masking, with its counts as variables.
 
-    So plans are compared without compiling each of them.
+    This compares plans without compiling each of them.
 
     Args:
-      limits: Of each layer, the tokens that go on, at least those that are kept; None: all.
+      limits: Number of tokens that each layer passes on, at least the kept ones; None: all.
     """
     spec, importance = self.spec, self.spec.importance(self.options.importance)
     layers = []
@@ -208,12 +207,12 @@ class DiffRate:
     """Computes the budget term (Eq. 9): lambda times the squared distance from the target.
 
     Args:
-      arch: The rates, which `out` knows already.
-      out: Of the model with `layers()`.
-      step: Counted from 0; the warm-up has no budget term.
+      arch: Rates; unused, as `out` reflects them.
+      out: Output of the model with `layers()`.
+      step: Step, from 0; the warm-up has no budget term.
 
     Returns:
-      The term, and metrics: the cost, and the tokens that each layer leaves.
+      The term, and metrics: the cost, and the tokens left by each layer.
     """
     del arch
     reached = search_counts(self.spec, out)
@@ -226,15 +225,15 @@ class DiffRate:
     return weight * distance**2, metrics
 
   def init(self, learnt: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Returns the rates before the first step: the collection `arch`.
+    """Returns the initial rates: the collection `arch`.
 
-    `zeros`, the authors' start, keeps half of the tokens in every layer, by pruning and merging
-    alike. `merge_first` is all but sure to prune none, and merges as many in every layer as the
-    budget asks for; where only pruning is learnt, it prunes them.
+    With `zeros`, the authors' choice, both pruning and merging keep half of the tokens in every
+    layer. With `merge_first`, almost no token is pruned, and every layer merges as many as the
+    budget requires; if only pruning is learnt, it prunes them instead.
 
     Args:
-      learnt: Rates of a search at another budget, from which this one goes on: one slope is added
-        to all logits, such that the budget is met. None: a start of its own.
+      learnt: Rates of a search at another budget to continue from: one slope is added to all
+        logits to meet this budget. None: start afresh.
     """
     if learnt is None and self.options.init == "zeros":
       return self._sloped_arch(0.0, 0.0)
@@ -252,7 +251,7 @@ class DiffRate:
     return at(bracket(is_above, -_STEEP, _STEEP)[0])
 
   def _sloped_arch(self, prune: float, merge: float) -> dict[str, Any]:
-    """Returns logits that rise by a slope from no token kept to all."""
+    """Returns logits that rise linearly with the share of tokens kept."""
     slopes = {"prune_logits": prune, "merge_logits": merge}
     arch = []
     for i, layer in enumerate(self._candidates()):
@@ -261,10 +260,10 @@ class DiffRate:
     return to_tree(self.spec, arch)
 
   def expected_counts(self, arch: Mapping[str, Any]) -> np.ndarray:
-    """Computes the expected patch tokens that learnt rates keep (Eq. 4), outside of a step.
+    """Computes the expected number of patch tokens under learnt rates (Eq. 4), on the host.
 
     Args:
-      arch: The rates.
+      arch: Learnt rates.
 
     Returns:
       float64[layers 2], after pruning and after merging.
@@ -276,20 +275,20 @@ class DiffRate:
     return np.array(rows)
 
   def deploy(self, arch: Mapping[str, Any]) -> Layers:
-    """Returns static layers that keep what was learnt, adjusted to the budget."""
+    """Returns static layers with the learnt counts, adjusted to the budget."""
     return self.deploy_counts(self.expected_counts(arch))[0]
 
   def deploy_counts(self, expected: np.ndarray) -> tuple[Layers, float]:
-    """Makes static layers that meet the budget: one offset is added to all expected counts.
+    """Makes static layers that meet the budget, by one offset to all expected counts.
 
     Args:
-      expected: From `expected_counts`.
+      expected: Result of `expected_counts`.
 
     Returns:
-      The layers that come nearest to the budget, and the offset in tokens.
+      The layers nearest to the budget, and the offset in tokens.
     """
     depth = self.spec.depth
-    # Counts that are equal would all step at once, past the budget; a hair between them.
+    # Equal counts would all step at once, past the budget; a tiny difference separates them.
     hair = np.linspace(0, 1e-3, 2 * depth).reshape(depth, 2)
     learnt = [[options.size > 1 for options in o.values()] for o in self._candidates()]
 
@@ -305,7 +304,7 @@ class DiffRate:
     return shifted(offset), offset
 
   def static_layers(self, expected: np.ndarray) -> Layers:
-    """Returns static layers that keep expected counts, rounded up, to a tile if there is one."""
+    """Returns static layers that keep the expected counts, rounded up to multiples of the tile."""
     patches, prefix, tile = self._patches(), self.spec.num_prefix, self.options.tile
     whole = np.ceil(expected - patches * NOISE)
     counts = np.clip(whole, 1, patches).astype(int) + prefix
@@ -339,7 +338,7 @@ def search_counts(spec: ViTSpec, out: Output) -> list[tuple[Array, Array]]:
 
 
 def _kept(out: Output) -> list[Array]:
-  """Returns the tokens that each layer of a search leaves."""
+  """Returns the number of tokens left by each layer of a search."""
   return [tokens.num_kept for tokens in out.layers if tokens.num_kept is not None]
 
 

@@ -1,7 +1,8 @@
-"""ViT-Slim: which head dimensions, hidden units and patches a ViT can do without.
+"""ViT-Slim: learns which head dimensions, hidden units and patches a ViT needs.
 
-Chavan et al., `ViT-Slim <https://arxiv.org/abs/2201.00814>`_, CVPR 2022. `reducer` is what a plan
-holds, `search` what learns masks and cuts; evaluation and export know the first alone.
+Chavan et al., `ViT-Slim <https://arxiv.org/abs/2201.00814>`_, CVPR 2022. Plans hold
+the static `reducer`; `search` learns masks and cuts them. Evaluation and export import `reducer`
+only.
 """
 
 from vitcomp_jax.methods.base import Method

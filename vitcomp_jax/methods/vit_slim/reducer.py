@@ -16,7 +16,7 @@ class KeepPositions(StaticReducer):
   """Keeps the tokens at fixed positions, the same for every image.
 
   Attributes:
-    positions: Of the model's input tokens, ascending; all of the prefix is among them.
+    positions: Positions among the model's input tokens, ascending, including all of the prefix.
   """
 
   type_name = "keep_positions"
@@ -28,7 +28,7 @@ class KeepPositions(StaticReducer):
   def __call__(self, tokens: Tokens, stats: AttentionStats | None) -> Tokens:
     prefix = tokens.num_prefix
     patches = jnp.array(self.positions[prefix:], jnp.int32) - prefix
-    # Where those patches are by now: earlier layers may have dropped others.
+    # Earlier layers may have dropped other patches, so look up the current positions.
     order = jnp.concatenate(
       [
         jnp.broadcast_to(jnp.arange(prefix), (tokens.x.shape[0], prefix)),

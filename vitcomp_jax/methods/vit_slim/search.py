@@ -1,6 +1,6 @@
-"""ViT-Slim's search: soft masks that are trained together with the weights under an L1 penalty.
+"""ViT-Slim's search: trains soft masks together with the weights under an L1 penalty.
 
-One global threshold per kind then cuts them.
+One global threshold per kind of mask then cuts them.
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ from vitcomp_jax.models.vit import ViT
 KINDS = ("attn", "mlp", "patch")
 _GATES = {"attn": "head_gate", "mlp": "hidden_gate", "patch": "token_gate"}
 _INITIAL_PATCH = 3.0  # tanh(3) = 0.995
-# Between these lie the factors that plots show; others count at the ends.
+# Range of the plotted factors; others count in the outer bins.
 HISTOGRAM_LIMITS = (-1.0, 1.5)
 _BINS = 50
 
@@ -38,7 +38,7 @@ class Masks:
   Attributes:
     attn: bool[l h k], or [l h 1] for whole heads, [l 1 k] for the same dimensions in every head.
     mlp: bool[l m].
-    patch: bool[l n], prefix included; a later layer never has a token that an earlier one dropped.
+    patch: bool[l n], prefix included; a token dropped in one layer is dropped in all later ones.
   """
 
   attn: np.ndarray
@@ -52,8 +52,8 @@ class ViTSlim:
 
   Attributes:
     spec: The dense model.
-    options: Of the method, `config.slim` for one: what an attention mask stands for (`dims`, a
-      dimension of a head; `heads`, a whole head; `uniform`, a dimension in every head), and the
+    options: Options of the method, such as `config.slim`: the unit of an attention mask (`dims`, a
+      dimension of a head; `heads`, a whole head; `uniform`, a dimension of all heads), and the
       weights of the L1 norms.
 
   References:
@@ -64,12 +64,12 @@ class ViTSlim:
   options: ViTSlimOptions = ViTSlimOptions()
 
   def attn_shape(self) -> tuple[int, int]:
-    """Heads and dimensions that have masks of their own."""
+    """Returns the numbers of heads and dimensions with separate masks."""
     heads, dims = self.spec.num_heads, self.spec.width // self.spec.num_heads
     return {"dims": (heads, dims), "heads": (heads, 1), "uniform": (1, dims)}[self.options.attn]
 
   def layers(self) -> tuple[LayerSpec, ...]:
-    """Layers whose gates learn; one module per layer and gate, as each has masks of its own."""
+    """Returns layers whose gates learn, each gate a module with its own masks."""
     heads, dims = self.attn_shape()
     return tuple(
       dataclasses.replace(
@@ -82,7 +82,7 @@ class ViTSlim:
     )
 
   def searches(self, gate: str) -> bool:
-    """Whether a gate's masks are trained: their weight is not 0."""
+    """Returns whether a gate's masks are trained: their weight is not 0."""
     options = self.options
     weights = {
       "head_gate": options.w_attn,
@@ -92,7 +92,7 @@ class ViTSlim:
     return weights[gate] > 0
 
   def init(self) -> dict[str, Any]:
-    """The masks before the first step: all open."""
+    """Returns the initial masks, all open."""
     heads, dims = self.attn_shape()
     return {
       f"blocks_{i}": {
@@ -104,7 +104,7 @@ class ViTSlim:
     }
 
   def sparsity(self, arch: Mapping[str, Any]) -> dict[str, Array]:
-    """The L1 norm of each kind of mask, over all layers."""
+    """Computes the L1 norm of each kind of mask over all layers."""
 
     def norm(kind: str) -> Array:
       return sum((jnp.sum(jnp.abs(v)) for v in _factors(arch, kind, jnp.tanh)), jnp.zeros(()))
@@ -112,7 +112,7 @@ class ViTSlim:
     return {kind: norm(kind) for kind in KINDS}
 
   def penalty(self, arch: Mapping[str, Any], out: Output, step: Array) -> tuple[Array, Metrics]:
-    """Computes the weighted L1 norms; as metrics each, and histograms of the masks."""
+    """Computes the weighted L1 norms; metrics are each norm, and histograms of the masks."""
     del out, step
     norms = self.sparsity(arch)
     weighted = self.options.w_attn * norms["attn"] + self.options.w_mlp * norms["mlp"]
@@ -133,19 +133,19 @@ class ViTSlim:
     """Cuts by one global threshold per kind.
 
     Args:
-      arch: The learnt masks.
+      arch: Learnt masks.
       budgets: Shares of attention masks, hidden units and patches to keep, each in (0, 1].
-      min_units: Head dimensions, hidden units and patches that each layer keeps at least.
-      refuse_empty: Whether a layer without any is an error; the authors go on.
+      min_units: Least head dimensions, hidden units and patches to keep in each layer.
+      refuse_empty: Whether an empty layer is an error; the authors allow it.
 
     Raises:
-      UserError: If a layer were left without any, naming the layer.
+      UserError: If a layer would be empty, naming the layer.
     """
     kept = {}
     for kind, budget in zip(KINDS, budgets, strict=True):
       values = np.stack([np.asarray(v) for v in _factors(arch, kind, np.tanh)])
       kept[kind] = _above(values.reshape(len(values), -1), budget, min_units)
-    # From deep to shallow: what a later layer uses, the earlier ones pass on.
+    # From deep to shallow: earlier layers must pass on the patches that later ones use.
     kept["patch"] = np.logical_or.accumulate(kept["patch"][::-1])[::-1]
     kept["attn"] = kept["attn"].reshape(-1, *self.attn_shape())
     masks = Masks(**kept)
@@ -154,7 +154,7 @@ class ViTSlim:
     return masks
 
   def smallest(self, min_units: int) -> Masks:
-    """The least that a cut can leave: of what is searched, `min_units` or one in every layer."""
+    """Returns the smallest possible cut: `min_units` or one of each searched kind per layer."""
 
     def kept(gate: str, units: int, always: int = 0) -> np.ndarray:
       least = always + max(min_units, 1) if self.searches(gate) else units
@@ -169,7 +169,7 @@ class ViTSlim:
 
 
 def masked_layers(spec: ViTSpec, masks: Masks) -> tuple[LayerSpec, ...]:
-  """Layers of the dense network in which what was cut is masked: the authors' evaluation."""
+  """Returns the dense layers with cut units masked, as in the authors' evaluation."""
   return tuple(
     dataclasses.replace(
       layer,
@@ -190,16 +190,16 @@ def _hard(mask: np.ndarray) -> HardMask:
 def deploy(
   spec: ViTSpec, masks: Masks, tile: int = 1
 ) -> tuple[tuple[LayerSpec, ...], tuple[LayerIndex, ...]]:
-  """The layers of the slimmed network, and which units of the dense one they keep.
+  """Returns the layers of the slimmed network, and the units of the dense one that they keep.
 
-  Without patch masks it computes what the masked network does. A masked patch, though, still is a
-  key and a value made of the biases of `qkv`, and takes its share of the softmax; here it is
-  removed, and only then does it cost nothing. CLS and the rest of the prefix always stay.
+  Without patch masks, its outputs equal those of the masked network. A masked patch still has a key
+  and a value, the biases of `qkv`, and a share of the softmax; the slimmed network removes it, so
+  that it costs nothing. CLS and the rest of the prefix always stay.
 
   Args:
     spec: The dense model.
-    masks: What to keep.
-    tile: Head dimensions and hidden units are filled up with zeros to a multiple of it.
+    masks: Units to keep.
+    tile: Multiple to which head dimensions and hidden units are padded with zeros.
   """
   heads, dims = spec.num_heads, spec.width // spec.num_heads
   attn = np.broadcast_to(masks.attn, (spec.depth, heads, dims))
@@ -217,15 +217,15 @@ def _selecting(kept: np.ndarray) -> TokenReducer:
 
 
 def fold(spec: ViTSpec, params: Mapping[str, Any], arch: Mapping[str, Any]) -> dict[str, Any]:
-  """The weights with the factors of attention and hidden units multiplied into them.
+  """Multiplies the learnt factors of attention and hidden units into the weights.
 
-  A cut makes every factor that is kept 1, though the weights were trained with the factor as it is;
-  this keeps it. The patches' factors have no weights to go into, and become 1 as in the paper.
+  A cut sets every kept factor to 1, though the weights were trained with the learnt one; folding
+  preserves it. The factors of patches have no weights to fold into, and become 1 as in the paper.
 
   Args:
     spec: The dense model.
-    params: Its weights after the search.
-    arch: The masks after the search.
+    params: Weights after the search.
+    arch: Masks after the search.
   """
   folded = dict(params)
   heads = spec.num_heads, spec.width // spec.num_heads
@@ -247,7 +247,7 @@ _AUTHORS_NAMES = {
 
 
 def to_authors(arch: Mapping[str, Any]) -> dict[str, Any]:
-  """The masks as a parameter tree under the authors' names, such as `blocks.0.attn.patch_zeta`."""
+  """Returns the masks as a tree with the authors' names, such as `blocks.0.attn.patch_zeta`."""
   tree: dict[str, Any] = {}
   for block, gates in arch.items():
     for gate, (module, name) in _AUTHORS_NAMES.items():
@@ -256,7 +256,7 @@ def to_authors(arch: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def from_authors(state: Mapping[str, np.ndarray]) -> dict[str, Any]:
-  """The masks among tensors under the authors' names; those that are missing are left out."""
+  """Returns the masks found among tensors with the authors' names."""
   arch: dict[str, Any] = {}
   for name, values in state.items():
     for gate, (module, leaf) in _AUTHORS_NAMES.items():
@@ -267,7 +267,7 @@ def from_authors(state: Mapping[str, np.ndarray]) -> dict[str, Any]:
 
 
 def thresholds(arch: Mapping[str, Any], budgets: Sequence[float]) -> list[float]:
-  """The authors' thresholds of the three kinds: the value at index int((1 - budget) n)."""
+  """Computes the authors' threshold of each kind: the value at index int((1 - budget) n)."""
   found = []
   for kind, budget in zip(KINDS, budgets, strict=True):
     values = np.concatenate([np.ravel(v) for v in _factors(arch, kind, np.tanh)])
@@ -276,7 +276,7 @@ def thresholds(arch: Mapping[str, Any], budgets: Sequence[float]) -> list[float]
 
 
 def _factors(arch: Mapping[str, Any], kind: str, tanh: Any) -> list[Any]:
-  """Each layer's factors: signed, not absolute; a patch's through tanh."""
+  """Returns each layer's signed factors; those of patches through tanh."""
   names = sorted(arch, key=lambda name: int(name.removeprefix("blocks_")))
   values = [arch[name][_GATES[kind]]["zeta"] for name in names]
   return [tanh(v) for v in values] if kind == "patch" else values
@@ -295,7 +295,7 @@ def _threshold(values: np.ndarray, budget: float) -> Any:
 
 
 def _above(values: np.ndarray, budget: float, min_units: int) -> np.ndarray:
-  """bool[l u]: at or above the threshold over all layers, or among a layer's best."""
+  """Returns bool[l u]: at or above the global threshold, or among a layer's best `min_units`."""
   rank = np.argsort(np.argsort(-values, axis=1, kind="stable"), axis=1)
   return (values >= _threshold(values, budget)) | (rank < min_units)
 
@@ -312,10 +312,10 @@ def _check_not_empty(masks: Masks, spec: ViTSpec) -> None:
 
 
 def authors_cost(spec: ViTSpec, masks: Masks) -> tuple[int, int]:
-  """Parameters and MACs of a cut by the authors' own formulas, to compare with the paper's table.
+  """Computes parameters and MACs of a cut by the authors' formulas, to compare with the paper.
 
-  Their MACs count biases and the softmax, use the patches (without CLS) that the layer before
-  keeps, and count vanished heads in the softmax; `macs.static_macs` counts what is computed.
+  Their MACs include biases and the softmax, use the patches (without CLS) that the previous layer
+  keeps, and count removed heads in the softmax; `macs.static_macs` counts the actual computation.
   """
   c, heads, dims = spec.width, spec.num_heads, spec.width // spec.num_heads
   shape = (spec.depth, heads, dims)
