@@ -1,4 +1,4 @@
-"""The plan and the weights in force: what this workdir's stages made, or the config's."""
+"""The plan and the weights in force: made by stages in this workdir, or named by the config."""
 
 import dataclasses
 import functools
@@ -18,13 +18,13 @@ from vitcomp_jax.weights.loading import Params
 class Artefacts:
   """The plan and the weights in force, each read once.
 
-  A stage makes some of them anew. So every stage gets an object of its own (`Run.reread`), and
-  never reads from it what itself has made.
+  Stages replace some of them. So every stage gets a new object (`Run.reread`), and never reads its
+  own artefacts from it.
 
   Attributes:
-    config: Of the run.
-    workdir: Of the run.
-    inputs: Of the run.
+    config: Config of the run.
+    workdir: Workdir of the run.
+    inputs: Inputs of the run.
   """
 
   config: Config
@@ -33,7 +33,7 @@ class Artefacts:
 
   @functools.cached_property
   def plan(self) -> Plan | None:
-    """Returns what this workdir's last search made, or the config's plan."""
+    """Returns the plan of this workdir's last search, or the config's; None for a dense model."""
     made_here = self.workdir.path / "plan.json"
     is_due = self.workdir.is_finished("search") or self.workdir.is_finished("slim")
     if made_here.exists() or is_due:
@@ -42,7 +42,7 @@ class Artefacts:
 
   @functools.cached_property
   def front(self) -> dict[float, Plan]:
-    """Returns the plans of a search for several budgets, by their shares of the dense MACs."""
+    """Returns the plans of a search for several budgets, by share of the dense MACs."""
     search = self.workdir.finished("search", SearchResult)
     if search is None or not search.front:
       return {}
@@ -52,7 +52,7 @@ class Artefacts:
 
   @functools.cached_property
   def base_plan(self) -> Plan | None:
-    """Returns the plan a search starts from: this workdir's slimmed plan, or the config's."""
+    """Returns the plan that a search starts from: this workdir's slimmed one, or the config's."""
     made_here = self.workdir.path / "slimmed.json"
     return load_plan(str(made_here)) if made_here.exists() else self._plan_of_config
 
@@ -68,7 +68,7 @@ class Artefacts:
 
   @functools.cached_property
   def params(self) -> Params:
-    """Returns the weights for `layers`: the last that this workdir made, or the config's."""
+    """Returns the weights for `layers`: the latest in this workdir, or the config's."""
     finetuned = self.workdir.path / "finetuned.safetensors"
     if not finetuned.exists():
       return self.params_before_finetune
@@ -76,14 +76,14 @@ class Artefacts:
 
   @functools.cached_property
   def params_before_finetune(self) -> Params:
-    """Returns the weights for `layers` that `finetune` starts from: slimmed, or dense ones."""
+    """Returns the weights for `layers` that `finetune` starts from: slimmed or dense ones."""
     slimmed = str(self.workdir.path / "slimmed.safetensors")
     weights = slimmed if self.workdir.is_finished("slim") else self._dense_weights
     return self._load(self.layers, weights)
 
   @functools.cached_property
   def dense_params(self) -> Params:
-    """Returns the dense model's weights: what `pretrain` made here, or the config's."""
+    """Returns the dense model's weights: those of `pretrain` in this workdir, or the config's."""
     return self._load(self.inputs.spec.dense_layers, self._dense_weights)
 
   @functools.cached_property
@@ -113,7 +113,7 @@ class Artefacts:
     )
 
   def save(self, params: Params, path: str | pathlib.Path) -> None:
-    """Writes weights of the model under timm's names, with its classes and preprocessing."""
+    """Writes weights with timm's names, and the model's classes and preprocessing."""
     loading.save_params(self.inputs.named_spec, params, path)
 
   def check_weights(self) -> None:

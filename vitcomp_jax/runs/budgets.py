@@ -1,4 +1,4 @@
-"""Reads what a config asks for as a budget."""
+"""Reads the budgets of a config."""
 
 from vitcomp_jax.config import BudgetConfig
 from vitcomp_jax.cost.cost_models import CostModel
@@ -9,19 +9,19 @@ _KINDS = ("fraction", "fractions", "gmacs", "latency_ms")
 
 
 def targets(budget: BudgetConfig, cost: CostModel, spec: ViTSpec) -> dict[str, float]:
-  """Returns the budgets in the cost's unit, by what stands behind the names of their plans.
+  """Returns the budgets in the cost's unit, by the suffix of their plans' names.
 
   Args:
     budget: The budget part of the config.
-    cost: What it limits.
+    cost: Cost that the budget limits.
     spec: The dense model.
 
   Returns:
-    One for most configs, with nothing behind the name; `@FRACTION` for each of several.
+    A single budget with an empty suffix, or several with suffixes `@FRACTION`.
 
   Raises:
-    UserError: If not exactly one kind of budget is given, or one is not above 0 and at most what
-      the dense model costs, or several do not fall.
+    UserError: If not exactly one kind of budget is given, a budget is not above 0 and at most the
+      dense model's cost, or several do not fall.
   """
   kind, asked = _given(budget)
   dense = cost.static(spec, spec.dense_layers)
@@ -40,7 +40,7 @@ def targets(budget: BudgetConfig, cost: CostModel, spec: ViTSpec) -> dict[str, f
 
 
 def check_single_gmacs(budget: BudgetConfig) -> None:
-  """Refuses budgets that only a search of token counts can meet: several, or a latency."""
+  """Refuses budgets that only a search of token counts can meet: several budgets, or a latency."""
   for name in ("latency_ms", "fractions"):
     if getattr(budget, name) is not None:
       raise UserError(
@@ -50,7 +50,7 @@ def check_single_gmacs(budget: BudgetConfig) -> None:
 
 
 def _given(budget: BudgetConfig) -> tuple[str, float]:
-  """Returns the one kind of budget that is given, and its value."""
+  """Returns the only given kind of budget, and its value."""
   given = {kind: getattr(budget, kind) for kind in _KINDS if getattr(budget, kind) is not None}
   if len(given) != 1:
     got = " and ".join(f"{kind} {value}" for kind, value in given.items()) or "none"

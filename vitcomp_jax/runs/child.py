@@ -1,4 +1,4 @@
-"""Runs below the workdir of another run."""
+"""Runs inside the workdir of another run."""
 
 from collections.abc import Callable, Mapping
 
@@ -11,13 +11,13 @@ Stages = Mapping[str, Callable[[Run], Record]]
 
 
 def finished_child(run: Run, name: str, config: Config, stages: Stages) -> Run:
-  """Returns a finished run in `compare/NAME`, which goes on where it was cut off.
+  """Returns a finished run in `compare/NAME`, resuming one that was interrupted.
 
   Args:
-    run: In whose workdir it is.
-    name: Of its folder.
-    config: Of its own.
-    stages: By name, what they do; those of the config are run.
+    run: Parent run.
+    name: Name of the child's folder.
+    config: Config of the child.
+    stages: Stage functions by name; those listed in the config are run.
   """
   path = run.workdir.path / "compare" / name
   with owned(path):

@@ -1,4 +1,4 @@
-"""Resolves which class each output of a run's model is."""
+"""Resolves the class name of each output of a run's model."""
 
 import dataclasses
 import functools
@@ -10,11 +10,11 @@ from vitcomp_jax.models.spec import ViTSpec
 
 @dataclasses.dataclass(frozen=True)
 class Splits:
-  """The files of the data's splits, each opened once: a folder may hold a million files.
+  """The data's splits, each opened once, as a folder may hold a million files.
 
   Attributes:
     config: The data part of the config.
-    trains: Whether the run has training images too.
+    trains: Whether the run trains, and so has training images.
   """
 
   config: DataConfig
@@ -43,12 +43,12 @@ class Splits:
 
 @dataclasses.dataclass(frozen=True)
 class ClassNames:
-  """The names that a run's config, data and earlier sittings give to classes.
+  """Class names from a run's config, its data and its record.
 
   Attributes:
-    splits: The data.
-    recorded: Names that the run began with; empty if it has not begun.
-    head_is_new: Whether the classifier is trained in this run, or random.
+    splits: Splits of the data.
+    recorded: Names recorded when the run began; empty if it has not begun.
+    head_is_new: Whether this run's classifier is trained from scratch, or random.
   """
 
   splits: Splits
@@ -63,15 +63,15 @@ class ClassNames:
 
   @property
   def num_trained(self) -> int | None:
-    """Returns the number of outputs of a classifier that is made anew; None if not known."""
+    """Returns the number of outputs of a new classifier; None if unknown."""
     return len(self.recorded or self.asked or self.splits.class_names) or None
 
   def of_outputs(self, spec: ViTSpec, of_labels: tuple[str, ...]) -> tuple[str, ...]:
-    """Returns the names of a model's outputs, in order; empty if not known, or for features.
+    """Returns the names of a model's outputs, in order; empty if unknown, or for features.
 
     Args:
       spec: The model.
-      of_labels: From `of_labels`.
+      of_labels: Result of `of_labels`.
     """
     if not spec.num_classes:
       return ()
@@ -83,10 +83,10 @@ class ClassNames:
     return of_labels or spec.class_names
 
   def of_labels(self, spec: ViTSpec) -> tuple[str, ...]:
-    """Returns the names by which the data's classes are found among the outputs.
+    """Returns the names of outputs to which the data's classes are matched.
 
     Raises:
-      UserError: If classes cannot be told from each other.
+      UserError: If the classes cannot be matched unambiguously.
     """
     if not spec.num_classes or not self.splits.class_names:
       return ()
@@ -96,6 +96,6 @@ class ClassNames:
     data, names, known = self.splits.config, self.splits.class_names, spec.class_names
     if self.head_is_new and not (known and labels.are_numbers(names)):
       return labels.name_trained_outputs(names, spec.num_classes, known, data.name)
-    # Only folders have an order of their own to choose.
+    # Only folders have a configurable order.
     order = data.class_order if data.name == "folder" else "sorted"
     return labels.name_outputs(names, spec.num_classes, known, data.name, order)

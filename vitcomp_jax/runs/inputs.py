@@ -1,4 +1,4 @@
-"""What a run is given: the dense model's spec, the data, the devices and the budget."""
+"""Inputs of a run: the dense model's spec, the data, the devices and the budget."""
 
 import dataclasses
 import functools
@@ -25,12 +25,12 @@ from vitcomp_jax.weights import description, loading
 
 @dataclasses.dataclass(frozen=True)
 class Inputs:
-  """What a run is given, which no stage changes; each part is made when it is first asked for.
+  """Inputs of a run, which no stage changes; each is made on first use.
 
   Attributes:
-    config: Of the run.
-    workdir: Where a latency table may be kept.
-    names: What is known of the classes.
+    config: Config of the run.
+    workdir: Folder of the run, which may hold a latency table.
+    names: Class names.
   """
 
   config: Config
@@ -41,8 +41,8 @@ class Inputs:
   def spec(self) -> ViTSpec:
     """Returns the spec of the dense model, from its weights and the config.
 
-    A head that is trained, or random, gets as many outputs as the data have classes, unless the
-    config says otherwise.
+    A trained or random head gets one output per class of the data, unless the config sets their
+    number.
     """
     model = self.config.model
     dtype = None if model.dtype == "float32" else model.dtype
@@ -58,15 +58,15 @@ class Inputs:
     spec = dataclasses.replace(spec, attention=model.attention)
     if model.antialias is not None:
       spec = dataclasses.replace(spec, antialias=model.antialias)
-    # The config goes before what the weights say of preprocessing.
+    # The config overrides the preprocessing of the weights.
     asked = {key: getattr(self.config.data, key) for key in description.PREPROCESS}
     asked = {key: value for key, value in asked.items() if value is not None}
-    dataclasses.replace(spec.preprocess, **asked)  # raises for what no image can be made with
+    dataclasses.replace(spec.preprocess, **asked)  # raises for invalid values
     return dataclasses.replace(spec, **asked)
 
   @property
   def variant(self) -> str:
-    """Returns timm's name of the model: the config's, or else what the weights say."""
+    """Returns timm's name of the model, from the config or else from the weights."""
     model = self.config.model
     if model.variant is not None:
       return model.variant
@@ -81,12 +81,12 @@ class Inputs:
 
   @functools.cached_property
   def class_names(self) -> tuple[str, ...]:
-    """Returns the names of the model's outputs, in order; empty if not known, or for features."""
+    """Returns the names of the model's outputs, in order; empty if unknown, or for features."""
     return self.names.of_outputs(self.spec, self._label_names or ())
 
   @functools.cached_property
   def _label_names(self) -> tuple[str, ...] | None:
-    """Returns the names of the data's classes among the outputs; None: labels are left out."""
+    """Returns the names of the data's classes among the outputs; None if labels are not used."""
     try:
       return self.names.of_labels(self.spec)
     except UserError as why:
@@ -97,7 +97,7 @@ class Inputs:
 
   @property
   def preprocess(self) -> transforms.Preprocess:
-    """Returns what is done to every image."""
+    """Returns the preprocessing of every image."""
     return self.spec.preprocess
 
   @functools.cached_property
@@ -121,12 +121,12 @@ class Inputs:
 
   @property
   def target_gmacs(self) -> float:
-    """Returns the one budget of what is no search of token counts, in 1e9 multiply-accumulates."""
+    """Returns the budget of a stage that accepts only one, in 1e9 multiply-accumulates."""
     budgets.check_single_gmacs(self.config.budget)
     return self.targets[""]
 
   def gmacs_of(self, share: float) -> float:
-    """Returns a share of what the dense model costs, in 1e9 multiply-accumulates."""
+    """Returns a share of the dense model's cost, in 1e9 multiply-accumulates."""
     return share * MACS.static(self.spec, self.spec.dense_layers)
 
   @functools.cached_property
@@ -168,7 +168,7 @@ class Inputs:
   def eval_batches(self) -> Iterator[Batch]:
     """Returns this process's rows of batches that hold every example once.
 
-    Their size is `config.evaluate.batch_size`, or the next one that the devices divide.
+    Their size is `config.evaluate.batch_size`, rounded up to a multiple of the devices.
     """
     count = self.layout.num_devices
     size = -(-self.config.evaluate.batch_size // count) * count
@@ -180,7 +180,7 @@ class Inputs:
     return self.eval_data.has_labels and self.spec.num_classes > 0
 
   def check_data(self, split: str) -> None:
-    """Refuses a split, `train` or `eval`, that is not there or has classes the model lacks."""
+    """Refuses a split, `train` or `eval`, that is missing or has classes the model lacks."""
     _ = self.train_data if split == "train" else self.eval_data
 
   def check_budget(self) -> None:
@@ -196,7 +196,7 @@ class Inputs:
       )
 
   def check_batches(self, stage: str) -> None:
-    """Refuses batches of a stage that the devices do not divide."""
+    """Refuses a stage's batch size that is no multiple of the devices."""
     config = getattr(self.config, stage)
     pairs = 2 if self.config.data.mixup or self.config.data.cutmix else 1
     self.layout.check_batch_size(f"{stage}.batch_size", config.batch_size, config.parts, pairs)

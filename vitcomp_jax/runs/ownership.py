@@ -19,22 +19,22 @@ from vitcomp_jax.errors import UserError
 
 _LOCK, _OWNER = ".lock", ".owner.json"  # filelock may empty its own file
 _NO_LOCKS = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK}
-_TRIES, _PAUSE = 10, 0.1  # while an owner comes or goes, which takes it moments
-_LONGEST = 1000  # bytes of a refusal that the other processes get
+_TRIES, _PAUSE = 10, 0.1  # while an owner takes or releases the lock
+_LONGEST = 1000  # bytes of a refusal sent to the other processes
 
 
 @contextlib.contextmanager
 def owned(workdir: pathlib.Path) -> Iterator[None]:
   """Locks a workdir until the block ends or the process dies.
 
-  Of several processes of one run the first asks for it, and all others get its answer. The folder
-  is made if need be; what of it and its parents is still empty at the end is removed again.
+  In a run of several processes, the first takes the lock and all others get its answer. The folder
+  is made if missing; folders made here that are still empty at the end are removed.
 
   Args:
-    workdir: Of the run.
+    workdir: Folder of the run.
 
   Raises:
-    UserError: If another run has it, which the message names, or it cannot be written.
+    UserError: If another run, named in the message, holds the lock, or the folder is not writable.
   """
   with contextlib.ExitStack() as held:
     refusal = None
@@ -50,7 +50,7 @@ def owned(workdir: pathlib.Path) -> Iterator[None]:
 
 
 def _own(workdir: pathlib.Path, held: contextlib.ExitStack) -> None:
-  """Takes a workdir; `held` gives it back."""
+  """Takes a workdir; `held` releases it."""
   lock, owner = workdir / _LOCK, workdir / _OWNER
   try:
     _lock(workdir, held)
@@ -70,10 +70,10 @@ def _own(workdir: pathlib.Path, held: contextlib.ExitStack) -> None:
 
 
 def _lock(workdir: pathlib.Path, held: contextlib.ExitStack) -> None:
-  """Makes a workdir if need be, and locks it."""
+  """Makes a workdir if missing, and locks it."""
   for left in reversed(range(_TRIES)):
     _make(workdir, held)
-    # Without `fallback_to_soft`: a marker in place of a lock might outlive a killed owner.
+    # Without `fallback_to_soft`, as a marker file would outlive a killed owner.
     lock = filelock.FileLock(workdir / _LOCK, timeout=0, fallback_to_soft=False)
     try:
       held.enter_context(lock)
@@ -85,14 +85,14 @@ def _lock(workdir: pathlib.Path, held: contextlib.ExitStack) -> None:
           f"--workdir {workdir}: expected one that no other run is using, got one in use by "
           f"{owner or 'another process'}; wait until it ends, or give another --workdir."
         ) from None
-    except FileNotFoundError:  # A run that was refused has just removed what it had made.
+    except FileNotFoundError:  # a refused run has just removed the folder it made
       if not left:
         raise
     time.sleep(_PAUSE)
 
 
 def _make(workdir: pathlib.Path, held: contextlib.ExitStack) -> None:
-  """Makes a folder and its parents; `held` removes those that are empty then."""
+  """Makes a folder and its parents; `held` removes those left empty."""
   missing = [folder for folder in (workdir, *workdir.parents) if not folder.exists()]
   for folder in reversed(missing):  # so that the innermost is removed first
     held.callback(_remove_empty, folder)
@@ -110,7 +110,7 @@ def _remove(file: pathlib.Path) -> None:
 
 
 def _owner(workdir: pathlib.Path) -> str | None:
-  """Describes the owner of a workdir; None if its file is not there."""
+  """Describes the owner of a workdir; None if its file is missing or unreadable."""
   try:
     about = strict_json.loads((workdir / _OWNER).read_text(encoding="utf-8"))
     return f"process {about['pid']} on {about['host']} since {about['started']}"

@@ -1,4 +1,4 @@
-"""Draws and reports what the stages of a run have found so far."""
+"""Draws and reports the results of a run's stages so far."""
 
 from collections.abc import Mapping, Sequence
 
@@ -12,12 +12,12 @@ from vitcomp_jax.runs.table import result_so_far
 
 
 def draw(run: Run, models: Mapping[str, tuple[LayerSpec, ...]], rows: Sequence[Row]) -> None:
-  """Writes those plots that there is something for.
+  """Writes the plots for which the run has results.
 
   Args:
-    run: Whose `figures/` they go to.
-    models: Layers by the names of rows.
-    rows: That were measured.
+    run: The run, whose `figures/` holds the plots.
+    models: Layers by row name.
+    rows: Measured rows.
   """
   inputs, path, plan = run.inputs, run.workdir.path, run.artefacts.plan
   folder = path / "figures"
@@ -32,11 +32,11 @@ def draw(run: Run, models: Mapping[str, tuple[LayerSpec, ...]], rows: Sequence[R
 
 
 def write_report(run: Run, complete: bool = False) -> None:
-  """Writes the report of what the stages have measured and drawn so far.
+  """Writes the report of the results and plots so far.
 
   Args:
-    run: Which it is of.
-    complete: Whether the stage `visualize` has drawn all that there is.
+    run: The run.
+    complete: Whether the stage `visualize` has drawn all plots.
   """
   workdir, plan, spec = run.workdir, run.artefacts.plan, run.inputs.spec
   benchmark = workdir.path / "benchmark.json"
@@ -52,7 +52,7 @@ def write_report(run: Run, complete: bool = False) -> None:
 
 
 def titles(run: Run, batch: Batch) -> list[str] | None:
-  """Returns the class names of images, if they have labels."""
+  """Returns the class names of images; None if they have no labels."""
   data = run.inputs.eval_data
   names = run.inputs.class_names or data.class_names
   return [names[label] for label in batch["label"]] if data.has_labels else None

@@ -1,4 +1,4 @@
-"""What the stages of a run share."""
+"""A run: the state that its stages share."""
 
 import dataclasses
 import pathlib
@@ -18,8 +18,8 @@ class Run:
   """One run in its workdir.
 
   Attributes:
-    config: What is asked for.
-    workdir: Its folder.
+    config: Config of the run.
+    workdir: Folder of the run.
     inputs: The model's spec, the data, the devices and the budget.
     artefacts: The plan and the weights in force.
   """
@@ -30,17 +30,17 @@ class Run:
   artefacts: Artefacts
 
   def reread(self) -> "Run":
-    """Returns the run with the artefacts as they are after a stage."""
+    """Returns the run with the artefacts reread after a stage."""
     return dataclasses.replace(self, artefacts=Artefacts(self.config, self.workdir, self.inputs))
 
 
 def make_run(config: Config, path: pathlib.Path, running: Sequence[str] = ()) -> Run:
-  """Makes a run of a config and a folder; nothing is read or written yet.
+  """Makes a run of a config and a folder; nothing is written yet.
 
   Args:
-    config: Of the run.
-    path: Of its workdir.
-    running: Stages that are run now, which the config may not name.
+    config: Config of the run.
+    path: Path of the workdir.
+    running: Stages to run now in addition to the config's.
   """
   workdir, stages = Workdir(path), {*config.stages, *running}
   trains_head = "pretrain" in stages or workdir.is_finished("pretrain")
@@ -54,15 +54,15 @@ def make_run(config: Config, path: pathlib.Path, running: Sequence[str] = ()) ->
 
 
 def open_run(config: Config, path: pathlib.Path, running: Sequence[str] = ()) -> Run:
-  """Opens a workdir to be resumed, or a new one, in which nothing is written yet.
+  """Opens a workdir to resume, or a new one; nothing is written yet.
 
   Args:
-    config: Of the run.
-    path: Of its workdir.
-    running: Stages that are run now, which the config may not name.
+    config: Config of the run.
+    path: Path of the workdir.
+    running: Stages to run now in addition to the config's.
 
   Raises:
-    UserError: If another config made what is there.
+    UserError: If the workdir was made with another config.
   """
   check_resumable(Workdir(path), config)
   return make_run(config, path, running)

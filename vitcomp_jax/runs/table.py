@@ -1,4 +1,4 @@
-"""The table of a run: which models it has a row for, and what was measured of them."""
+"""The table of a run: the models that have rows, and their measurements."""
 
 import dataclasses
 import math
@@ -22,9 +22,9 @@ class Candidate:
   """A model that has a row.
 
   Attributes:
-    row: What tells it from others.
-    layers: Of the model.
-    params: Its weights.
+    row: Row that identifies the model, without metrics.
+    layers: Layers of the model.
+    params: Weights of the model.
   """
 
   row: Row
@@ -50,7 +50,7 @@ def candidates(run: Run) -> dict[str, Candidate]:
 
 
 def deployed(run: Run) -> dict[str, Candidate]:
-  """Returns the dense model, those of a front, and that of the plan in force, by name."""
+  """Returns the dense model, the front's models, and the model of the plan in force, by name."""
   artefacts, spec = run.artefacts, run.inputs.spec
   found = []
   if run.config.evaluate.dense:
@@ -64,28 +64,28 @@ def deployed(run: Run) -> dict[str, Candidate]:
 
 
 def plan_row(run: Run, plan: Plan) -> Row:
-  """Returns the row of a plan, after its method and, where a search met several, its budget."""
+  """Returns the row of a plan, named by its method and, if searched for several, its budget."""
   method = method_of(plan)
   budget = next((share for share, other in run.artefacts.front.items() if other == plan), None)
-  # A row of that very name may be a schedule that is computed here.
+  # A schedule computed here may have a row of the same name.
   variant: Variant | None = "plan" if method in ("dense", *run.config.evaluate.baselines) else None
   return Row(method=method, budget=budget, variant=variant, seed=seed_of(plan))
 
 
 def method_of(plan: Plan) -> str:
-  """Returns the name of the method that made a plan; `plan` if the plan does not say."""
+  """Returns the name of the method that made a plan; `plan` if unknown."""
   method = plan.made_by.get("method")
   return method if isinstance(method, str) else "plan"
 
 
 def seed_of(plan: Plan) -> int | None:
-  """Returns the seed of the search that made a plan; None if the plan does not say."""
+  """Returns the seed of the search that made a plan; None if unknown."""
   seed = plan.made_by.get("seed")
   return seed if isinstance(seed, int) else None
 
 
 def _halves(run: Run, plan: Plan) -> list[Candidate]:
-  """Returns either half of a plan that both slims and removes tokens after attention."""
+  """Returns both halves of a plan that slims and also removes tokens after attention."""
   spec, layers = run.inputs.spec, run.artefacts.layers
   if not plan.indices or all(layer.reduce == keep_all for layer in layers):
     return []
@@ -100,7 +100,7 @@ def _halves(run: Run, plan: Plan) -> list[Candidate]:
 
 
 def _other_weights(run: Run, plan: Plan) -> list[Candidate]:
-  """Returns the plan before `finetune`, and masked in the dense model, where asked for."""
+  """Returns the plan before `finetune`, and masked in the dense model, if configured."""
   config, artefacts, row = run.config.evaluate, run.artefacts, plan_row(run, plan)
   found = []
   if config.before_finetune:
@@ -114,7 +114,7 @@ def _other_weights(run: Run, plan: Plan) -> list[Candidate]:
 
 
 def _baselines(run: Run) -> list[Candidate]:
-  """Returns schedules without a search, each as strong as the run's plans are."""
+  """Returns schedules without a search, at the budgets of the run's plans."""
   names = run.config.evaluate.baselines
   if not names:
     return []
@@ -154,7 +154,7 @@ def empty_result(run: Run) -> Result:
 
 
 def result_so_far(run: Run) -> Result:
-  """Returns a result with the rows that were measured before, and their examples."""
+  """Returns a result with the rows measured so far, and their number of examples."""
   empty, path = empty_result(run), run.workdir.path / "result.json"
   if not path.exists():
     return empty

@@ -1,4 +1,4 @@
-"""The folder of a run: the config that made it, and what is finished in it."""
+"""The folder of a run: its config, and the stages finished in it."""
 
 import dataclasses
 import operator
@@ -18,7 +18,7 @@ from vitcomp_jax.results import Record, environment
 
 R = TypeVar("R", bound=Record)
 
-# What does not change a run's outcome, and so may change while it is under way.
+# Keys that do not affect a run's outcome, and so may change between its starts.
 _FREE = ("parallel", "profile", "data.workers", "data.on_error", "compilation_cache")
 
 
@@ -27,7 +27,7 @@ class Workdir:
   """The folder of a run.
 
   Attributes:
-    path: Where it is; it need not be there before `begin`.
+    path: Path of the folder, which `begin` makes if missing.
   """
 
   path: pathlib.Path
@@ -44,13 +44,13 @@ class Workdir:
     return tuple(strict_json.read(self.config_file).get("class_names", ()))
 
   def begin(self, config: Config, class_names: Sequence[str]) -> None:
-    """Records the config, or the stages that it got since; makes the folder if need be.
+    """Records the config, or stages added to it since; makes the folder if missing.
 
     Raises:
       UserError: If the folder cannot be written, or the run began with other class names.
     """
     is_there = self.config_file.exists()
-    multihost.meet("open")  # All have asked before the first one writes it.
+    multihost.meet("open")  # all processes have checked before the first one writes it
     if is_there:
       self._go_on(config, tuple(class_names))
       return
@@ -83,19 +83,19 @@ class Workdir:
     return self._marker(stage).exists()
 
   def finished(self, stage: str, kind: type[R]) -> R | None:
-    """Returns what a finished stage reported; None if it is not finished.
+    """Returns the result of a finished stage; None if it is not finished.
 
     Args:
-      stage: Its name.
-      kind: The type of its result.
+      stage: Name of the stage.
+      kind: Type of its result.
 
     Raises:
-      UserError: If the file that says it is damaged.
+      UserError: If the file of the result is damaged.
     """
     return kind.read(self._marker(stage)) if self.is_finished(stage) else None
 
   def finish(self, stage: str, result: Record) -> None:
-    """Marks a stage as finished, with what it reports."""
+    """Marks a stage as finished, with its result."""
     self._marker(stage).parent.mkdir(exist_ok=True)
     result.write(self._marker(stage))
     multihost.meet(f"finish {stage}")
@@ -105,7 +105,7 @@ class Workdir:
 
 
 def check_resumable(workdir: Workdir, config: Config) -> None:
-  """Refuses a folder that cannot be read, or that another config made."""
+  """Refuses a folder that cannot be read, or was made with another config."""
   path = workdir.path
   try:
     names = {entry.name for entry in path.iterdir()} if path.exists() else set()
@@ -126,7 +126,7 @@ def _check_config(workdir: Workdir, config: Config) -> None:
       f"{workdir.config_file}: expected a run's config, got {reprlib.repr(made_with)}; remove it."
     )
   values = config_lib.to_dict(config)
-  # A run may be given further stages, and then be called by its old name.
+  # A run may be extended by further stages, and then resumed with the old config.
   before = made_with.get("stages")
   if before and all(map(operator.eq, before, values["stages"])):
     made_with = made_with | {"stages": values["stages"]}
@@ -139,7 +139,7 @@ def _check_config(workdir: Workdir, config: Config) -> None:
 
 
 def _differing_keys(old: Mapping[str, Any], new: Mapping[str, Any], path: str = "") -> list[str]:
-  """Returns the names of keys that matter and differ, each with both values."""
+  """Returns the relevant keys that differ, each with both values."""
   lines = []
   for key in sorted(set(old) | set(new)):
     a, b = old.get(key), new.get(key)
@@ -153,7 +153,7 @@ def _differing_keys(old: Mapping[str, Any], new: Mapping[str, Any], path: str = 
 
 
 def _git_commit() -> str | None:
-  """The commit of the code, where it runs from a checkout."""
+  """Returns the commit of the code; None if it does not run from a checkout."""
   command = ["git", "rev-parse", "HEAD"]
   try:
     result = subprocess.run(

@@ -26,7 +26,7 @@ from vitcomp_jax.stages import (
 )
 
 RunConfig = Config | Mapping[str, Any]
-Made = Any  # a plan, a path or the content of a JSON file, by the stage
+Made = Any  # a plan, a path or the content of a JSON file, depending on the stage
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,9 +34,9 @@ class Stage:
   """One stage.
 
   Attributes:
-    check: Raises a `UserError` for what the stage could not do; called before any stage begins.
-    run: Does it; returns what it has to report, which marks the stage as finished.
-    made: What the finished stage wrote, as Python callers get it.
+    check: Raises a `UserError` if the stage cannot run; called before any stage begins.
+    run: Runs the stage and returns its result, which marks it as finished.
+    made: Returns the artefact of the finished stage to Python callers.
   """
 
   check: Callable[[Run], None]
@@ -58,10 +58,10 @@ STAGES = {
 
 
 def run_stages(config: Config, workdir: pathlib.Path, names: Sequence[str]) -> Run:
-  """Runs the stages that are not finished yet; nothing begins before all of them are checked.
+  """Runs the stages that are not finished yet, after checking all of them.
 
   Raises:
-    UserError: For what a stage refuses, or if another run is using the workdir.
+    UserError: If a stage refuses the config, or another run is using the workdir.
   """
   workdir = pathlib.Path(paths.expand(workdir))
   with owned(workdir):
@@ -82,18 +82,18 @@ def run_stages(config: Config, workdir: pathlib.Path, names: Sequence[str]) -> R
 
 
 def run(config: RunConfig, workdir: str | os.PathLike[str] = "runs/python") -> dict[str, Made]:
-  """Runs the stages of a config, or goes on with them, as the command does.
+  """Runs or resumes the stages of a config, as the command does.
 
   Args:
-    config: A `Config`, or a mapping of its keys such as `default_config()`; `config.stages` names
+    config: A `Config`, or a mapping of its keys such as `default_config()`; `config.stages` lists
       the stages.
-    workdir: Where the run is kept.
+    workdir: Folder of the run.
 
   Returns:
-    What each stage wrote, by its name, as `run_stage` returns it.
+    The artefact of each stage by name, as returned by `run_stage`.
 
   Raises:
-    UserError: For what a stage refuses, or if another config made what is in the workdir.
+    UserError: If a stage refuses the config, or the workdir was made with another one.
 
   Examples:
     >>> import tempfile
@@ -121,17 +121,17 @@ def run_stage(
     name: `pretrain`, `slim`, `search`, `finetune`, `evaluate`, `benchmark`, `compare`, `visualize`
       or `export`.
     config: A `Config`, or a mapping of its keys such as `default_config()`.
-    workdir: Where the run is kept. Stages that build on each other share it.
+    workdir: Folder of the run, shared by stages that build on each other.
 
   Returns:
-    What the stage writes: `pretrain` and `finetune` the path of the weights, `slim` and `search`
-    the `Plan`, `evaluate` and `compare` the content of `result.json`, `benchmark` that of
-    `benchmark.json`, `visualize` the path of `report.html`, `export` the content of
+    The artefact of the stage: for `pretrain` and `finetune` the path of the weights, for `slim` and
+    `search` the `Plan`, for `evaluate` and `compare` the content of `result.json`, for `benchmark`
+    that of `benchmark.json`, for `visualize` the path of `report.html`, for `export` the content of
     `manifest.json`. A finished stage is not run again.
 
   Raises:
-    UserError: For another name, for what the stage refuses, or if another config made what is in
-      the workdir.
+    UserError: If the name is unknown, the stage refuses the config, or the workdir was made with
+      another one.
 
   Examples:
     >>> import tempfile

@@ -1,4 +1,4 @@
-"""Stage `benchmark`: how fast the dense and the compressed model are, and could be."""
+"""Stage `benchmark`: times the dense and the compressed model, relative to the device's peak."""
 
 import dataclasses
 import statistics
@@ -22,7 +22,7 @@ from vitcomp_jax.runs.run import Run
 from vitcomp_jax.runs.table import Candidate
 
 _PERCENTILES = (50, 90, 99)
-_PEAK_SIDE = 2048  # of the square matrices whose product tells the machine's peak
+_PEAK_SIDE = 2048  # of the square matrices whose product measures the peak
 
 
 def check(run: Run) -> None:
@@ -34,7 +34,7 @@ def check(run: Run) -> None:
 
 
 def run(run: Run) -> BenchmarkResult:
-  """Times every model at every batch size; all take turns, so that drift hits all alike.
+  """Times every model at every batch size, in turns, so that drift affects all equally.
 
   Returns:
     The content of `benchmark.json`. `result.json` gets the images per second of its rows.
@@ -79,7 +79,7 @@ def matmul_peak() -> float:
   """Measures the floating-point operations per second of a large float32 matrix product.
 
   Returns:
-    The best of ten.
+    The best of ten measurements.
   """
   side = _PEAK_SIDE
   a, b = jax.random.normal(jax.random.key(0), (2, side, side))
@@ -129,7 +129,7 @@ def _entry(
 
 
 def _with_prediction(run: Run, entry: Timing, candidate: Candidate) -> Timing:
-  """Adds the latency that the table of a search foretold, where there was one."""
+  """Adds the latency predicted by the table of this run's search, if there was one."""
   cost = run.inputs.cost if run.workdir.is_finished("search") else None
   if not isinstance(cost, Latency) or entry.batch != cost.about["batch"]:
     return entry
@@ -140,7 +140,7 @@ def _with_prediction(run: Run, entry: Timing, candidate: Candidate) -> Timing:
 def _add_to_result(
   run: Run, entries: Sequence[Timing], candidates: Mapping[str, Candidate]
 ) -> None:
-  """Gives the rows of `result.json` their speed; rows that are not there yet are added."""
+  """Adds speeds to the rows of `result.json`, and rows that are missing."""
   result = table.result_so_far(run)
   rows = result.by_name
   for name, candidate in candidates.items():

@@ -1,6 +1,6 @@
 """Stage `compare`: one table of methods and budgets, on the same weights and the same examples.
 
-Whatever a method has to learn, it learns in a run of its own in `compare/NAME` of the workdir.
+A method that has to learn does so in its own run, in `compare/NAME` of the workdir.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ _STAGES = {"search": search.run, "slim": slim.run, "finetune": finetune.run}
 
 
 def check(run: Run) -> None:
-  """Refuses methods that do not exist or cannot be compared as asked for."""
+  """Refuses methods that do not exist or cannot be compared with this config."""
   config, spec = run.config.compare, run.inputs.spec
   run.inputs.check_trainable("compare")
   run.inputs.check_data("eval")
@@ -85,7 +85,7 @@ def _plan_row(run: Run, name: str) -> Row:
 
 
 def _method_row(run: Run, text: str, budget: float) -> Row:
-  """Measures a method with the run's own weights; a search with the mean of its seeds."""
+  """Measures a method with the run's weights; a search as the mean over its seeds."""
   (method, config), spec, seed = parse(text, run.config), run.inputs.spec, None
   if method in schedules():
     layers = [within(method, spec, run.inputs.gmacs_of(budget), config.search.importance)]
@@ -98,7 +98,7 @@ def _method_row(run: Run, text: str, budget: float) -> Row:
 
 
 def _reference(run: Run, budget: float) -> Row:
-  """Returns the search's row at a budget, or, without a search, that of the first plan."""
+  """Returns the search's row at a budget; without a search, that of the first plan."""
   config = run.config.compare
   if SEARCHED in config.methods or not config.plans:
     return Row(method=SEARCHED, budget=budget)
@@ -106,7 +106,7 @@ def _reference(run: Run, budget: float) -> Row:
 
 
 def _plans(run: Run, text: str, config: Config, budget: float) -> list[Plan]:
-  """Returns the plans of a search, one for each seed: those of before, or searched anew."""
+  """Returns the plans of a search, one per seed: from an earlier comparison, or searched now."""
   if config.compare.searched:
     return [load_plan(str(path)) for path in searched_before(run.config, text, budget)]
   found = []
@@ -120,7 +120,7 @@ def _plans(run: Run, text: str, config: Config, budget: float) -> list[Plan]:
 
 
 def _trained_row(run: Run, text: str) -> Row:
-  """Measures a method with weights that were trained under its layers."""
+  """Measures a method with weights trained under its layers."""
   budget = run.config.compare.finetune_budget
   row = Row(method=text, budget=budget, variant="finetune")
   reference = dataclasses.replace(row, method=SEARCHED)

@@ -1,4 +1,4 @@
-"""Stage `evaluate`: accuracy and cost of the dense model, the plan and hand-made schedules."""
+"""Stage `evaluate`: measures accuracy and cost of the dense model, the plan and schedules."""
 
 import dataclasses
 from typing import Any
@@ -15,7 +15,7 @@ from vitcomp_jax.runs.run import Run
 
 
 def check(run: Run) -> None:
-  """Refuses a plan or weights that do not fit, labels without a class, and an empty table."""
+  """Refuses a plan or weights that do not fit, labels of unknown classes, and an empty table."""
   config, plan = run.config, run.artefacts.plan
   searches = bool({"search", "slim"} & set(config.stages))
   run.inputs.check_data("eval")
@@ -35,7 +35,7 @@ def check(run: Run) -> None:
 
 
 def _check_dense(run: Run) -> None:
-  """Refuses a row for the dense model where the weights are a slimmed one's."""
+  """Refuses a row for the dense model if the weights are a slimmed one's."""
   plan = run.artefacts.plan
   if plan and plan.indices and run.config.evaluate.dense:
     try:
@@ -68,7 +68,7 @@ def run(run: Run) -> Result:
     there = rows.get(name)
     if there is None or not there.is_evaluated:
       row, examples = table.measured(run, candidate)
-      # A benchmark may have made the row.
+      # The stage `benchmark` may have made the row.
       speeds = there.images_per_second if there else None
       rows[name] = dataclasses.replace(row, images_per_second=speeds)
       result = dataclasses.replace(result, rows=tuple(rows.values()), examples=examples)
@@ -86,7 +86,7 @@ def made(run: Run) -> dict[str, Any]:
 
 
 def _draw_token_maps(run: Run) -> None:
-  """Draws what a plan that removes tokens does to a few images, at four depths."""
+  """Draws token maps of a few images at four depths, if the plan removes tokens."""
   inputs, artefacts, count = run.inputs, run.artefacts, run.config.evaluate.token_maps
   if not count or not artefacts.plan or not removes_tokens(artefacts.layers):
     return

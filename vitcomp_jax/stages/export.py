@@ -1,4 +1,4 @@
-"""Stage `export`: the model in force, in formats that run without this library."""
+"""Stage `export`: writes the model in force in formats that run without this library."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ from vitcomp_jax.results import ExportResult, environment
 from vitcomp_jax.runs.run import Run
 from vitcomp_jax.weights.loading import Params
 
-_IMAGES = 64  # on which every artefact is compared with the model
+_IMAGES = 64  # to compare every artefact with the model
 
 
 def check(run: Run) -> None:
@@ -38,18 +38,18 @@ def run(run: Run) -> ExportResult:
   """Writes the artefacts, compares each with the model, and lists them in the manifest.
 
   Returns:
-    What the manifest says of each artefact.
+    The manifest's entries of the artefacts.
 
   Raises:
     UserError: If a format cannot hold the model, or the model's outputs are not finite.
     RuntimeError: If an artefact's outputs are not the model's.
   """
-  check(run)  # Once more: the plan may be younger than the run.
+  check(run)  # again, as the plan may be newer than the first check
   folder, entries = run.workdir.path / "export", []
   if multihost.is_first():
     folder.mkdir(exist_ok=True)
   images = run.inputs.eval_data.sample(_IMAGES)["image"]
-  images = np.resize(images, (_IMAGES, *images.shape[1:]))  # of a small set, again
+  images = np.resize(images, (_IMAGES, *images.shape[1:]))  # repeated if the set is small
   program = _program(run, run.artefacts.params)
   for form in run.config.export.formats:
     entries.append(exporting.write(form, program, folder / exported.FILES[form], images))

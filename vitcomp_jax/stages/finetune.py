@@ -27,7 +27,7 @@ from vitcomp_jax.weights.loading import Params
 
 
 def check(run: Run) -> None:
-  """Refuses what cannot be trained."""
+  """Refuses data, a model or a batch size that cannot be trained with."""
   run.inputs.check_trainable("finetune")
   run.inputs.check_batches("finetune")
 
@@ -36,7 +36,7 @@ def run(run: Run) -> TrainResult:
   """Trains the model under the plan in force, from the weights in force.
 
   Returns:
-    The steps, images and minutes it took. The weights are in `finetuned.safetensors`.
+    Steps, images and minutes taken. The weights are in `finetuned.safetensors`.
   """
   result, params = fit(run, task(run), run.config.finetune, made(run))
   plan = run.artefacts.plan
@@ -62,7 +62,7 @@ def made(run: Run) -> str:
 
 
 def fit(run: Run, task: loop.Task, config: TrainConfig, path: str) -> tuple[TrainResult, Params]:
-  """Trains, and writes the weights under timm's names; returns what it took, and the weights."""
+  """Trains, and writes the weights with timm's names; returns the result and the weights."""
   layout = run.inputs.layout
   state, seconds = loop.train(task, run.workdir.path, layout, run.config.profile.steps)
   trained = layout.get(state.params if state.ema is None else state.ema)
@@ -79,15 +79,15 @@ def weights_task(
   params: Params,
   teacher: Params | None = None,
 ) -> loop.Task:
-  """Trains weights on the labels, and from a teacher where there is one.
+  """Returns the task of training weights on labels and, optionally, a teacher.
 
   Args:
-    run: With the data.
-    stage: Names checkpoints and metrics.
-    config: How to train.
-    layers: Of the model.
-    params: To start from.
-    teacher: Weights of the dense model.
+    run: The run, which holds the data.
+    stage: Name of checkpoints and metrics.
+    config: Training options.
+    layers: Layers of the model.
+    params: Initial weights.
+    teacher: Weights of the dense model; None: no teacher.
   """
   inputs = run.inputs
   count = inputs.train_data.num_examples
@@ -138,7 +138,7 @@ def _loss(
       learnt = losses.distillation(out.logits, target, distill.kind, distill.temperature)
       loss = (1 - distill.weight) * loss + distill.weight * learnt
       if places:
-        # Only masked tokens all are where the teacher's are.
+        # Masked tokens stay in place, so they correspond to the teacher's.
         loss = loss + distill.tokens * dynamicvit.token_distance(out.tokens, whole.tokens)
     if places:
       metrics["ratio_loss"] = dynamicvit.ratio_loss(spec, layers, out)

@@ -1,4 +1,4 @@
-"""Stage `search`: learns a plan by gradient; only the rates are trained."""
+"""Stage `search`: learns a plan by gradient, training only the rates."""
 
 import dataclasses
 import itertools
@@ -24,7 +24,7 @@ from vitcomp_jax.training.search import Found, Search, best_loss
 
 
 def check(run: Run) -> None:
-  """Refuses a budget that cannot be reached, and a loss that cannot be computed."""
+  """Refuses a budget that cannot be met, and a loss that cannot be computed."""
   inputs = run.inputs
   inputs.check_data("train")
   slim = run.config.slim
@@ -55,13 +55,13 @@ def check(run: Run) -> None:
 
 
 def _loss(run: Run) -> Loss:
-  """Returns the loss of the config, `auto` resolved."""
+  """Returns the config's loss, with `auto` resolved."""
   loss, inputs = run.config.search.loss, run.inputs
   return best_loss(inputs.spec, inputs.train_data.has_labels) if loss == "auto" else loss
 
 
 def _check_latency(run: Run) -> None:
-  """Refuses what no latency table is measured for."""
+  """Refuses models for which no latency table can be measured."""
   run.inputs.spec.check_plain("config.budget.latency_ms")
   if run.artefacts.base_plan is not None or "slim" in run.config.stages:
     raise UserError(
@@ -71,18 +71,18 @@ def _check_latency(run: Run) -> None:
 
 
 def run(run: Run) -> SearchResult:
-  """Searches a plan that meets the budget, or one for each of several budgets.
+  """Searches for a plan that meets the budget, or for one plan per budget.
 
-  Several are met one after the other: from the second on, a search goes on from the rates of the
-  one before. They share half as many steps again as one search has.
+  Several budgets are met in turn, each search continuing from the rates of the one before. Together
+  they take 1.5 times the steps of a single search.
 
   Returns:
-    What the search took and found, before and after the adjustment to the budget; of several, the
-    last one's, and all under `front`. The plan is in `plan.json`; those of several budgets are in
-    `plans/` besides, the last one in both.
+    The effort and result of the search, before and after the adjustment to the budget; for several
+    budgets those of the last, and all in `front`. The last plan is in `plan.json`; the plans of
+    several budgets are all in `plans/`.
   """
   if isinstance(run.inputs.cost, Latency):
-    # A run that goes on counts by the very table that it began with.
+    # A resumed run uses the table it began with.
     write_json(run.workdir.path / "latency.json", run.inputs.cost.to_json())
   learnt, results = None, []
   for suffix in run.inputs.targets:
@@ -108,7 +108,7 @@ def run(run: Run) -> SearchResult:
 
 
 def steps_of(run: Run) -> int:
-  """Returns the steps for each budget."""
+  """Returns the number of steps per budget."""
   steps, budgets = run.config.search.steps, len(run.inputs.targets)
   return steps if budgets == 1 else 3 * steps // (2 * budgets)
 
@@ -118,7 +118,7 @@ def searcher(run: Run, suffix: str | None = None) -> Search:
 
   Args:
     run: The run.
-    suffix: Of the budget, see `Inputs.targets`; None: the first.
+    suffix: Suffix of the budget, see `Inputs.targets`; None: the first.
   """
   suffix = next(iter(run.inputs.targets)) if suffix is None else suffix
   config = dataclasses.replace(run.config.search, steps=steps_of(run), loss=_loss(run))
@@ -132,8 +132,8 @@ def task(run: Run, suffix: str | None = None, learnt: Mapping[str, Any] | None =
 
   Args:
     run: The run.
-    suffix: As for `searcher`.
-    learnt: The rates to go on from; None: the method's start.
+    suffix: Suffix of the budget, as in `searcher`.
+    learnt: Rates to continue from; None: the method's initial ones.
   """
   suffix = next(iter(run.inputs.targets)) if suffix is None else suffix
   config, before = run.config.search, _steps_before(run, suffix)
@@ -150,12 +150,12 @@ def task(run: Run, suffix: str | None = None, learnt: Mapping[str, Any] | None =
 
 
 def _steps_before(run: Run, suffix: str) -> int:
-  """Returns the steps for the budgets before one."""
+  """Returns the number of steps before those of a budget."""
   return steps_of(run) * list(run.inputs.targets).index(suffix)
 
 
 def _held_back(run: Run, suffix: str) -> Any:
-  """Returns the batches that come next in the order of training, to choose a plan by."""
+  """Returns the batches that follow the search's in training order, for choosing a plan."""
   config = run.config.search
   start = _steps_before(run, suffix) + steps_of(run)
   batches = run.inputs.train_batches(config.batch_size, start)
@@ -233,12 +233,12 @@ def _result(run: Run, suffix: str, found: Found, seconds: float) -> SearchResult
 
 
 def made(run: Run) -> Plan:
-  """Returns the plan that was found."""
+  """Returns the searched plan."""
   return load_plan(str(run.workdir.path / "plan.json"))
 
 
 def _base(run: Run) -> Layers:
-  """The layers to search on: dense ones, or slimmed ones whose tokens are all there."""
+  """Returns the layers to search on: dense ones, or slimmed ones that keep all tokens."""
   if run.artefacts.base_plan is None:
     return run.inputs.spec.dense_layers
   layers = run.artefacts.base_plan.layers_for(run.inputs.spec)

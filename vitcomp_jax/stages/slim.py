@@ -1,4 +1,4 @@
-"""Stage `slim`: trains soft masks with the weights, cuts, and extracts the smaller network."""
+"""Stage `slim`: trains soft masks with the weights, cuts them, and extracts a smaller network."""
 
 import logging
 from typing import Any, NamedTuple
@@ -26,11 +26,11 @@ from vitcomp_jax.training.step import init_state, make_step, random_streams, top
 from vitcomp_jax.weights import files, timm_slimmed
 from vitcomp_jax.weights.loading import Params
 
-_TRIED = 16  # images on which the slimmed network must give finite outputs
+_TRIED = 16  # images to check for finite outputs of the slimmed network
 
 
 def check(run: Run) -> None:
-  """Refuses a plan to start from, budgets that make no sense, and data without labels."""
+  """Refuses an initial plan, invalid budgets, and data without labels."""
   run.inputs.spec.check_plain("stage slim")
   run.inputs.check_trainable("slim")
   run.inputs.check_batches("slim")
@@ -56,11 +56,11 @@ def check(run: Run) -> None:
 
 
 def run(run: Run) -> SlimResult:
-  """Searches, cuts and extracts.
+  """Runs the search, the cut and the extraction.
 
   Returns:
-    What was asked for and reached. The slimmed network is in `plan.json` and
-    `slimmed.safetensors`; `searched.safetensors` holds the dense one it was cut from.
+    Requested and reached budgets. The slimmed network is in `plan.json` and
+    `slimmed.safetensors`, the dense one it was cut from in `searched.safetensors`.
 
   Raises:
     UserError: If the masks cannot be cut at the budgets, or the slimmed network's outputs are not
@@ -89,7 +89,7 @@ class _Slimmed(NamedTuple):
 
 
 def _searched(run: Run) -> _Searched:
-  """Searches, or takes the search that is cut anew; writes its weights and masks."""
+  """Runs the search, or reads the masks of an earlier one; writes weights and masks."""
   config, layout, path = run.config.slim, run.inputs.layout, run.workdir.path
   steps, seconds, params = 0, 0.0, run.artefacts.dense_params
   if config.masks:
@@ -105,7 +105,7 @@ def _searched(run: Run) -> _Searched:
 
 
 def _extract(run: Run, searched: _Searched, masks: Masks) -> _Slimmed:
-  """Returns the smaller network that the masks leave."""
+  """Returns the smaller network that the masks define."""
   config, spec, params = run.config.slim, run.inputs.spec, searched.params
   layers, indices = vit_slim.deploy(spec, masks, config.tile)
   if config.keep_factors:
@@ -114,7 +114,7 @@ def _extract(run: Run, searched: _Searched, masks: Masks) -> _Slimmed:
 
 
 def _save(run: Run, searched: _Searched, slimmed: _Slimmed, budgets: tuple[float, ...]) -> None:
-  """Writes the network's weights and plan; a search of token counts replaces `plan.json`."""
+  """Writes the network's weights and plan; a later search of token counts replaces `plan.json`."""
   run.artefacts.save(slimmed.params, run.workdir.path / "slimmed.safetensors")
   made_by = {
     "method": "vit_slim",
@@ -213,11 +213,10 @@ def task(run: Run) -> loop.Task:
 
 
 def _read_masks(run: Run, path: str) -> Any:
-  """The masks that another run has learnt.
+  """Reads the masks that another run has learnt.
 
   Raises:
-    UserError: If they are not there, or not finite, or for another model or another kind of
-      attention mask.
+    UserError: If they are missing, not finite, or for another model or kind of attention mask.
   """
   arch = vit_slim.from_authors(files.read(path))
   expected = jax.eval_shape(_method(run).init)
@@ -237,7 +236,7 @@ def _read_masks(run: Run, path: str) -> Any:
 
 
 def _cut_or_explain(run: Run, arch: Any) -> tuple[Masks, tuple[float, ...]]:
-  """Returns `_cut`'s masks and budgets; its refusals say how to cut again without a search."""
+  """Returns the result of `_cut`; refusals explain how to cut again without a search."""
   path = run.workdir.path
   try:
     return _cut(run, _method(run), arch)
@@ -249,7 +248,7 @@ def _cut_or_explain(run: Run, arch: Any) -> tuple[Masks, tuple[float, ...]]:
 
 
 def _cut(run: Run, method: ViTSlim, arch: Any) -> tuple[Masks, tuple[float, ...]]:
-  """The masks at the config's budgets, or at the one share that meets its compute budget."""
+  """Returns masks and budgets: the config's, or one share that meets its compute budget."""
   config, spec = run.config.slim, run.inputs.spec
   if config.budgets is not None:
     return method.cut(arch, config.budgets, config.min_units), config.budgets

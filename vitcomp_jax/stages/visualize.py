@@ -1,4 +1,4 @@
-"""Stage `visualize`: all plots that the run has something for, and the report that holds them."""
+"""Stage `visualize`: draws all plots for which the run has results, and writes the report."""
 
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -19,7 +19,7 @@ from vitcomp_jax.runs.run import Run
 from vitcomp_jax.runs.table import Candidate
 from vitcomp_jax.stages import evaluate
 
-_MOST_LAYERS = 14  # with the image itself, three lines of pictures
+_MOST_LAYERS = 14  # with the image itself, three rows of pictures
 
 
 def check(run: Run) -> None:
@@ -40,12 +40,12 @@ def run(run: Run) -> VisualizeResult:
     The names of the plots in `figures/`.
 
   Raises:
-    UserError: If the outputs of the model whose inside is drawn are not finite.
+    UserError: If the outputs of the drawn model are not finite.
   """
   rows = table.result_so_far(run).rows
   candidates = table.candidates(run) | _compared(run)
   models = {name: candidate.layers for name, candidate in candidates.items()}
-  # A comparison has drawn its rows itself, among random schedules.
+  # The stage `compare` has drawn its own rows, with random schedules.
   reports.draw(run, models, () if run.workdir.is_finished("compare") else rows)
   _draw_plans(run, models)
   _draw_published(run, rows)
@@ -62,7 +62,7 @@ def made(run: Run) -> pathlib.Path:
 
 
 def _write_report(run: Run) -> None:
-  """Writes the comparison's report, or that of the other stages."""
+  """Writes the report of the comparison if there is one, else of the other stages."""
   if compared := run.workdir.finished("compare", Result):
     report.write_comparison(run.workdir.path, compared, complete=True)
   else:
@@ -70,7 +70,7 @@ def _write_report(run: Run) -> None:
 
 
 def _compared(run: Run) -> dict[str, Candidate]:
-  """Returns the plans of the first seed of a comparison's searches, by row name."""
+  """Returns the models of a comparison's searches with the first seed, by row name."""
   compared, config = run.workdir.finished("compare", Result), run.config
   if compared is None:
     return {}
@@ -86,7 +86,7 @@ def _compared(run: Run) -> dict[str, Candidate]:
 
 
 def _draw_plans(run: Run, models: Mapping[str, tuple[LayerSpec, ...]]) -> None:
-  """Draws the run's schedules beside those of other plans."""
+  """Draws the run's schedules together with those of other plans."""
   spec = run.inputs.spec
   others = {name: load_plan(name).layers_for(spec) for name in run.config.visualize.plans}
   schedules = run_plots.schedules_of(spec, {**models, **others})
@@ -96,7 +96,7 @@ def _draw_plans(run: Run, models: Mapping[str, tuple[LayerSpec, ...]]) -> None:
 
 
 def _draw_published(run: Run, rows: Sequence[Row]) -> None:
-  """Draws the rows beside what was published of the same model, if of the same task."""
+  """Draws the rows together with published results of the same model and task."""
   data = run.inputs.eval_data
   if run.config.visualize.published and data.name != "fake" and data.num_present == NUM_CLASSES:
     known = accuracies(run.inputs.spec)
@@ -106,7 +106,7 @@ def _draw_published(run: Run, rows: Sequence[Row]) -> None:
 
 
 def _draw_images(run: Run, candidates: Mapping[str, Candidate]) -> None:
-  """Draws what the plan in force, or the first model that removes tokens, does to images."""
+  """Draws token and attention maps of the plan in force, or of the first that removes tokens."""
   inputs, config = run.inputs, run.config.visualize
   folder = run.workdir.path / "figures"
   if not config.images or not candidates:
@@ -125,7 +125,7 @@ def _draw_images(run: Run, candidates: Mapping[str, Candidate]) -> None:
 
 
 def _shown(run: Run, candidates: Mapping[str, Candidate]) -> Candidate:
-  """Returns the model whose inside is drawn."""
+  """Returns the model whose maps are drawn."""
   if run.artefacts.plan:
     return candidates[table.plan_row(run, run.artefacts.plan).name]
   reduced = [found for found in candidates.values() if removes_tokens(found.layers)]
@@ -133,7 +133,7 @@ def _shown(run: Run, candidates: Mapping[str, Candidate]) -> Candidate:
 
 
 def _removing(spec: ViTSpec, layers: tuple[LayerSpec, ...]) -> list[int]:
-  """Returns the layers after which there are fewer tokens than before, from 1."""
+  """Returns the layers that remove tokens, counted from 1."""
   left = plots.tokens_left(run_plots.kept_counts(spec, layers), spec.num_tokens)
   before, found = spec.num_tokens, []
   for layer, (_, after) in enumerate(left, 1):
@@ -144,5 +144,5 @@ def _removing(spec: ViTSpec, layers: tuple[LayerSpec, ...]) -> list[int]:
 
 
 def _some(layers: Sequence[int]) -> list[int]:
-  """Returns all layers, or evenly spaced ones, as many as a plot shows."""
+  """Returns all layers, or as many evenly spaced ones as fit in a plot."""
   return [layers[i - 1] for i in model_plots.spaced(len(layers), min(_MOST_LAYERS, len(layers)))]
