@@ -1,4 +1,4 @@
-"""The words that stand beside the plots of a report."""
+"""Titles and captions of the plots in a report."""
 
 CAPTIONS = {
   "schedule": (
@@ -55,7 +55,7 @@ CAPTIONS = {
     "How much attention CLS pays each patch, from dark blue (little) to yellow (much).",
   ),
 }
-"""Titles and captions of the plots in `figures/`, by name, in the order of the report."""
+"""Title and caption of each plot in `figures/` by name, in the order of the report."""
 
 ABSENT = {
   "schedule": "Schedules and token maps: no model of this run removes tokens.",
@@ -70,4 +70,4 @@ ABSENT = {
   "widths": "Widths and masks: no plan of this run is slimmed.",
   "attention": "Pictures of images: `config.visualize.images` is 0, or the data hold none.",
 }
-"""Why a plot is not there, by its name."""
+"""Reason for a missing plot, by name."""

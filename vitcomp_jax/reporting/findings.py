@@ -1,4 +1,4 @@
-"""What a search or a slimming found, and the plan that came of it, as blocks of a report."""
+"""Results of a search or a slimming, and the resulting plan, as blocks of a report."""
 
 from collections.abc import Sequence
 
@@ -13,7 +13,7 @@ Counts = Sequence[tuple[int, int]]
 
 
 def search_blocks(search: SearchResult) -> list[Block]:
-  """Returns what a search took and found, or a table of one for several budgets."""
+  """Returns the effort and result of a search; a table if it was for several budgets."""
   if search.front:
     return [_front_table(search.front)]
   unit, asked, where = "GMACs", search.budget_gmacs, ""
@@ -36,7 +36,7 @@ def search_blocks(search: SearchResult) -> list[Block]:
 
 
 def _front_table(front: Sequence[SearchResult]) -> Table:
-  """A search for several budgets, one line for each."""
+  """Returns a table of a search for several budgets, one line per budget."""
   heads = ["plan", "budget (GMACs)", "as learnt", "adjusted", "kept step", "its loss"]
   lines = []
   for search in front:
@@ -53,7 +53,7 @@ def _front_table(front: Sequence[SearchResult]) -> Table:
 
 
 def _chosen_text(search: SearchResult) -> list[str]:
-  """Describes which of the plans that the search passed through was kept."""
+  """Describes the plan chosen among those that the search passed through."""
   tried = dict(search.tried)
   if not tried:
     return []
@@ -65,7 +65,7 @@ def _chosen_text(search: SearchResult) -> list[str]:
 
 
 def slim_items(slim: SlimResult) -> Items:
-  """Returns what slimming took and cut."""
+  """Returns the effort and result of slimming."""
   asked = f"Shares asked for: {percents(slim.shares)}"
   if slim.budget_gmacs:
     share = 100 * next(iter(slim.shares.values()))
@@ -91,9 +91,9 @@ def plan_blocks(plan: Plan | None, counts: Counts, search: SearchResult | None) 
   """Returns a table of the layers: widths if they are slimmed, tokens if some are removed.
 
   Args:
-    plan: Which is described.
+    plan: The plan; None: only the search is described.
     counts: Tokens after pruning and after merging in each of its layers.
-    search: That found it, if there was one in this run.
+    search: Result of the search for the plan, if it was in this run.
   """
   columns: dict[str, list[str]] = {}
   text = ""
@@ -114,7 +114,7 @@ def _removes(plan: Plan | None) -> bool:
 
 
 def _width_columns(layers: Sequence[PlanLayer]) -> dict[str, list[str]]:
-  """Tabulates what slimmed layers keep, without the zeros that fill up."""
+  """Tabulates the units that slimmed layers keep, without padding."""
   columns: dict[str, list[str]] = {}
   for index in [layer.index for layer in layers if layer.index]:
     heads = [sum(unit >= 0 for unit in head) for head in index.attn]
@@ -131,7 +131,7 @@ def _width_columns(layers: Sequence[PlanLayer]) -> dict[str, list[str]]:
 def _token_columns(
   num_tokens: int | None, counts: Counts, search: SearchResult | None
 ) -> dict[str, list[str]]:
-  """The plan as learnt beside the adjusted one, or the plan that was given."""
+  """Tabulates the learnt plan beside the adjusted one, or the given plan."""
   plans = {"": counts}
   if search is not None:
     plans = {"learnt: ": search.raw_counts, "adjusted: ": search.counts}

@@ -1,4 +1,4 @@
-"""Plots of plans and models: the tokens they keep, and what becomes of images."""
+"""Plots of plans and models: kept tokens, and token and attention maps of images."""
 
 import functools
 from collections.abc import Mapping, Sequence
@@ -31,12 +31,12 @@ def token_maps(
   """Draws which patches of images were pruned and which were merged, layer by layer.
 
   Args:
-    model: With static reducers.
-    params: Its weights.
+    model: Model with static reducers.
+    params: Weights of the model.
     images: uint8[n h w 3].
-    titles: Of the images; None: numbers.
-    layers: After which tokens are drawn, from 1; None: all.
-    about: A sentence to stand below, such as which model it is.
+    titles: Titles of the images; None: numbers.
+    layers: Layers after which tokens are drawn, from 1; None: all.
+    about: Sentence to add below, such as the model's name.
   """
   spec, sources = model.spec, _inside(model, params, images)[0]
   chosen = _named(model, sources, layers)
@@ -52,9 +52,15 @@ def cls_attention(
   layers: Sequence[int] | None = None,
   about: str = "",
 ) -> Figure:
-  """Draws how much attention CLS, or without it the mean token, pays each patch of images.
+  """Draws the attention of CLS, or without it the mean of all tokens, to each patch of images.
 
-  Arguments as for `token_maps`.
+  Args:
+    model: Model with static reducers.
+    params: Weights of the model.
+    images: uint8[n h w 3].
+    titles: Titles of the images; None: numbers.
+    layers: Layers to draw, from 1; None: all.
+    about: Sentence to add below, such as the model's name.
   """
   if _shown_attention(model.spec) != "cls":
     about += " There is no CLS token: attention from all tokens."
@@ -63,13 +69,13 @@ def cls_attention(
 
 
 def schedules(spec: ViTSpec, plans: Mapping[str, Plan]) -> Figure:
-  """Draws the tokens that each layer leaves under plans, by their names."""
+  """Draws the tokens that each layer keeps under plans, by name."""
   models = {name: plan.layers_for(spec) for name, plan in plans.items()}
   return plots.schedules(run_plots.schedules_of(spec, models), spec.num_tokens)
 
 
 def spaced(depth: int, most: int) -> list[int]:
-  """Returns so many layers at even distances, from 1; the last one is among them."""
+  """Returns up to `most` evenly spaced layers, from 1, including the last."""
   return sorted({depth * part // most for part in range(1, most + 1)} - {0})
 
 
@@ -87,7 +93,7 @@ def _titles(titles: Sequence[str] | None, images: np.ndarray) -> Sequence[str]:
 def _inside(
   model: Backbone, params: Params, images: np.ndarray
 ) -> tuple[list[np.ndarray], list[np.ndarray]]:
-  """Returns, for each layer, the token that holds each patch, and CLS's attention to each patch."""
+  """Returns the token that holds each patch, and the attention to each patch, per layer."""
   found: tuple[list[np.ndarray], list[np.ndarray]]
   found = jax.device_get(_traced_inside(model, params, jnp.asarray(images)))
   return found
@@ -97,7 +103,7 @@ def _inside(
 def _traced_inside(
   model: Backbone, params: Params, images: jax.Array
 ) -> tuple[list[jax.Array], list[jax.Array]]:
-  """Runs one layer of `_inside`; returns i[b p] and f[b p]."""
+  """Runs the model for `_inside`; returns i[b p] and f[b p] per layer."""
   spec = model.spec
   out, captured = model.apply(
     {"params": params},
@@ -123,14 +129,14 @@ def _traced_inside(
 
 
 def _on_first_grid(spec: ViTSpec, layer: int, values: jax.Array) -> jax.Array:
-  """A layer's values for all patches that the first layer knows, each its part of a later one."""
+  """Maps a layer's values per patch to the first layer's grid."""
   (h, w), (rows, columns) = spec.grid, spec.grid_at(layer)
   places = np.arange(h)[:, None] * rows // h * columns + np.arange(w) * columns // w
   return values[:, places.ravel()]
 
 
 def _shown_attention(spec: ViTSpec) -> str:
-  """Whose attention is drawn: that of CLS, or, where there is none, the mean of all."""
+  """Returns the drawn metric: attention of CLS, or without it the mean of all tokens."""
   return "cls" if spec.class_token else "mean_attention"
 
 
@@ -139,7 +145,7 @@ def _is_attention(module: nn.Module, method: str) -> bool:
 
 
 def _per_patch(attention: jax.Array, source: jax.Array) -> jax.Array:
-  """The attention that tokens get, f[b n], spread evenly over their patches; -1 where pruned."""
+  """Spreads attention to tokens, f[b n], evenly over their patches; -1 where pruned."""
   tokens = jnp.arange(attention.shape[1], dtype=source.dtype)
   sizes = jnp.sum(source[:, None] == tokens[None, :, None], axis=2)
   shares = attention / jnp.maximum(sizes, 1).astype(attention.dtype)

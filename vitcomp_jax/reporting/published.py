@@ -1,4 +1,4 @@
-"""Published accuracies on ImageNet-1k, as their sources state them; nothing here was measured."""
+"""Published accuracies on ImageNet-1k, as stated by their sources."""
 
 import importlib.resources
 import json
@@ -18,11 +18,11 @@ def accuracies(spec: ViTSpec) -> dict[str, list[tuple[float, float]]]:
   """Returns published accuracies of a model.
 
   Args:
-    spec: The model; of one that is changed, as for another image size, nothing is known.
+    spec: The model; there are none for a modified spec, such as another image size.
 
   Returns:
-    By method and source, GMACs and top-1 in percent. Where a source states no GMACs,
-    they are counted here.
+    GMACs and top-1 in percent, by method and source. GMACs are counted here if the source states
+    none.
 
   Examples:
     >>> import vitcomp_jax as vc
@@ -40,7 +40,7 @@ def accuracies(spec: ViTSpec) -> dict[str, list[tuple[float, float]]]:
 
 
 def _of_plans(spec: ViTSpec) -> dict[str, list[tuple[float, float]]]:
-  """Returns DiffRate's, whose accuracies stand with its plans."""
+  """Returns the accuracies of DiffRate, which are stored with its plans."""
   found: dict[str, list[tuple[float, float]]] = {}
   for plan in map(load_plan, list_plans()):
     about = plan.made_by.get("published")
@@ -52,7 +52,7 @@ def _of_plans(spec: ViTSpec) -> dict[str, list[tuple[float, float]]]:
 
 
 def _gmacs(spec: ViTSpec, point: Mapping[str, Any]) -> float:
-  """Returns the stated GMACs, or counts those of the point's plan, ToMe's r or the dense model."""
+  """Returns the stated GMACs, or counts them for the point's plan, ToMe's r or the dense model."""
   if "gmacs" in point:
     return float(point["gmacs"])
   if "plan" in point:
@@ -62,6 +62,6 @@ def _gmacs(spec: ViTSpec, point: Mapping[str, Any]) -> float:
 
 
 def _results() -> dict[str, dict[str, Any]]:
-  """By variant and method, the source and its points."""
+  """Returns sources and their points, by variant and method."""
   file = importlib.resources.files("vitcomp_jax") / "bundled" / "published_results.json"
   return dict(json.loads(file.read_text()))

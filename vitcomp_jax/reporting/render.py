@@ -1,6 +1,6 @@
-"""Documents as blocks, which are written as Markdown and as one self-contained HTML page.
+"""Documents as blocks, written as Markdown and as one self-contained HTML page.
 
-Text is plain but for `code`, which stands between backticks in both.
+Text is plain, except for `code` between backticks.
 """
 
 import base64
@@ -57,14 +57,14 @@ class Items:
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-  """Cells as they are shown; the first column says what a line is of, the others hold numbers."""
+  """A table of formatted cells: names in the first column, numbers in the others."""
 
   caption: str
   heads: Sequence[str]
   lines: Sequence[Sequence[str]]
 
   def markdown(self) -> str:
-    """Returns the columns lined up; numbers to the right."""
+    """Returns a table with aligned columns, numbers to the right."""
     widths = [max(map(len, column)) for column in zip(self.heads, *self.lines, strict=True)]
     rules = [f":{'-' * (widths[0] - 1)}", *(f"{'-' * (w - 1)}:" for w in widths[1:])]
     table = "\n".join(
@@ -90,13 +90,13 @@ class Table:
 
 @dataclasses.dataclass(frozen=True)
 class Picture:
-  """A plot that was saved as PNG and SVG.
+  """A plot saved as PNG and SVG.
 
   Attributes:
-    folder: Where it is, in the document's own folder.
-    name: Of the two files, without their endings.
-    alt: What kind of plot it is, for those who cannot see it.
-    caption: What it shows.
+    folder: Folder of the plot, inside the document's folder.
+    name: Name of the two files, without endings.
+    alt: Kind of plot, as alternative text.
+    caption: Description of the content.
   """
 
   folder: pathlib.Path
@@ -108,7 +108,7 @@ class Picture:
     return f"![{self.alt}]({self.folder.name}/{self.name}.png)\n\n*{self.caption}*"
 
   def html(self) -> str:
-    """Returns the lines of the SVG, or of a plot that someone else put there, the PNG."""
+    """Returns a figure with the embedded SVG, or the PNG if there is no SVG."""
     svg, png = (self.folder / f"{self.name}.{kind}" for kind in ("svg", "png"))
     path, kind = (svg, "svg+xml") if svg.exists() else (png, "png")
     data = base64.b64encode(path.read_bytes()).decode("ascii")

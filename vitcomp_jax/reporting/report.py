@@ -1,6 +1,6 @@
-"""The report of a run, `report.md` and `report.html`: what a person reads first.
+"""The report of a run, `report.md` and `report.html`.
 
-The tables and the text show what was measured, and nothing else.
+Its tables and text show only what was measured in the run.
 """
 
 import dataclasses
@@ -21,14 +21,14 @@ from vitcomp_jax.results import BenchmarkResult, Result, SearchResult, SlimResul
 
 @dataclasses.dataclass(frozen=True)
 class Findings:
-  """What the stages of a run have found so far, beside the table.
+  """Results of a run's stages so far, besides the table.
 
   Attributes:
-    plan: In force; None: dense.
+    plan: Plan in force; None: dense.
     counts: Tokens after pruning and after merging in each layer of the plan.
-    search: What the search reported, if there was one in this run.
-    slim: What the slimming reported, if there was one in this run.
-    benchmark: What was timed, if it was.
+    search: Result of this run's search, if any.
+    slim: Result of this run's slimming, if any.
+    benchmark: Result of this run's benchmark, if any.
   """
 
   plan: Plan | None = None
@@ -44,10 +44,10 @@ def write_report(
   """Writes `report.md` and `report.html`.
 
   Args:
-    workdir: Where the report goes and `figures/` may be.
-    result: The content of `result.json`.
-    found: What else there is to report.
-    complete: Whether all plots are drawn, and those that are not there are to be explained.
+    workdir: Folder for the report, which may hold `figures/`.
+    result: Content of `result.json`.
+    found: Other results to report.
+    complete: Whether all plots are drawn, and missing ones are explained.
 
   Raises:
     UserError: If the files cannot be written.
@@ -70,7 +70,7 @@ def write_comparison(workdir: pathlib.Path, result: Result, complete: bool = Fal
 
 
 def _write(workdir: pathlib.Path, result: Result, blocks: Sequence[Block], complete: bool) -> None:
-  """Adds what all reports begin and end with, and writes both files."""
+  """Adds the parts that all reports share, and writes both files."""
   title, pictures = f"Results on {result.dataset}", _pictures(workdir)
   about = f"Split `{result.split}`, {result.examples:,} examples, on {result.device}."
   whole: list[Block] = [Heading(title, 1), Text(about), *blocks]
@@ -82,7 +82,7 @@ def _write(workdir: pathlib.Path, result: Result, blocks: Sequence[Block], compl
     whole += [Heading("Not in this report"), Items(reasons)]
   versions = ", ".join(f"{name} {version}" for name, version in result.versions.items())
   whole += [Heading("Versions"), Text(versions)]
-  if multihost.is_first():  # The others have no plots to read.
+  if multihost.is_first():  # other processes have no plots
     _write_file(workdir / "report.md", render.to_markdown(whole))
     _write_file(workdir / "report.html", render.to_html(title, whole))
 
@@ -98,7 +98,7 @@ def _write_file(path: pathlib.Path, text: str) -> None:
 
 
 def _pictures(workdir: pathlib.Path) -> list[Picture]:
-  """Returns the plots that are there, each with its caption."""
+  """Returns the existing plots with their captions."""
   folder = workdir / "figures"
   names = {path.stem for path in folder.glob("*.png")}
   known = [(name, *CAPTIONS[name]) for name in CAPTIONS if name in names]

@@ -1,4 +1,4 @@
-"""Draws what a run has measured: its schedules, its searches, its table."""
+"""Draws the plots of a run: schedules, searches and accuracy."""
 
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -19,12 +19,12 @@ Layers = tuple[LayerSpec, ...]
 
 
 def draw_schedules(folder: pathlib.Path, spec: ViTSpec, models: Mapping[str, Layers]) -> None:
-  """Writes `schedule`: the tokens that each layer leaves, for the models that remove some.
+  """Writes `schedule`: the tokens that each layer keeps, for models that remove some.
 
   Args:
-    folder: Of the plots.
+    folder: Folder of the plots.
     spec: The dense model.
-    models: Layers by the names of rows.
+    models: Layers by row name.
   """
   schedules = schedules_of(spec, models)
   if schedules:
@@ -32,13 +32,13 @@ def draw_schedules(folder: pathlib.Path, spec: ViTSpec, models: Mapping[str, Lay
 
 
 def draw_accuracy(folder: pathlib.Path, rows: Sequence[Row]) -> None:
-  """Writes `accuracy`, where a row has one."""
+  """Writes `accuracy`, if any row has one."""
   if any(row.top1 is not None for row in rows):
     plots.save(plots.accuracy_against_gmacs(rows), folder, "accuracy")
 
 
 def schedules_of(spec: ViTSpec, models: Mapping[str, Layers]) -> dict[str, list[tuple[int, int]]]:
-  """Returns the counts of the models that remove tokens, each schedule once."""
+  """Returns the counts of the models that remove tokens, without duplicates."""
   schedules: dict[str, list[tuple[int, int]]] = {}
   for name, layers in models.items():
     counts = kept_counts(spec, layers)
@@ -48,7 +48,7 @@ def schedules_of(spec: ViTSpec, models: Mapping[str, Layers]) -> dict[str, list[
 
 
 def kept_counts(spec: ViTSpec, layers: Layers) -> list[tuple[int, int]]:
-  """Returns the tokens after pruning and after merging; equal where a layer does not merge."""
+  """Returns the tokens after pruning and after merging, equal if a layer does not merge."""
   counts = []
   for layer, (entering, _) in zip(layers, macs.static_counts(spec, layers), strict=True):
     assert isinstance(layer.reduce, StaticReducer)
@@ -59,13 +59,13 @@ def kept_counts(spec: ViTSpec, layers: Layers) -> list[tuple[int, int]]:
 def draw_search(
   folder: pathlib.Path, workdir: pathlib.Path, targets: Mapping[str, float], cost: CostModel
 ) -> None:
-  """Writes `search`: the course of a search; of several budgets, one after the other.
+  """Writes `search`: loss and cost over the steps of a search, for several budgets in turn.
 
   Args:
-    folder: Of the plots.
-    workdir: With the metrics of the search.
-    targets: Budgets by what stands behind the name of the stage.
-    cost: What they limit.
+    folder: Folder of the plots.
+    workdir: Folder with the metrics of the search.
+    targets: Budgets by suffix of the stage's name.
+    cost: Cost that the budgets limit.
   """
   records: list[dict[str, Any]] = []
   budgets: list[float] = []
@@ -79,7 +79,7 @@ def draw_search(
 
 
 def draw_slimming(folder: pathlib.Path, spec: ViTSpec, plan: Plan) -> None:
-  """Writes `widths`, `units` and maybe `patches`: what a slimmed plan keeps of each layer."""
+  """Writes `widths`, `units` and, if any are cut, `patches`: the units kept by a slimmed plan."""
   indices = plan.indices or ()
   attn = np.array([np.isin(range(spec.width), np.ravel(i.attn)) for i in indices])
   mlp = np.array([np.isin(range(spec.mlp_dim), i.mlp) for i in indices])
@@ -96,7 +96,7 @@ def draw_slimming(folder: pathlib.Path, spec: ViTSpec, plan: Plan) -> None:
 
 
 def draw_masks(folder: pathlib.Path, workdir: pathlib.Path, slim: SlimResult) -> None:
-  """Writes `masks`: how the masks of a slimming search evolved, if it was searched here."""
+  """Writes `masks`: the masks over the steps of slimming, if this run searched them."""
   if slim.steps:
     records = read_metrics(workdir, "slim")
     plots.save(plots.mask_histograms(records, slim.histogram_limits), folder, "masks")

@@ -1,4 +1,4 @@
-"""Tables of what was measured: accuracy and cost, comparisons, speed."""
+"""Tables of measurements: accuracy and cost, comparisons, speed."""
 
 from collections.abc import Mapping, Sequence
 
@@ -17,12 +17,12 @@ _METRICS = {
 
 
 def formatted(value: float | None, spec: str) -> str:
-  """Returns a number as a format has it; a dash for None."""
+  """Returns a formatted number; a dash for None."""
   return MISSING if value is None else format(value, spec)
 
 
 def rows_table(rows: Sequence[Row]) -> Block:
-  """Returns one line per row; a column that no row has is left out."""
+  """Returns a table with one line per row; empty columns are left out."""
   if not rows:
     return Text("No model was measured: the stage `evaluate` has not run.")
   dense = _dense_gmacs(rows)
@@ -103,14 +103,14 @@ def _random_text(budget: str, found: RandomSchedules) -> str:
 
 
 def _with_error(value: float | None, error: float | None, spec: str) -> str:
-  # Of a single example there is no error.
+  # A single example has no error.
   if value is None or error is None:
     return formatted(value, spec)
   return f"{value:{spec}} ± {error:{spec.removeprefix('+')}}"
 
 
 def speed_blocks(benchmark: BenchmarkResult) -> list[Block]:
-  """Returns the table of a benchmark, and what it means."""
+  """Returns the table of a benchmark, and its explanation."""
   is_predicted = any(entry.predicted_ms is not None for entry in benchmark.entries)
   heads = ["model", "batch", "images/s", "spread", "p50 (ms)", "p90 (ms)", "p99 (ms)"]
   heads += ["speed-up", "MACs promise", "of the peak", "memory (MB)", "compiling (s)"]
@@ -149,5 +149,5 @@ def _percent(share: float) -> str:
 
 
 def percents(shares: Mapping[str, float]) -> str:
-  """Returns named shares in percent, with commas between them."""
+  """Returns named shares in percent, separated by commas."""
   return ", ".join(f"{name} {_percent(share)}" for name, share in shares.items())

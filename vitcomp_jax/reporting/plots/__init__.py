@@ -1,7 +1,7 @@
-"""The plots of a run: each function draws measured values, `save` writes what it drew.
+"""The plots of a run: functions that draw measured values, and `save`, which writes figures.
 
-The colours are Okabe and Ito's, which colour-blind readers can tell apart; line styles and markers
-tell the same, for gray print.
+The colours are Okabe and Ito's, which colour-blind readers can distinguish; line styles and markers
+distinguish the same lines in gray print.
 """
 
 from vitcomp_jax.reporting.plots.accuracy_cost import accuracy_against_gmacs

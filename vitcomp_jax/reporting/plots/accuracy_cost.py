@@ -18,7 +18,7 @@ from vitcomp_jax.reporting.plots.style import (
 )
 from vitcomp_jax.results import Row
 
-_MOST_LABELS = 12  # points with names of their own; more get a legend
+_MOST_LABELS = 12  # labelled points; more get a legend
 
 
 def accuracy_against_gmacs(
@@ -29,10 +29,10 @@ def accuracy_against_gmacs(
   """Draws top-1 accuracy against compute; rows of one method at several budgets are joined.
 
   Args:
-    rows: Of a result, or as they stand in `result.json`; those without `top1` or `gmacs` are left
-      out.
+    rows: Rows of a result, or their JSON in `result.json`; those without `top1` or `gmacs` are
+      left out.
     cloud: GMACs and top-1 of random schedules.
-    published: By where they stand, GMACs and top-1 that were not measured here: open markers.
+    published: GMACs and top-1 that were not measured here, by source; drawn with open markers.
   """
   figure, axes = subplots(width=9.0 if published else 7.0, height=4.6)
   if cloud:
@@ -68,7 +68,7 @@ def _draw_published(axes: Axes, published: Mapping[str, Sequence[tuple[float, fl
 
 
 def _draw_measured(axes: Axes, rows: Sequence[Row], suffix: str) -> dict[str, str]:
-  """Draws a line for each series of rows; returns its colour."""
+  """Draws a line for each series of rows; returns the colours by series."""
   series: dict[str, list[tuple[float, float]]] = {}
   for row in rows:
     series.setdefault(row.series, []).append(_point(row))
@@ -93,7 +93,7 @@ def _point(row: Row) -> tuple[float, float]:
 
 
 def _method_style(method: str, methods: list[str]) -> tuple[str, str, float]:
-  """Colour, marker and its size."""
+  """Returns the colour, the marker and its size."""
   if method.startswith("dense"):
     return BLACK, "*", 13
   index = [m for m in methods if not m.startswith("dense")].index(method)

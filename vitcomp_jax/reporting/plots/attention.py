@@ -1,4 +1,4 @@
-"""Plots of the attention of CLS."""
+"""Plots of CLS attention."""
 
 from collections.abc import Mapping, Sequence
 
@@ -25,18 +25,17 @@ def cls_attention(
 
   Args:
     images: uint8[n h w 3].
-    shares: Under the names of layers, f[n p]: of the attention, a patch's share; -1 pruned.
+    shares: Each patch's share of the attention by layer name, f[n p]; -1: pruned.
     grid: Rows and columns of patches.
-    titles: Of the images.
-    about: A sentence of its own, such as which model it is.
+    titles: Titles of the images.
+    about: Sentence to add below, such as the model's name.
   """
-  blocks = [
-    [
-      (title, enlarge(image)),
-      *((name, attention_map(image, share[i], grid)) for name, share in shares.items()),
-    ]
-    for i, (title, image) in enumerate(zip(titles, images, strict=True))
-  ]
+  blocks = []
+  for i, (title, image) in enumerate(zip(titles, images, strict=True)):
+    block = [(title, enlarge(image))]
+    for name, share in shares.items():
+      block.append((name, attention_map(image, share[i], grid)))
+    blocks.append(block)
   return mosaic(
     blocks,
     f"{about} A token's attention, the mean over the heads, is spread evenly over its patches. "
@@ -47,11 +46,11 @@ def cls_attention(
 
 
 def attention_map(image: np.ndarray, share: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
-  """Draws a picture of the patches' attention, hatched where they were pruned.
+  """Draws the patches' attention, hatched where pruned.
 
   Args:
-    image: uint8[h w 3], whose size the picture has, enlarged.
-    share: f[p], as in `cls_attention`.
+    image: uint8[h w 3], which sets the size of the picture.
+    share: Each patch's share of the attention, f[p], as in `cls_attention`.
     grid: Rows and columns of patches.
 
   Returns:

@@ -1,4 +1,4 @@
-"""Pictures that are made of patches, and figures that are made of pictures."""
+"""Pictures made of patches, and figures made of pictures."""
 
 import math
 import textwrap
@@ -11,11 +11,11 @@ from matplotlib.figure import Figure
 
 from vitcomp_jax.reporting.plots.style import DPI, SMALL, new_figure
 
-Picture = tuple[str, np.ndarray]  # what is written above it, and uint8[h w 3]
+Picture = tuple[str, np.ndarray]  # title, and uint8[h w 3]
 
 _CELL = 240  # pixels, about, of the longer side of a picture
 _GAP, _HEAD, _FOOT_LINE, _BAR = 14, 30, 24, 64  # pixels
-_MOST_COLUMNS = 5  # that a printed page shows large enough
+_MOST_COLUMNS = 5  # large enough on a printed page
 _FOOT = 8  # font size in points
 
 
@@ -25,13 +25,13 @@ def mosaic(
   bar: ScalarMappable | None = None,
   bar_label: str = "",
 ) -> Figure:
-  """Returns a figure in which each pixel of a picture is one pixel of the PNG.
+  """Arranges pictures in a figure, each of their pixels as one pixel of the PNG.
 
   Args:
-    blocks: Pictures of one size, a block for each image, on as many lines as it needs.
-    foot: What is written below.
-    bar: Whose colours a bar explains; None: no bar.
-    bar_label: What its numbers are.
+    blocks: Pictures of one size, one block per image, each on as many lines as it needs.
+    foot: Text below.
+    bar: Colour map for a colour bar; None: no bar.
+    bar_label: Label of the colour bar.
   """
   h, w, _ = blocks[0][0][1].shape
   lines = math.ceil(len(blocks[0]) / _MOST_COLUMNS)
@@ -66,25 +66,25 @@ def mosaic(
 
 
 def _shortened(text: str, width: int) -> str:
-  """Shortens a title to what fits above an image."""
-  most = width // 10  # as wide as most letters are
+  """Shortens a title to fit above an image."""
+  most = width // 10  # pixels of an average letter
   return text if len(text) <= most else f"{text[: most - 1]}…"
 
 
 def enlarge(image: np.ndarray) -> np.ndarray:
-  """Repeats pixels until the longer side has about 240."""
+  """Enlarges an image by repeating pixels, to about 240 on the longer side."""
   scale = max(1, round(_CELL / max(image.shape[:2])))
   return image.repeat(scale, 0).repeat(scale, 1)
 
 
 def spread(values: np.ndarray, shape: tuple[int, ...], grid: tuple[int, int]) -> np.ndarray:
-  """Returns the value of the patch that each pixel lies in."""
+  """Returns the value of each pixel's patch."""
   y = np.arange(shape[0]) * grid[0] // shape[0]
   x = np.arange(shape[1]) * grid[1] // shape[1]
   return np.asarray(values).reshape(grid)[y[:, None], x[None]]
 
 
 def hatched(mask: np.ndarray) -> np.ndarray:
-  """Returns the pixels of a mask, bool[h w], that a hatching covers."""
+  """Returns the hatched pixels of a mask, bool[h w]."""
   y, x = np.indices(mask.shape)
   return np.asarray(mask & ((x + y) % 12 < 2))

@@ -1,4 +1,4 @@
-"""Labels beside points, where they cover nothing."""
+"""Labels beside points, placed without overlaps."""
 
 from collections.abc import Iterator, Sequence
 
@@ -15,15 +15,15 @@ from vitcomp_jax.reporting.plots.style import GRAY, SMALL
 def label_points(
   figure: Figure, axes: Axes, labels: Sequence[tuple[float, float, str, str]]
 ) -> None:
-  """Writes a label beside each point, where it covers no other label, no point and no line.
+  """Writes a label beside each point, avoiding other labels, points and lines.
 
   Args:
-    figure: Laid out here, for good.
-    axes: With the points drawn.
-    labels: Of each point, its place, text and colour.
+    figure: The figure, whose layout is fixed here.
+    axes: Axes with the points drawn.
+    labels: x, y, text and colour of each point's label.
   """
   figure.draw_without_rendering()
-  figure.set_layout_engine("none")  # What was laid out must not move any more.
+  figure.set_layout_engine("none")  # the layout must not change any more
   centers = [axes.transData.transform(label[:2]) for label in labels]
   taken = [Bbox.from_bounds(x - 12, y - 12, 24, 24) for x, y in centers]
   taken += _along_lines(axes)
@@ -46,7 +46,7 @@ def label_points(
 
 
 def _along_lines(axes: Axes) -> list[Bbox]:
-  """Small boxes on the lines that are drawn, in pixels."""
+  """Returns small boxes along the drawn lines, in pixels."""
   boxes = []
   for line in axes.lines:
     points = axes.transData.transform(line.get_xydata())
@@ -57,12 +57,12 @@ def _along_lines(axes: Axes) -> list[Bbox]:
 
 
 def _darker(color: str) -> tuple[float, ...]:
-  """For text, which needs more contrast than a marker."""
+  """Darkens a colour for text, which needs more contrast than a marker."""
   return tuple(0.65 * part for part in to_rgb(color))
 
 
 def _boxes(center: np.ndarray, width: float, height: float) -> Iterator[Bbox]:
-  """Returns candidate places of a label in pixels, best first."""
+  """Yields candidate places of a label in pixels, best first."""
   for away in (17, 32, 52, 76, 105):
     for dx, dy in ((1, 0), (-1, 0), (0, 1), (0, -1), (1, 1), (1, -1), (-1, 1), (-1, -1)):
       x = center[0] + dx * away - width * (1 - dx) / 2
@@ -71,7 +71,7 @@ def _boxes(center: np.ndarray, width: float, height: float) -> Iterator[Bbox]:
 
 
 def _badness(box: Bbox, taken: Sequence[Bbox], frame: Bbox) -> float:
-  """The area that the box shares with others, or has outside the frame, in pixels."""
+  """Computes the area of a box that overlaps others or the frame's outside, in pixels."""
   inside = Bbox.intersection(box, frame)
   outside = box.width * box.height - (inside.width * inside.height if inside else 0)
   shared = (Bbox.intersection(box, other) for other in taken)
@@ -79,7 +79,7 @@ def _badness(box: Bbox, taken: Sequence[Bbox], frame: Bbox) -> float:
 
 
 def _covered(box: Bbox, center: np.ndarray, centers: Sequence[np.ndarray]) -> float:
-  """A penalty for each other point that the line from the point to its label runs through."""
+  """Computes a penalty for other points on the line from a point to its label."""
   path = np.linspace(center, np.clip(center, box.p0, box.p1), 20)
   others = [c for c in centers if np.hypot(*(c - center)) > 8]
   return 50.0 * sum(bool(np.any(np.hypot(*(path - c).T) < 8)) for c in others)

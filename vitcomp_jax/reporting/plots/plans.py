@@ -1,4 +1,4 @@
-"""The tokens that plans leave, layer by layer."""
+"""Plots of the tokens that plans keep, layer by layer."""
 
 from collections.abc import Mapping, Sequence
 
@@ -20,14 +20,14 @@ from vitcomp_jax.reporting.plots.style import (
 def tokens_left(
   counts: Sequence[Sequence[int]], num_tokens: int | None = None
 ) -> list[tuple[int, int]]:
-  """Tokens after pruning and after merging, where a count above what is there does nothing.
+  """Computes the tokens left in each layer; counts above the tokens left have no effect.
 
   Args:
     counts: `prune_keep` and `merge_keep` of each layer.
-    num_tokens: Before the first layer; None: its `prune_keep`.
+    num_tokens: Tokens before the first layer; None: its `prune_keep`.
 
   Returns:
-    Of each layer, the tokens after pruning and after merging.
+    Tokens after pruning and after merging, per layer.
   """
   left, n = [], num_tokens
   for prune_keep, merge_keep in counts:
@@ -38,11 +38,11 @@ def tokens_left(
 
 
 def schedules(plans: Mapping[str, Sequence[tuple[int, int]]], num_tokens: int) -> Figure:
-  """Draws the tokens that each layer leaves.
+  """Draws the tokens that each layer keeps.
 
   Args:
-    plans: By name, `prune_keep` and `merge_keep` of each layer, prefix included.
-    num_tokens: Before the first layer.
+    plans: `prune_keep` and `merge_keep` of each layer, prefix included, by plan name.
+    num_tokens: Tokens before the first layer.
   """
   depth = max(map(len, plans.values()), default=1)
   figure, axes = subplots(width=max(7.0, 0.32 * depth + 1.5), height=4.2)
@@ -62,7 +62,7 @@ def schedules(plans: Mapping[str, Sequence[tuple[int, int]]], num_tokens: int) -
 def _draw_plan(
   axes: Axes, index: int, name: str, left: Sequence[tuple[int, int]], num_tokens: int
 ) -> None:
-  """A staircase: a step down where the layer prunes, and one a little later where it merges."""
+  """Draws a staircase: a step down for a layer's pruning, and one shortly after for its merging."""
   color, marker = COLORS[index % len(COLORS)], MARKERS[index % len(MARKERS)]
   x, y, n = [0.5], [num_tokens], num_tokens
   drops: dict[str, list[tuple[float, int]]] = {"none": [], color: []}

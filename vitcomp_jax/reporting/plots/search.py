@@ -25,13 +25,13 @@ def search_curves(
   key: str = "gmacs",
   label: str = "GMACs per image",
 ) -> Figure:
-  """Draws how loss and cost went during a search.
+  """Draws loss and cost over the steps of a search.
 
   Args:
     records: Logged metrics, with `step`, `loss`, `task_loss` and the cost.
-    targets: The budget at each of them.
-    key: Of the cost.
-    label: Its name and unit.
+    targets: Budget at each record.
+    key: Key of the cost in a record.
+    label: Name and unit of the cost.
   """
   figure, losses = subplots(width=7.0, height=5.4, rows=2)
   compute = figure.axes[1]

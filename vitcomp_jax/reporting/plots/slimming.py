@@ -1,4 +1,4 @@
-"""Plots of what ViT-Slim keeps of each layer, and of its masks."""
+"""Plots of the units that ViT-Slim keeps, and of its masks."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -22,10 +22,10 @@ _CUT_AND_KEPT = ListedColormap(["#D0D0D0", BLUE])
 
 
 def mask_histograms(records: Sequence[Mapping[str, Any]], limits: Sequence[float]) -> Figure:
-  """Draws how the values of the soft masks spread while ViT-Slim searches.
+  """Draws the distribution of the soft masks over the steps of ViT-Slim's search.
 
   Args:
-    records: Logged metrics, with `step` and the histogram of each kind of mask that learns.
+    records: Logged metrics, with `step` and a histogram of each searched kind of mask.
     limits: Lower end of the first bin and upper end of the last.
   """
   names = {"attn": "attention", "mlp": "hidden units", "patch": "patches"}
@@ -46,10 +46,10 @@ def mask_histograms(records: Sequence[Mapping[str, Any]], limits: Sequence[float
 
 
 def kept_widths(kept: Mapping[str, Sequence[float]]) -> Figure:
-  """Draws the shares that each slimmed layer keeps.
+  """Draws the shares of units that each slimmed layer keeps.
 
   Args:
-    kept: By what is kept (such as hidden units), the share in every layer.
+    kept: Kept share in every layer, by kind of unit, such as hidden units.
   """
   depth = max(map(len, kept.values()))
   figure, axes = subplots(width=max(7.0, 0.5 * depth + 1.5), height=4.0)
@@ -66,11 +66,11 @@ def kept_widths(kept: Mapping[str, Sequence[float]]) -> Figure:
 
 
 def kept_units(attn: np.ndarray, mlp: np.ndarray) -> Figure:
-  """Draws which units each slimmed layer keeps: the masks after the cut.
+  """Draws the units that each slimmed layer keeps: the masks after the cut.
 
   Args:
-    attn: bool[l h k], dimensions of each head.
-    mlp: bool[l m], hidden units.
+    attn: Kept dimensions of each head, bool[l h k].
+    mlp: Kept hidden units, bool[l m].
   """
   depth, heads, dims = attn.shape
   figure = new_figure(7.0, 2 * (0.19 * depth + 0.9))
@@ -94,10 +94,10 @@ def kept_units(attn: np.ndarray, mlp: np.ndarray) -> Figure:
 
 
 def kept_patches(kept: Sequence[np.ndarray], grid: tuple[int, int]) -> Figure:
-  """Draws which patches each layer keeps.
+  """Draws the patches that each layer keeps.
 
   Args:
-    kept: Of every layer, bool[p], row by row.
+    kept: Kept patches of every layer, row by row, bool[p].
     grid: Rows and columns of patches.
   """
   columns = min(len(kept), 6)

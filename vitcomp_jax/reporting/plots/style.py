@@ -20,12 +20,12 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "p", "h", "d")
 LINES = ("-", (0, (5, 1.5)), (0, (1.5, 1.2)), (0, (5, 1.5, 1.2, 1.5)))
 TITLE, TEXT, SMALL = 11, 10, 9  # font sizes in points
 
-# No date and no version: equal plots are equal files.
+# Without date and version, equal plots are equal files.
 _METADATA = {"png": {"Software": None}, "svg": {"Date": None, "Creator": None}}
 
 
 def save(figure: Figure, folder: pathlib.Path, name: str) -> None:
-  """Writes NAME.png and NAME.svg, each as a whole or not at all."""
+  """Writes NAME.png and NAME.svg, each atomically."""
   folder.mkdir(parents=True, exist_ok=True)
   with matplotlib.rc_context({"svg.hashsalt": "vitcomp_jax"}):
     for kind, metadata in _METADATA.items():
@@ -36,21 +36,21 @@ def save(figure: Figure, folder: pathlib.Path, name: str) -> None:
 def new_figure(
   width: float, height: float, layout: Literal["constrained"] | None = "constrained"
 ) -> Figure:
-  """Returns an empty figure of so many inches, outside of pyplot, which would keep it."""
+  """Returns an empty figure of a size in inches, without pyplot, which would keep a reference."""
   figure = Figure(figsize=(width, height), dpi=DPI, layout=layout)
   FigureCanvasAgg(figure)
   return figure
 
 
 def subplots(width: float, height: float, rows: int = 1) -> tuple[Figure, Axes]:
-  """Returns a figure of panels above each other, and the upper one; the others are in `axes`."""
+  """Returns a figure of stacked panels, and the top one; `figure.axes` has all."""
   figure = new_figure(width, height)
   panels = figure.subplots(rows, 1, sharex=True, squeeze=False)
   return figure, panels[0, 0]
 
 
 def name_axes(axes: Axes, x: str, y: str) -> None:
-  """Names and grid, without a box."""
+  """Labels the axes and adds a grid, without a box."""
   axes.set_xlabel(x, fontsize=TITLE)
   axes.set_ylabel(y, fontsize=TITLE)
   axes.tick_params(labelsize=TEXT)
@@ -61,7 +61,7 @@ def name_axes(axes: Axes, x: str, y: str) -> None:
 
 
 def columns(points: Sequence[tuple[float, float]]) -> tuple[list[float], list[float]]:
-  """Points as `plot` takes them."""
+  """Returns points as the two columns that `plot` takes."""
   return [x for x, _ in points], [y for _, y in points]
 
 

@@ -1,4 +1,4 @@
-"""Plots of what becomes of an image's patches."""
+"""Plots of the pruned and merged patches of images."""
 
 from collections.abc import Mapping, Sequence
 
@@ -7,8 +7,8 @@ from matplotlib.figure import Figure
 
 from vitcomp_jax.reporting.plots.image_grid import enlarge, hatched, mosaic, spread
 
-_OUTLINE = (230, 159, 0)  # style.ORANGE: seen on black as on white
-_GRID = (110, 110, 110)  # between patches that still are tokens of their own
+_OUTLINE = (230, 159, 0)  # style.ORANGE: visible on black and on white
+_GRID = (110, 110, 110)  # between patches with a token of their own
 
 
 def token_maps(
@@ -23,22 +23,19 @@ def token_maps(
 
   Args:
     images: uint8[n h w 3].
-    sources: Under the names of layers, int[n p]: the token that holds each patch; -1 pruned.
+    sources: Token that holds each patch by layer name, int[n p]; -1: pruned.
     num_prefix: Tokens that hold no patch.
     grid: Rows and columns of patches.
-    titles: Of the images.
-    about: A sentence of its own, such as which model it is.
+    titles: Titles of the images.
+    about: Sentence to add below, such as the model's name.
   """
-  blocks = [
-    [
-      (title, enlarge(image)),
-      *(
-        (f"{name}: {_count(source[i], num_prefix)} tokens", token_map(image, source[i], grid))
-        for name, source in sources.items()
-      ),
-    ]
-    for i, (title, image) in enumerate(zip(titles, images, strict=True))
-  ]
+  blocks = []
+  for i, (title, image) in enumerate(zip(titles, images, strict=True)):
+    block = [(title, enlarge(image))]
+    for name, source in sources.items():
+      head = f"{name}: {_count(source[i], num_prefix)} tokens"
+      block.append((head, token_map(image, source[i], grid)))
+    blocks.append(block)
   foot = (
     f"{about} Orange: outlines of tokens that stand for several patches, in their mean colour "
     "(parts of one token may lie apart). Gray: patches with a token of their own."
@@ -49,24 +46,24 @@ def token_maps(
 
 
 def _count(source: np.ndarray, num_prefix: int) -> int:
-  """Tokens of one image."""
+  """Counts the tokens of one image."""
   return num_prefix + len(np.unique(source[source >= 0]))
 
 
 def token_map(image: np.ndarray, source: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
-  """Draws an image's groups, enlarged, with outlines between them and hatched where pruned.
+  """Draws an enlarged image with merged patches outlined and pruned ones hatched.
 
   Args:
     image: uint8[h w 3].
-    source: int[p], as in `paint_groups`.
+    source: Token that holds each patch, int[p], as in `paint_groups`.
     grid: Rows and columns of patches.
 
   Returns:
-    uint8[h w 3], each side `scale` times as long.
+    uint8[h w 3], enlarged.
   """
   picture = enlarge(paint_groups(image, source, grid))
   group = spread(np.asarray(source), picture.shape, grid)
-  picture[hatched(group < 0)] += 45  # Pruned patches are at most 51.
+  picture[hatched(group < 0)] += 45  # pruned patches are at most 51
   patch = spread(np.arange(grid[0] * grid[1]), picture.shape, grid)
   size = np.array([np.sum(source == s) if s >= 0 else 0 for s in source])[patch]
   picture[_edges(group, 1)] = _GRID
@@ -75,7 +72,7 @@ def token_map(image: np.ndarray, source: np.ndarray, grid: tuple[int, int]) -> n
 
 
 def _edges(group: np.ndarray, width: int) -> np.ndarray:
-  """Pixels at most `width / 2` from another group."""
+  """Returns the pixels at most `width / 2` from another group."""
   edges = np.zeros(group.shape, bool)
   across, down = group[:, 1:] != group[:, :-1], group[1:] != group[:-1]
   edges[:, 1:] |= across
@@ -87,7 +84,7 @@ def _edges(group: np.ndarray, width: int) -> np.ndarray:
 
 
 def _near(mask: np.ndarray, distance: int) -> np.ndarray:
-  """Pixels at most `distance` from one in the mask, along each axis."""
+  """Returns the pixels at most `distance` from one in the mask, along each axis."""
   padded = np.pad(mask, distance)
   span = 2 * distance + 1
   windows = np.lib.stride_tricks.sliding_window_view(padded, (span, span))
@@ -97,11 +94,11 @@ def _near(mask: np.ndarray, distance: int) -> np.ndarray:
 def paint_groups(image: np.ndarray, source: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
   """Paints patches that share a token in their mean colour; pruned ones at 20 % brightness.
 
-  A patch that shares its token with no other stays as it is.
+  A patch with a token of its own is unchanged.
 
   Args:
     image: uint8[h w 3].
-    source: int[p]: the token that holds each patch, row by row; -1 pruned.
+    source: Token that holds each patch, row by row, int[p]; -1: pruned.
     grid: Rows and columns of patches.
 
   Returns:
