@@ -1,4 +1,4 @@
-"""Reads how a config names the methods of a comparison: `NAME` or `NAME[KEY=VALUE,...]`."""
+"""Parses the methods of a comparison in a config: `NAME` or `NAME[KEY=VALUE,...]`."""
 
 import pathlib
 import re
@@ -9,20 +9,21 @@ from vitcomp_jax.errors import UserError
 from vitcomp_jax.methods.registry import schedules, untrained_schedules
 from vitcomp_jax.models.spec import ViTSpec
 
-SEARCHED = "diffrate"  # the method whose plans are searched, the reference of all others
-SLIMMED = "vit_slim"  # the method that trains the weights with its masks
+SEARCHED = "diffrate"  # the searched method, and reference of all others
+SLIMMED = "vit_slim"  # the method that trains weights together with masks
 _METHOD = re.compile(r"(\w+)(?:\[([^\[\]]+)\])?")
 
 
 def parse(text: str, config: Config) -> tuple[str, Config]:
-  """Returns a method's name, and the config that is its own.
+  """Returns a method's name, and its config.
 
   Args:
-    text: Such as `diffrate[actions=merge]`: keys of `search`, or, with a dot, any other.
-    config: Of the run, in which these keys are changed.
+    text: Method such as `diffrate[actions=merge]`, with keys of `search`, or dotted ones of any
+      group.
+    config: Config of the run, to which the keys are applied.
 
   Raises:
-    UserError: If the text is something else, or a key does not exist.
+    UserError: If the text is invalid, or a key does not exist.
   """
   match = _METHOD.fullmatch(text)
   if not match:
@@ -38,7 +39,7 @@ def parse(text: str, config: Config) -> tuple[str, Config]:
 
 
 def check_methods(config: Config, spec: ViTSpec) -> None:
-  """Refuses methods that do not exist, or must be trained where they are compared untrained."""
+  """Refuses methods that do not exist, or need training but are compared untrained."""
   for text in config.compare.methods:
     name = _known("methods", text, config, spec, (SEARCHED,))
     if name not in (SEARCHED, *untrained_schedules()):
@@ -60,17 +61,17 @@ def searched_before(config: Config, text: str, budget: float) -> list[pathlib.Pa
   """Returns the plans of a method in `config.compare.searched`, from an earlier comparison.
 
   Args:
-    config: Of the run.
-    text: The method, as its rows are named.
-    budget: A share of the dense model's MACs.
+    config: Config of the run.
+    text: Method, as in its row's name.
+    budget: Share of the dense model's MACs.
 
   Raises:
-    UserError: If it searches, and there are none.
+    UserError: If the method searches and has no plans there.
   """
   if parse(text, config)[0] in schedules():
     return []
   folder = pathlib.Path(paths.expand(config.compare.searched or ""))
-  # Not `glob`, to which the brackets of a method mean something.
+  # Not `glob`, where a method's brackets are a pattern.
   start = f"{text}@{budget:g}-seed"
   there = sorted(folder.iterdir()) if folder.is_dir() else []
   found = [path for path in there if path.name.startswith(start)]

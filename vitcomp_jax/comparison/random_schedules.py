@@ -1,4 +1,4 @@
-"""Measures random schedules of a budget, with which a search is compared."""
+"""Measures random schedules at a budget, to compare a search with."""
 
 import functools
 import itertools
@@ -24,23 +24,23 @@ from vitcomp_jax.models.vit import ViT, ViTParts
 from vitcomp_jax.runs.run import Run
 from vitcomp_jax.weights.loading import Params
 
-# Dropped tokens go on, masked, up to the next multiple.
+# Token counts are rounded up to multiples; the excess tokens are masked.
 _BUCKET = 8
 
 Point = dict[str, float]
 
 
 def points(run: Run, budget: float) -> list[Point]:
-  """Measures `config.compare.random_schedules` random schedules on the first of the examples.
+  """Measures `config.compare.random_schedules` random schedules on the first examples.
 
-  Each schedule's metrics are a line of `compare/random@BUDGET.jsonl`; those that are there stand.
+  Each schedule's metrics are one line of `compare/random@BUDGET.jsonl`; existing lines are reused.
 
   Args:
     run: The run.
-    budget: A share of the dense model's MACs.
+    budget: Share of the dense model's MACs.
 
   Returns:
-    Of each schedule `gmacs`, `top1` in percent and `loss` in nats.
+    `gmacs`, `top1` in percent and `loss` in nats of each schedule.
 
   Raises:
     UserError: If outputs under a schedule are not finite.
@@ -72,9 +72,9 @@ def _file(run: Run, budget: float) -> pathlib.Path:
 
 
 def _kept(path: pathlib.Path) -> list[Point]:
-  """Returns what was measured before.
+  """Returns earlier measurements.
 
-  A kill may have left half a line, which is removed: it must not grow into the next one.
+  Removes an incomplete last line, left by a killed run, before the next one is appended.
   """
   lines = path.read_text().splitlines() if path.exists() else []
   whole = [line for line in lines if line.endswith("}")]
@@ -85,10 +85,10 @@ def _kept(path: pathlib.Path) -> list[Point]:
 def _score(
   run: Run, method: DiffRate, layers: tuple[LayerSpec, ...], images: jax.Array, labels: jax.Array
 ) -> dict[str, np.ndarray]:
-  """Top-1 and loss of every example under a schedule, layer by layer.
+  """Computes top-1 and loss of every example under a schedule, layer by layer.
 
-  A schedule's counts are data to a layer, and its numbers of tokens are rounded up: so schedules
-  share what is compiled, and still cost little more than if they were compiled themselves.
+  Counts are inputs of a compiled layer, and numbers of tokens are rounded up: so schedules share
+  compiled layers, at little more cost than if each were compiled.
   """
   spec, params = run.inputs.spec, run.artefacts.dense_params
   arch = method.replayed_arch(layers)
@@ -122,7 +122,7 @@ def _classify(
 
 
 def _first(run: Run, count: int) -> list[tuple[Any, Any]]:
-  """Images and labels of the first examples, in batches; the last one may be smaller."""
+  """Returns images and labels of the first examples, in batches; the last may be smaller."""
   size = run.config.evaluate.batch_size
   found = []
   for i, batch in enumerate(run.inputs.eval_data.eval_batches(size)):

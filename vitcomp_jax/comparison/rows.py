@@ -1,6 +1,6 @@
 """Rows of a comparison: means over examples and seeds, and paired differences.
 
-Whatever was measured is kept example by example, and measured once.
+Measurements are stored per example, and made once.
 """
 
 import dataclasses
@@ -31,14 +31,13 @@ def measured(run: Run, row: Row, models: Sequence[Model], reference: Row | None 
   """Measures a row.
 
   Args:
-    run: With the examples.
-    row: Without metrics.
-    models: Of which it is the mean: one, or one for each seed.
-    reference: The row from which the differences are, if it is measured.
+    run: The run, which holds the examples.
+    row: Row without metrics.
+    models: Models to average: one, or one per seed.
+    reference: Row to compute differences from, if it is measured.
 
   Returns:
-    The row with means, with their standard errors over the examples (what other images would have
-    changed), and with paired differences.
+    The row with means, their standard errors over the examples, and paired differences.
   """
   found = []
   for i, model in enumerate(models):
@@ -76,9 +75,9 @@ def rank(run: Run, searched: Row, points: Sequence[Point]) -> RandomSchedules:
   """Summarises random schedules, and the share that a search beats on the same examples.
 
   Args:
-    run: With the examples.
-    searched: The search's row.
-    points: Of `random_schedules.points`.
+    run: The run, which holds the examples.
+    searched: Row of the search.
+    points: Result of `random_schedules.points`.
   """
   values = {key: np.array([point[key] for point in points]) for key in _PAIRED}
   examples = min(run.config.compare.random_examples, run.inputs.eval_data.num_examples)
@@ -109,7 +108,7 @@ def _outcomes(run: Run, name: str, layers: tuple[LayerSpec, ...], params: Params
 
 
 def _mean(run: Run, row: Row) -> Outcomes | None:
-  """Returns the outcomes of a row that is measured; None for another."""
+  """Returns the outcomes of a row; None if it is not measured."""
   path = _mean_path(run, row)
   return _read(path) if path.exists() else None
 
@@ -122,7 +121,7 @@ def _read(path: pathlib.Path) -> Outcomes:
 def _save(path: pathlib.Path, arrays: Mapping[str, np.ndarray]) -> None:
   with replacing(path) as unfinished, unfinished.open("wb") as stream:
     np.savez_compressed(stream, allow_pickle=False, **arrays)
-  multihost.meet(f"saved {path.name}")  # or another process would look for it too early
+  multihost.meet(f"saved {path.name}")  # before another process looks for it
 
 
 def _mean_path(run: Run, row: Row) -> pathlib.Path:
@@ -130,7 +129,7 @@ def _mean_path(run: Run, row: Row) -> pathlib.Path:
 
 
 def _path(run: Run, name: str) -> pathlib.Path:
-  """Returns the file of outcomes; a plan's name may be a path itself."""
+  """Returns the file of outcomes; slashes are replaced, as a name may be a plan's path."""
   folder = run.workdir.path / "compare" / "outcomes"
   folder.mkdir(parents=True, exist_ok=True)
   return folder / f"{name.replace('/', ':')}.npz"

@@ -1,4 +1,4 @@
-"""Plans: what a compressed model keeps in each layer, as JSON and as layer specs."""
+"""Plans: the tokens and units that each layer keeps, as JSON and as layer specs."""
 
 from vitcomp_jax.plans.files import list_plans, load_plan, save_plan
 from vitcomp_jax.plans.parsing import parse_plan

@@ -31,13 +31,13 @@ def list_plans() -> list[str]:
 def load_plan(name: str | os.PathLike[str]) -> Plan:
   """Loads a published plan by name, such as `diffrate/deit_small@2.9`, or one from a plan.json.
 
-  The plan's `made_by` holds the paper and, where there is one, the published accuracy.
+  A published plan's `made_by` holds the paper and, if any, the published accuracy.
 
   Args:
     name: One of `list_plans()`, or the path of a plan.json.
 
   Raises:
-    UserError: If there is no such plan, or it is not valid.
+    UserError: If there is no such plan, or it is invalid.
 
   Examples:
     >>> import vitcomp_jax as vc
@@ -77,7 +77,7 @@ def _from_published(name: str) -> Plan:
   entry = _published()[name]
   about = {k: v for k, v in entry.items() if k in ("source", "published")}
   made_by = {"method": "diffrate", **about}
-  # CAFormer's authors only merge, by whole sizes.
+  # CAFormer's authors only merge, with whole sizes.
   spec, merges = get_spec(entry["variant"]), entry["prune_keep"] is None
   prune_keep = [spec.tokens_at(i) for i in range(spec.depth)] if merges else entry["prune_keep"]
   make, layers = reducer_types()["prune_merge"].from_json, []

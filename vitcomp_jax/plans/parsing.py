@@ -1,4 +1,4 @@
-"""Parses plan.json, and refuses what no model can have."""
+"""Parses plan.json, and refuses invalid plans."""
 
 import reprlib
 from collections.abc import Mapping, Sequence
@@ -16,7 +16,7 @@ from vitcomp_jax.plans.plan import FORMAT, VERSION, WIDTHS, Plan, PlanLayer, che
 _TOP_KEYS = ("format", "version", "variant", "num_tokens", "gmacs", "made_by", "layers")
 _INDICES = ("attn_index", "mlp_index")
 _KEYS = (*WIDTHS, *_INDICES, "select", "reduce", "size_bias", "prune_keep", "merge_keep")
-# How far a file's GMACs may be from what its layers cost: a head for other classes is less.
+# Relative difference of a file's GMACs from the counted ones, which another head may cause.
 _GMACS_TOLERANCE = 0.01
 
 
@@ -24,11 +24,11 @@ def parse_plan(values: Any, where: str = "plan") -> Plan:
   """Reads a plan from the content of a plan.json.
 
   Args:
-    values: The content.
-    where: The file's name, for errors.
+    values: Content of the file.
+    where: File name for errors.
 
   Raises:
-    UserError: Names the key that is missing, wrong or not known.
+    UserError: If a key is missing, wrong or unknown.
   """
   if not isinstance(values, Mapping) or values.get("format") != FORMAT:
     raise UserError(
@@ -77,14 +77,14 @@ def parse_plan(values: Any, where: str = "plan") -> Plan:
 
 
 def _gmacs(spec: ViTSpec, num_tokens: int, plan_layers: Sequence[PlanLayer]) -> float:
-  """Counts for the plan's own image size, which may not be the variant's."""
+  """Counts GMACs at the plan's image size, which may differ from the variant's."""
   bases = zip(spec.dense_layers, plan_layers, strict=True)
   layers = tuple(layer.apply_to(base) for base, layer in bases)
   return macs.static_macs(spec.with_tokens(num_tokens), layers) / 1e9
 
 
 def _is_near(value: Any, counted: float) -> bool:
-  """Whether a file's own GMACs, for its number of classes, are what its layers cost."""
+  """Returns whether a file's GMACs match its layers, up to the number of classes."""
   is_number = isinstance(value, int | float) and not isinstance(value, bool)
   low, high = ((1 + sign * _GMACS_TOLERANCE) * counted for sign in (-1, 1))
   return is_number and low <= value <= high
@@ -124,7 +124,7 @@ def _parse_layer(values: Any, base: LayerSpec, where: str) -> PlanLayer:
 
 
 def _parse_index(values: Mapping[str, Any], base: LayerSpec, where: str) -> LayerIndex | None:
-  """The units that a slimmed layer keeps; None for a dense one."""
+  """Returns the units that a slimmed layer keeps; None for a dense one."""
   if not set(_INDICES) & set(values):
     return None
   heads, hidden = (values.get(name) for name in _INDICES)
@@ -164,7 +164,7 @@ def _parse_reducer(values: Any, where: str) -> StaticReducer:
 
 
 def _count(values: Mapping[str, Any], key: str, where: str) -> int:
-  """A whole number above 0; true and false are no numbers."""
+  """Returns a whole number above 0; refuses anything else, booleans included."""
   value = values.get(key)
   if not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= LARGEST:
     raise UserError(

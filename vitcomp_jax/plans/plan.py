@@ -1,4 +1,4 @@
-"""Plans: what a compressed model keeps in each layer."""
+"""Plans: the tokens and units that each layer keeps."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -22,12 +22,12 @@ class Plan:
   """A compression plan for one variant and token count.
 
   Attributes:
-    variant: timm's name.
+    variant: timm's name of the model.
     num_tokens: Tokens before any reduction, prefix included.
-    layers: Of each layer, the widths (None: the variant's) and the two reducers.
+    layers: Kept units and reducers of each layer.
     gmacs: 1e9 multiply-accumulates per image.
-    made_by: How it came about.
-    history: Plans that the search passed through; empty where it was not kept, as in a file.
+    made_by: Origin of the plan, such as method and steps, as JSON.
+    history: Plans that the search passed through; empty if not kept, as in a file.
 
   Examples:
     >>> import vitcomp_jax as vc
@@ -78,9 +78,9 @@ class Plan:
     return tuple(layer.apply_to(base) for base, layer in pairs)
 
   def masked_layers_for(self, spec: ViTSpec) -> tuple[LayerSpec, ...]:
-    """Returns layers of the dense model in which what the plan cuts is masked instead.
+    """Returns layers of the dense model that mask the units cut by the plan.
 
-    A masked patch still is a key and a value made of the biases, as in Backbone-Slim's own code.
+    A masked patch still has a key and a value, the biases, as in the code of ViT-Slim's authors.
 
     Examples:
       >>> import vitcomp_jax as vc
@@ -132,9 +132,9 @@ class PassedPlan:
   """A plan that a search passed through.
 
   Attributes:
-    step: Steps that were done by then.
-    loss: On images that were not trained on.
-    plan: Adjusted to the budget.
+    step: Number of steps done.
+    loss: Task loss on images that were not trained on.
+    plan: The plan, adjusted to the budget.
   """
 
   step: int
@@ -147,10 +147,10 @@ class PlanLayer:
   """One layer of a plan.
 
   Attributes:
-    index: Which units of the dense layer are kept; None: all.
-    select: Removes tokens before attention.
-    reduce: Removes tokens between attention and MLP.
-    size_bias: Whether merged tokens weigh as much as their patches in attention.
+    index: Kept units of the dense layer; None: all.
+    select: Reducer before attention.
+    reduce: Reducer between attention and MLP.
+    size_bias: Whether attention weights tokens by size.
   """
 
   index: LayerIndex | None = None
@@ -165,7 +165,7 @@ class PlanLayer:
     return dataclasses.replace(base, **changes)
 
   def mask(self, spec: ViTSpec, base: LayerSpec) -> LayerSpec:
-    """The dense layer with hard masks on what is not kept."""
+    """Returns the dense layer with hard masks on units that are not kept."""
     gates: dict[str, Any] = {}
     if self.index:
       heads = (1, 1, base.num_heads, 1, base.head_dim)
@@ -196,8 +196,8 @@ def make_plan(
   Args:
     spec: The model.
     layers: Its layers.
-    made_by: How they came about, as JSON.
-    indices: Which units of the dense layers slimmed ones keep; None: those that the layers name.
+    made_by: Origin of the layers, as JSON.
+    indices: Units of the dense layers that slimmed ones keep; None: those in the layers.
 
   Raises:
     UserError: If a layer still searches, or is trained to select tokens.
@@ -227,10 +227,10 @@ def plan_of(model: Backbone) -> Plan | None:
   """Returns the plan of a deployed model; None for a dense one.
 
   Raises:
-    UserError: If no plan can hold its layers, as they still learn or mask.
+    UserError: If no plan can represent its layers, as they still learn or mask.
   """
   spec, dense = model.spec, model.spec.dense_layers
-  # Depth is dropped in training alone.
+  # Stochastic depth is only for training.
   layers = tuple(dataclasses.replace(layer, drop_path=0.0) for layer in model.layers)
   if layers == dense:
     return None
@@ -244,9 +244,10 @@ def plan_of(model: Backbone) -> Plan | None:
 
 
 def check_counts(layers: Sequence[PlanLayer], spec: ViTSpec, where: str) -> None:
-  """Refuses counts that no model can have.
+  """Refuses invalid token counts.
 
-  Counts may rise between layers, as some published plans' do; above what is left they do nothing.
+  Counts may rise between layers, as in some published plans; a count above the tokens left has no
+  effect.
   """
   n = 0
   for index, layer in enumerate(layers):

@@ -62,7 +62,7 @@ def made(run: Run) -> str:
 
 
 def fit(run: Run, task: loop.Task, config: TrainConfig, path: str) -> tuple[TrainResult, Params]:
-  """Trains, and writes the weights with timm's names; returns the result and the weights."""
+  """Trains and writes the weights with timm's names; returns the result and the weights."""
   layout = run.inputs.layout
   state, seconds = loop.train(task, run.workdir.path, layout, run.config.profile.steps)
   trained = layout.get(state.params if state.ema is None else state.ema)

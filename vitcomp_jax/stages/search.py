@@ -193,13 +193,13 @@ def _save(run: Run, suffix: str, found: Found) -> None:
 
 
 def _name(run: Run) -> str:
-  """Returns what the plan's method is called: on slimmed layers it has two parts."""
+  """Returns the name of the plan's method, which has two parts on slimmed layers."""
   base, method = run.artefacts.base_plan, run.config.search.method
   return f"vit_slim+{method}" if base and base.indices else method
 
 
 def _images(run: Run) -> int:
-  """Returns the images that one budget's search sees, those to choose a plan by included."""
+  """Returns the number of images in the search for one budget, including those to choose a plan."""
   config = run.config.search
   return steps_of(run) * config.batch_size + config.choose_images
 
@@ -210,7 +210,7 @@ def _where(cost: Latency) -> dict[str, Any]:
 
 
 def _result(run: Run, suffix: str, found: Found, seconds: float) -> SearchResult:
-  """Returns what the search for one budget took and found."""
+  """Returns the effort and the result of the search for one budget."""
   spec, cost = run.inputs.spec, run.inputs.cost
   spent: dict[str, Any] = {f"budget_{cost.key}": run.inputs.targets[suffix]}
   for each in (MACS, cost):
