@@ -37,24 +37,23 @@ def load(
   """Loads a model and its parameters.
 
   Args:
-    source: An architecture by timm's name; or a checkpoint that says what it is: a folder that
-      `save` wrote, a file with this library's metadata, or a hub id of timm, `timm/NAME.TAG`.
-    weights: Of a named architecture: a file, a hub id, `bundled`, or None: random weights.
+    source: An architecture by timm's name; or a checkpoint that names its architecture: a folder
+      written by `save`, a file with this library's metadata, or a hub id of timm, `timm/NAME.TAG`.
+    weights: Weights of a named architecture: a file, a hub id, or `bundled`; None: random weights.
     plan: A plan, a published plan's name or the path of a plan.json; None: the folder's, or dense.
-    num_classes: Outputs of the classifier. None: the weights', and so is their classifier; weights
-      without one give the pooled features, and a warning says so. 0: the pooled features, without
-      the weights' classifier. Another number than the weights': a fresh, random classifier, which
-      has to be trained; a warning says so.
+    num_classes: Outputs of the classifier. None: the weights' classifier; weights without one give
+      pooled features, with a warning. 0: pooled features, without the weights' classifier. A number
+      other than the weights': a new, random classifier to train, with a warning.
     image_size: Side of a square, or height and width, in pixels; None: the weights'. Position
       embeddings of another grid are resampled.
 
   Returns:
-    An ordinary Flax module, and its parameter tree. `model.spec` has the class names and the
-    preprocessing, as far as the weights say them.
+    A Flax module, and its parameter tree. `model.spec` has the class names and the preprocessing of
+    the weights, if known.
 
   Raises:
-    UserError: If source, weights and plan are not there or do not fit each other, or a checkpoint
-      does not say what it is.
+    UserError: If source, weights or plan are missing or do not fit each other, or a checkpoint does
+      not name its architecture.
 
   Examples:
     >>> import vitcomp_jax as vc
@@ -91,13 +90,13 @@ def _load(
 
 
 def _is_variant(name: str) -> bool:
-  """Returns whether a source is an architecture's name, with a tag or without."""
+  """Returns whether a source is an architecture's name, with or without a tag."""
   is_tagged = name.split(".")[0] in VARIANTS and not name.endswith(files.SUFFIXES)
   return name in VARIANTS or is_tagged
 
 
 def _check_checkpoint(source: str, weights: Path | None) -> None:
-  """Refuses a source that is neither an architecture's name nor looks like a checkpoint."""
+  """Refuses a source that is neither an architecture's name nor a checkpoint, or has weights."""
   path = paths.expand(source)
   if not (os.path.exists(path) or "/" in source or source.endswith(files.SUFFIXES)):
     get_spec(source)  # raises, and names the nearest variants
@@ -114,16 +113,15 @@ def _check_checkpoint(source: str, weights: Path | None) -> None:
 
 
 def compress(model: Backbone, params: Params, plan: Plan | Path) -> tuple[Backbone, Params]:
-  """Puts a model under a plan.
+  """Compresses a model by a plan.
 
   Args:
-    model: A dense model, or one that is slimmed as the plan says already.
-    params: Its parameters.
+    model: A dense model, or one already slimmed by the plan's widths.
+    params: Parameters of the model.
     plan: A plan, a published plan's name or the path of a plan.json.
 
   Returns:
-    The compressed model, and its parameters: the same, or, where the plan has widths, what they
-    keep of them.
+    The compressed model and its parameters, sliced if the plan has widths.
 
   Raises:
     UserError: If the plan is for another model, or needs weights that have to be trained.
@@ -154,9 +152,9 @@ def apply(model: Backbone, params: Params, images: Float[Array, "b h w 3"]) -> F
   """Computes logits (features without a classifier); compiled once per model and batch shape.
 
   Args:
-    model: From `load` or `compress`. Models with equal plans are equal, and compile once.
-    params: Its parameters.
-    images: Normalised by `model.spec.mean` and `model.spec.std`, as `preprocess` does.
+    model: Result of `load` or `compress`. Models with equal plans are equal, and compile once.
+    params: Parameters of the model.
+    images: Images, normalised by `model.spec.mean` and `model.spec.std` as `preprocess` does.
 
   Examples:
     >>> import vitcomp_jax as vc
@@ -171,14 +169,14 @@ def apply(model: Backbone, params: Params, images: Float[Array, "b h w 3"]) -> F
 def preprocess(
   model: Backbone, images: Sequence[PIL.Image.Image | np.ndarray] | np.ndarray
 ) -> Float[np.ndarray, "b h w 3"]:
-  """Turns images into a model's input, as evaluation does: resized, cropped, normalised.
+  """Converts images to a model's input as in evaluation: resizes, crops and normalises.
 
   Args:
-    model: Whose `spec.preprocess` says how.
+    model: Model whose `spec.preprocess` is applied.
     images: PIL images or arrays uint8[h w 3] (or uint8[h w], grey) of any sizes; or uint8[b h w 3].
 
   Raises:
-    UserError: If something is no image, or there is none.
+    UserError: If an element is no image, or the list is empty.
 
   Examples:
     >>> import vitcomp_jax as vc

@@ -1,8 +1,8 @@
 """The configuration of a run: frozen dataclasses, one per part.
 
 A config file's `get_config()` returns the `ConfigDict` of `default_config()` with some values
-changed; `main` turns it into a `Config` once, and nothing after that can change it. The comment
-behind or above a field is its documentation.
+changed; `main` converts it to an immutable `Config`. The comment after or above a field is its
+documentation.
 """
 
 import dataclasses
@@ -41,16 +41,16 @@ Stage = Literal[
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-  # Name, as timm's, `vc.list_variants()` names all; none: what the weights say that they are.
+  # timm's name, one of `vc.list_variants()`; none: the variant that the weights name.
   variant: str | None = "deit_small_patch16_224"
   weights: str | None = None  # file, hub id `timm/…`, `bundled`, or none: random weights
   plan: str | None = None  # published plan's name or path of a plan.json, for `evaluate`
-  # Outputs of the classifier; none: the weights', or the data's for one that is trained anew.
+  # Outputs of the classifier; none: the weights', or the data's for a new classifier.
   num_classes: CountOrZero | None = None
   image_size: Count | None = None  # pixels; none: the weights'
-  antialias: bool | None = None  # of resampled position embeddings; none: as the variant's origin
+  antialias: bool | None = None  # of resampled position embeddings; none: as the variant's authors
   dtype: Literal["float32", "bfloat16"] = "float32"  # of the computation; weights stay float32
-  # XLA's own, or cuDNN's fused kernel (NVIDIA, bfloat16); auto: cuDNN's where it can be had.
+  # XLA's own, or cuDNN's fused kernel (NVIDIA, bfloat16); auto: cuDNN's if available.
   attention: Literal["auto", "xla", "cudnn"] = "auto"
 
 
@@ -59,33 +59,33 @@ class DataConfig:
   name: str = "bundled"  # `bundled`, `folder`, `fake`, or a TFDS name such as `imagenet2012`
   dir: str | None = None  # the image folder, or TFDS's data_dir
   train_split: str = "train"  # a split's name; TFDS slices such as `train[:90%]` work
-  eval_split: str | None = None  # none: `validation`, `val` or `test`, whichever is there
-  # A folder without `train` and `val`: half of its images to train on, the others to evaluate on.
+  eval_split: str | None = None  # none: the first of `validation`, `val` and `test`
+  # Split a folder without `train` and `val`: half of its images for training, half for evaluation.
   divide: bool = False
   train_examples: Count | None = None  # use only this many training images (drawn by seed)
   eval_examples: Count | None = None  # use only this many evaluation images (drawn by seed)
-  # Names of the model's outputs, which say what a class folder is: a file, one name per line, or
-  # `imagenet1k`; none: the weights' own names, or WordNet ids, or else the order of the folders.
+  # Names of the model's outputs, to match class folders with: a file, one name per line, or
+  # `imagenet1k`; none: the weights' names, or WordNet ids, or else the order of the folders.
   classes: str | None = None
-  # `auto`: where the class folders do not match the model's classes, images have no labels, and a
-  # warning says so; otherwise that is refused.
+  # If the class folders do not match the model's classes: `required` is an error, `auto` leaves the
+  # labels out, with a warning.
   labels: Literal["required", "auto"] = "required"
-  # Of class folders where no names say more: `sorted` as torchvision (1, 10, 2), `natural` as timm
-  # (1, 2, 10); none: sorted, with a warning where the two differ.
+  # Order of class folders that are not matched by name: `sorted` as torchvision (1, 10, 2),
+  # `natural` as timm (1, 2, 10); none: sorted, with a warning if the two differ.
   class_order: Literal["sorted", "natural"] | None = None
-  # Pixels of zeros added on every side before anything else; none: the weights'. So are the next.
+  # Pixels of zeros added on every side first; none here and for the next keys: the weights'.
   pad: CountOrZero | None = None
-  # Share of the resized image that is kept.
+  # Share of the resized image that the crop keeps.
   crop_pct: Annotated[float, Range(above=0, most=1)] | None = None
   crop_mode: Literal["center", "squash", "border"] | None = None  # as timm's
   interpolation: Literal["bicubic", "bilinear", "lanczos", "nearest"] | None = None  # of resizing
-  mean: tuple[Finite, ...] | None = None  # of red, green and blue, which are in [0, 1]
+  mean: tuple[Finite, ...] | None = None  # of red, green and blue, in [0, 1]
   std: tuple[Positive, ...] | None = None  # their standard deviations
-  # Turn images as their EXIF tag says, as viewers do; none: as for the weights' training (timm and
-  # torchvision leave them as stored).
+  # Rotate images by their EXIF tag, as viewers do; none: as in the weights' training (timm and
+  # torchvision do not rotate).
   exif_orientation: bool | None = None
-  # Of training images: nothing, mirrored and moved by 2 pixels, a random crop mirrored, or that and
-  # RandAugment (m9, mstd0.5, inc1).
+  # Of training images: none, random flip and shift by 2 pixels, random crop and flip, or the latter
+  # with RandAugment (m9, mstd0.5, inc1).
   augment: Literal["none", "flip_shift", "crop_flip", "rand_augment"] = "none"
   erase: Share = 0.0  # probability that a random box of a training image becomes noise (DeiT: 0.25)
   mixup: PositiveOrZero = 0.0  # alpha; 0: none (DeiT: 0.8)
@@ -100,11 +100,11 @@ class BudgetConfig:
   """One of `fraction`, `fractions`, `gmacs` and `latency_ms`."""
 
   fraction: Finite | None = None  # of the dense model's MACs, in (0, 1]
-  # The same, falling: one search walks down all of them, and makes a plan for each.
+  # Several of these, falling: one search meets them in turn, and makes a plan for each.
   fractions: tuple[Finite, ...] | None = None
   gmacs: Positive | None = None  # in 1e9 multiply-accumulates per image
-  latency_ms: Positive | None = None  # of a batch on the device that searches; for `search` alone
-  latency_batch: Count = 1  # images in that batch
+  latency_ms: Positive | None = None  # of a batch on the searching device; for `search` only
+  latency_batch: Count = 1  # images in the batch of `latency_ms`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,15 +113,15 @@ class TrainConfig:
   batch_size: Count = 128  # images per step
   learning_rate: Positive = 1e-3  # at the peak
   min_learning_rate: PositiveOrZero = 1e-5  # at the end of the cosine
-  # Images per step that both rates are given for, and scale linearly from; none: not scaled.
+  # Images per step for which both rates are given; they scale linearly; none: not scaled.
   learning_rate_for: Count | None = None
   warmup_epochs: PositiveOrZero = 1.0  # of linear warm-up
   weight_decay: PositiveOrZero = 0.05  # of kernels; biases, norms, tokens and positions take none
   label_smoothing: Share = 0.1  # share of the target spread over all classes
   drop_path: Rate = 0.0  # stochastic depth at the last layer, growing linearly from 0
   clip_norm: Positive | None = 1.0  # global norm of the gradient; none: not clipped
-  keep_rate_epochs: PositiveOrZero = 0.0  # in which EViT's keep rates fall from 1 to the plan's
-  ema: Rate | None = None  # decay of the averaged weights that are kept; none: the last ones
+  keep_rate_epochs: PositiveOrZero = 0.0  # over which EViT's keep rates fall from 1 to the plan's
+  ema: Rate | None = None  # decay of the averaged weights to save; none: saves the last ones
   parts: Count = 1  # in which a batch is done one after the other, to save memory
   log_every: Count = 50  # steps
   checkpoint_every: Count = 500  # steps
@@ -129,7 +129,7 @@ class TrainConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ViTSlimOptions:
-  attn: Literal["dims", "heads", "uniform"] = "dims"  # what a mask of the attention stands for
+  attn: Literal["dims", "heads", "uniform"] = "dims"  # unit of an attention mask
   w_attn: PositiveOrZero = 2e-4  # weight of the attention masks' L1 norm; 0: not searched
   w_mlp: PositiveOrZero = 5e-5  # weight of the L1 norm of the hidden units' masks
   w_patch: PositiveOrZero = 1e-4  # weight of the L1 norm of the patches' masks
@@ -137,39 +137,39 @@ class ViTSlimOptions:
 
 @dataclasses.dataclass(frozen=True)
 class SlimConfig(TrainConfig, ViTSlimOptions):
-  # The masks' own; none: `learning_rate`, as the authors.
+  # Of the masks; none: `learning_rate`, as the authors.
   mask_learning_rate: Positive | None = None
   mask_weight_decay: PositiveOrZero = 0.0  # of the masks
-  # Shares of attention masks, hidden units and patches to keep; none: one share for all that are
-  # searched, such that `config.budget` is met.
+  # Shares of attention masks, hidden units and patches to keep; none: one share for all searched
+  # kinds, chosen to meet `config.budget`.
   budgets: tuple[Annotated[float, Range(above=0, most=1)], ...] | None = None
-  min_units: CountOrZero = 0  # head dimensions, hidden units and patches each layer keeps at least
-  tile: Count = 1  # head dimensions and hidden units are filled up to a multiple of it
-  # What is kept keeps its learnt factor, as part of the weights; authors: the factor becomes 1.
+  min_units: CountOrZero = 0  # least head dimensions, hidden units and patches in each layer
+  tile: Count = 1  # multiple to which head dimensions and hidden units are padded
+  # Fold the learnt factors of kept units into the weights; authors: they become 1.
   keep_factors: bool = False
   freeze_weights: bool = False  # train masks and norms only
-  # masks.safetensors of another run, whose searched.safetensors is `model.weights`; then nothing is
-  # searched, only cut: one search serves any number of budgets.
+  # masks.safetensors of another run, whose searched.safetensors is `model.weights`, to cut without
+  # a search: one search serves any number of budgets.
   masks: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class DistillConfig:
-  kind: Literal["none", "soft", "hard"] = "none"  # from the dense model's prediction, or its class
+  kind: Literal["none", "soft", "hard"] = "none"  # from the dense model's softmax, or its class
   weight: Share = 0.5  # of the distillation loss; the rest is the labels'
   temperature: Positive = 1.0  # of `soft`
-  tokens: PositiveOrZero = 0.0  # of DynamicViT's kept tokens' distance from the dense model's
+  tokens: PositiveOrZero = 0.0  # of the distance of DynamicViT's kept tokens from the dense ones
 
 
 @dataclasses.dataclass(frozen=True)
 class DiffRateOptions:
-  # `paper`: the authors' code, quirks included (`methods/diffrate/recipe.py` lists them).
+  # `paper`: as the authors' code (`methods/diffrate/recipe.py` lists the differences).
   recipe: Literal["ours", "paper"] = "ours"
   granularity: Count = 1  # distance between neighbouring candidate counts
   tile: Count = 1  # the plan's counts are rounded up to multiples of it (8, 16), prefix included
   actions: Literal["both", "prune", "merge"] = "both"  # what a layer may do with its tokens
-  # What tells the important tokens: the attention of CLS, of the pooling head's query (SigLIP) or
-  # of all, the values, or chance; auto: the first of these that the model has.
+  # Importance metric of tokens: attention of CLS, of the pooling head's query (SigLIP) or of all
+  # tokens, norm of the values, or random; auto: the first that the model supports.
   importance: Literal[
     "auto",
     "cls",
@@ -179,22 +179,22 @@ class DiffRateOptions:
     "value_norm",
     "random",
   ] = "auto"
-  init: Literal["merge_first", "zeros"] = "merge_first"  # where the rates start; authors: `zeros`
+  init: Literal["merge_first", "zeros"] = "merge_first"  # initial rates; authors: `zeros`
   budget_weight: PositiveOrZero = 5.0  # lambda of the budget term
   warmup_steps: CountOrZero = 0  # steps without the budget term
-  compress_first: bool = False  # may the first layer lose tokens
-  compress_last: bool | None = None  # none: as the authors, yes with a CLS head, no with a mean
+  compress_first: bool = False  # whether the first layer may remove tokens
+  compress_last: bool | None = None  # none: as the authors, true with a CLS head, false with a mean
 
 
 @dataclasses.dataclass(frozen=True)
 class SearchConfig(DiffRateOptions):
-  method: Literal["diffrate"] = "diffrate"  # what is searched
+  method: Literal["diffrate"] = "diffrate"  # search method
   steps: Count = 300  # optimizer steps
   batch_size: Count = 64  # images per step
   learning_rate: Positive = 0.1  # of the rates (Adam)
   min_learning_rate: PositiveOrZero = 0.01  # at the end of the schedule
-  # Adam's memory of squared gradients; the budget's, large at first, must be forgotten soon
-  # (authors: 0.999).
+  # Adam's decay of squared gradients; lower than the authors' 0.999, to forget the budget term's
+  # large first gradients soon.
   adam_b2: Rate = 0.95
   schedule: Literal["cosine", "authors"] = "cosine"  # per step, or per epoch and one epoch late
   epoch_steps: Count | None = None  # steps per epoch of `authors`; none: one pass over the images
@@ -203,9 +203,9 @@ class SearchConfig(DiffRateOptions):
   loss: Literal["auto", "labels", "logits", "features"] = "labels"
   label_smoothing: Share = 0.0  # share of the target spread over all classes
   drop_path: Rate = 0.0  # stochastic depth while searching (authors: 0.1)
-  remat: bool = False  # compute activations again in the backward pass, to save memory
+  remat: bool = False  # recompute activations in the backward pass, to save memory
   parts: Count = 1  # in which a batch is done one after the other, to save memory
-  # The plan with the least loss on so many images, of those passed through, is kept; 0: the last.
+  # Images on which to choose the plan with the least loss among those passed through; 0: the last.
   choose_images: CountOrZero = 1024
   log_every: Count = 10  # steps
   checkpoint_every: Count = 50  # steps
@@ -217,58 +217,58 @@ class EvaluateConfig:
   dense: bool = True  # a row for the dense model
   # Rows for schedules without a search, at the same MACs: uniform, linear, tome, evit, ...
   baselines: tuple[str, ...] = ()
-  masked: bool = False  # a row with what `slim` cut masked in the dense model, the authors' way
+  masked: bool = False  # a row with cut units masked in the dense model, as the authors
   before_finetune: bool = False  # a row for the plan before `finetune`
-  token_maps: CountOrZero = 4  # images in the token-map figure
+  token_maps: CountOrZero = 4  # images in the token-map plot
 
 
 @dataclasses.dataclass(frozen=True)
 class BenchmarkConfig:
-  batch_sizes: tuple[Count, ...] = (1, 8, 32)  # images at once
-  seconds: Positive = 10.0  # of timing, for each model and batch size, at least
-  rounds: Count = 10  # in which all take turns
+  batch_sizes: tuple[Count, ...] = (1, 8, 32)  # images per batch
+  seconds: Positive = 10.0  # least timing per model and batch size
+  rounds: Count = 10  # in which all models take turns
 
 
 @dataclasses.dataclass(frozen=True)
 class CompareConfig:
   # `diffrate` (searched) and schedules without a search; `NAME[KEY=VALUE,...]` changes keys of
-  # `search`, or, named in full as in `data.train_examples`, any other, for that row alone.
+  # `search`, or dotted keys such as `data.train_examples`, for that row only.
   methods: tuple[str, ...] = ()
-  plans: tuple[str, ...] = ()  # names or paths of plans that have rows of their own
+  plans: tuple[str, ...] = ()  # names or paths of plans to add rows for
   budgets: tuple[Share, ...] = (0.8, 0.65, 0.5)  # of the dense model's MACs
   seeds: Count = 1  # of each search
-  searched: str | None = None  # a folder with an earlier comparison's plans; none: searches anew
-  finetuned: tuple[str, ...] = ()  # methods that are trained, `vit_slim` and `dynamicvit` too
+  searched: str | None = None  # folder with an earlier comparison's plans; none: searches
+  finetuned: tuple[str, ...] = ()  # methods to train, including `vit_slim` and `dynamicvit`
   finetune_budget: Share = 0.65  # of the dense model's MACs
   random_schedules: CountOrZero = 0  # for each budget
-  random_examples: Count = 2000  # on which these are measured: the first ones
+  random_examples: Count = 2000  # number of first examples on which these are measured
 
 
 @dataclasses.dataclass(frozen=True)
 class VisualizeConfig:
-  images: CountOrZero = 2  # whose tokens and attention are drawn
-  layers: tuple[Count, ...] = ()  # after which they are drawn, from 1; empty: up to 14
-  plans: tuple[str, ...] = ()  # names or paths of plans to draw beside the run's own
-  published: bool = True  # draw published figures beside measured ones, where there are some
+  images: CountOrZero = 2  # images whose tokens and attention are drawn
+  layers: tuple[Count, ...] = ()  # layers after which they are drawn, from 1; empty: up to 14
+  plans: tuple[str, ...] = ()  # names or paths of plans to draw beside the run's
+  published: bool = True  # draw published results beside measured ones, if there are any
 
 
 @dataclasses.dataclass(frozen=True)
 class ExportConfig:
-  formats: tuple[Literal["stablehlo", "onnx", "timm"], ...] = ("stablehlo",)  # what is written
+  formats: tuple[Literal["stablehlo", "onnx", "timm"], ...] = ("stablehlo",)  # formats to write
   platforms: tuple[Literal["cpu", "cuda", "rocm", "tpu"], ...] = (
     "cpu",
     "cuda",
     "tpu",
   )  # StableHLO's platforms
-  # The model takes uint8 pixels and scales them itself; otherwise normalised floats.
+  # Whether the model takes uint8 pixels and normalises them itself, or takes normalised floats.
   normalize: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
 class ParallelConfig:
-  # The whole state on every device, the state cut up too, or as the first under `jax.pmap`.
+  # State replicated on every device, sharded (`fsdp`), or replicated under `jax.pmap`.
   mode: Literal["data", "fsdp", "pmap"] = "data"
-  devices: Count | None = None  # how many are used; none: all
+  devices: Count | None = None  # number of devices; none: all
 
 
 @dataclasses.dataclass(frozen=True)
@@ -280,7 +280,7 @@ class ProfileConfig:
 class Config:
   stages: tuple[Stage, ...] = ("evaluate",)  # run in this order
   seed: Annotated[int, Range(0, below=2**32)] = 0  # seed of everything random
-  # Where `python -m vitcomp_jax.main` keeps compiled programs for the next time; none: nowhere.
+  # Folder of `python -m vitcomp_jax.main`'s persistent compilation cache; none: no cache.
   compilation_cache: str | None = "~/.cache/vitcomp_jax/xla"
   model: ModelConfig = ModelConfig()
   data: DataConfig = DataConfig()
@@ -313,7 +313,7 @@ def default_config() -> ml_collections.ConfigDict:
 
 
 def from_config_dict(values: Mapping[str, Any]) -> Config:
-  """Turns a (possibly partial) mapping into a `Config`.
+  """Converts a (possibly partial) mapping to a `Config`.
 
   Raises:
     UserError: For an unknown key (naming the nearest known one), or a value of the wrong type or
@@ -340,7 +340,7 @@ def all_keys() -> list[str]:
 
 
 def to_dict(config: Config) -> dict[str, Any]:
-  """Returns nested plain values, as they stand in `config.json` (tuples become lists)."""
+  """Returns nested plain values, as stored in `config.json` (tuples become lists)."""
   return typing.cast(dict[str, Any], _listed(dataclasses.asdict(config)))
 
 

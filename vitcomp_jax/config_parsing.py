@@ -1,4 +1,4 @@
-"""Reads configs: nested frozen dataclasses whose annotations say what a key may be."""
+"""Parses configs: nested frozen dataclasses whose annotations define valid values."""
 
 import ast
 import copy
@@ -19,7 +19,7 @@ C = TypeVar("C")
 
 @dataclasses.dataclass(frozen=True)
 class Range:
-  """The finite numbers from `least`, or above `above`, to `most`, or below `below`."""
+  """Finite numbers from `least` (or above `above`) to `most` (or below `below`)."""
 
   least: float = -math.inf
   above: float = -math.inf
@@ -45,7 +45,7 @@ def defaults(cls: type) -> ml_collections.ConfigDict:
     if dataclasses.is_dataclass(kind):
       values[field.name] = defaults(typing.cast(type, kind))
     elif field.default is None:
-      # A placeholder knows the type that an override must have.
+      # A placeholder has the type that an override must have.
       values[field.name] = ml_collections.config_dict.placeholder(_plain_type(kind))
     else:
       values[field.name] = field.default
@@ -59,8 +59,8 @@ def with_overrides(
 
   Args:
     cls: The config's class.
-    values: Of its keys, nested.
-    overrides: Text by dotted name.
+    values: Nested values by key.
+    overrides: Text by dotted key.
 
   Raises:
     UserError: For an unknown key (naming the nearest known one).
@@ -92,7 +92,7 @@ def _literal(text: str, kind: type) -> Any:
   try:
     return ast.literal_eval(text)
   except (ValueError, SyntaxError, MemoryError, RecursionError):
-    return text  # which the check of its type will name
+    return text  # refused by the type check
 
 
 def parse(cls: type[C], values: Mapping[str, Any]) -> C:
@@ -100,7 +100,7 @@ def parse(cls: type[C], values: Mapping[str, Any]) -> C:
 
   Args:
     cls: The config's class.
-    values: Of its keys, nested.
+    values: Nested values by key.
 
   Raises:
     UserError: For an unknown key (naming the nearest known one), or a value of the wrong type or
@@ -126,7 +126,7 @@ def _parsed(root: type, cls: type, values: Mapping[str, Any], path: str) -> Any:
 
 
 def _unknown(cls: type, path: str) -> UserError:
-  """Returns the refusal of a key that does not exist, with the nearest one that does."""
+  """Returns the error for an unknown key, with the nearest known one."""
   inside = [key for key in all_keys(cls) if key.startswith(f"{path}.")]
   if inside:
     return UserError(
@@ -149,11 +149,11 @@ def all_keys(cls: type, path: str = "") -> list[str]:
 
 
 def _checked(value: Any, kind: Any, path: str) -> Any:
-  """Returns a value as a type; refuses one of another type, or out of its range."""
+  """Converts a value to a type; refuses one of another type, or out of range."""
   options = _options(kind)
   is_bool, is_empty = isinstance(value, bool), value == ""
   if type(None) in options and value in ("none", "None"):
-    return None  # how a command line unsets what a config file sets
+    return None  # lets a command line unset a key
   for option in options:
     base, known = _base_and_known(option)
     if base is tuple and isinstance(value, tuple | list):
@@ -167,18 +167,18 @@ def _checked(value: Any, kind: Any, path: str) -> Any:
 
 
 def accepted(kind: Any) -> str:
-  """Returns in words what a field of a type may be set to."""
+  """Returns a description of the values accepted by a field."""
   return " or ".join(map(_described, _options(kind)))
 
 
 def _options(kind: Any) -> tuple[Any, ...]:
-  """Returns the alternatives of a union, or the one type there is."""
+  """Returns the alternatives of a union, or a single type."""
   union = typing.get_origin(kind) in (types.UnionType, typing.Union)
   return typing.get_args(kind) if union else (kind,)
 
 
 def _base_and_known(option: Any) -> tuple[type, Any]:
-  """Returns a plain type, and what its values must be among; None: anything."""
+  """Returns a plain type and its allowed values; None for any."""
   if typing.get_origin(option) is Annotated:
     return typing.get_args(option)
   if typing.get_origin(option) is Literal:

@@ -1,4 +1,4 @@
-"""Writes a model in forms that run without this library, and compares each with the model."""
+"""Writes a model in formats that run without this library, and compares each with the model."""
 
 import dataclasses
 import importlib.metadata
@@ -28,25 +28,25 @@ from vitcomp_jax.weights import loading, timm_slimmed
 from vitcomp_jax.weights.loading import Params
 
 ENDINGS = {".stablehlo": "stablehlo", ".onnx": "onnx", ".safetensors": "timm"}
-_IMAGES = 8  # on which `export` compares
-# Of the largest output, by the type that is computed in: bfloat16 rounds by 1/256.
+_IMAGES = 8  # to compare on in `export`
+# Relative to the largest output, by dtype of the computation: bfloat16 rounds by 1/256.
 _TOLERANCE = {None: 1e-4, "float32": 1e-4, "bfloat16": 2e-2, "float16": 2.5e-3}
-# Images whose tokens may be chosen otherwise: where two are equally important to rounding, either
-# choice is right.
+# Images that may keep other tokens: of two that are equally important up to rounding, either may be
+# kept.
 _TIES = 3
-_BATCHES = (1, 8)  # where the images are parted: batches of 1, 7 and the rest
-_LARGEST_ONNX = 2**31 - 2**20  # bytes that a protobuf message can hold, and some room
+_BATCHES = (1, 8)  # split points of the images: batches of 1, 7 and the rest
+_LARGEST_ONNX = 2**31 - 2**20  # bytes in a protobuf message, with some margin
 
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-  """A model to be written.
+  """A model to export.
 
   Attributes:
-    model: The model; what `model.spec` says of images and classes is written too.
-    params: Its weights.
-    normalize: Whether it takes uint8 pixels and scales them itself; otherwise normalised floats.
-    platforms: Where StableHLO is to run.
+    model: The model, whose spec's preprocessing and class names are written too.
+    params: Weights of the model.
+    normalize: Whether it takes uint8 pixels and normalises them itself, or takes normalised floats.
+    platforms: Platforms of the StableHLO program.
   """
 
   model: Backbone
@@ -56,23 +56,23 @@ class Program:
 
   @property
   def input_dtype(self) -> str:
-    """Returns the type of its images."""
+    """Returns the dtype of its images."""
     return "uint8" if self.normalize else "float32"
 
   @property
   def output_name(self) -> str:
-    """Returns what it gives: logits, or the features of a model without classifier."""
+    """Returns the name of its output: logits, or features for a model without a classifier."""
     return "logits" if self.model.spec.num_classes else "features"
 
   @property
   def abstract_images(self) -> jax.ShapeDtypeStruct:
-    """Returns the shape and type of any number of images."""
+    """Returns shape and dtype of a batch of any size."""
     (b,) = jax_export.symbolic_shape("b")
     return jax.ShapeDtypeStruct((b, *self.model.spec.image_size, 3), self.input_dtype)
 
   def __call__(self, images: Array) -> Array:
     """Computes the outputs, f32[b c], with the weights as constants."""
-    # cuDNN's kernel is a custom call, which no other platform has and no format may hold.
+    # cuDNN's kernel is a custom call, which other platforms and formats lack.
     spec = dataclasses.replace(self.model.spec, attention="xla")
     images = normalize(images, spec.preprocess) if self.normalize else images
     outputs = build(spec, self.model.layers).apply({"params": self.params}, images)
@@ -82,19 +82,19 @@ class Program:
 def export(model: Backbone, params: Params, path: str | os.PathLike[str]) -> None:
   """Writes a model as one file that runs without this library.
 
-  The file is read back and its outputs are compared with the model's. `PATH.json` beside it says
-  what images it takes and what it gives; `load_exported` reads both.
+  The file is read back and its outputs are compared with the model's. `PATH.json` beside it
+  describes its input and output; `load_exported` reads both.
 
   Args:
-    model: From `load` or `compress`.
-    params: Its parameters.
-    path: Whose ending names the form: `.stablehlo` (any plan; for CPU, CUDA and TPU), `.onnx` (any
-      plan, in float32; needs `vitcomp_jax[export]`), or `.safetensors`: weights for timm's own
-      model, which may be slimmed to equal widths. The first two hold the weights, and take any
-      number of images, normalised as `preprocess` does.
+    model: Result of `load` or `compress`.
+    params: Parameters of the model.
+    path: Path whose ending selects the format: `.stablehlo` (any plan; for CPU, CUDA and TPU),
+      `.onnx` (any plan, in float32; needs `vitcomp_jax[export]`), or `.safetensors` (weights for
+      timm's model, which may be slimmed to equal widths). The first two include the weights, and
+      take any number of images, normalised as by `preprocess`.
 
   Raises:
-    UserError: For another ending, or a model that the form cannot hold.
+    UserError: For another ending, or a model that the format cannot represent.
     RuntimeError: If the file's outputs are not the model's; it is removed.
 
   Examples:
@@ -125,14 +125,14 @@ def export(model: Backbone, params: Params, path: str | os.PathLike[str]) -> Non
 
 
 def check(form: str, program: Program) -> None:
-  """Refuses a form that cannot hold the model.
+  """Refuses a format that cannot represent the model.
 
   Args:
     form: `stablehlo`, `onnx` or `timm`.
-    program: The model; its weights are not looked at.
+    program: The model; its weights are ignored.
 
   Raises:
-    UserError: Says why.
+    UserError: If the format cannot represent the model, with the reason.
   """
   if form == "onnx":
     _check_onnx(program.model)
@@ -144,19 +144,19 @@ def check(form: str, program: Program) -> None:
 
 
 def write(form: str, program: Program, path: pathlib.Path, images: np.ndarray) -> dict[str, Any]:
-  """Writes one form, and compares it with the model.
+  """Writes one format, and compares it with the model.
 
   Args:
-    form: As for `check`.
+    form: `stablehlo`, `onnx` or `timm`.
     program: The model.
-    path: Where to.
-    images: uint8[b h w 3], which to compare on.
+    path: Path of the file.
+    images: Images to compare on, uint8[b h w 3].
 
   Returns:
-    What the manifest says of the file.
+    The manifest's entry of the file.
 
   Raises:
-    UserError: If the form cannot hold the model, or the model's outputs are not finite.
+    UserError: If the format cannot represent the model, or its outputs are not finite.
     RuntimeError: If the file's outputs are not the model's; it is removed.
   """
   about = WRITERS[form](program, path)
@@ -172,7 +172,7 @@ def write(form: str, program: Program, path: pathlib.Path, images: np.ndarray) -
 
 
 def manifest(program: Program, plan: Plan | None) -> dict[str, Any]:
-  """Returns the part of a manifest that all forms of a model share."""
+  """Returns the part of a manifest that all formats of a model share."""
   spec, cost = program.model.spec, api.count_cost(program.model)
   return {
     "format": exported.FORMAT,
@@ -215,7 +215,7 @@ def _write_onnx(program: Program, path: pathlib.Path) -> dict[str, Any]:
   import jax2onnx
 
   before = logging.root.manager.disable
-  # It tells of its arguments, and of plugins that it goes without.
+  # jax2onnx logs its arguments and missing plugins.
   logging.disable(logging.WARNING)
   try:
     made = jax2onnx.to_onnx(
@@ -224,7 +224,7 @@ def _write_onnx(program: Program, path: pathlib.Path) -> dict[str, Any]:
       input_names=["images"],
       output_names=[program.output_name],
     )
-  except Exception as error:  # Many unrelated types, for what it does not know.
+  except Exception as error:  # many unrelated types for unsupported programs
     what = str(error).strip().splitlines()[0]
     raise UserError(f"onnx: jax2onnx cannot convert it: {what}") from error
   finally:
@@ -272,15 +272,15 @@ def _check_onnx(model: Backbone) -> None:
 
 
 def _compare(form: str, program: Program, path: pathlib.Path, pixels: np.ndarray) -> dict[str, Any]:
-  """Runs a file beside the model, in batches of several sizes.
+  """Compares a file's outputs with the model's, in batches of several sizes.
 
   Returns:
-    How many images there were, the largest difference relative to the largest output, and how
-    many images differ.
+    The number of images, the largest difference relative to the largest output, and the number of
+    images that differ.
   """
   model = program.model
   normal = np.asarray(normalize(pixels, model.spec.preprocess))
-  # Another form's own runtime is here to be compared on the CPU, in full precision.
+  # Formats with another runtime are compared on the CPU, in full precision.
   device = None if form == "stablehlo" else jax.local_devices(backend="cpu")[0]
   with jax.default_device(device):
     expected = np.asarray(api.apply(model, program.params, normal), np.float32)
@@ -295,7 +295,7 @@ def _compare(form: str, program: Program, path: pathlib.Path, pixels: np.ndarray
     raise RuntimeError(f"{path}: expected outputs {expected.shape}, got {got.shape}")
   difference = np.abs(got - expected).max(axis=1) / np.abs(expected).max()
   tolerance = _TOLERANCE[model.spec.dtype]
-  differing = int(np.sum(~(difference <= tolerance)))  # what is not a number differs
+  differing = int(np.sum(~(difference <= tolerance)))  # NaN differs
   if differing > (_TIES if _chooses(model) else 0) or not np.isfinite(got).all():
     raise RuntimeError(
       f"{path}: {differing} of {len(got)} outputs differ from the model's by up to "
@@ -306,13 +306,16 @@ def _compare(form: str, program: Program, path: pathlib.Path, pixels: np.ndarray
 
 
 def _chooses(model: Backbone) -> bool:
-  """Returns whether the tokens that are removed depend on the image."""
-  reducers = [r for layer in model.layers for r in (layer.select, layer.reduce)]
-  return not all(isinstance(r, StaticReducer) and r.is_fixed for r in reducers)
+  """Returns whether the removed tokens depend on the image."""
+  for layer in model.layers:
+    for reducer in (layer.select, layer.reduce):
+      if not (isinstance(reducer, StaticReducer) and reducer.is_fixed):
+        return True
+  return False
 
 
 def _timm_outputs(model: Backbone, path: pathlib.Path, images: np.ndarray) -> np.ndarray:
-  """Returns the outputs as timm computes them, which scales by the slimmed head's size."""
+  """Returns the outputs with timm's attention scale, that of the slimmed head's size."""
   layers = tuple(dataclasses.replace(l, qk_scale=l.head_dim**-0.5) for l in model.layers)
   params = loading.load_params(model.spec, layers, str(path))
   return np.asarray(api.apply(build(model.spec, layers), params, images), np.float32)

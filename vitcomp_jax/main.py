@@ -42,14 +42,14 @@ _DISK_FULL = (
 
 def main(argv: Sequence[str]) -> int:
   """Runs the config's stages; returns the exit status."""
-  # absl has put a handler of its own there already.
+  # Replaces the handler that absl has installed.
   form = "%(asctime)s %(message)s"
   logging.basicConfig(level=logging.INFO, format=form, datefmt="%H:%M:%S", force=True)
   absl.logging.set_verbosity(absl.logging.WARNING)
   logging.getLogger("jax").setLevel(logging.WARNING)
   try:
     config, workdir = _parse(argv[1:])
-    if jax.process_count() == 1:  # Several agree on where to end, which JAX arranges.
+    if jax.process_count() == 1:  # with several, JAX synchronises the end
       signal.signal(signal.SIGTERM, _end)
     _keep_compiled(config.compilation_cache)
     run = run_stages(config, workdir, config.stages)
@@ -70,21 +70,21 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _print_table(workdir: pathlib.Path) -> None:
-  """Prints what was measured of each model, where something was."""
+  """Prints the table of measured models, if there is one."""
   path = workdir / "result.json"
   if path.exists() and multihost.is_first():
     print(rows_table(Result.read(path).rows).markdown())
 
 
 def _keep_compiled(folder: str | None) -> None:
-  """Lets the next process find what this one compiles."""
+  """Enables the persistent compilation cache."""
   if folder:
     jax.config.update("jax_compilation_cache_dir", paths.expand(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
 def _end(number: int, frame: types.FrameType | None) -> None:
-  """Ends what is not a loop of steps; those note the signal themselves, and end after a step."""
+  """Ends the run outside of training loops, which handle the signal after a step."""
   del number, frame
   raise Preempted("the run ended")
 
@@ -103,7 +103,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parse(argv: Sequence[str]) -> tuple[config_lib.Config, pathlib.Path]:
-  """The config, with what the command line changes of it, and the workdir."""
+  """Returns the config, with the command line's changes, and the workdir."""
   parser = _Parser(
     prog="python -m vitcomp_jax.main",
     usage="%(prog)s --config NAME[:ARG] [--workdir DIR] [--config.KEY=VALUE ...]",
@@ -154,7 +154,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _overrides(arguments: Sequence[str]) -> dict[str, str]:
-  """The values of --config.KEY=VALUE, or --config.KEY VALUE, by key."""
+  """Returns the values of --config.KEY=VALUE, or --config.KEY VALUE, by key."""
   found = {}
   left = list(arguments)
   while left:
@@ -172,9 +172,9 @@ def _overrides(arguments: Sequence[str]) -> dict[str, str]:
 
 
 def _config_file(name: str) -> pathlib.Path:
-  """The file that a path leads to, or that ships with the package under a name.
+  """Returns the config file at a path, or the packaged one of a name.
 
-  `configs/NAME.py` is such a name too, so that the documents' commands need no checkout.
+  `configs/NAME.py` also counts as a name, so that documented commands need no checkout.
   """
   path = pathlib.Path(paths.expand(name))
   if path.is_file():
@@ -204,7 +204,7 @@ def _read(path: pathlib.Path, arg: str | None) -> dict[str, Any]:
     config = get_config(arg) if arg else get_config()
   except UserError:
     raise
-  # A config file may raise anything; what it says is what the user needs to know.
+  # A config file may raise anything; the user needs its message.
   except (Exception, SystemExit) as error:
     what = f"{type(error).__name__}: {error}"
     raise UserError(f"{path}: {' '.join(what.split())}") from error

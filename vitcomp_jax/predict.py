@@ -29,19 +29,19 @@ from vitcomp_jax.reporting import model_plots, plots
 from vitcomp_jax.runs.run import make_run
 from vitcomp_jax.weights import loading
 
-_BATCH = 32  # images at once
+_BATCH = 32  # images per batch
 
 
 @dataclasses.dataclass(frozen=True)
 class Classifier:
-  """A model, and what it needs to speak of an image file.
+  """A model with its preprocessing and class names.
 
   Attributes:
-    logits: From uint8[b h w 3] to f32[b c].
-    preprocess: What is done to every image.
-    classes: Names, by label.
-    model: Whose tokens can be drawn; none of an exported one.
-    params: Its weights.
+    logits: Function from uint8[b h w 3] to f32[b c].
+    preprocess: Preprocessing of images.
+    classes: Class names by label.
+    model: Model whose tokens can be drawn; None for an exported one.
+    params: Weights of the model.
   """
 
   logits: Callable[[np.ndarray], np.ndarray]
@@ -55,7 +55,7 @@ def main(argv: Sequence[str]) -> int:
   """Prints the most probable classes of each image; returns the exit status."""
   try:
     options = _parse(argv[1:])
-    for path in options.images:  # before a model is loaded in vain
+    for path in options.images:  # before loading a model
       if not _path(path).is_file():
         raise UserError(f"{path}: expected an image file, got none.")
     classifier = _classifier(options)
@@ -75,7 +75,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _answer(path: str, logits: np.ndarray, classes: Sequence[str], top: int) -> str:
-  """An image's most probable classes, one a line."""
+  """Returns an image's most probable classes, one per line."""
   weights = np.exp(logits - logits.max(), dtype=np.float64)
   shares = 100 * weights / weights.sum()
   best = np.argsort(-shares, kind="stable")[:top]
@@ -83,14 +83,12 @@ def _answer(path: str, logits: np.ndarray, classes: Sequence[str], top: int) -> 
 
 
 def _draw(options: argparse.Namespace, classifier: Classifier, images: np.ndarray) -> None:
-  """One figure per image; numbered, as files of several folders may share a name."""
+  """Draws one figure per image, numbered, as files of several folders may share a name."""
   if classifier.model is None:
     raise UserError("command line: --maps needs the model itself; an exported one gives no tokens.")
   for i, (path, image) in enumerate(zip(options.images, images, strict=True), 1):
-    name, layers = (
-      f"{i}_{pathlib.Path(path).stem}",
-      model_plots.spaced(classifier.model.spec.depth, 4),
-    )
+    name = f"{i}_{pathlib.Path(path).stem}"
+    layers = model_plots.spaced(classifier.model.spec.depth, 4)
     try:
       figure = model_plots.token_maps(
         classifier.model, classifier.params, image[None], [pathlib.Path(path).name], layers
@@ -121,7 +119,7 @@ def _classifier(options: argparse.Namespace) -> Classifier:
     found = _from_weights(options.variant, options.weights, options.plan)
   if not found.classes:
     raise UserError("expected a model with a classifier, got one that gives features.")
-  # A photograph that is given here is meant as its viewer shows it.
+  # Photographs are rotated by their EXIF tag, as viewers do.
   upright = dataclasses.replace(found.preprocess, exif_orientation=True)
   return dataclasses.replace(found, preprocess=upright)
 
@@ -141,7 +139,7 @@ def _from_export(path: str) -> Classifier:
 
 
 def _from_run(workdir: pathlib.Path) -> Classifier:
-  """The plan, weights and classes that a finished run ended with."""
+  """Returns the model of a finished run, with its plan, weights and classes."""
   path = workdir / "config.json"
   if not path.is_file():
     raise UserError(f"--workdir {workdir}: expected a run, got no config.json there.")

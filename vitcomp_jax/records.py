@@ -14,10 +14,10 @@ from vitcomp_jax.errors import UserError
 
 
 class Record:
-  """A dataclass that is an object of its fields in JSON; a field that is None is absent."""
+  """A dataclass stored as a JSON object of its fields; fields that are None are omitted."""
 
   def to_json(self) -> dict[str, Any]:
-    """Returns the object."""
+    """Returns the JSON object."""
     found = {}
     for name in _types(type(self)):
       value = getattr(self, name)
@@ -31,11 +31,11 @@ class Record:
 
   @classmethod
   def from_json(cls, values: Any, where: str) -> Self:
-    """Reads an object; keys that are no fields are passed over.
+    """Reads a JSON object; unknown keys are ignored.
 
     Args:
       values: The object.
-      where: Its file, for errors.
+      where: File name for errors.
 
     Raises:
       UserError: If a field is missing, or of another type.
@@ -55,7 +55,7 @@ class Record:
     """Reads a JSON file.
 
     Raises:
-      UserError: If it is not there, or damaged.
+      UserError: If the file is missing or damaged.
     """
     return cls.from_json(strict_json.read(path), str(path))
 
@@ -67,7 +67,7 @@ def _types(cls: type[Record]) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-  """Returns a value as JSON knows it."""
+  """Returns a value as plain JSON types."""
   if isinstance(value, Record):
     return value.to_json()
   if isinstance(value, Mapping):
@@ -76,9 +76,9 @@ def _plain(value: Any) -> Any:
 
 
 def _parsed(kind: Any, value: Any, where: str) -> Any:
-  """Returns a JSON value as a type; refuses one of another type."""
+  """Converts a JSON value to a type; refuses a value of another type."""
   origin, args = typing.get_origin(kind) or kind, typing.get_args(kind)
-  if origin in (types.UnionType, typing.Union):  # of a type and None
+  if origin in (types.UnionType, typing.Union):  # optional types
     return None if value is None else _parsed(args[0], value, where)
   if isinstance(origin, type) and issubclass(origin, Record):
     return origin.from_json(value, where)

@@ -1,4 +1,4 @@
-"""What the stages of a run report."""
+"""Results of the stages of a run."""
 
 import dataclasses
 import importlib.metadata
@@ -16,25 +16,26 @@ Variant = Literal["finetune", "before_finetune", "masked", "plan"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Row(Record):
-  """One row of `result.json`: a model, what it costs, and what was measured of it.
+  """One row of `result.json`: a model, its cost and its metrics.
 
   Attributes:
-    method: What made the model's plan; `dense` for none.
-    budget: Its share of the dense model's MACs, where the method has rows for several.
-    plan: Name or path of a plan that a comparison was given; the row is named after it.
-    variant: What else tells the row from another of its method: weights after `finetune` or
-      `before_finetune`, cut units that are `masked` instead, or a `plan` that was given where a
-      schedule of the same name is computed.
-    seed: Of the search that made the plan; the first of them where the row is a mean.
-    top1: In percent of all examples, as `top5`.
+    method: Method that made the model's plan; `dense` without a plan.
+    budget: Budget as a share of the dense model's MACs, if the method has rows at several.
+    plan: Name or path of a given plan, which is also the row's name.
+    variant: Distinguishes rows of one method: weights after `finetune` or `before_finetune`, cut
+      units `masked` instead of removed, or a given `plan` with the name of a schedule.
+    seed: Seed of the search that made the plan; the first seed if the row is a mean.
+    top1: Top-1 accuracy in percent of all examples; likewise `top5`.
     loss: Mean cross-entropy in nats.
-    logit_divergence: From the dense model's, where there are no labels, as `feature_divergence`.
+    logit_divergence: Divergence from the dense model's logits, measured without labels; likewise
+      `feature_divergence`.
     gmacs: 1e9 multiply-accumulates per image.
     params_m: 1e6 parameters.
-    images_per_second: By batch size.
-    top1_se: Standard error over the examples; so are all that end in `_se`.
-    top1_of_seeds: Of each search whose mean the row is.
-    reference: Name of the row from which, example by example, the row's differences are.
+    images_per_second: Throughput by batch size.
+    top1_se: Standard error of `top1` over the examples; likewise all that end in `_se`.
+    top1_of_seeds: Top-1 accuracy of each seed, if the row is a mean.
+    reference: Name of the row that paired differences are taken from.
+    top1_over_reference: Paired difference of `top1`; likewise `loss_over_reference`.
   """
 
   method: str
@@ -61,7 +62,7 @@ class Row(Record):
 
   @property
   def name(self) -> str:
-    """Returns what tells the row from all others of its table."""
+    """Returns the row's name, which is unique in its table."""
     if self.plan:
       return self.plan
     trained = "+finetune" if self.variant == "finetune" else ""
@@ -78,11 +79,11 @@ class Row(Record):
 
   @property
   def is_evaluated(self) -> bool:
-    """Returns whether outputs were measured, and not the speed alone."""
+    """Returns whether outputs were measured, not only speed."""
     return self.loss is not None or self.feature_divergence is not None
 
   def with_metrics(self, metrics: Mapping[str, float | None]) -> "Row":
-    """Returns the row with metrics, by the names of their fields."""
+    """Returns the row with metrics, by field name."""
     changes: dict[str, Any] = dict(metrics)
     return dataclasses.replace(self, **changes)
 
@@ -91,7 +92,7 @@ class Row(Record):
 
   @classmethod
   def from_json(cls, values: Any, where: str) -> Self:
-    # Rows that were written before rows had a method are told apart by their name alone.
+    # Rows of older files have no method, only a name.
     if isinstance(values, dict) and "name" in values:
       values = {"method": values["name"], **values}
     return super().from_json(values, where)
@@ -102,10 +103,10 @@ class RandomSchedules(Record):
   """Random schedules of one budget, summarised.
 
   Attributes:
-    schedules: How many.
-    examples: On which they were measured.
-    top1: Quantiles in percent, by their share; so is `loss`, in nats.
-    diffrate: The search's top-1 and loss on the same examples, where there was one.
+    schedules: Number of schedules.
+    examples: Number of examples.
+    top1: Quantiles of top-1 in percent, by share of the schedules; likewise `loss` in nats.
+    diffrate: Top-1 and loss of the search on the same examples, if there was one.
     beaten_by_top1: Share of the schedules whose top-1 is below the search's.
     beaten_by_loss: Share of the schedules whose loss is above the search's.
   """
@@ -125,12 +126,12 @@ class Result(Record):
 
   Attributes:
     dataset: Name of the data set.
-    split: Of it.
-    examples: On which the rows were measured.
-    device: On which.
-    versions: Of packages, by name.
-    rows: One for each model.
-    random: Random schedules by budget; None but of a comparison.
+    split: Split of the data set.
+    examples: Number of examples.
+    device: Device of the run.
+    versions: Package versions by name.
+    rows: One row per model.
+    random: Random schedules by budget; None if there are none.
   """
 
   dataset: str
@@ -149,13 +150,13 @@ class Result(Record):
 
 @dataclasses.dataclass(frozen=True)
 class TrainResult(Record):
-  """What training took.
+  """Effort of a training.
 
   Attributes:
     steps: Optimizer steps.
-    images: Seen in all of them.
-    minutes: Spent, earlier sittings included.
-    timm: How timm loads the slimmed network, or why it does not.
+    images: Images seen in all steps.
+    minutes: Training time, including interrupted starts.
+    timm: How timm loads the slimmed network, or why it cannot.
   """
 
   steps: int
@@ -166,21 +167,23 @@ class TrainResult(Record):
 
 @dataclasses.dataclass(frozen=True)
 class SearchResult(Record):
-  """What a search for one budget took and found; `raw_` is before its adjustment to the budget.
+  """Effort and result of a search; `raw_` values precede the adjustment to the budget.
 
   Attributes:
     plan: Name of the plan.
     steps: Optimizer steps.
-    images: Seen in all of them, and to choose the plan.
-    minutes: Spent, earlier sittings included.
-    chosen_step: After which the plan was passed through that was kept.
-    raw_counts: Tokens after pruning and after merging, by layer; so are `counts`.
-    gmacs: 1e9 multiply-accumulates per image.
-    budget_gmacs: What was asked for; None: a latency.
-    latency_ms: By the latency table, of `batch` images on `device`.
-    offset: On the expected counts, that made the plan meet the budget.
-    tried: Step and loss of each plan that was tried.
-    front: Of a search for several budgets, the results of all.
+    images: Images seen in all steps, and to choose the plan.
+    minutes: Search time, including interrupted starts.
+    chosen_step: Step of the chosen plan.
+    raw_counts: Tokens after pruning and after merging, by layer; likewise `counts`.
+    raw_gmacs: 1e9 multiply-accumulates per image; likewise `gmacs`.
+    budget_gmacs: Requested budget; None if it is a latency.
+    budget_latency_ms: Requested budget; None if it is in MACs.
+    raw_latency_ms: Latency of `batch` images on `device`, by the latency table; likewise
+      `latency_ms`.
+    offset: Offset on the expected counts that meets the budget, in tokens.
+    tried: Step and loss of each tried plan.
+    front: Results for all budgets, if there are several.
   """
 
   plan: str
@@ -205,19 +208,21 @@ class SearchResult(Record):
 
 @dataclasses.dataclass(frozen=True)
 class SlimResult(Record):
-  """What slimming took and cut.
+  """Effort and result of slimming.
 
   Attributes:
-    steps: Optimizer steps; 0: an earlier search was cut anew.
-    images: Seen in all of them.
-    minutes: Spent, earlier sittings included.
-    histogram_limits: Values of the masks between which they are counted.
-    shares: Of the masks of each kind, asked for; `kept`, reached.
-    gmacs: 1e9 multiply-accumulates per image, and `of_dense` its share.
+    steps: Optimizer steps; 0 if the masks of an earlier search were cut.
+    images: Images seen in all steps.
+    minutes: Search time, including interrupted starts.
+    histogram_limits: Range of the masks' histograms.
+    shares: Requested share of each kind of mask.
+    kept: Reached share of each kind of mask.
+    gmacs: 1e9 multiply-accumulates per image.
+    of_dense: MACs as a share of the dense model's.
     params_m: 1e6 parameters.
-    authors_params_m: By the authors' own formula, as `authors_gmacs`.
-    timm: How timm loads the slimmed network, or why it does not.
-    budget_gmacs: What was asked for; None: shares.
+    authors_params_m: Parameters by the authors' formula; likewise `authors_gmacs`.
+    timm: How timm loads the slimmed network, or why it cannot.
+    budget_gmacs: Requested budget; None if shares were requested.
   """
 
   steps: int
@@ -240,21 +245,21 @@ class Timing(Record):
   """One model at one batch size in `benchmark.json`.
 
   Attributes:
-    name: Of the row.
-    batch: Images at once.
-    images_per_second: By the median.
-    spread: Distance of the quartiles, relative to the median.
-    latency_ms: Of a batch, by percentile.
-    timings: How many batches were timed.
-    compile_s: What compiling took.
-    first_step_s: What the first batch took.
-    memory_mb: At its peak.
+    name: Name of the row.
+    batch: Batch size.
+    images_per_second: Throughput at the median time.
+    spread: Interquartile range relative to the median.
+    latency_ms: Latency of a batch by percentile.
+    timings: Number of timed batches.
+    compile_s: Compilation time in seconds.
+    first_step_s: Time of the first batch in seconds.
+    memory_mb: Peak memory.
     gmacs: 1e9 multiply-accumulates per image.
-    share_of_peak: Of the machine's matrix product.
-    promised: How many times fewer MACs than the dense model has.
-    speed_up: How many times faster than the dense model it is.
-    share_of_promise: The one over the other.
-    predicted_ms: What the latency table of a search foretold.
+    share_of_peak: Share of the device's matrix-product peak.
+    promised: Ratio of the dense model's MACs to this model's.
+    speed_up: Ratio of the dense model's time to this model's.
+    share_of_promise: `speed_up` relative to `promised`.
+    predicted_ms: Latency predicted by a search's latency table.
   """
 
   name: str
@@ -279,10 +284,10 @@ class BenchmarkResult(Record):
   """The content of `benchmark.json`.
 
   Attributes:
-    device: On which.
-    versions: Of packages, by name.
+    device: Device of the run.
+    versions: Package versions by name.
     matmul_peak_gflops: 1e9 floating-point operations per second of a large matrix product.
-    entries: One for each model and batch size.
+    entries: One entry per model and batch size.
   """
 
   device: str
@@ -293,20 +298,20 @@ class BenchmarkResult(Record):
 
 @dataclasses.dataclass(frozen=True)
 class VisualizeResult(Record):
-  """The names of the plots in `figures/`."""
+  """Names of the plots in `figures/`."""
 
   figures: tuple[str, ...]
 
 
 @dataclasses.dataclass(frozen=True)
 class ExportResult(Record):
-  """What the export's manifest says of each artefact."""
+  """The export manifest's entries of the artefacts."""
 
   artefacts: tuple[Mapping[str, Any], ...]
 
 
 def environment() -> dict[str, Any]:
-  """Returns device and package versions, as they stand in config.json and result.json."""
+  """Returns device and package versions, as stored in config.json and result.json."""
   device = jax.devices()[0]
   return {
     "device": f"{len(jax.devices())} x {device.device_kind}",

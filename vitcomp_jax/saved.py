@@ -18,25 +18,25 @@ from vitcomp_jax.weights.loading import Params
 
 WEIGHTS, PLAN, SPEC = "model.safetensors", "plan.json", "spec.json"
 FORMAT, VERSION = "vitcomp-model", 1
-# Fields of a spec that the weights' own metadata leave open.
+# Fields of a spec that are not in the weights' metadata.
 _FIELDS = ("dtype", "attention", "antialias")
 
 
 def save(folder: str | os.PathLike[str], model: Backbone, params: Params) -> None:
-  """Writes a model as a folder, which `load` reads back: the same outputs, bit for bit.
+  """Writes a model as a folder, which `load` reads back with bit-identical outputs.
 
-  The folder holds `model.safetensors` (under timm's names, with class names, image size and
+  The folder holds `model.safetensors` (with timm's names, and class names, image size and
   preprocessing as metadata), `spec.json`, and `plan.json` if the model is compressed. It is written
-  beside its place and then renamed: all of it is there, or nothing.
+  atomically.
 
   Args:
-    folder: Where to. A folder that `save` wrote before is replaced; any other is refused.
-    model: From `load` or `compress`, or built from a plan's layers.
-    params: Its parameters, of any float type.
+    folder: Folder to write. A folder written by `save` is replaced; any other is refused.
+    model: Result of `load` or `compress`, or built from a plan's layers.
+    params: Parameters of the model, of any float type.
 
   Raises:
-    UserError: If something else stands there, the parameters are not the model's, or the model is
-      none that a plan and a variant's name describe.
+    UserError: If the folder holds something else, the parameters are not the model's, or the model
+      is not described by a variant's name and a plan.
 
   Examples:
     >>> import tempfile
@@ -62,7 +62,7 @@ def save(folder: str | os.PathLike[str], model: Backbone, params: Params) -> Non
 
 
 def _write(made: pathlib.Path, model: Backbone, params: Params, plan: Plan | None) -> None:
-  """Fills a folder, and reads the spec back."""
+  """Fills a folder, and checks the spec by reading it back."""
   spec = model.spec
   loading.save_params(spec, params, made / WEIGHTS)
   if plan:
@@ -89,12 +89,12 @@ def read_spec(
   """Reads a saved model's spec.
 
   Args:
-    folder: What `save` wrote.
-    num_classes: As for `load`.
-    image_size: As for `load`.
+    folder: Folder written by `save`.
+    num_classes: Outputs of the classifier, as in `load`.
+    image_size: Image size in pixels, as in `load`.
 
   Raises:
-    UserError: If the folder is not whole.
+    UserError: If the folder is incomplete or damaged.
   """
   values = _read_values(pathlib.Path(paths.expand(folder), SPEC))
   spec = loading.spec_for(values["variant"], weights_of(folder), num_classes, image_size)
@@ -113,7 +113,7 @@ def read_plan(folder: str | os.PathLike[str]) -> Plan | None:
 
 
 def _read_values(path: pathlib.Path) -> dict[str, Any]:
-  """Reads a spec.json, whose values are of the right types then."""
+  """Reads a spec.json, and refuses values of wrong types."""
   try:
     values = strict_json.loads(path.read_text(encoding="utf-8"))
     if (values["format"], values["version"]) != (FORMAT, VERSION):
@@ -131,7 +131,7 @@ def _read_values(path: pathlib.Path) -> dict[str, Any]:
 
 
 def _check_replaceable(target: pathlib.Path) -> None:
-  """Refuses to replace what is no folder of a saved model, or holds more than that."""
+  """Refuses to replace anything but a folder with only a saved model."""
   if not os.path.lexists(target):
     return
   there = {entry.name for entry in target.iterdir()} if target.is_dir() else {target.name}

@@ -1,6 +1,6 @@
-"""Plans without a search: ToMe, EViT, DynamicViT, and schedules made by hand or by chance.
+"""Plans without a search: ToMe, EViT, DynamicViT, and hand-made and random schedules.
 
-Each function takes a dense model, and either its method's own strength or a budget: `macs`, a
+Each function takes a dense model, and either its method's own parameter or a budget: `macs`, a
 fraction of the dense model's multiply-accumulates, or `gmacs`, 1e9 of them per image.
 """
 
@@ -29,13 +29,13 @@ def tome(
 
   Args:
     model: The dense model.
-    r: Tokens that each layer merges away, never more than half of them; or a list, or a pair of
-      their mean and how they change, see `methods.tome.tome_counts`.
-    macs: The budget, instead of `r`.
-    gmacs: The budget, instead of `r`.
+    r: Tokens to merge in each layer, at most half of them; or a list per layer, or a pair of their
+      mean and inflection, see `methods.tome.tome_counts`.
+    macs: Budget as a fraction, instead of `r`.
+    gmacs: Budget in 1e9 multiply-accumulates, instead of `r`.
 
   Raises:
-    UserError: If not one of the three is given, or a budget cannot be reached.
+    UserError: If not exactly one of the three is given, or a budget cannot be met.
 
   Examples:
     >>> import vitcomp_jax as vc
@@ -52,7 +52,7 @@ def tome(
   if r is None:
     return _within("tome", spec, macs, gmacs)
   _check_alone("r", macs, gmacs)
-  # MAE's authors of ToMe do without proportional attention.
+  # ToMe's authors use no proportional attention for MAE.
   layers = methods.tome.layers(spec, r, prop_attn=spec.pool != "size_mean")
   return _plan(spec, layers, method="tome", r=r)
 
@@ -65,17 +65,17 @@ def evit(
   macs: float | None = None,
   gmacs: float | None = None,
 ) -> Plan:
-  """Makes EViT's plan: after a quarter, a half and three quarters of the layers tokens go.
+  """Makes EViT's plan: removes tokens after a quarter, a half and three quarters of the layers.
 
   Args:
     model: The dense model.
-    keep: Share of the patch tokens that stays at each of the three places; or one share per layer.
-    fuse: Whether those that go are fused into one token.
-    macs: The budget, instead of `keep`.
-    gmacs: The budget, instead of `keep`.
+    keep: Share of patch tokens to keep at each of the three places; or one share per layer.
+    fuse: Whether removed tokens are fused into one.
+    macs: Budget as a fraction, instead of `keep`.
+    gmacs: Budget in 1e9 multiply-accumulates, instead of `keep`.
 
   Raises:
-    UserError: If not one of the three is given, or it is out of range.
+    UserError: If not exactly one of the three is given, or it is out of range.
 
   Examples:
     >>> import vitcomp_jax as vc
@@ -110,13 +110,13 @@ def dynamicvit(
 
   Args:
     model: The dense model.
-    keep: Share of the patch tokens that stays after a quarter of the layers; its square stays after
-      a half, its cube after three quarters.
-    macs: The budget, instead of `keep`.
-    gmacs: The budget, instead of `keep`.
+    keep: Share of patch tokens to keep after a quarter of the layers; its square after a half, and
+      its cube after three quarters.
+    macs: Budget as a fraction, instead of `keep`.
+    gmacs: Budget in 1e9 multiply-accumulates, instead of `keep`.
 
   Raises:
-    UserError: If not one of the three is given, or it is out of range.
+    UserError: If not exactly one of the three is given, or it is out of range.
 
   Examples:
     >>> import vitcomp_jax as vc
@@ -148,13 +148,13 @@ def uniform(
 
   Args:
     model: The dense model.
-    macs: The budget.
-    gmacs: The budget.
-    merge: Whether tokens are merged; otherwise they are pruned.
-    importance: How tokens are ranked, one of `ViTSpec.importance`.
+    macs: Budget as a fraction.
+    gmacs: Budget in 1e9 multiply-accumulates.
+    merge: Whether tokens are merged rather than pruned.
+    importance: Importance metric, see `ViTSpec.importance`.
 
   Raises:
-    UserError: If not one budget is given, or it cannot be reached.
+    UserError: If not exactly one budget is given, or it cannot be met.
 
   Examples:
     >>> import vitcomp_jax as vc
@@ -175,17 +175,17 @@ def linear(
   merge: bool = False,
   importance: str = "auto",
 ) -> Plan:
-  """Makes a plan whose counts fall linearly with the depth, by pruning or by merging.
+  """Makes a plan whose counts fall linearly with depth, by pruning or merging.
 
   Args:
     model: The dense model.
-    macs: The budget.
-    gmacs: The budget.
-    merge: Whether tokens are merged; otherwise they are pruned.
-    importance: How tokens are ranked, one of `ViTSpec.importance`.
+    macs: Budget as a fraction.
+    gmacs: Budget in 1e9 multiply-accumulates.
+    merge: Whether tokens are merged rather than pruned.
+    importance: Importance metric, see `ViTSpec.importance`.
 
   Raises:
-    UserError: If not one budget is given, or it cannot be reached.
+    UserError: If not exactly one budget is given, or it cannot be met.
 
   Examples:
     >>> import vitcomp_jax as vc
@@ -205,12 +205,12 @@ def random(
 
   Args:
     model: The dense model.
-    macs: The budget.
-    gmacs: The budget.
-    seed: Of the draw.
+    macs: Budget as a fraction.
+    gmacs: Budget in 1e9 multiply-accumulates.
+    seed: Random seed.
 
   Raises:
-    UserError: If not one budget is given, or no draw meets it.
+    UserError: If not exactly one budget is given, or no draw meets it.
 
   Examples:
     >>> import vitcomp_jax as vc

@@ -29,18 +29,19 @@ def outcomes(
   name: str,
   dense_params: Params | None = None,
 ) -> Outcomes:
-  """Measures one model over every example once.
+  """Measures a model on every example once.
 
   Args:
-    model: Which is measured.
-    params: Its weights.
+    model: The model.
+    params: Weights of the model.
     batches: This process's rows of all examples, from `Dataset.eval_batches`.
-    layout: On the devices.
-    name: Of the model, for errors.
-    dense_params: Where there are no labels, or no classifier: the dense model's weights.
+    layout: Layout on the devices.
+    name: Name of the model, for errors.
+    dense_params: Weights of the dense model, to compare with if there are no labels or no
+      classifier.
 
   Returns:
-    Of every example, `top1` and `top5` (0 or 100) and cross-entropy in nats (`loss`); or, with
+    `top1` and `top5` (0 or 100) and the cross-entropy `loss` in nats of every example; or, with
     `dense_params`, the divergence of the outputs from the dense model's.
 
   Raises:
@@ -65,14 +66,14 @@ def outcomes(
 
 
 def check_finite(outputs: np.ndarray, what: str) -> None:
-  """Refuses outputs, or one metric for each example, that are not all finite.
+  """Refuses outputs, or metrics per example, that are not all finite.
 
   Args:
-    outputs: Of any shape.
-    what: Gave them.
+    outputs: Array of any shape.
+    what: Source of the outputs, for the error.
 
   Raises:
-    UserError: Says what gave them, and how many they are.
+    UserError: If any value is not finite, with the number of such values.
   """
   broken = int(np.sum(~np.isfinite(outputs)))
   if broken:
@@ -95,7 +96,7 @@ def measured(row: Row, found: Outcomes, model: Backbone) -> Row:
 def scores(logits: jax.Array, labels: jax.Array) -> dict[str, jax.Array]:
   """Scores every example: `top1` and `top5` (0 or 100) and the cross-entropy `loss` in nats.
 
-  An example with a logit that is not finite meets none, whatever its label, and its loss is NaN.
+  An example with a non-finite logit scores 0, whatever its label, and its loss is NaN.
   """
   logits = logits.astype(jnp.float32)
   own = jnp.take_along_axis(logits, labels[:, None], axis=1)
@@ -103,7 +104,7 @@ def scores(logits: jax.Array, labels: jax.Array) -> dict[str, jax.Array]:
   before = jnp.arange(logits.shape[1], dtype=labels.dtype)[None] < labels[:, None]
   rank = jnp.sum((logits > own) | ((logits == own) & before), axis=1)
   loss = jax.nn.logsumexp(logits, axis=1) - own[:, 0]
-  # NaN is not above anything, so that every label would be met.
+  # NaN is not above anything, so every label would count as found.
   is_finite = jnp.all(jnp.isfinite(logits), axis=1)
   top1, top5 = (jnp.where(is_finite & (rank < k), 100.0, 0.0) for k in (1, 5))
   return {"top1": top1, "top5": top5, "loss": jnp.where(is_finite, loss, jnp.nan)}

@@ -1,4 +1,4 @@
-"""Searches a plan for a model on arrays, or on any iterable of batches; no run is needed."""
+"""Searches a plan for a model on arrays, or on any iterable of batches, without a run."""
 
 import dataclasses
 import itertools
@@ -40,18 +40,18 @@ def search(
   """Learns how many tokens each layer of a model prunes and merges, under a budget.
 
   Args:
-    model: A dense one, from `vc.load`.
-    params: Its weights, which stay as they are.
+    model: Dense model, from `vc.load`.
+    params: Weights of the model, which are not changed.
     data: Images [n h w 3]; a tuple of images and labels [n]; or an iterable of batches of these.
-      Images are uint8 of the model's size, or floats that `vc.preprocess` made.
+      Images are uint8 of the model's size, or floats from `vc.preprocess`.
     macs: The budget as a fraction of the dense model's multiply-accumulates, in (0, 1].
     gmacs: The budget in 1e9 multiply-accumulates per image.
-    latency_ms: The budget as the time that one image takes on this device, in milliseconds.
+    latency_ms: The budget as the latency of one image on this device, in milliseconds.
     loss: `labels` (cross-entropy), `logits` or `features` (divergence from the dense model's);
       None: the first that data and model allow.
-    steps: Of the optimizer.
-    batch_size: Images per step, where data are arrays.
-    seed: Of all randomness.
+    steps: Optimizer steps.
+    batch_size: Images per step if the data are arrays.
+    seed: Random seed.
     **options: Other keys of `config.search`, such as `granularity` or `learning_rate`.
 
   Returns:
@@ -123,7 +123,7 @@ def _latency(spec: ViTSpec, config: SearchConfig) -> CostModel:
 def _checked(
   batches: Iterator[Batch], spec: ViTSpec, has_labels: bool, layout: Layout
 ) -> Iterator[Batch]:
-  """Yields batches as a step takes them; refuses images and labels of another model."""
+  """Yields batches for the training step; refuses images and labels that do not fit the model."""
   for batch in batches:
     images, labels = batch["image"], batch["label"]
     height, width = spec.image_size

@@ -1,4 +1,4 @@
-"""Budgets that a caller gives: a fraction of the dense model's cost, or the cost itself."""
+"""Budgets given by a caller: a fraction of the dense model's cost, or an absolute cost."""
 
 from collections.abc import Mapping
 
@@ -8,16 +8,16 @@ from vitcomp_jax.models.spec import ViTSpec
 
 
 def target(spec: ViTSpec, cost: CostModel, asked: Mapping[str, float | None]) -> float:
-  """Resolves the one budget that is given, in the cost's unit.
+  """Resolves the given budget to the cost's unit.
 
   Args:
     spec: The dense model.
-    cost: What the budget limits.
-    asked: Budgets by name, of which all but one are None. `macs` is a fraction of the dense model's
-      cost; any other is in the cost's unit.
+    cost: Cost that the budget limits.
+    asked: Budgets by name, all but one None. `macs` is a fraction of the dense model's cost; any
+      other is in the cost's unit.
 
   Raises:
-    UserError: If not exactly one is given, or it is not above 0 and at most the dense model's.
+    UserError: If not exactly one is given, or it is not above 0 and at most the dense model's cost.
   """
   given = {name: value for name, value in asked.items() if value is not None}
   if len(given) != 1:

@@ -1,4 +1,4 @@
-"""Searches a plan by gradient: what is trained, and which of the plans passed through is chosen."""
+"""Searches a plan by gradient: trains rates, and chooses among the plans passed through."""
 
 import dataclasses
 import logging
@@ -32,7 +32,7 @@ from vitcomp_jax.training.step import (
   with_rows,
 )
 
-_KEPT = 7  # plans that a search passed through, beside its last, that are tried at the end
+_KEPT = 7  # plans passed through, besides the last, to try at the end
 
 Batches = Iterable[Mapping[str, np.ndarray]]
 
@@ -49,9 +49,9 @@ class Passed:
   """A plan that a search passed through.
 
   Attributes:
-    step: Steps that were done by then.
-    loss: Task loss of the deployed plan, on images that it was not chosen by.
-    layers: The plan's, adjusted to the budget.
+    step: Number of steps done.
+    loss: Task loss of the deployed plan, on images that were not trained on.
+    layers: Layers of the plan, adjusted to the budget.
   """
 
   step: int
@@ -64,11 +64,11 @@ class Found:
   """The outcome of a search.
 
   Attributes:
-    step: Steps after which the chosen rates were there.
-    raw: Layers that keep what was learnt.
-    layers: The same, adjusted to the budget.
+    step: Step of the chosen rates.
+    raw: Layers with the learnt counts.
+    layers: Layers adjusted to the budget.
     offset: Tokens that the adjustment adds to every expected count.
-    passed: All plans that were tried and have a finite loss.
+    passed: Tried plans with a finite loss.
   """
 
   step: int
@@ -83,11 +83,11 @@ class Search:
   """Searches with one method on one model.
 
   Attributes:
-    method: Knows the model and the budget.
-    config: Of the optimizer and the loss.
-    preprocess: Of images that are uint8.
-    layout: On the devices.
-    seed: Of all randomness.
+    method: Method, which holds the model and the budget.
+    config: Options of the optimizer and the loss.
+    preprocess: Preprocessing of uint8 images.
+    layout: Layout on the devices.
+    seed: Random seed.
   """
 
   method: DiffRate
@@ -104,14 +104,14 @@ class Search:
     epoch_steps: int,
     learnt: Mapping[str, Any] | None = None,
   ) -> loop.Task:
-    """Returns the training task: only the rates are trained.
+    """Returns the training task, which trains only the rates.
 
     Args:
-      name: Of the stage in logs and checkpoints.
-      params: The model's weights.
-      batches: Gives this process's rows of the batches from a step on.
-      epoch_steps: Steps of an epoch, for the authors' schedule.
-      learnt: Rates of a search at another budget to go on from; None: the method's start.
+      name: Name of the stage in logs and checkpoints.
+      params: Weights of the model.
+      batches: Returns this process's rows of the batches from a step on.
+      epoch_steps: Steps per epoch, for the authors' schedule.
+      learnt: Rates of a search at another budget to continue from; None: the initial ones.
     """
     config, layout = self.config, self.layout
     tx = optimizer.search_optimizer(config, epoch_steps)
@@ -130,7 +130,7 @@ class Search:
     )
 
   def _kept_steps(self) -> list[int]:
-    """Returns the steps at even distances, the first among them, whose rates are kept."""
+    """Returns the evenly spaced steps whose rates are kept, including the first."""
     if not self.config.choose_images:
       return []
     return sorted({self.config.steps * i // _KEPT for i in range(_KEPT)})
@@ -174,14 +174,14 @@ class Search:
   def choose(self, state: TrainState, params: Any, batches: Batches) -> Found:
     """Returns the plan with the least task loss among those that the search passed through.
 
-    A gradient tells what one token more or less costs a layer, not what many in several layers do:
-    a search may leave a good plan behind. So a few of them, the start and the end included, are
-    tried on images that were not trained on.
+    A gradient measures the effect of one token in a layer, not of many in several layers: a search
+    may pass through a better plan. So a few plans, including the first and the last, are tried on
+    images that were not trained on.
 
     Args:
-      state: After the last step.
-      params: The model's weights.
-      batches: This process's rows of those images; not used if the config chooses on none.
+      state: State after the last step.
+      params: Weights of the model.
+      batches: This process's rows of those images; unused if `choose_images` is 0.
 
     Raises:
       UserError: If no plan has a finite loss.
@@ -201,7 +201,7 @@ class Search:
     return dataclasses.replace(found, passed=tuple(finite))
 
   def _rates(self, state: TrainState) -> list[tuple[int, np.ndarray]]:
-    """Returns the steps whose rates were kept, and the expected counts there; the last one too."""
+    """Returns the steps whose rates were kept and the last one, with their expected counts."""
     kept = self.layout.get(state.passed)
     found = []
     for i, step in enumerate(self._kept_steps()):
@@ -216,7 +216,7 @@ class Search:
   def _tried(
     self, rates: list[tuple[int, np.ndarray]], params: Any, batches: Batches
   ) -> list[Passed]:
-    """Measures the task loss of the plans; one program serves all of them."""
+    """Measures the task loss of the plans, with one compiled program."""
     model = build(self.method.spec, self.method.replayed_layers())
 
     @jax.jit
@@ -229,7 +229,7 @@ class Search:
     for step, expected in rates:
       layers, _ = self.method.deploy_counts(expected)
       arch = self.layout.put(self.method.replayed_arch(layers))
-      # One by one: with many programs under way XLA's CPU devices may wait for each other for good.
+      # One at a time, as many concurrent programs may deadlock XLA's CPU devices.
       found = [
         float(self.layout.get(loss({"params": params, "arch": arch}, batch))) for batch in placed
       ]

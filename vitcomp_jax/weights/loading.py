@@ -1,4 +1,4 @@
-"""Loads models' specs and parameters from weights, and writes them."""
+"""Loads specs and parameters of models from weights, and writes weights."""
 
 import dataclasses
 import functools
@@ -36,17 +36,17 @@ def spec_for(
   image_size: int | tuple[int, int] | None = None,
   dtype: str | None = None,
 ) -> ViTSpec:
-  """Returns a variant's spec with what its weights say of themselves; reads no weight.
+  """Returns a variant's spec with the metadata of its weights; reads no tensors.
 
   Args:
     variant: timm's name.
-    weights: As for `load`.
-    num_classes: As for `load`.
-    image_size: As for `load`.
-    dtype: Of the computation; None: that of inputs and weights.
+    weights: File, hub id, or `bundled`, as in `load`; None: random weights.
+    num_classes: Outputs of the classifier, as in `load`.
+    image_size: Image size in pixels, as in `load`.
+    dtype: Dtype of the computation; None: that of inputs and weights.
 
   Raises:
-    UserError: For an unknown variant, or weights that are not there or were written for another.
+    UserError: For an unknown variant, or weights that are missing or for another variant.
   """
   if num_classes is not None and (type(num_classes) is not int or num_classes < 0):
     raise UserError(f"num_classes: expected a whole number, 0 or more, got {num_classes!r}.")
@@ -76,10 +76,10 @@ def spec_for(
 
 
 def variant_of(weights: str) -> str:
-  """Returns the variant that weights name, in their metadata or as timm's hub id.
+  """Returns the variant that weights name, in their metadata or by timm's hub id.
 
   Raises:
-    UserError: If they are not there, or do not say.
+    UserError: If the weights are missing, or name no variant.
   """
   about = files.describe(weights)
   name = about.variant or tags.architecture(about.source)
@@ -92,7 +92,7 @@ def variant_of(weights: str) -> str:
 
 
 def _preprocess_of(spec: ViTSpec, weights: str, about: Description) -> dict[str, Any]:
-  """Returns the preprocessing that the weights name, or that timm has for their hub id."""
+  """Returns the preprocessing in the weights' metadata, or timm's for their hub id."""
   if about.preprocess:
     return dict(about.preprocess)
   if tag := tags.tag_of(weights):
@@ -102,16 +102,16 @@ def _preprocess_of(spec: ViTSpec, weights: str, about: Description) -> dict[str,
   return {}
 
 
-# What a spec says of images, classes and computation, and not of the weights' meaning.
+# Fields of a spec that do not affect the meaning of the weights.
 _FREE_FIELDS = {"name", "image_size", "num_classes", "class_names", "dtype", "attention"}
 _FREE_FIELDS |= {"antialias", *description.PREPROCESS}
 
 
 def _check_variant(spec: ViTSpec, about: Description) -> None:
-  """Refuses weights of an architecture whose tensors look alike but mean something else."""
+  """Refuses weights of an architecture whose tensors have equal shapes but another meaning."""
   name = about.variant or tags.architecture(about.source)
   theirs = VARIANTS.get(name or "")
-  # A variant with a dot is another reading of the same tensors, such as MAE's mean of patches.
+  # A variant with a dot uses the same tensors differently, such as MAE's mean of patches.
   if theirs is None or name == spec.name.split(".")[0]:
     return
   values, mine = dataclasses.asdict(theirs), dataclasses.asdict(spec)
@@ -124,21 +124,21 @@ def _check_variant(spec: ViTSpec, about: Description) -> None:
 
 
 def _square_size(spec: ViTSpec, about: Description) -> tuple[int, int] | None:
-  """Returns the image size of position embeddings on a square grid; None for another count."""
+  """Returns the image size of position embeddings on a square grid; None if not square."""
   rows = about.shapes.get("pos_embed", (1, 0, 0))[1]
-  # DINOv2's authors have a row for CLS even where registers stand beside it.
+  # DINOv2's authors have a row for CLS even with registers.
   patches = rows - spec.pos_prefix - ("register_tokens" in about.shapes)
   side = math.isqrt(max(patches, 0))
   return (side * spec.patch_size,) * 2 if patches > 0 and side**2 == patches else None
 
 
 def save_params(spec: ViTSpec, params: Params, path: str | os.PathLike[str]) -> None:
-  """Writes weights as safetensors with timm's names, and what they say of themselves beside them.
+  """Writes weights as safetensors with timm's names and metadata.
 
   Args:
-    spec: The model's: its name, class names, image size and preprocessing are written.
-    params: Its parameters.
-    path: Where to; folders are made.
+    spec: The model, whose name, class names, image size and preprocessing are the metadata.
+    params: Parameters of the model.
+    path: Path of the file; folders are made.
 
   Raises:
     UserError: If the file cannot be written.
@@ -159,18 +159,18 @@ def load_params(
   fresh_predictors: bool = False,
   widen: bool = True,
 ) -> Params:
-  """Returns a model's parameters, from weights fitted to it, or random.
+  """Returns a model's parameters: weights fitted to it, or random ones.
 
   Args:
     spec: The model.
-    layers: Its layers.
-    weights: As for `load`.
-    seed: Of what is random.
-    fresh_head: Whether weights for another number of classes, or for classes of other names, are
-      taken, with a random head; a warning says so.
-    indices: Which units slimmed layers keep; the weights may be the slimmed network's, or the dense
-      one's, which are then cut.
-    fresh_predictors: Whether weights without DynamicViT's prediction modules are taken, with random
+    layers: Layers of the model.
+    weights: File, hub id, or `bundled`, as in `load`; None: random weights.
+    seed: Seed of random parameters.
+    fresh_head: Whether to accept weights for another number of classes or other class names, with a
+      random head and a warning.
+    indices: Units that slimmed layers keep; weights of the dense network are sliced, those of the
+      slimmed one are not.
+    fresh_predictors: Whether to accept weights without DynamicViT's prediction modules, with random
       ones.
     widen: Whether weights of half precision become float32.
   """
@@ -197,7 +197,7 @@ def load_params(
     initial=functools.partial(load_params, spec, layers, None, seed) if fresh_head else None,
   )
   for path, value in jax.tree.leaves_with_path(params):
-    with np.errstate(over="ignore"):  # of float64, which may be out of the range of float32
+    with np.errstate(over="ignore"):  # float64 may exceed float32's range
       value = np.asarray(value, jax.dtypes.canonicalize_dtype(value.dtype))
     if not (jnp.issubdtype(value.dtype, jnp.floating) and np.isfinite(value).all()):
       name = ".".join(key.key for key in path)
@@ -212,10 +212,10 @@ def load_params(
 def _split_predictors(
   spec: ViTSpec, layers: tuple[LayerSpec, ...], seed: int, fresh: bool
 ) -> tuple[tuple[LayerSpec, ...], Params]:
-  """Layers without DynamicViT's prediction modules, and random modules by the block's name.
+  """Returns layers without DynamicViT's prediction modules, and random modules by block name.
 
   Raises:
-    UserError: If there are some, and they may not be random.
+    UserError: If there are prediction modules, and they may not be random.
   """
   places = [i for i, layer in enumerate(layers) if isinstance(layer.select, nn.Module)]
   if not places:
@@ -234,7 +234,7 @@ def _split_predictors(
 
 
 def _has_widths(state: Mapping[str, np.ndarray], layers: tuple[LayerSpec, ...]) -> bool:
-  """Whether weights under timm's names are those of slimmed layers."""
+  """Returns whether weights with timm's names are those of slimmed layers."""
   expected = {}
   for i, layer in enumerate(layers):
     expected[f"blocks.{i}.attn.qkv.weight"] = 3 * layer.num_heads * layer.head_dim
@@ -243,21 +243,21 @@ def _has_widths(state: Mapping[str, np.ndarray], layers: tuple[LayerSpec, ...]) 
 
 
 def abstract_params(model: Backbone) -> Params:
-  """The shapes of a model's parameters."""
+  """Returns the shapes of a model's parameters."""
   images = jax.ShapeDtypeStruct((1, *model.spec.image_size, 3), jnp.float32)
   return dict(jax.eval_shape(model.init, jax.random.key(0), images)["params"])
 
 
 def _located(spec: ViTSpec, weights: str) -> str:
-  """Returns weights as given, and `bundled` as the path of the file that ships."""
+  """Returns weights as given, with `bundled` replaced by the path of the packaged file."""
   return bundled_weights(spec) if weights == "bundled" else weights
 
 
 def bundled_weights(spec: ViTSpec) -> str:
-  """The path of the weights that ship with the package.
+  """Returns the path of the weights that ship with the package.
 
   Raises:
-    UserError: If none ship for this variant.
+    UserError: If there are none for this variant.
   """
   folder = importlib.resources.files("vitcomp_jax") / "bundled"
   path = folder / f"{spec.name}.safetensors"
