@@ -77,7 +77,7 @@ def test_an_importance_that_the_model_lacks(variant, asked, lacks, stage, tmp_pa
     "evaluate": {"baselines": ("uniform",)},
   }
   with pytest.raises(vc.UserError, match=f"config.search.importance: .*{lacks}, got {asked}"):
-    getattr(vc, stage)(config, workdir=tmp_path / "run")
+    vc.run_stage(stage, config, workdir=tmp_path / "run")
   assert not (tmp_path / "run").exists()
 
 

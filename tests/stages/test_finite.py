@@ -74,7 +74,7 @@ def test_it_is_one_line_and_status_2(overflowing, tmp_path, capsys):
 def test_no_table_holds_it(overflowing, tmp_path):
   for stage in ("evaluate", "compare"):
     with pytest.raises(vc.UserError, match="row dense: expected finite outputs, got 40 of 40"):
-      getattr(vc, stage)(_config(overflowing), tmp_path / stage)
+      vc.run_stage(stage, _config(overflowing), tmp_path / stage)
     assert not (tmp_path / stage / "result.json").exists()
   assert not list((tmp_path / "compare").rglob("*.npz"))
 

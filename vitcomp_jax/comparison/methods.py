@@ -50,7 +50,7 @@ def check_methods(config: Config, spec: ViTSpec) -> None:
 
 def _known(key: str, text: str, config: Config, spec: ViTSpec, learning: tuple[str, ...]) -> str:
   name, own = parse(text, config)
-  spec.importance(own.search.importance)  # raises
+  spec.importance(own.search.importance, "config.search.importance")  # raises
   if name not in {*schedules(), *learning}:
     known = ", ".join((*learning, *schedules()))
     raise UserError(f"config.compare.{key}: expected some of {known}, got {text}.")

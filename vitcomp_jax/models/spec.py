@@ -184,13 +184,13 @@ class ViTSpec:
     """Returns the rows of the position embeddings that belong to the prefix."""
     return self.num_prefix if self.pos_on_prefix else 0
 
-  def importance(self, asked: str = "auto", where: str = "config.search.importance") -> str:
+  def importance(self, asked: str = "auto", where: str = "importance") -> str:
     """Resolves `auto` to the best importance metric that this model supports.
 
     Args:
       asked: One of `importance.IMPORTANCES`; or `auto`, the attention paid by the CLS token, by the
         head's own query or, if the head takes a mean, by all tokens.
-      where: Key named in the error.
+      where: Name of the option, for the error.
 
     Raises:
       UserError: If the model does not support the metric.

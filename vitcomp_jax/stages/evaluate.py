@@ -53,7 +53,7 @@ def _check_baselines(run: Run) -> None:
       raise UserError(
         f"config.evaluate.baselines: expected some of {', '.join(known)}, got {name}."
       )
-    run.inputs.spec.importance(run.config.search.importance)
+    run.inputs.spec.importance(run.config.search.importance, "config.search.importance")
 
 
 def run(run: Run) -> Result:

@@ -14,13 +14,14 @@ from vitcomp_jax.ops import merge, select
 
 
 def reduction(spec: ViTSpec, importance: str) -> Callable[[int, int], "PruneMerge"]:
-  """Returns a maker of reductions, of the tokens after pruning and after merging.
+  """Returns a function that makes a reduction from the tokens after pruning and after merging.
 
   Args:
     spec: The model.
-    importance: Ranks the tokens, see `ViTSpec.importance`.
+    importance: Value of `config.search.importance`, see `ViTSpec.importance`.
   """
-  return functools.partial(PruneMerge, importance=spec.importance(importance))
+  metric = spec.importance(importance, "config.search.importance")
+  return functools.partial(PruneMerge, importance=metric)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,10 +34,8 @@ class PruneMerge(StaticReducer):
   Attributes:
     prune_keep: Tokens after pruning.
     merge_keep: Tokens after merging.
-    signed_similarity: See `Recipe`.
+    signed_similarity: Option of `Recipe`; likewise `whole_sizes` and `first_receives`.
     importance: Importance metric, see `models.importance`.
-    whole_sizes: See `Recipe`.
-    first_receives: See `Recipe`.
 
   References:
     Chen et al., `DiffRate <https://arxiv.org/abs/2305.17997>`_, 2023, Sec. 3.2 and Fig. 3a.

@@ -124,7 +124,7 @@ class DiffRate:
     patches, granularity = self.spec.num_patches, self.options.granularity
     if granularity > patches:
       raise UserError(f"config.search.granularity: expected 1 to {patches}, got {granularity}.")
-    self.spec.importance(self.options.importance)  # raises
+    self.spec.importance(self.options.importance, "config.search.importance")  # raises
     if self.cost is not MACS and not self.recipe.relative_budget:
       raise UserError(
         f"config.search.recipe: expected ours for a budget in {self.cost.unit}, got "
