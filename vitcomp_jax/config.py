@@ -326,7 +326,7 @@ def from_config_dict(values: Mapping[str, Any]) -> Config:
 
 
 def with_overrides(values: Mapping[str, Any], overrides: Mapping[str, str]) -> dict[str, Any]:
-  """Sets keys from a command line's text: Python literals, or strings as they are.
+  """Sets keys from a command line's text: Python literals, or else strings.
 
   Raises:
     UserError: For an unknown key (naming the nearest known one).

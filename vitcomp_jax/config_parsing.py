@@ -55,7 +55,7 @@ def defaults(cls: type) -> ml_collections.ConfigDict:
 def with_overrides(
   cls: type, values: Mapping[str, Any], overrides: Mapping[str, str]
 ) -> dict[str, Any]:
-  """Sets keys from a command line's text: Python literals, or strings as they are.
+  """Sets keys from a command line's text: Python literals, or else strings.
 
   Args:
     cls: The config's class.

@@ -14,7 +14,7 @@ class Backbone(nn.Module):
 
   Attributes:
     spec: The model.
-    layers: Its layers, `spec.dense_layers` or compressed ones.
+    layers: Layers of the model, `spec.dense_layers` or compressed ones.
     remat: Whether the backward pass recomputes a layer's activations instead of storing them.
   """
 

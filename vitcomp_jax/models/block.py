@@ -81,7 +81,7 @@ def encoder_block(layer: LayerSpec, parts: BlockParts, remat: bool = False) -> E
   Args:
     layer: The layer's spec.
     parts: Factory of the layer's parts.
-    remat: See `Backbone`.
+    remat: Whether the backward pass recomputes activations, see `Backbone`.
   """
   gates = layer.token_gate, layer.head_gate, layer.hidden_gate
   block = nn.remat(EncoderBlock) if remat else EncoderBlock

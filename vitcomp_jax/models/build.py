@@ -11,7 +11,7 @@ def build(spec: ViTSpec, layers: tuple[LayerSpec, ...], remat: bool = False) -> 
 
   Args:
     spec: The model.
-    layers: Its layers, `spec.dense_layers` or compressed ones.
-    remat: See `Backbone`.
+    layers: Layers of the model, `spec.dense_layers` or compressed ones.
+    remat: Whether the backward pass recomputes activations, see `Backbone`.
   """
   return (CAFormer if isinstance(spec, CAFormerSpec) else ViT)(spec, layers, remat)

@@ -195,7 +195,7 @@ def make_plan(
 
   Args:
     spec: The model.
-    layers: Its layers.
+    layers: Layers of the model.
     made_by: Origin of the layers, as JSON.
     indices: Units of the dense layers that slimmed ones keep; None: those in the layers.
 

@@ -24,7 +24,7 @@ class Findings:
   """Results of a run's stages so far, besides the table.
 
   Attributes:
-    plan: Plan in force; None: dense.
+    plan: Current plan; None: dense.
     counts: Tokens after pruning and after merging in each layer of the plan.
     search: Result of this run's search, if any.
     slim: Result of this run's slimming, if any.

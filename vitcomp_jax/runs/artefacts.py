@@ -1,4 +1,4 @@
-"""The plan and the weights in force: made by stages in this workdir, or named by the config."""
+"""The current plan and weights: made by stages in this workdir, or named by the config."""
 
 import dataclasses
 import functools
@@ -16,7 +16,7 @@ from vitcomp_jax.weights.loading import Params
 
 @dataclasses.dataclass(frozen=True)
 class Artefacts:
-  """The plan and the weights in force, each read once.
+  """The current plan and weights, each read once.
 
   Stages replace some of them. So every stage gets a new object (`Run.reread`), and never reads its
   own artefacts from it.
@@ -62,7 +62,7 @@ class Artefacts:
 
   @functools.cached_property
   def layers(self) -> tuple[LayerSpec, ...]:
-    """Returns the layers under the plan in force."""
+    """Returns the layers under the current plan."""
     spec = self.inputs.spec
     return self.plan.layers_for(spec) if self.plan else spec.dense_layers
 
@@ -117,7 +117,7 @@ class Artefacts:
     loading.save_params(self.inputs.named_spec, params, path)
 
   def check_weights(self) -> None:
-    """Refuses weights that do not fit the layers in force."""
+    """Refuses weights that do not fit the current layers."""
     _ = self.params
 
   def check_dense_weights(self) -> None:

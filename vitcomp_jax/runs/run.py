@@ -21,7 +21,7 @@ class Run:
     config: Config of the run.
     workdir: Folder of the run.
     inputs: The model's spec, the data, the devices and the budget.
-    artefacts: The plan and the weights in force.
+    artefacts: The current plan and weights.
   """
 
   config: Config

@@ -50,7 +50,7 @@ def candidates(run: Run) -> dict[str, Candidate]:
 
 
 def deployed(run: Run) -> dict[str, Candidate]:
-  """Returns the dense model, the front's models, and the model of the plan in force, by name."""
+  """Returns the dense model, the front's models, and the current plan's, by name."""
   artefacts, spec = run.artefacts, run.inputs.spec
   found = []
   if run.config.evaluate.dense:

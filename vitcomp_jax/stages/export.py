@@ -1,4 +1,4 @@
-"""Stage `export`: writes the model in force in formats that run without this library."""
+"""Stage `export`: writes the current model in formats that run without this library."""
 
 from typing import Any
 

@@ -33,7 +33,7 @@ def check(run: Run) -> None:
 
 
 def run(run: Run) -> TrainResult:
-  """Trains the model under the plan in force, from the weights in force.
+  """Trains the model under the current plan, from the current weights.
 
   Returns:
     Steps, images and minutes taken. The weights are in `finetuned.safetensors`.

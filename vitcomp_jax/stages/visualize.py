@@ -106,7 +106,7 @@ def _draw_published(run: Run, rows: Sequence[Row]) -> None:
 
 
 def _draw_images(run: Run, candidates: Mapping[str, Candidate]) -> None:
-  """Draws token and attention maps of the plan in force, or of the first that removes tokens."""
+  """Draws token and attention maps of the current plan, or of the first that removes tokens."""
   inputs, config = run.inputs, run.config.visualize
   folder = run.workdir.path / "figures"
   if not config.images or not candidates:
