@@ -317,6 +317,7 @@ def test_a_count_out_of_range():
     ({"attn_index": [[0, 1]]}, "expected mlp_index to hold places below 256, .*, got nothing"),
     ({"mlp_index": [0]}, "expected attn_index to be a list of equally long lists, got nothing"),
     ({"attn_index": [[0, 1], [2]], "mlp_index": [0]}, "a list of equally long lists, got"),
+    ({"attn_index": [5], "mlp_index": [0]}, "attn_index to hold places below 64, each once"),
     ({"attn_index": [[0, 64]], "mlp_index": [0]}, "attn_index to hold places below 64, each once"),
     ({"attn_index": [[0, 0]], "mlp_index": [0]}, "attn_index to hold places below 64, each once"),
     ({"attn_index": [[0, 1]], "mlp_index": [-2]}, "mlp_index to hold places below 256, each once"),

@@ -1,5 +1,6 @@
 """Parses plan.json, and refuses invalid plans."""
 
+import itertools
 import reprlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -133,7 +134,7 @@ def _parse_index(values: Mapping[str, Any], base: LayerSpec, where: str) -> Laye
       f"{where}: expected attn_index to be a list of equally long lists, got "
       f"{_shown(values, 'attn_index')}."
     )
-  units = {"attn_index": [i for head in heads for i in head], "mlp_index": _listed(hidden)}
+  units = {"attn_index": list(itertools.chain(*map(_listed, heads))), "mlp_index": _listed(hidden)}
   limits = {"attn_index": base.num_heads * base.head_dim, "mlp_index": base.mlp_dim}
   for name, index in units.items():
     is_right = all(type(i) is int and -1 <= i < limits[name] for i in index)
