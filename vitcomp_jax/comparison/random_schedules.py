@@ -55,7 +55,9 @@ def points(run: Run, budget: float) -> list[Point]:
   with path.open("a") as stream:
     for layers in progress(left, f"random schedules of {gmacs:.3g} GMACs", len(left)):
       parts = [_score(run, method, layers, *batch) for batch in batches]
-      scores = {key: np.concatenate([part[key] for part in parts]) for key in ("top1", "loss")}
+      scores = {}
+      for key in ("top1", "loss"):
+        scores[key] = np.concatenate([part[key] for part in parts])
       what = f"random schedule {len(found) + 1} of {gmacs:.3g} GMACs"
       scoring.check_finite(scores["loss"], what)
       mean = {key: float(np.mean(values)) for key, values in scores.items()}

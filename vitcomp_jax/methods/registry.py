@@ -40,7 +40,10 @@ def schedules() -> dict[str, Schedule]:
 
 def untrained_schedules() -> list[str]:
   """Returns the names of the schedules that need no training."""
-  return [name for method in METHODS if not method.is_trained for name in method.schedules]
+  found: list[str] = []
+  for method in METHODS:
+    found += () if method.is_trained else method.schedules
+  return found
 
 
 def within(name: str, spec: ViTSpec, target_gmacs: float, importance: str = "auto") -> Layers:

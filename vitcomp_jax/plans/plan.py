@@ -1,6 +1,7 @@
 """Plans: the tokens and units that each layer keeps."""
 
 import dataclasses
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -169,7 +170,7 @@ class PlanLayer:
     gates: dict[str, Any] = {}
     if self.index:
       heads = (1, 1, base.num_heads, 1, base.head_dim)
-      kept = tuple(unit for head in self.index.attn for unit in head if unit >= 0)
+      kept = tuple(unit for unit in itertools.chain(*self.index.attn) if unit >= 0)
       gates["head_gate"] = HardMask(heads, kept)
       kept = tuple(unit for unit in self.index.mlp if unit >= 0)
       gates["hidden_gate"] = HardMask((1, 1, base.mlp_dim), kept)

@@ -75,16 +75,15 @@ class Table:
 
   def html(self) -> str:
     heads = "".join(f'<th scope="col">{_inline(head)}</th>' for head in self.heads)
-    lines = "\n".join(
-      f'<tr><th scope="row">{_inline(first)}</th>'
-      + "".join(f"<td>{_inline(cell)}</td>" for cell in rest)
-      + "</tr>"
-      for first, *rest in self.lines
-    )
+    lines = []
+    for first, *rest in self.lines:
+      cells = "".join(f"<td>{_inline(cell)}</td>" for cell in rest)
+      lines.append(f'<tr><th scope="row">{_inline(first)}</th>{cells}</tr>')
+    body = "\n".join(lines)
     return (
       f"<figure>\n<figcaption>{_inline(self.caption)}</figcaption>\n"
       f'<div class="wide"><table>\n<thead><tr>{heads}</tr></thead>\n'
-      f"<tbody>\n{lines}\n</tbody>\n</table></div>\n</figure>"
+      f"<tbody>\n{body}\n</tbody>\n</table></div>\n</figure>"
     )
 
 

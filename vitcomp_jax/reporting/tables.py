@@ -26,13 +26,17 @@ def rows_table(rows: Sequence[Row]) -> Block:
   if not rows:
     return Text("No model was measured: the stage `evaluate` has not run.")
   dense = _dense_gmacs(rows)
-  batches = sorted({batch for row in rows for batch in row.images_per_second or {}}, key=int)
+  timed: set[str] = set()
+  for row in rows:
+    timed.update(row.images_per_second or ())
+  batches = sorted(timed, key=int)
   heads = ["model", *_METRICS.values(), "GMACs", "of dense", "params (M)"]
   heads += [f"images/s, batch {batch}" for batch in batches]
   cells = [_row_cells(row, dense, batches) for row in rows]
-  shown = [i for i in range(len(heads)) if any(line[i] != MISSING for line in cells)]
+  columns = [c for c in zip(heads, *cells, strict=True) if set(c[1:]) != {MISSING}]
+  shown, *lines = zip(*columns, strict=True)
   caption = "Measured in this run; nothing in it is copied from elsewhere."
-  return Table(caption, [heads[i] for i in shown], [[line[i] for i in shown] for line in cells])
+  return Table(caption, shown, lines)
 
 
 def _row_cells(row: Row, dense: float | None, batches: Sequence[str]) -> list[str]:

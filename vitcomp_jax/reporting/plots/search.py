@@ -36,14 +36,15 @@ def search_curves(
   figure, losses = subplots(width=7.0, height=5.4, rows=2)
   compute = figure.axes[1]
   dot = "." if len(records) <= 60 else ""
+  values: list[float] = []
   for name, what, color, line in (
     ("loss", "loss with the budget term", BLUE, "-"),
     ("task_loss", "task loss", VERMILION, (0, (4, 1.2))),
   ):
     points = [(r["step"], r[name]) for r in records if r.get(name) is not None]
+    values += [value for _, value in points]
     if points:
       losses.plot(*columns(points), color=color, ls=line, marker=dot, lw=1.5, label=what)
-  values = [r[k] for r in records for k in ("loss", "task_loss") if r.get(k) is not None]
   if values and 0 < 20 * min(values) < max(values):
     losses.set_yscale("log")
     losses.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
