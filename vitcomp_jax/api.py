@@ -96,7 +96,7 @@ def _is_variant(name: str) -> bool:
 
 
 def _check_checkpoint(source: str, weights: Path | None) -> None:
-  """Refuses a source that is neither an architecture's name nor a checkpoint, or has weights."""
+  """Refuses a source that is no checkpoint, and weights beside a checkpoint."""
   path = paths.expand(source)
   if not (os.path.exists(path) or "/" in source or source.endswith(files.SUFFIXES)):
     get_spec(source)  # raises, and names the nearest variants
