@@ -199,7 +199,7 @@ def torch_side(
   config, spec = run.config.search, run.inputs.spec
   options = {
     "target": run.inputs.target_gmacs * 1e9,
-    "unit": search.searcher(run).method.budget_unit,
+    "unit": search.trainer(run).method.budget_unit,
     "weight": config.budget_weight,
     "learning_rate": config.learning_rate,
     "betas": (_ADAM_B1, config.adam_b2),

@@ -8,12 +8,17 @@ import PIL.Image
 import pytest
 
 from vitcomp_jax import main
+from vitcomp_jax.config import default_config, from_config_dict
 from vitcomp_jax.data import sources
+from vitcomp_jax.errors import UserError
 from vitcomp_jax.models.variants import get_spec
+from vitcomp_jax.runs.run import make_run
 from vitcomp_jax.weights import loading
 
 MINI = "vit_mini_patch3_30"
 QUICK = (
+  "--config.budget.fraction=0.65",
+  "--config.compilation_cache=none",
   "--config.search.steps=2",
   "--config.search.batch_size=8",
   "--config.search.choose_images=8",
@@ -34,11 +39,13 @@ def given(tmp_path):
   return weights, tmp_path / "photos"
 
 
-def _photos(folder, by_class, count=20):
+def _photos(folder, by_class, count=20, other=None):
+  """Writes photos; a class of the name `other` is none of the model's."""
   source = sources.make_source("bundled", None, "test", (1, 1), 0)
   for i in range(count):
     example = source[i]
-    inner = folder / source.class_names[example.label] if by_class else folder
+    name = other if other and i == count - 1 else source.class_names[example.label]
+    inner = folder / name if by_class else folder
     inner.mkdir(parents=True, exist_ok=True)
     PIL.Image.fromarray(example.image.squeeze()).save(inner / f"{i}.png")
 
@@ -51,22 +58,62 @@ def _compress(weights, photos, workdir):
 
 
 @pytest.mark.parametrize(
-  "by_class", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["photos", "classes"]
+  ("by_class", "other"),
+  [
+    pytest.param(False, None, marks=pytest.mark.slow),
+    pytest.param(True, None, marks=pytest.mark.slow),
+    (True, "Hat"),
+  ],
+  ids=["photos", "classes", "other_classes"],
 )
-def test_a_checkpoint_and_a_folder(by_class, given, tmp_path, capsys, optax_promotion):
+def test_a_checkpoint_and_a_folder(by_class, other, given, tmp_path, capsys, optax_promotion):
   weights, photos = given
-  _photos(photos, by_class)
+  _photos(photos, by_class, other=other)
   workdir = tmp_path / "run"
   dense, small = _compress(weights, photos, workdir)
   assert (dense["name"], small["name"]) == ("dense", "diffrate")
-  measured = "top1" if by_class else "logit_divergence"
+  measured = "top1" if by_class and not other else "logit_divergence"
   assert measured in dense and measured in small
+  assert json.loads((workdir / "config.json").read_text())["leaves_labels_out"] == bool(other)
   assert small["gmacs"] / dense["gmacs"] == pytest.approx(0.65, abs=0.01)
   assert small["images_per_second"]["1"] > 0
   manifest = json.loads((workdir / "export/manifest.json").read_text())
   assert [each["format"] for each in manifest["artefacts"]] == ["stablehlo"]
   printed = capsys.readouterr().out
   assert "| dense " in printed and "| diffrate" in printed and "images/s, batch 1" in printed
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_classes_of_either_split_may_not_be_the_models(split, given):
+  weights, photos = given
+  for name in ("train", "val"):
+    _photos(photos / name, by_class=True, count=3, other="Hat" if name == split else None)
+  config = default_config()
+  config.model.weights, config.model.variant = str(weights), None
+  config.data.name, config.data.dir = "folder", str(photos)
+  config.stages = ("search", "evaluate")
+  with pytest.raises(UserError, match="expected classes among the model's 10"):
+    run = make_run(from_config_dict(config), photos.parent / "run")
+    assert run.inputs.train_data and run.inputs.eval_data
+  config.data.labels = "auto"
+  inputs = make_run(from_config_dict(config), photos.parent / "run").inputs
+  assert inputs.leaves_labels_out
+  assert not inputs.train_data.has_labels and not inputs.eval_data.has_labels
+
+
+def test_labels_do_not_come_or_go_while_a_run_is_under_way(given, tmp_path):
+  weights, photos = given
+  _photos(photos, by_class=True, count=4, other="Hat")
+  config = default_config()
+  config.model.weights, config.model.variant = str(weights), None
+  config.data.name, config.data.dir, config.data.labels = "folder", str(photos), "auto"
+  config.data.divide = True
+  run = make_run(from_config_dict(config), tmp_path / "run")
+  run.workdir.begin(run.config, run.inputs.class_names, run.inputs.leaves_labels_out)
+  (photos / "Hat").rename(photos / "Bag")
+  run = make_run(from_config_dict(config), tmp_path / "run")
+  with pytest.raises(UserError, match="was begun without labels"):
+    run.workdir.begin(run.config, run.inputs.class_names, run.inputs.leaves_labels_out)
 
 
 def test_weights_that_do_not_say_what_they_are(given, capsys):

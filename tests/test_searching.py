@@ -1,6 +1,7 @@
 """A search from Python: arrays, iterables, labels or none, and the stage's own plan."""
 
 import itertools
+import json
 
 import numpy as np
 import pytest
@@ -8,10 +9,12 @@ import pytest
 import vitcomp_jax as vc
 from tests.models import random_params
 from vitcomp_jax import methods
+from vitcomp_jax.config import default_config, from_config_dict
 from vitcomp_jax.data.arrays import endless_batches
 from vitcomp_jax.data.transforms import normalize
 from vitcomp_jax.models.build import build
 from vitcomp_jax.models.variants import get_spec
+from vitcomp_jax.runs.run import open_run
 from vitcomp_jax.searching import search
 
 pytestmark = pytest.mark.usefixtures("optax_promotion")
@@ -47,7 +50,7 @@ def test_a_search_meets_its_budget_and_keeps_its_history(dense):
 def test_batches_may_come_in_any_form():
   halves = [(IMAGES[:8], LABELS[:8]), (IMAGES[8:16], LABELS[8:16])]
   named = [{"image": x, "label": y} for x, y in halves]
-  for data in (halves, named, tuple(halves)):
+  for data in (halves, named, tuple(halves), [list(pair) for pair in halves]):
     stream, has_labels = endless_batches(data, 4, seed=0)
     assert has_labels
     for expected in (*halves, *halves):
@@ -56,6 +59,26 @@ def test_batches_may_come_in_any_form():
       np.testing.assert_array_equal(batch["label"], expected[1])
   stream, has_labels = endless_batches([x for x, _ in halves], 4, seed=0)
   assert not has_labels and next(stream)["label"].tolist() == [0] * 8
+
+
+def test_a_search_is_that_of_a_run(tmp_path):
+  """The same batches, in a run and as a list, give the same plan."""
+  config = default_config()
+  config.model.variant, config.model.weights = SPEC.name, "bundled"
+  config.data.pad, config.budget.fraction, config.seed = 1, 0.7, 3
+  search_config = config.search
+  search_config.steps, search_config.batch_size, search_config.choose_images = 3, 8, 8
+  plan = vc.run_stage("search", config, tmp_path)
+  run = open_run(from_config_dict(config), tmp_path)
+  batches = list(itertools.islice(run.inputs.train_batches(8, 0), 4))
+  options = {"macs": 0.7, "steps": 3, "choose_images": 8, "seed": 3}
+  model = build(run.inputs.spec, run.inputs.spec.dense_layers)
+  # The library holds back the first batches to choose by, the run the last ones.
+  again = search(model, run.artefacts.dense_params, [batches[3], *batches[:3]], **options)
+  assert again.layers == plan.layers
+  tried = json.loads((tmp_path / "finished/search.json").read_text())["tried"]
+  assert [each.step for each in again.history] == [step for step, _ in tried]
+  np.testing.assert_allclose([each.loss for each in again.history], [loss for _, loss in tried])
 
 
 def test_floats_are_taken_as_normalised():
@@ -91,8 +114,16 @@ def test_an_epoch_holds_every_image_once():
     (IMAGES[0], {}, r"expected images of shape \[n, height, width, 3\]"),
     ((IMAGES, LABELS[:3]), {}, "expected 20 labels"),
     ((IMAGES, LABELS + 100), {}, "expected labels from 0 to"),
+    ((IMAGES, LABELS / 2), {}, "expected whole numbers as labels, got float64"),
+    ((IMAGES, np.eye(20)), {}, r"expected 20 labels, one for each image, .* \[20, 20\]"),
+    ((IMAGES, np.array(3)), {}, "expected 20 labels, one for each image"),
+    ([[IMAGES[0], IMAGES[0][:-1]]], {}, "expected batches of images of one size"),
+    (IMAGES, {"what": "both"}, "what: expected tokens, got 'both'"),
+    (IMAGES, {"log_every": 1}, "log_every: expected options of a search without a workdir"),
+    (IMAGES, {"seed": -1}, "config.seed"),
+    ([IMAGES[:7]], {}, "expected batches that the 2 devices divide, got one of 7"),
     (IMAGES.astype(np.int32), {}, "expected images of uint8 or floats, got int32"),
-    (IMAGES, {"loss": "labels"}, "expected logits or features for data without labels"),
+    (IMAGES, {"loss": "labels"}, "expected logits or features for data that have no labels"),
     (3, {}, "expected arrays or an iterable of batches, got int"),
     ([], {}, "expected more batches than 0"),
     (IMAGES, {"macs": None}, "expected one of macs, gmacs and latency_ms, got none"),

@@ -134,6 +134,8 @@ def compress(model: Backbone, params: Params, plan: Plan | Path) -> tuple[Backbo
     0.68
   """
   plan = load_plan(plan) if isinstance(plan, str | os.PathLike) else plan
+  if not isinstance(plan, Plan):
+    raise UserError(f"compress: expected a plan, its name or path, got {plan!r}.")
   kept = tuple(layer.index for layer in model.layers if layer.index)
   if plan.indices and not kept:
     params = slice_params(params, plan.indices)

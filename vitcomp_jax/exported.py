@@ -164,6 +164,10 @@ def read_manifest(path: pathlib.Path) -> dict[str, Any]:
     raise UserError(f"{path}: expected version {VERSION}, got {manifest.get('version')!r}.")
   if missing := {"artefacts", "input", "output", "class_names"} - set(manifest):
     raise UserError(f"{path}: expected {', '.join(sorted(missing))}, got none; export it again.")
+  entries = manifest["artefacts"]
+  for entry in entries if isinstance(entries, list) else [entries]:
+    if not (isinstance(entry, dict) and {"file", "format", "sha256"} <= set(entry)):
+      raise UserError(f"{path}: expected artefacts with file, format and sha256; export it again.")
   return manifest
 
 

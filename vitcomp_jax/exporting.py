@@ -243,7 +243,7 @@ def _for_timm(model: Backbone, params: Params) -> tuple[Params, str]:
 def _write_timm(program: Program, path: pathlib.Path) -> dict[str, Any]:
   params, how = _for_timm(program.model, program.params)
   loading.save_params(program.model.spec, params, path)
-  return {"model": how}
+  return {"model": f"{path.name} is {how}"}
 
 
 WRITERS: dict[str, Callable[[Program, pathlib.Path], dict[str, Any]]] = {
@@ -262,7 +262,7 @@ def _check_onnx(model: Backbone) -> None:
   if model.spec.dtype not in (None, "float32"):
     raise UserError(
       "onnx: expected a model that computes in float32, which ONNX Runtime has on every platform, "
-      f"got {model.spec.dtype}."
+      f"got {model.spec.dtype}; in a run, set config.model.dtype=float32."
     )
   size = 4 * api.count_cost(model).params
   if size > _LARGEST_ONNX:

@@ -159,11 +159,9 @@ def _from_run(workdir: pathlib.Path) -> Classifier:
 def _from_weights(variant: str | None, weights: str | None, plan: str | None) -> Classifier:
   found = load_plan(plan) if plan else None
   name = variant or (found.variant if found else None)
-  if name is None or weights is None:
-    raise UserError(
-      "command line: expected --weights with --plan or --variant, or --workdir, or --exported."
-    )
-  model, params = api.load(name, weights, found)
+  if weights is None:
+    raise UserError("command line: expected --weights, or --workdir, or --exported.")
+  model, params = api.load(name, weights, found) if name else api.load(weights)
   return _of(model, params, model.spec.preprocess, model.spec.class_names)
 
 
@@ -197,7 +195,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
   parser.add_argument("images", nargs="+", metavar="IMAGE", help="image files")
   parser.add_argument("--plan", help="a published plan's name, or a plan.json; none: dense")
   parser.add_argument("--weights", help="a file, a hub id, or `bundled`")
-  parser.add_argument("--variant", help="timm's name; none: the plan's")
+  parser.add_argument("--variant", help="timm's name; none: the plan's, or the weights' own")
   parser.add_argument("--workdir", type=_path, help="a finished run, instead of these three")
   parser.add_argument("--exported", help="a run's folder `export`, or an artefact in it, instead")
   parser.add_argument("--top", type=int, default=5, help="how many classes are printed")

@@ -27,7 +27,8 @@ def save(folder: str | os.PathLike[str], model: Backbone, params: Params) -> Non
 
   The folder holds `model.safetensors` (with timm's names, and class names, image size and
   preprocessing as metadata), `spec.json`, and `plan.json` if the model is compressed. It is written
-  atomically.
+  atomically; a kill may leave a hidden folder beside it. How the plan came about is not kept:
+  `save_plan` writes a plan that says so.
 
   Args:
     folder: Folder to write. A folder written by `save` is replaced; any other is refused.
@@ -51,12 +52,13 @@ def save(folder: str | os.PathLike[str], model: Backbone, params: Params) -> Non
   target = pathlib.Path(paths.expand(folder))
   plan = plan_of(model)
   timm.check(params, loading.abstract_params(model))
-  _check_replaceable(target)
   try:
+    _check_replaceable(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     if multihost.is_first():
       with replacing_folder(target) as made:
         _write(made, model, params, plan)
+    multihost.meet("saved")
   except OSError as error:
     raise UserError(f"save: {target} cannot be written ({error.strerror}).") from error
 
@@ -67,8 +69,8 @@ def _write(made: pathlib.Path, model: Backbone, params: Params, plan: Plan | Non
   loading.save_params(spec, params, made / WEIGHTS)
   if plan:
     save_plan(plan, made / PLAN)
-  values = {name: getattr(spec, name) for name in _FIELDS}
-  write_json(made / SPEC, {"format": FORMAT, "version": VERSION, "variant": spec.name, **values})
+  about = {"format": FORMAT, "version": VERSION, "variant": spec.name, "plan": plan is not None}
+  write_json(made / SPEC, about | {name: getattr(spec, name) for name in _FIELDS})
   if read_spec(made) != spec:
     raise UserError(
       f"save: expected a model that differs from the variant {spec.name} in images, classes and "
@@ -108,21 +110,28 @@ def weights_of(folder: str | os.PathLike[str]) -> str:
 
 def read_plan(folder: str | os.PathLike[str]) -> Plan | None:
   """Reads a saved model's plan; None for a dense one."""
-  path = pathlib.Path(paths.expand(folder), PLAN)
-  return load_plan(path) if path.is_file() else None
+  folder = pathlib.Path(paths.expand(folder))
+  expected, path = _read_values(folder / SPEC)["plan"], folder / PLAN
+  if path.is_file() != expected:
+    what = "a" if expected else "no"
+    raise UserError(f"{folder}: expected {what} {PLAN}, as its {SPEC} says; save the model again.")
+  return load_plan(path) if expected else None
 
 
 def _read_values(path: pathlib.Path) -> dict[str, Any]:
   """Reads a spec.json, and refuses values of wrong types."""
   try:
-    values = strict_json.loads(path.read_text(encoding="utf-8"))
+    values = strict_json.read(path)
     if (values["format"], values["version"]) != (FORMAT, VERSION):
       raise ValueError(f"another format, {values['format']} {values['version']}")
-    jnp.dtype(values["dtype"] or "float32")
-    for name, kind in (("variant", str), ("attention", str), ("antialias", bool)):
+    if not jnp.issubdtype(jnp.dtype(values["dtype"] or "float32"), jnp.floating):
+      raise TypeError(f"dtype is {values['dtype']!r}")
+    if values["attention"] not in ("auto", "xla", "cudnn"):
+      raise ValueError(f"attention is {values['attention']!r}")
+    for name, kind in (("variant", str), ("plan", bool), ("antialias", bool)):
       if not isinstance(values[name], kind):
         raise TypeError(f"{name} is {values[name]!r}")
-  except (OSError, ValueError, TypeError, KeyError) as error:
+  except (ValueError, TypeError, KeyError) as error:
     raise UserError(
       f"{path}: expected what `save` writes, got something else ({type(error).__name__}: {error}); "
       "save the model again."

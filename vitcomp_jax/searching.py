@@ -3,8 +3,9 @@
 import dataclasses
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
+import jax
 import numpy as np
 
 from vitcomp_jax.config import SearchConfig, from_config_dict
@@ -19,7 +20,7 @@ from vitcomp_jax.models.spec import ViTSpec
 from vitcomp_jax.parallel import Layout
 from vitcomp_jax.plans import PassedPlan, Plan, make_plan
 from vitcomp_jax.training import loop
-from vitcomp_jax.training.search import Search
+from vitcomp_jax.training.search import SearchTrainer, best_loss, check_loss
 from vitcomp_jax.weights.loading import Params
 
 
@@ -31,6 +32,7 @@ def search(
   *,
   gmacs: float | None = None,
   latency_ms: float | None = None,
+  what: str = "tokens",
   loss: str | None = None,
   steps: int = 150,
   batch_size: int = 32,
@@ -47,6 +49,7 @@ def search(
     macs: The budget as a fraction of the dense model's multiply-accumulates, in (0, 1].
     gmacs: The budget in 1e9 multiply-accumulates per image.
     latency_ms: The budget as the latency of one image on this device, in milliseconds.
+    what: `tokens`; widths are learnt together with weights, by a run.
     loss: `labels` (cross-entropy), `logits` or `features` (divergence from the dense model's);
       None: the first that data and model allow.
     steps: Optimizer steps.
@@ -74,45 +77,62 @@ def search(
     0.7
   """
   spec, layout = model.spec, Layout()
-  if model.layers != spec.dense_layers:
-    raise UserError("model: expected a dense one to search on, got one that is compressed already.")
+  _check_model(model, what)
+  config = _config(loss, steps, batch_size, seed, options)
   batches, has_labels = endless_batches(data, batch_size, seed)
-  batches = _checked(batches, spec, has_labels, layout)
-  loss = loss or _best_loss(spec, has_labels)
-  _check_loss(loss, spec, has_labels)
-  values = {"loss": loss, "steps": steps, "batch_size": batch_size, **options}
-  config = from_config_dict({"search": values}).search
+  first = next(batches)
+  batches = _checked(itertools.chain([first], batches), spec, has_labels, layout)
+  if config.loss == "auto":
+    config = dataclasses.replace(config, loss=best_loss(spec, has_labels))
+  check_loss(config.loss, spec, has_labels, "loss")
   cost = MACS if latency_ms is None else _latency(spec, config)
   target = budgets.target(spec, cost, {"macs": macs, "gmacs": gmacs, "latency_ms": latency_ms})
   method = DiffRate(spec, target, config, cost=cost)
   method.check()
-  engine = Search(method, config, spec.preprocess, layout, seed)
-  state = loop.run(engine.task("search", params, lambda _: batches, config.steps), layout)
-  left = math.ceil(config.choose_images / batch_size)
-  found = engine.choose(state, params, itertools.islice(batches, left))
+  trainer = SearchTrainer(method, config, spec.preprocess, layout, seed)
+  size = len(first["image"])
+  # Drawn before the others, so that an iterable that ends early has not cost a search.
+  held_back = list(itertools.islice(batches, math.ceil(config.choose_images / size)))
+  task = trainer.task("search", params, lambda _: batches, config.epoch_steps or config.steps)
+  found = trainer.choose(loop.run(task, layout), params, held_back)
   made_by = {
     "method": config.method,
+    "loss": config.loss,
     "steps": config.steps,
-    "images": config.steps * batch_size + config.choose_images,
+    "images": (config.steps + len(held_back)) * size,
     "seed": seed,
   }
   passed = [PassedPlan(p.step, p.loss, make_plan(spec, p.layers, made_by)) for p in found.passed]
   return dataclasses.replace(make_plan(spec, found.layers, made_by), history=tuple(passed))
 
 
-def _best_loss(spec: ViTSpec, has_labels: bool) -> str:
-  if has_labels and spec.num_classes:
-    return "labels"
-  return "logits" if spec.num_classes else "features"
-
-
-def _check_loss(loss: str, spec: ViTSpec, has_labels: bool) -> None:
-  if loss == "labels" and not has_labels:
-    raise UserError("loss: expected logits or features for data without labels, got labels.")
-  if loss != "features" and not spec.num_classes:
+def _check_model(model: Backbone, what: str) -> None:
+  """Refuses what cannot be searched here."""
+  if model.layers != model.spec.dense_layers:
+    raise UserError("model: expected a dense one to search on, got one that is compressed already.")
+  if what != "tokens":
     raise UserError(
-      f"loss: expected features for {spec.name}, which has no classifier, got {loss}."
+      f"what: expected tokens, got {what!r}; widths are learnt by the stage slim of a run."
     )
+  if jax.process_count() > 1:
+    raise UserError(
+      f"search: expected one process, got {jax.process_count()}; run the stage search in several."
+    )
+
+
+def _config(
+  loss: str | None, steps: int, batch_size: int, seed: int, options: Mapping[str, object]
+) -> SearchConfig:
+  """Returns the checked options.
+
+  Raises:
+    UserError: For an option that does not exist, is out of range, or only means something in a run.
+  """
+  for name in ("log_every", "checkpoint_every"):
+    if name in options:
+      raise UserError(f"{name}: expected options of a search without a workdir, got {name}.")
+  values = {"loss": loss or "auto", "steps": steps, "batch_size": batch_size, **options}
+  return from_config_dict({"seed": seed, "search": values}).search
 
 
 def _latency(spec: ViTSpec, config: SearchConfig) -> CostModel:
@@ -139,5 +159,9 @@ def _checked(
         f"data: expected labels from 0 to {spec.num_classes - 1}, got {labels.min()} to "
         f"{labels.max()}."
       )
-    layout.check_batch_size("search.batch_size", len(images))
+    if len(images) % layout.num_devices:
+      raise UserError(
+        f"data: expected batches that the {layout.num_devices} devices divide, got one of "
+        f"{len(images)} images."
+      )
     yield batch if images.dtype == np.uint8 else {**batch, "image": images.astype(np.float32)}

@@ -42,6 +42,22 @@ def test_splits_that_are_there_are_taken(tmp_path):
   assert _grays(_open(tmp_path, "eval")) == [3, 4]
 
 
+def test_a_class_may_be_called_like_a_split(tmp_path):
+  _images(tmp_path / "train", 2)
+  _images(tmp_path / "plane", 2, first=2)
+  train, evaluation = _open(tmp_path, "train"), _open(tmp_path, "eval")
+  assert train.class_names == ("plane", "train")
+  assert sorted(_grays(train) + _grays(evaluation)) == [0, 1, 2, 3]
+
+
+def test_splits_that_are_named_are_taken(tmp_path):
+  _images(tmp_path / "train" / "cat", 2)
+  _images(tmp_path / "mine" / "cat", 2, first=2)
+  config = DataConfig(name="folder", dir=str(tmp_path), divide=True, eval_split="mine")
+  assert _grays(loader.open_source(config, "train")) == [0, 1]
+  assert _grays(loader.open_source(config, "eval")) == [2, 3]
+
+
 def test_images_without_classes_are_divided_too(tmp_path):
   _images(tmp_path, 5)
   train = _open(tmp_path, "train")

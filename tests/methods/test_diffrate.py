@@ -21,7 +21,7 @@ from vitcomp_jax.models.caformer import caformer
 from vitcomp_jax.models.spec import to_tree
 from vitcomp_jax.models.vit import ViT
 from vitcomp_jax.parallel import Layout
-from vitcomp_jax.training.search import Search
+from vitcomp_jax.training.search import SearchTrainer
 from vitcomp_jax.training.step import init_state, make_step, with_rows
 
 SPECS = {
@@ -159,7 +159,7 @@ def _step(spec, config):
   arch = method.init()
   state = init_state(random_params(spec), arch, tx, ("arch",), 0)
   layout = Layout(ParallelConfig(devices=1))
-  loss_fn = Search(method, config, pre, layout).loss()
+  loss_fn = SearchTrainer(method, config, pre, layout).loss()
   shape = (8, *spec.image_size, 3)
   images = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
   labels = jnp.arange(8, dtype=jnp.int32) % spec.num_classes

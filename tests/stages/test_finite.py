@@ -19,7 +19,7 @@ from vitcomp_jax.models.variants import get_spec
 from vitcomp_jax.runs.run import open_run
 from vitcomp_jax.stages import search
 from vitcomp_jax.training import step
-from vitcomp_jax.training.search import Passed, Search
+from vitcomp_jax.training.search import Passed, SearchTrainer
 from vitcomp_jax.weights import files
 
 
@@ -106,12 +106,12 @@ def test_a_search_never_chooses_it(tmp_path, monkeypatch):
   config.search.log_every, config.budget.fraction = 1, 0.8
   vc.run_stage("search", config, tmp_path)
   run = open_run(from_config_dict(config), tmp_path)
-  searcher, trained = search.searcher(run), search.task(run)
+  trainer, trained = search.trainer(run), search.task(run)
 
   def best(losses):
     passed = [Passed(i, loss, run.inputs.spec.dense_layers) for i, loss in enumerate(losses)]
-    monkeypatch.setattr(Search, "_tried", lambda *_: passed)
-    return searcher.choose(trained.state, run.artefacts.params, [])
+    monkeypatch.setattr(SearchTrainer, "_tried", lambda *_: passed)
+    return trainer.choose(trained.state, run.artefacts.params, [])
 
   found = best([3.0, math.nan, 1.0, math.inf, 2.0])
   assert found.step == 2

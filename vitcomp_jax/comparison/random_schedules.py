@@ -2,7 +2,6 @@
 
 import functools
 import itertools
-import json
 import pathlib
 from typing import Any
 
@@ -14,6 +13,7 @@ from vitcomp_jax.atomic import write_text
 from vitcomp_jax.config import DiffRateOptions
 from vitcomp_jax.cost import macs
 from vitcomp_jax.data.transforms import Preprocess, normalize
+from vitcomp_jax.errors import UserError
 from vitcomp_jax.methods.diffrate.search import DiffRate
 from vitcomp_jax.methods.handmade import random_counts
 from vitcomp_jax.metrics import progress
@@ -81,7 +81,10 @@ def _kept(path: pathlib.Path) -> list[Point]:
   lines = path.read_text().splitlines() if path.exists() else []
   whole = [line for line in lines if line.endswith("}")]
   write_text(path, "".join(f"{line}\n" for line in whole))
-  return [json.loads(line) for line in whole]
+  try:
+    return [strict_json.loads(line) for line in whole]
+  except ValueError as error:
+    raise UserError(f"{path}: expected a JSON object per line ({error}); remove it.") from error
 
 
 def _score(

@@ -30,7 +30,7 @@ def endless_batches(data: object, batch_size: int, seed: int) -> tuple[Iterator[
     UserError: If `data` is of another kind or has no images; while iterating, if only some batches
       have labels, or if an iterable cannot be repeated.
   """
-  if hasattr(data, "shape") or _is_pair(data):
+  if hasattr(data, "shape") or (isinstance(data, tuple) and _is_pair(data)):
     stream = _drawn(_batch(data), batch_size, seed)
   elif isinstance(data, Iterable):
     stream = _repeated(data)
@@ -42,30 +42,44 @@ def endless_batches(data: object, batch_size: int, seed: int) -> tuple[Iterator[
 
 
 def _is_pair(data: object) -> TypeGuard[tuple[ArrayLike, ArrayLike]]:
-  """Returns whether data is a pair of images and labels, as opposed to two batches."""
-  if not (isinstance(data, tuple) and len(data) == 2):
+  """Returns whether this is images and labels, and not two batches."""
+  if not (isinstance(data, tuple | list) and len(data) == 2 and hasattr(data[0], "shape")):
     return False
-  images, labels = data
-  return hasattr(images, "shape") and getattr(labels, "ndim", 1) == 1
+  # Labels of a wrong shape are labels still; what has four axes is images.
+  return len(data[0].shape) == 4 and len(getattr(data[1], "shape", (0,))) < 4
 
 
 def _batch(data: object) -> Batch:
-  """Returns the images, and the labels if there are any, by name."""
+  """Returns images, and labels where there are some, by name."""
   if isinstance(data, Mapping):
-    found = {name: np.asarray(data[name]) for name in ("image", "label") if name in data}
+    given = {name: data[name] for name in ("image", "label") if name in data}
   elif _is_pair(data):
-    found = {"image": np.asarray(data[0]), "label": np.asarray(data[1])}
+    given = {"image": data[0], "label": data[1]}
   else:
-    found = {"image": np.asarray(cast(ArrayLike, data))}
+    given = {"image": cast(ArrayLike, data)}
+  try:
+    found = {name: np.asarray(values) for name, values in given.items()}
+  except ValueError as error:
+    raise UserError(
+      f"data: expected batches of images of one size, got something else ({error})."
+    ) from error
   shape = found["image"].shape if "image" in found else ()
   if len(shape) != 4 or shape[-1] != 3 or not shape[0]:
     raise UserError(f"data: expected images of shape [n, height, width, 3], got {list(shape)}.")
-  if "label" in found and found["label"].shape != shape[:1]:
-    raise UserError(
-      f"data: expected {shape[0]} labels, one for each image, got an array of shape "
-      f"{list(found['label'].shape)}."
-    )
+  if "label" in found:
+    _check_labels(found["label"], shape[0])
   return found
+
+
+def _check_labels(labels: np.ndarray, count: int) -> None:
+  """Refuses what is not one class index for each image."""
+  if labels.shape != (count,):
+    raise UserError(
+      f"data: expected {count} labels, one for each image, got an array of shape "
+      f"{list(labels.shape)}."
+    )
+  if not np.issubdtype(labels.dtype, np.integer):
+    raise UserError(f"data: expected whole numbers as labels, got {labels.dtype}.")
 
 
 def _drawn(arrays: Batch, batch_size: int, seed: int) -> Iterator[Batch]:

@@ -51,7 +51,11 @@ class Unlabelled:
 
 def has_splits(directory: str | None) -> bool:
   """Returns whether a folder has both a training and an evaluation split."""
-  names = set(os.listdir(_checked(directory)))
+  path = _checked(directory)
+  try:
+    names = set(os.listdir(path))
+  except OSError as error:
+    raise UserError(f"{path}: cannot be read ({error.strerror}).") from error
   return "train" in names and bool(names & set(EVAL_SPLITS))
 
 
@@ -67,13 +71,16 @@ def half(directory: str | None, split: str, class_order: str) -> Half:
     UserError: If the folder does not exist or has fewer than two images.
   """
   path = _checked(directory)
-  splits = [name for name in ("train", *EVAL_SPLITS) if os.path.isdir(os.path.join(path, name))]
-  whole = FolderSource(path, splits[0] if splits else ".", class_order)
+  inner = [entry.name for entry in os.scandir(path) if entry.is_dir() and entry.name[0] != "."]
+  is_split = len(inner) == 1 and inner[0] in ("train", *EVAL_SPLITS)
+  whole = FolderSource(path, inner[0] if is_split else ".", class_order)
   if len(whole) < 2:
     raise UserError(f"{path}: expected two images at least, one to evaluate on, got {len(whole)}.")
   found = Half(whole, split)
   what = "to search and train on" if split == "train" else "to evaluate on"
-  logging.info("%s: no splits: %d of its %d images are %s", path, len(found), len(whole), what)
+  logging.info(
+    "%s: no second split: %d of its %d images are %s", path, len(found), len(whole), what
+  )
   return found
 
 

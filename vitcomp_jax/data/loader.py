@@ -74,7 +74,8 @@ def open_source(
   Raises:
     UserError: If the data set or the split is not usable.
   """
-  if config.name == "folder" and config.divide and not halves.has_splits(config.dir):
+  named = (config.train_split, config.eval_split) != ("train", None)
+  if config.name == "folder" and config.divide and not (named or halves.has_splits(config.dir)):
     return halves.half(config.dir, split, config.class_order or "sorted")
   name = config.train_split if split == "train" else config.eval_split
   return sources.make_source(

@@ -54,7 +54,9 @@ def _given(budget: BudgetConfig) -> tuple[str, float]:
   given = {kind: getattr(budget, kind) for kind in _KINDS if getattr(budget, kind) is not None}
   if len(given) != 1:
     got = " and ".join(f"{kind} {value}" for kind, value in given.items()) or "none"
-    raise UserError(f"config.budget: expected one of {', '.join(_KINDS)}, got {got}.")
+    raise UserError(
+      f"config.budget: expected one of {', '.join(_KINDS)}, got {got}; set the others to none."
+    )
   return next(iter(given.items()))
 
 

@@ -10,7 +10,7 @@ from vitcomp_jax import paths
 from vitcomp_jax.config import Config
 from vitcomp_jax.cost import latency
 from vitcomp_jax.cost.cost_models import MACS, CostModel
-from vitcomp_jax.data import loader, transforms
+from vitcomp_jax.data import labels, loader, transforms
 from vitcomp_jax.data.dataset import Batch, Dataset
 from vitcomp_jax.data.halves import Unlabelled
 from vitcomp_jax.errors import UserError
@@ -87,13 +87,23 @@ class Inputs:
   @functools.cached_property
   def _label_names(self) -> tuple[str, ...] | None:
     """Returns the names of the data's classes among the outputs; None if labels are not used."""
+    spec, names = self.spec, self.names
+    of_eval = names.splits.eval.class_names if names.splits.eval else ()
     try:
-      return self.names.of_labels(self.spec)
+      found = names.of_labels(spec)
+      if found and self.config.data.labels == "auto":
+        labels.match(of_eval, found, self.config.data.name)
     except UserError as why:
       if self.config.data.labels == "required":
         raise
       logging.warning("labels are left out: %s", why)
       return None
+    return found
+
+  @property
+  def leaves_labels_out(self) -> bool:
+    """Returns whether the data have labels that do not fit the model, and are not used."""
+    return self._label_names is None
 
   @property
   def preprocess(self) -> transforms.Preprocess:

@@ -41,9 +41,11 @@ class Workdir:
     """Returns the class names that the run began with; empty if it has not begun."""
     if not self.config_file.exists():
       return ()
-    return tuple(strict_json.read(self.config_file).get("class_names", ()))
+    return tuple(strict_json.read(self.config_file).get("class_names") or ())
 
-  def begin(self, config: Config, class_names: Sequence[str]) -> None:
+  def begin(
+    self, config: Config, class_names: Sequence[str], leaves_labels_out: bool = False
+  ) -> None:
     """Records the config, or stages added to it since; makes the folder if missing.
 
     Raises:
@@ -52,11 +54,12 @@ class Workdir:
     is_there = self.config_file.exists()
     multihost.meet("open")  # all processes have checked before the first one writes it
     if is_there:
-      self._go_on(config, tuple(class_names))
+      self._go_on(config, tuple(class_names), leaves_labels_out)
       return
     values = {
       "config": config_lib.to_dict(config),
       "class_names": list(class_names),
+      "leaves_labels_out": leaves_labels_out,
       "git_commit": _git_commit(),
     }
     try:
@@ -66,7 +69,7 @@ class Workdir:
     except OSError as error:
       raise UserError(f"--workdir {self.path}: cannot be written ({error.strerror}).") from error
 
-  def _go_on(self, config: Config, class_names: tuple[str, ...]) -> None:
+  def _go_on(self, config: Config, class_names: tuple[str, ...], leaves_labels_out: bool) -> None:
     if self.class_names and self.class_names != class_names:
       how = labels.differing(self.class_names, class_names)
       raise UserError(
@@ -74,6 +77,12 @@ class Workdir:
         "was begun with."
       )
     found = strict_json.read(self.config_file)
+    if found.get("leaves_labels_out", False) != leaves_labels_out:
+      before, now = ("without", "with") if leaves_labels_out is False else ("with", "without")
+      raise UserError(
+        f"{self.path} was begun {before} labels, and the class folders now are such that it would "
+        f"go on {now} them; give another --workdir, or the class folders that it was begun with."
+      )
     if len(found["config"]["stages"]) < len(config.stages):
       found["config"]["stages"] = list(config.stages)
       write_json(self.config_file, found)

@@ -71,10 +71,10 @@ def run_stages(config: Config, workdir: pathlib.Path, names: Sequence[str]) -> R
       STAGES[name].check(run)
     if left:
       run.artefacts.check_weights()
-    run.workdir.begin(config, run.inputs.class_names)
+    run.workdir.begin(config, run.inputs.class_names, run.inputs.leaves_labels_out)
     for name in names:
       if name in left:
-        run.workdir.finish(name, STAGES[name].run(run))
+        run.workdir.finish(name, _done(name, run))
         run = run.reread()
       else:
         logging.info("%s: finished before", name)
@@ -110,6 +110,17 @@ def run(config: RunConfig, workdir: str | os.PathLike[str] = "runs/python") -> d
   config = config if isinstance(config, Config) else from_config_dict(config)
   done = run_stages(config, pathlib.Path(workdir), config.stages)
   return {name: STAGES[name].made(done) for name in config.stages}
+
+
+def _done(name: str, run: Run) -> Record:
+  """Runs a stage; a file in a folder's place, or the other way round, is named in one line."""
+  try:
+    return STAGES[name].run(run)
+  except (FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError) as error:
+    raise UserError(
+      f"stage {name}: {error.filename}: cannot be written ({error.strerror}); remove it, or give "
+      "another --workdir."
+    ) from error
 
 
 def run_stage(

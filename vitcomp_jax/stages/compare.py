@@ -64,7 +64,7 @@ def run(run: Run) -> Result:
     points = random_schedules.points(run, budget)
     random[f"{budget:g}"] = rows.rank(run, Row(method=SEARCHED, budget=budget), points)
     cloud += [(point["gmacs"], point["top1"]) for point in points]
-  result = dataclasses.replace(table.empty_result(run), rows=tuple(found), random=random)
+  result = dataclasses.replace(table.empty_result(run), rows=tuple(found), random=random or None)
   result.write(path / "result.json")
   plots.save(plots.accuracy_against_gmacs(found, cloud), path / "figures", "accuracy")
   report.write_comparison(path, result)

@@ -20,7 +20,7 @@ from vitcomp_jax.plans import Plan, load_plan, make_plan, save_plan
 from vitcomp_jax.results import SearchResult
 from vitcomp_jax.runs.run import Run
 from vitcomp_jax.training import loop
-from vitcomp_jax.training.search import Found, Search, best_loss
+from vitcomp_jax.training.search import Found, SearchTrainer, best_loss, check_loss
 
 
 def check(run: Run) -> None:
@@ -32,17 +32,7 @@ def check(run: Run) -> None:
   if "slim" in run.config.stages and cuts_patches:
     raise _no_positions()
   inputs.check_batches("search")
-  loss, classes = _loss(run), inputs.spec.num_classes
-  if loss != "features" and not classes:
-    raise UserError(
-      f"config.search.loss: expected features for {inputs.spec.name}, which has no classifier, got "
-      f"{loss}."
-    )
-  if loss == "labels" and not inputs.train_data.has_labels:
-    raise UserError(
-      f"config.search.loss: expected logits or features for {inputs.train_data.name}, which has no "
-      "labels, got labels."
-    )
+  check_loss(_loss(run), inputs.spec, inputs.train_data.has_labels, "config.search.loss")
   if run.config.budget.latency_ms is not None:
     _check_latency(run)
   for suffix in inputs.targets:
@@ -86,7 +76,6 @@ def run(run: Run) -> SearchResult:
     write_json(run.workdir.path / "latency.json", run.inputs.cost.to_json())
   learnt, results = None, []
   for suffix in run.inputs.targets:
-    engine = searcher(run, suffix)
     trained = task(run, suffix, learnt)
     state, seconds = loop.train(
       trained, run.workdir.path, run.inputs.layout, run.config.profile.steps
@@ -96,7 +85,7 @@ def run(run: Run) -> SearchResult:
     result = run.workdir.finished(stage, SearchResult)
     if result is None:
       begin = time.monotonic()
-      found = engine.choose(state, run.artefacts.params, _held_back(run, suffix))
+      found = trainer(run, suffix).choose(state, run.artefacts.params, _held_back(run, suffix))
       seconds += time.monotonic() - begin
       _save(run, suffix, found)
       result = _result(run, suffix, found, seconds)
@@ -113,7 +102,7 @@ def steps_of(run: Run) -> int:
   return steps if budgets == 1 else 3 * steps // (2 * budgets)
 
 
-def searcher(run: Run, suffix: str | None = None) -> Search:
+def trainer(run: Run, suffix: str | None = None) -> SearchTrainer:
   """Returns the search for one budget.
 
   Args:
@@ -122,7 +111,7 @@ def searcher(run: Run, suffix: str | None = None) -> Search:
   """
   suffix = next(iter(run.inputs.targets)) if suffix is None else suffix
   config = dataclasses.replace(run.config.search, steps=steps_of(run), loss=_loss(run))
-  return Search(
+  return SearchTrainer(
     _method(run, suffix), config, run.inputs.preprocess, run.inputs.layout, run.config.seed
   )
 
@@ -132,7 +121,7 @@ def task(run: Run, suffix: str | None = None, learnt: Mapping[str, Any] | None =
 
   Args:
     run: The run.
-    suffix: Suffix of the budget, as in `searcher`.
+    suffix: Suffix of the budget, as in `trainer`.
     learnt: Rates to continue from; None: the method's initial ones.
   """
   suffix = next(iter(run.inputs.targets)) if suffix is None else suffix
@@ -140,7 +129,7 @@ def task(run: Run, suffix: str | None = None, learnt: Mapping[str, Any] | None =
   epoch_steps = config.epoch_steps or max(
     1, run.inputs.train_data.num_examples // config.batch_size
   )
-  return searcher(run, suffix).task(
+  return trainer(run, suffix).task(
     f"search{suffix}",
     run.artefacts.params,
     lambda done: run.inputs.train_batches(config.batch_size, before + done),
@@ -177,6 +166,7 @@ def _save(run: Run, suffix: str, found: Found) -> None:
   base = run.artefacts.base_plan
   made_by = {
     "method": _name(run),
+    "loss": _loss(run),
     "steps": steps_of(run),
     "images": _images(run),
     "weights": run.config.model.weights,

@@ -44,13 +44,32 @@ def best_loss(spec: ViTSpec, has_labels: bool) -> Loss:
   return "logits" if spec.num_classes else "features"
 
 
+def check_loss(loss: str, spec: ViTSpec, has_labels: bool, where: str) -> None:
+  """Refuses a loss that a model or its data do not allow.
+
+  Args:
+    loss: The loss, not `auto`.
+    spec: The model.
+    has_labels: Whether the data have labels.
+    where: Name of the option, for the error.
+  """
+  if loss != "features" and not spec.num_classes:
+    raise UserError(
+      f"{where}: expected features for {spec.name}, which has no classifier, got {loss}."
+    )
+  if loss == "labels" and not has_labels:
+    raise UserError(
+      f"{where}: expected logits or features for data that have no labels, got labels."
+    )
+
+
 @dataclasses.dataclass(frozen=True)
 class Passed:
   """A plan that a search passed through.
 
   Attributes:
     step: Number of steps done.
-    loss: Task loss of the deployed plan, on images that were not trained on.
+    loss: Task loss of the deployed plan, on images that come after those of the steps.
     layers: Layers of the plan, adjusted to the budget.
   """
 
@@ -79,7 +98,7 @@ class Found:
 
 
 @dataclasses.dataclass(frozen=True)
-class Search:
+class SearchTrainer:
   """Searches with one method on one model.
 
   Attributes:
@@ -169,6 +188,7 @@ class Search:
     teacher = whole.apply({"params": variables["params"]}, images, method="forward")
     if config.loss == "logits":
       return losses.logit_divergence(out.logits, teacher.logits), out, {}
+    assert config.loss == "features", config.loss
     return losses.feature_divergence(out.features, teacher.features), out, {}
 
   def choose(self, state: TrainState, params: Any, batches: Batches) -> Found:

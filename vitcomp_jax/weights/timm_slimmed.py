@@ -36,14 +36,14 @@ def for_timm(
   if removes_tokens(layers):
     raise UserError("timm's VisionTransformer does not remove tokens")
   if not indices:
-    return params, f"timm.safetensors is for timm's {spec.name}"
+    return params, f"for timm's {spec.name}"
   found = arguments(indices, spec.width)
   if found is None:
     raise UserError("timm's VisionTransformer has the same widths in all layers")
   head_dim = found["attn_head_dim"]
   return (
     rescale(params, spec.width // spec.num_heads, head_dim),
-    f"timm.safetensors is for timm's model with num_heads={found['num_heads']}, mlp_ratio="
+    f"for timm's model with num_heads={found['num_heads']}, mlp_ratio="
     f"{found['mlp_ratio']}, attn_layer=a subclass of timm.layers.Attention with `__init__ = "
     f"functools.partialmethod(timm.layers.Attention.__init__, attn_head_dim={head_dim})`",
   )
@@ -73,7 +73,7 @@ def write(
   except UserError as why:
     return f"Not written for timm: {why}"
   save_params(spec, params, folder / "timm.safetensors")
-  return how
+  return f"timm.safetensors is {how}"
 
 
 def arguments(indices: Sequence[LayerIndex], width: int) -> dict[str, Any] | None:
