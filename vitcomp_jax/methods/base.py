@@ -3,13 +3,11 @@
 import dataclasses
 import types
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol, runtime_checkable
 
 from jaxtyping import Array
 
 from vitcomp_jax.models.reducers import StaticReducer
 from vitcomp_jax.models.spec import LayerSpec, ViTSpec
-from vitcomp_jax.models.tokens import Output
 
 Metrics = dict[str, Array]
 Layers = tuple[LayerSpec, ...]
@@ -37,23 +35,3 @@ class Method:
 def quarters(spec: ViTSpec) -> list[int]:
   """Returns the layers that start at a quarter, a half and three quarters of the depth."""
   return [spec.depth * quarter // 4 for quarter in (1, 2, 3)]
-
-
-@runtime_checkable
-class SearchMethod(Protocol):
-  """Builds the layers of a search for one model, and penalises their cost.
-
-  A training loop applies `layers()` with the collections `params` and `arch`.
-  """
-
-  def layers(self) -> Layers:
-    """Returns the layers to search with."""
-    ...
-
-  def init(self) -> dict[str, Any]:
-    """Returns the initial search variables: the collection `arch`."""
-    ...
-
-  def penalty(self, arch: Mapping[str, Any], out: Output, step: Array) -> tuple[Array, Metrics]:
-    """Computes the term added to the task loss, and metrics to log."""
-    ...

@@ -6,7 +6,7 @@ from vitcomp_jax.cost import macs
 from vitcomp_jax.errors import UserError
 from vitcomp_jax.methods import diffrate, dynamicvit, evit, handmade, tome, vit_slim
 from vitcomp_jax.methods.base import Layers, Method, Schedule
-from vitcomp_jax.methods.budget import bracket
+from vitcomp_jax.methods.bisection import bracket
 from vitcomp_jax.methods.handmade import TOLERANCE, with_importance
 from vitcomp_jax.models.reducers import KeepAll, StaticReducer
 from vitcomp_jax.models.spec import ViTSpec

@@ -11,7 +11,7 @@ from vitcomp_jax.cost import macs
 from vitcomp_jax.data.mixing import training_inputs
 from vitcomp_jax.data.transforms import normalize
 from vitcomp_jax.errors import UserError
-from vitcomp_jax.methods.budget import bracket
+from vitcomp_jax.methods.bisection import bracket
 from vitcomp_jax.methods.vit_slim import search as vit_slim
 from vitcomp_jax.methods.vit_slim.search import KINDS, Masks, ViTSlim
 from vitcomp_jax.models.slicing import LayerIndex, slice_params

@@ -13,7 +13,7 @@ from vitcomp_jax.config import DiffRateOptions
 from vitcomp_jax.cost.cost_models import MACS, CostModel
 from vitcomp_jax.errors import UserError
 from vitcomp_jax.methods.base import Layers, Metrics
-from vitcomp_jax.methods.budget import bracket
+from vitcomp_jax.methods.bisection import bracket
 from vitcomp_jax.methods.diffrate import recipe as recipes
 from vitcomp_jax.methods.diffrate.masking import (
   NOISE,
