@@ -191,7 +191,7 @@ def test_a_corrupt_image_is_named(tmp_path, capsys):
   broken = tmp_path / "data" / "train" / "cat" / "2.jpg"
   broken.write_bytes(broken.read_bytes()[:300])
   options = [f"--config.data.dir={tmp_path / 'data'}", "--config.data.name=folder"]
-  options += ["--config.data.pad=0", "--config.stages=('search',)", *QUICK[:6]]
+  options += ["--config.data.pad=0", *QUICK[:6], "--config.evaluate.batch_size=8", *QUICK[-2:]]
   command = _command(tmp_path / "stop", *options)[2:]
   assert main.main(command) == 2
   error = capsys.readouterr().err

@@ -142,7 +142,7 @@ def test_names_of_imagenet():
   [
     (["--weights", "bundled", "--variant", MINI], "no.png", "no.png: expected an image file"),
     (["--weights", "bundled", "--variant", MINI], "text.png", "text.png: not an image"),
-    (["--weights", "bundled"], "0.png", "expected --weights with --plan"),
+    (["--variant", MINI], "0.png", "expected --weights, or --workdir, or --exported"),
     (["--weights", "bundled", "--plan", "nowhere.json"], "0.png", "expected a file or a published"),
     (["--weights", OTHER, "--variant", MINI], "0.png", "do not fit"),
     (["--variant", MINI, "--exported", "somewhere"], "0.png", "expected one of --workdir"),

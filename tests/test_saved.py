@@ -14,7 +14,7 @@ from tests.tiny_main import TINY, tiny_variant
 from vitcomp_jax import saved
 from vitcomp_jax.models.build import build
 from vitcomp_jax.models.slicing import LayerIndex
-from vitcomp_jax.plans import PlanLayer
+from vitcomp_jax.plans import PlanLayer, save_plan
 from vitcomp_jax.weights import files, loading
 
 MINI = "vit_mini_patch3_30"
@@ -162,7 +162,16 @@ def test_a_write_that_fails_leaves_what_was_there(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-  "changes", [{"format": "other"}, {"version": 2}, {"dtype": "float7"}, {"antialias": 1}, None]
+  "changes",
+  [
+    {"format": "other"},
+    {"version": 2},
+    {"dtype": "float7"},
+    {"dtype": "int32"},
+    {"attention": "foo"},
+    {"antialias": 1},
+    None,
+  ],
 )
 def test_a_damaged_spec_is_refused(changes, tmp_path):
   model, params = vc.load(TINY)
@@ -170,6 +179,20 @@ def test_a_damaged_spec_is_refused(changes, tmp_path):
   path = tmp_path / "spec.json"
   path.write_text(json.dumps(json.loads(path.read_text()) | changes) if changes else "{")
   with pytest.raises(vc.UserError, match="spec.json: expected what `save` writes"):
+    vc.load(tmp_path)
+
+
+@pytest.mark.parametrize("is_compressed", [True, False])
+def test_a_plan_that_came_or_went_is_refused(is_compressed, tmp_path):
+  dense, params = vc.load(TINY)
+  plan = vc.tome(dense, r=2)
+  model = vc.compress(dense, params, plan)[0] if is_compressed else dense
+  vc.save(tmp_path, model, params)
+  if is_compressed:
+    (tmp_path / "plan.json").unlink()
+  else:
+    save_plan(plan, tmp_path / "plan.json")
+  with pytest.raises(vc.UserError, match="as its spec.json says; save the model again"):
     vc.load(tmp_path)
 
 

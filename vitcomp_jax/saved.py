@@ -121,7 +121,7 @@ def read_plan(folder: str | os.PathLike[str]) -> Plan | None:
 def _read_values(path: pathlib.Path) -> dict[str, Any]:
   """Reads a spec.json, and refuses values of wrong types."""
   try:
-    values = strict_json.read(path)
+    values = strict_json.loads(path.read_text(encoding="utf-8"))
     if (values["format"], values["version"]) != (FORMAT, VERSION):
       raise ValueError(f"another format, {values['format']} {values['version']}")
     if not jnp.issubdtype(jnp.dtype(values["dtype"] or "float32"), jnp.floating):
@@ -131,7 +131,7 @@ def _read_values(path: pathlib.Path) -> dict[str, Any]:
     for name, kind in (("variant", str), ("plan", bool), ("antialias", bool)):
       if not isinstance(values[name], kind):
         raise TypeError(f"{name} is {values[name]!r}")
-  except (ValueError, TypeError, KeyError) as error:
+  except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
     raise UserError(
       f"{path}: expected what `save` writes, got something else ({type(error).__name__}: {error}); "
       "save the model again."

@@ -1,5 +1,6 @@
 """Outputs that are not finite are never right, never written, and end a run in one line."""
 
+import itertools
 import math
 
 import jax.numpy as jnp
@@ -16,6 +17,7 @@ from vitcomp_jax.comparison import random_schedules
 from vitcomp_jax.config import from_config_dict
 from vitcomp_jax.methods.vit_slim import search as vit_slim
 from vitcomp_jax.models.variants import get_spec
+from vitcomp_jax.parallel import Layout
 from vitcomp_jax.runs.run import open_run
 from vitcomp_jax.stages import search
 from vitcomp_jax.training import step
@@ -118,6 +120,18 @@ def test_a_search_never_chooses_it(tmp_path, monkeypatch):
   assert [(each.step, each.loss) for each in found.passed] == [(0, 3.0), (2, 1.0), (4, 2.0)]
   with pytest.raises(vc.UserError, match="expected plans with a finite loss, got 5 of 5"):
     best([math.nan] * 5)
+
+
+def test_a_plan_with_one_bad_batch_has_no_loss(tmp_path, monkeypatch):
+  config = tiny_config()
+  config.budget.fraction = 0.8
+  run = open_run(from_config_dict(config), tmp_path)
+  trainer, given = search.trainer(run), iter([1.0, math.nan, 2.0, 4.0])
+  monkeypatch.setattr(Layout, "get", lambda self, tree: next(given))
+  counts = np.full((run.inputs.spec.depth, 2), 9.0)
+  batches = itertools.islice(run.inputs.train_batches(8, 0), 2)
+  bad, good = trainer._tried([(0, counts), (1, counts)], run.artefacts.params, batches)
+  assert math.isnan(bad.loss) and good.loss == 3.0
 
 
 def test_no_slimmed_network_gives_it(overflowing, tmp_path):
