@@ -22,7 +22,9 @@ def get_config() -> ml_collections.ConfigDict:
   config = default_config()
   config.stages = ("search", "evaluate", "benchmark", "export")
   config.model.variant = None
+  config.model.weights = "W"  # not there unless given: a random model is nothing to compress
   config.data.name = "folder"
+  config.data.dir = "D"
   config.data.divide = True
   config.data.labels = "auto"
   config.search.loss = "auto"

@@ -13,6 +13,7 @@ import safetensors.numpy
 
 import vitcomp_jax as vc
 from tests.weights.test_files import make_hub_cache
+from vitcomp_jax import api
 from vitcomp_jax.config import default_config
 from vitcomp_jax.errors import UserError
 from vitcomp_jax.methods.diffrate import PruneMerge
@@ -37,11 +38,11 @@ def mini_plan(keep=60):
 
 def test_equal_plans_compile_once(images):
   _, params = vc.load(MINI, "bundled")
-  before = vc.apply._cache_size()
+  before = api._apply._cache_size()
   for keep in (60, 60, 50):
     model, _ = vc.load(MINI, plan=mini_plan(keep))
     vc.apply(model, params, images)
-  assert vc.apply._cache_size() == before + 2
+  assert api._apply._cache_size() == before + 2
 
 
 def test_the_model_is_an_ordinary_flax_module(images):
@@ -211,6 +212,7 @@ def test_another_image_size_resamples_the_positions():
     vc.load(MINI, "bundled", image_size=31)
 
 
+@pytest.mark.slow
 def test_stages_return_what_they_write(tmp_path, optax_promotion):
   config = default_config()
   config.model.variant, config.model.weights, config.data.pad = MINI, "bundled", 1

@@ -10,6 +10,7 @@ import functools
 import json
 import pathlib
 import re
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -72,7 +73,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
   metafunc.parametrize("path", [folder / name for name in names], ids=names)
 
 
-def test_fixture(path: pathlib.Path) -> None:
+def test_fixture(path: pathlib.Path, request: pytest.FixtureRequest, monkeypatch) -> None:
+  whole = request.config.getoption("--all") or request.config.getoption("--golden")
+  monkeypatch.setattr(sys.modules[__name__], "_REPLAYS_FLOAT64", bool(whole))
   replay = REPLAYS[_method(path.name)]
   info = json.loads(path.with_name(f"{path.name}.json").read_text())
   with np.load(path.with_name(f"{path.name}.npz"), allow_pickle=False) as file:
@@ -131,9 +134,15 @@ def test_a_method_that_is_not_known(name: str) -> None:
     _method(name)
 
 
-# Both precisions: float32 as people run it, float64 to see effects of 1e-7.
+_REPLAYS_FLOAT64 = True
+
+
+# Both precisions: float32 as people run it, float64 to see effects of 1e-7, with `--all` or
+# fixtures of another folder.
 def _precisions() -> Iterator[tuple[str, float]]:
   yield "float32", F32
+  if not _REPLAYS_FLOAT64:
+    return
   # Strict promotion refuses even to ask for the wider of float64 and float32.
   with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
     yield "float64", F64

@@ -9,7 +9,7 @@ import PIL.Image
 import pytest
 
 import vitcomp_jax as vc
-from tests.tiny_main import TINY, tiny_variant
+from tests.tiny_main import TINY, tiny_spec
 from vitcomp_jax import exporting
 from vitcomp_jax.data.transforms import evaluation_image, normalize
 from vitcomp_jax.exported import FORMAT, VERSION
@@ -17,6 +17,7 @@ from vitcomp_jax.methods import registry
 from vitcomp_jax.methods.diffrate import PruneMerge
 from vitcomp_jax.models.build import build
 from vitcomp_jax.models.slicing import LayerIndex
+from vitcomp_jax.models.variants import VARIANTS
 from vitcomp_jax.plans import PlanLayer
 from vitcomp_jax.weights import files
 
@@ -25,8 +26,9 @@ MINI = "vit_mini_patch3_30"
 
 @pytest.fixture(scope="module")
 def tiny():
-  tiny_variant()
-  return vc.load(TINY)
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setitem(VARIANTS, TINY, tiny_spec())
+    yield vc.load(TINY)
 
 
 def _images(model, count=2):
@@ -160,6 +162,11 @@ def test_random_plans_meet_the_budget_and_are_the_seed_s():
       lambda m: vc.uniform(m, macs=0.5, gmacs=1),
       "expected one of macs and gmacs, got macs and gmacs",
     ),
+    (lambda m: vc.uniform(m, macs=float("nan")), "macs: expected a number above 0, got nan"),
+    (lambda m: vc.tome(m, r=-1), "r: expected a whole number from 0"),
+    (lambda m: vc.tome(m, r=7.5), "r: expected a whole number from 0"),
+    (lambda m: vc.tome(m, r="7"), "r: expected a whole number from 0"),
+    (lambda m: vc.random(m, macs=0.5, seed=-1), "seed: expected a whole number from 0, got -1"),
     (lambda m: vc.uniform(m, macs=1.5), "macs: expected more than 0 and at most 1, .* got 1.5"),
     (lambda m: vc.random(m, gmacs=9.0), "gmacs: expected more than 0 and at most 0.0"),
     (lambda m: vc.tome(m, r=3, macs=0.5), "expected r alone, or macs or gmacs"),
@@ -241,3 +248,31 @@ def test_onnx_runtime_runs_an_exported_file(tiny, tmp_path):
   expected = np.asarray(vc.apply(small, small_params, images))
   loaded = vc.load_exported(tmp_path / "small.onnx")
   np.testing.assert_allclose(loaded(images), expected, atol=1e-4 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize(
+  ("change", "said"),
+  [
+    (lambda x: (x * 255).astype(np.uint8), "expected floats, as preprocess makes them, got uint8"),
+    (lambda x: x[:, :-1], r"expected floats of shape \[b, .*, 3\], got"),
+    (lambda x: x[0], "expected floats of shape"),
+    (list, "expected floats of shape .* got list"),
+  ],
+)
+def test_other_images_are_not_applied_to(change, said, tiny):
+  model, params = tiny
+  images = np.asarray(_images(model, 2))
+  with pytest.raises(vc.UserError, match=said):
+    vc.apply(model, params, change(images))
+
+
+def test_parameters_of_another_model_are_refused(tiny, tmp_path):
+  model, params = tiny
+  images = np.asarray(_images(model, 2))
+  for call in (
+    lambda: vc.apply(model, {}, images),
+    lambda: vc.search(model, {}, images, macs=0.7),
+    lambda: vc.export(model, {}, tmp_path / "x.stablehlo"),
+  ):
+    with pytest.raises(vc.UserError, match="weights do not fit|expected"):
+      call()

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 
 import vitcomp_jax as vc
-from tests.tiny_main import TINY, tiny_variant
+from tests.tiny_main import TINY, tiny_spec
 from vitcomp_jax import saved
 from vitcomp_jax.models.build import build
 from vitcomp_jax.models.slicing import LayerIndex
+from vitcomp_jax.models.variants import VARIANTS
 from vitcomp_jax.plans import PlanLayer, save_plan
 from vitcomp_jax.weights import files, loading
 
@@ -23,7 +24,9 @@ INDEX = LayerIndex(((0, 1, 2), (8, 9, -1)), tuple(range(0, 32, 3)))
 
 @pytest.fixture(scope="module", autouse=True)
 def tiny():
-  tiny_variant()
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setitem(VARIANTS, TINY, tiny_spec())
+    yield
 
 
 def _slimmed(spec):

@@ -5,6 +5,7 @@ import functools
 import os
 from collections.abc import Sequence
 
+import flax.errors
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -149,8 +150,9 @@ def compress(model: Backbone, params: Params, plan: Plan | Path) -> tuple[Backbo
   return small, jax.tree.map(jnp.asarray, params)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def apply(model: Backbone, params: Params, images: Float[Array, "b h w 3"]) -> Float[Array, "b c"]:
+def apply(
+  model: Backbone, params: Params, images: Float[Array | np.ndarray, "b h w 3"]
+) -> Float[Array, "b c"]:
   """Computes logits (features without a classifier); compiled once per model and batch shape.
 
   Args:
@@ -165,6 +167,23 @@ def apply(model: Backbone, params: Params, images: Float[Array, "b h w 3"]) -> F
     >>> vc.apply(model, params, np.zeros((2, 30, 30, 3), np.float32)).shape
     (2, 10)
   """
+  shape, expected = getattr(images, "shape", ()), (*model.spec.image_size, 3)
+  if len(shape) != 4 or shape[1:] != expected:
+    got = list(shape) if shape else type(images).__name__
+    raise UserError(
+      f"images: expected floats of shape [b, {expected[0]}, {expected[1]}, 3], got {got}."
+    )
+  if not jnp.issubdtype(images.dtype, jnp.floating):
+    raise UserError(f"images: expected floats, as preprocess makes them, got {images.dtype}.")
+  try:
+    return _apply(model, params, images)
+  except (flax.errors.FlaxError, TypeError) as error:
+    timm.check(params, abstract_params(model))  # names the parameter that is missing
+    raise error
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _apply(model: Backbone, params: Params, images: Array | np.ndarray) -> Array:
   return model.apply({"params": params}, images)
 
 

@@ -117,6 +117,10 @@ def load_exported(path: str | os.PathLike[str]) -> Exported:
     (3, 10)
   """
   path = pathlib.Path(paths.expand(path))
+  if not path.exists():
+    raise UserError(f"{path}: expected an export's folder or a file in it, got none.")
+  if path.suffix == ".safetensors":
+    raise UserError(f"{path}: expected a program, got weights for timm; load them by vc.load.")
   if (path / "export").is_dir():  # a run
     path = path / "export"
   where = (path if path.is_dir() else path.parent) / MANIFEST

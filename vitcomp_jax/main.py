@@ -13,6 +13,7 @@ import importlib.metadata
 import importlib.resources
 import inspect
 import logging
+import os
 import pathlib
 import re
 import runpy
@@ -126,6 +127,8 @@ def _parse(argv: Sequence[str]) -> tuple[config_lib.Config, pathlib.Path]:
   overrides, file = _overrides(rest), _config_file(name)
   values = config_lib.with_overrides(_read(file, arg or None), overrides)
   workdir = known.workdir or pathlib.Path("runs", file.stem)
+  if workdir == pathlib.Path():
+    raise UserError("--workdir: expected a folder of its own for the run, got the current one.")
   return config_lib.from_config_dict(values), workdir
 
 
@@ -214,4 +217,10 @@ def _read(path: pathlib.Path, arg: str | None) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-  sys.exit(main(sys.argv))
+  _status = main(sys.argv)
+  if _status == 130:
+    # XLA may still compile in another thread, which would crash while Python shuts down.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(_status)
+  sys.exit(_status)

@@ -4,6 +4,7 @@ Each function takes a dense model, and either its method's own parameter or a bu
 fraction of the dense model's multiply-accumulates, or `gmacs`, 1e9 of them per image.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -52,9 +53,29 @@ def tome(
   if r is None:
     return _within("tome", spec, macs, gmacs)
   _check_alone("r", macs, gmacs)
+  _check_r(r, spec.depth)
   # ToMe's authors use no proportional attention for MAE.
   layers = methods.tome.layers(spec, r, prop_attn=spec.pool != "size_mean")
   return _plan(spec, layers, method="tome", r=r)
+
+
+def _check_r(r: int | Sequence[int | float], depth: int) -> None:
+  """Refuses what is no count, no list of counts, and no pair of mean and inflection."""
+  if isinstance(r, tuple) and len(r) == 2:
+    is_right = all(map(_is_number, r)) and r[0] >= 0 and -1 <= r[1] <= 1
+  elif isinstance(r, list | tuple):
+    is_right = len(r) <= depth and all(type(count) is int and count >= 0 for count in r)
+  else:
+    is_right = type(r) is int and r >= 0
+  if not is_right:
+    raise UserError(
+      f"r: expected a whole number from 0, up to {depth} of them, or a pair of mean and inflection "
+      f"(-1 to 1), got {r!r}."
+    )
+
+
+def _is_number(value: object) -> bool:
+  return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def evit(
@@ -222,6 +243,8 @@ def random(
     Chen et al., `DiffRate <https://arxiv.org/abs/2305.17997>`_, 2023, Fig. 5.
   """
   spec = _dense_spec(model)
+  if type(seed) is not int or seed < 0:
+    raise UserError(f"seed: expected a whole number from 0, got {seed!r}.")
   (layers,) = random_counts(spec, _target(spec, macs, gmacs), 1, seed)
   return _plan(spec, layers, method="random", seed=seed, macs=macs, gmacs=gmacs)
 

@@ -21,7 +21,8 @@ from vitcomp_jax.parallel import Layout
 from vitcomp_jax.plans import PassedPlan, Plan, make_plan
 from vitcomp_jax.training import loop
 from vitcomp_jax.training.search import SearchTrainer, best_loss, check_loss
-from vitcomp_jax.weights.loading import Params
+from vitcomp_jax.weights import timm
+from vitcomp_jax.weights.loading import Params, abstract_params
 
 
 def search(
@@ -78,6 +79,9 @@ def search(
   """
   spec, layout = model.spec, Layout()
   _check_model(model, what)
+  timm.check(params, abstract_params(model))
+  asked = {"macs": macs, "gmacs": gmacs, "latency_ms": latency_ms}
+  budgets.check(asked)
   config = _config(loss, steps, batch_size, seed, options)
   batches, has_labels = endless_batches(data, batch_size, seed)
   first = next(batches)
@@ -86,7 +90,7 @@ def search(
     config = dataclasses.replace(config, loss=best_loss(spec, has_labels))
   check_loss(config.loss, spec, has_labels, "loss")
   cost = MACS if latency_ms is None else _latency(spec, config)
-  target = budgets.target(spec, cost, {"macs": macs, "gmacs": gmacs, "latency_ms": latency_ms})
+  target = budgets.target(spec, cost, asked)
   method = DiffRate(spec, target, config, cost=cost)
   method.check()
   trainer = SearchTrainer(method, config, spec.preprocess, layout, seed)

@@ -1,23 +1,18 @@
 """Slimming, re-training and searching rates on what was slimmed, as runs on a tiny model."""
 
-import dataclasses
-
 import jax
 import numpy as np
 import pytest
 
 import vitcomp_jax as vc
+from tests.tiny_main import TINY, tiny_spec
 from vitcomp_jax.models.variants import VARIANTS
 from vitcomp_jax.weights import files
-
-TINY = "vit_tiny_for_tests"
 
 
 @pytest.fixture(autouse=True)
 def tiny_variant(monkeypatch, optax_promotion):
-  spec = VARIANTS["vit_mini_patch3_30"]
-  tiny = dataclasses.replace(spec, name=TINY, patch_size=6, width=16, depth=3, mlp_dim=32)
-  monkeypatch.setitem(VARIANTS, TINY, tiny)
+  monkeypatch.setitem(VARIANTS, TINY, tiny_spec())
 
 
 def tiny_config(**slim):

@@ -117,7 +117,7 @@ class FolderSource:
     """
     self.name, self.split = pathlib.Path(directory).name, split
     self.image_shape: tuple[int, int] | None = None
-    folder = os.path.join(directory, split)
+    folder = directory if split == "." else os.path.join(directory, split)
     try:
       found = folders.find(folder)
     except OSError as error:

@@ -210,6 +210,8 @@ def make_plan(
     >>> round(vc.make_plan(spec, layers, {"method": "tome"}).gmacs, 2)
     2.7
   """
+  if len(layers) != spec.depth:
+    raise UserError(f"layers: expected {spec.depth} for {spec.name}, got {len(layers)}.")
   plan_layers = []
   for i, layer in enumerate(layers):
     select, reduce = layer.select, layer.reduce

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import logging
 import pathlib
 
 from vitcomp_jax.config import Config
@@ -98,6 +99,8 @@ class Artefacts:
     return str(made_here) if made_here.exists() else self.config.model.weights
 
   def _load(self, layers: tuple[LayerSpec, ...], weights: str | None) -> Params:
+    if weights is None:
+      logging.warning("config.model.weights is none: the weights are random")
     head_is_new = self.inputs.names.head_is_new and not self.workdir.is_finished("pretrain")
     is_dense = layers == self.inputs.spec.dense_layers
     indices = self.plan.indices if self.plan and not is_dense else None

@@ -23,7 +23,7 @@ def targets(budget: BudgetConfig, cost: CostModel, spec: ViTSpec) -> dict[str, f
     UserError: If not exactly one kind of budget is given, a budget is not above 0 and at most the
       dense model's cost, or several do not fall.
   """
-  kind, asked = _given(budget)
+  kind, asked = given(budget)
   dense = cost.static(spec, spec.dense_layers)
   shares = budget.fractions
   if shares is not None:
@@ -49,8 +49,12 @@ def check_single_gmacs(budget: BudgetConfig) -> None:
       )
 
 
-def _given(budget: BudgetConfig) -> tuple[str, float]:
-  """Returns the only given kind of budget, and its value."""
+def given(budget: BudgetConfig) -> tuple[str, float]:
+  """Returns the only given kind of budget, and its value.
+
+  Raises:
+    UserError: If none or several are given.
+  """
   given = {kind: getattr(budget, kind) for kind in _KINDS if getattr(budget, kind) is not None}
   if len(given) != 1:
     got = " and ".join(f"{kind} {value}" for kind, value in given.items()) or "none"

@@ -88,14 +88,13 @@ class Inputs:
   def _label_names(self) -> tuple[str, ...] | None:
     """Returns the names of the data's classes among the outputs; None if labels are not used."""
     spec, names = self.spec, self.names
+    if self.config.data.labels == "required":
+      return names.of_labels(spec)
     of_eval = names.splits.eval.class_names if names.splits.eval else ()
     try:
       found = names.of_labels(spec)
-      if found and self.config.data.labels == "auto":
-        labels.match(of_eval, found, self.config.data.name)
+      labels.match(of_eval if found else (), found, self.config.data.name)
     except UserError as why:
-      if self.config.data.labels == "required":
-        raise
       logging.warning("labels are left out: %s", why)
       return None
     return found
@@ -116,6 +115,7 @@ class Inputs:
     budget = self.config.budget
     if budget.latency_ms is None:
       return MACS
+    budgets.given(budget)  # raises before minutes of measuring
     kept = self.workdir / "latency.json"
     if kept.exists():
       return latency.read(kept)

@@ -27,6 +27,8 @@ _PEAK_SIDE = 2048  # of the square matrices whose product measures the peak
 
 def check(run: Run) -> None:
   """Refuses a plan that does not fit, and an empty table."""
+  if not run.config.benchmark.batch_sizes and run.config.budget.latency_ms is None:
+    raise UserError("config.benchmark.batch_sizes: expected at least one batch size, got none.")
   if run.artefacts.plan:
     run.artefacts.plan.layers_for(run.inputs.spec)
   elif not run.config.evaluate.dense and not {"search", "slim"} & set(run.config.stages):

@@ -131,7 +131,7 @@ class DiffRate:
         f"{self.options.recipe}."
       )
     smallest, dense = self._smallest(), self._dense_cost
-    if self.target < smallest:
+    if not smallest <= self.target <= dense * (1 + 1e-9):
       raise UserError(
         f"config.budget: expected at least {smallest:.4g} {self.cost.unit} (fraction "
         f"{smallest / dense:.3g}), what the smallest plan of {self.spec.name} costs, got "
