@@ -166,7 +166,7 @@ def test_predictions(home, capsys):
   assert (home / "maps/1_cost$5.png").exists()
   for option, said in (
     ("--workdir", "none: expected a run"),
-    ("--exported", "manifest.json: expected an export's"),
+    ("--exported", "none: expected an export's folder or a file"),
   ):
     assert predict.main(["predict", option, "~/none", "$ASKED/cost$5.png"]) == 2
     assert f"{home}/{said}" in capsys.readouterr().err

@@ -146,7 +146,11 @@ def test_names_of_imagenet():
     (["--weights", "bundled", "--plan", "nowhere.json"], "0.png", "expected a file or a published"),
     (["--weights", OTHER, "--variant", MINI], "0.png", "do not fit"),
     (["--variant", MINI, "--exported", "somewhere"], "0.png", "expected one of --workdir"),
-    (["--exported", "nowhere"], "0.png", "expected an export's folder, got none (No such file"),
+    (
+      ["--exported", "nowhere"],
+      "0.png",
+      "expected an export's folder or a file in it, got none",
+    ),
     (["--workdir", "nowhere"], "0.png", "expected a run"),
     (["--weights", "bundled", "--variant", MINI, "--top", "0"], "0.png", "--top"),
   ],

@@ -8,26 +8,29 @@ import pytest
 
 import vitcomp_jax as vc
 from tests.models import random_params
+from tests.tiny_main import TINY, tiny_spec
 from vitcomp_jax import methods
 from vitcomp_jax.config import default_config, from_config_dict
 from vitcomp_jax.data.arrays import endless_batches
 from vitcomp_jax.data.transforms import normalize
 from vitcomp_jax.models.build import build
-from vitcomp_jax.models.variants import get_spec
+from vitcomp_jax.models.variants import VARIANTS
 from vitcomp_jax.runs.run import open_run
 from vitcomp_jax.searching import search
 
 pytestmark = pytest.mark.usefixtures("optax_promotion")
 
-SPEC = get_spec("vit_mini_patch3_30")
+SPEC = tiny_spec()
 SIDE = SPEC.image_size[0]
 IMAGES = np.random.default_rng(0).integers(0, 256, (20, SIDE, SIDE, 3), dtype=np.uint8)
 LABELS = np.arange(20) % SPEC.num_classes
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="module", autouse=True)
 def dense():
-  return build(SPEC, SPEC.dense_layers), random_params(SPEC)
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setitem(VARIANTS, TINY, SPEC)
+    yield build(SPEC, SPEC.dense_layers), random_params(SPEC)
 
 
 def _search(dense, data, **options):
@@ -64,7 +67,7 @@ def test_batches_may_come_in_any_form():
 def test_a_search_is_that_of_a_run(tmp_path):
   """The same batches, in a run and as a list, give the same plan."""
   config = default_config()
-  config.model.variant, config.model.weights = SPEC.name, "bundled"
+  config.model.variant = TINY
   config.data.pad, config.budget.fraction, config.seed = 1, 0.7, 3
   search_config = config.search
   search_config.steps, search_config.batch_size, search_config.choose_images = 3, 8, 8
