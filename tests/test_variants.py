@@ -90,7 +90,14 @@ def test_every_variant_is_listed():
   assert set(PARAMETERS) == set(VARIANTS)
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+# Deep ones trace for seconds, and differ from the others in numbers alone.
+_DEEP = [
+  pytest.param(name, marks=pytest.mark.slow) for name in VARIANTS if get_spec(name).depth > 12
+]
+_OTHERS = [name for name in VARIANTS if get_spec(name).depth <= 12]
+
+
+@pytest.mark.parametrize("name", [*_OTHERS, *_DEEP])
 def test_parameters(name):
   spec = get_spec(name)
   assert api.count_cost(build(spec, spec.dense_layers)).params == PARAMETERS[name]

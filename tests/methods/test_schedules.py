@@ -117,7 +117,12 @@ def test_a_schedule_is_a_plan(name):
   assert [layer.reduce for layer in plan.layers] == reducers(layers) * 3
 
 
-@pytest.mark.parametrize("name", schedules())
+# One of each reducer in the quick run.
+_KINDS = ("uniform", "uniform_merge", "tome", "evit", "dynamicvit")
+_MORE = [pytest.param(name, marks=pytest.mark.slow) for name in schedules() if name not in _KINDS]
+
+
+@pytest.mark.parametrize("name", [*_KINDS, *_MORE])
 def test_permuting_a_batch_permutes_the_logits(name):
   spec = small_spec()
   dense = macs.static_macs(spec, spec.dense_layers) / 1e9
