@@ -243,7 +243,14 @@ def test_budget_below_the_smallest_plan_is_refused():
     DiffRate(small_spec(), 1e-6).check()
 
 
-@pytest.mark.parametrize("kind", SPECS)
+@pytest.mark.parametrize(
+  "kind",
+  [
+    "cls",
+    "caformer",
+    *(pytest.param(k, marks=pytest.mark.slow) for k in SPECS if k not in ("cls", "caformer")),
+  ],
+)
 def test_logits_do_not_depend_on_the_batch(kind):
   spec = SPECS[kind]
   layers, params = _random_plan(spec, 1), random_params(spec)
