@@ -21,7 +21,7 @@ import vitcomp_jax as vc
 from vitcomp_jax.cost.macs import static_counts
 from vitcomp_jax.data import sources
 from vitcomp_jax.data.transforms import evaluation_image, normalize
-from vitcomp_jax.methods.diffrate import search as diffrate
+from vitcomp_jax.methods.diffrate import masking as diffrate
 from vitcomp_jax.methods.vit_slim import search as vit_slim
 from vitcomp_jax.models.attention import Attention
 from vitcomp_jax.models.importance import cls_attention

@@ -37,10 +37,15 @@ def given(tmp_path, monkeypatch):
   """Weights that say what they are, and a folder for images."""
   monkeypatch.setitem(VARIANTS, TINY, tiny_spec())
   model, params = vc.load(TINY)
-  names = sources.make_source("bundled", None, "test", (1, 1), 0).class_names
+  names = _class_names(sources.make_source("bundled", None, "test", (1, 1), 0))
   weights = tmp_path / "mine.safetensors"
   loading.save_params(dataclasses.replace(model.spec, class_names=names), params, weights)
   return weights, tmp_path / "photos"
+
+
+def _class_names(source):
+  """A folder's name holds no slash."""
+  return tuple(name.replace("/", " or ") for name in source.class_names)
 
 
 def _photos(folder, by_class, count=20, other=None):
@@ -48,7 +53,7 @@ def _photos(folder, by_class, count=20, other=None):
   source = sources.make_source("bundled", None, "test", (1, 1), 0)
   for i in range(count):
     example = source[i]
-    name = other if other and i == count - 1 else source.class_names[example.label]
+    name = other if other and i == count - 1 else _class_names(source)[example.label]
     inner = folder / name if by_class else folder
     inner.mkdir(parents=True, exist_ok=True)
     PIL.Image.fromarray(example.image.squeeze()).save(inner / f"{i}.png")
