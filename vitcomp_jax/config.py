@@ -60,8 +60,7 @@ class DataConfig:
   dir: str | None = None  # the image folder, or TFDS's data_dir
   train_split: str = "train"  # a split's name; TFDS slices such as `train[:90%]` work
   eval_split: str | None = None  # none: the first of `validation`, `val` and `test`
-  # Split a folder without `train` and `val`, or with one of them alone: half of its images for
-  # training, half for evaluation; only with both splits' names at their defaults.
+  # Halve a folder that has no `train` and `val`, unless splits are named: to train, to evaluate.
   divide: bool = False
   train_examples: Count | None = None  # use only this many training images (drawn by seed)
   eval_examples: Count | None = None  # use only this many evaluation images (drawn by seed)
