@@ -22,8 +22,8 @@ from vitcomp_jax.models.slicing import slice_params
 from vitcomp_jax.models.spec import ViTSpec
 from vitcomp_jax.models.variants import VARIANTS, get_spec
 from vitcomp_jax.plans import Plan, load_plan
-from vitcomp_jax.weights import files, loading, timm
-from vitcomp_jax.weights.loading import Params, abstract_params
+from vitcomp_jax.weights import files, loading
+from vitcomp_jax.weights.loading import Params, abstract_params, check_params
 
 Path = str | os.PathLike[str]
 
@@ -146,7 +146,7 @@ def compress(model: Backbone, params: Params, plan: Plan | Path) -> tuple[Backbo
       "give the dense model and its parameters."
     )
   small = build(model.spec, plan.layers_for(model.spec))
-  timm.check(params, abstract_params(small))
+  check_params(small, params)
   return small, jax.tree.map(jnp.asarray, params)
 
 
@@ -178,7 +178,7 @@ def apply(
   try:
     return _apply(model, params, images)
   except (flax.errors.FlaxError, TypeError) as error:
-    timm.check(params, abstract_params(model))  # names the parameter that is missing
+    check_params(model, params)  # names the parameter that is missing
     raise error
 
 

@@ -24,7 +24,7 @@ from vitcomp_jax.models.backbone import Backbone
 from vitcomp_jax.models.build import build
 from vitcomp_jax.models.reducers import StaticReducer
 from vitcomp_jax.plans import Plan, plan_of
-from vitcomp_jax.weights import loading, timm, timm_slimmed
+from vitcomp_jax.weights import loading, timm_slimmed
 from vitcomp_jax.weights.loading import Params
 
 ENDINGS = {".stablehlo": "stablehlo", ".onnx": "onnx", ".safetensors": "timm"}
@@ -113,7 +113,7 @@ def export(model: Backbone, params: Params, path: str | os.PathLike[str]) -> Non
     known = ", ".join(f"{ending} ({name})" for ending, name in ENDINGS.items())
     raise UserError(f"export: expected a path that ends in one of {known}, got {str(path)!r}.")
   plan = plan_of(model)
-  timm.check(params, loading.abstract_params(model))
+  loading.check_params(model, params)
   check(form, program)
   try:
     target.parent.mkdir(parents=True, exist_ok=True)

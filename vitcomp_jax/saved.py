@@ -13,7 +13,7 @@ from vitcomp_jax.errors import UserError
 from vitcomp_jax.models.backbone import Backbone
 from vitcomp_jax.models.spec import ViTSpec
 from vitcomp_jax.plans import Plan, load_plan, plan_of, save_plan
-from vitcomp_jax.weights import loading, timm
+from vitcomp_jax.weights import loading
 from vitcomp_jax.weights.loading import Params
 
 WEIGHTS, PLAN, SPEC = "model.safetensors", "plan.json", "spec.json"
@@ -51,7 +51,7 @@ def save(folder: str | os.PathLike[str], model: Backbone, params: Params) -> Non
   """
   target = pathlib.Path(paths.expand(folder))
   plan = plan_of(model)
-  timm.check(params, loading.abstract_params(model))
+  loading.check_params(model, params)
   try:
     _check_replaceable(target)
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -21,8 +21,7 @@ from vitcomp_jax.parallel import Layout
 from vitcomp_jax.plans import PassedPlan, Plan, make_plan
 from vitcomp_jax.training import loop
 from vitcomp_jax.training.search import SearchTrainer, best_loss, check_loss
-from vitcomp_jax.weights import timm
-from vitcomp_jax.weights.loading import Params, abstract_params
+from vitcomp_jax.weights.loading import Params, check_params
 
 
 def search(
@@ -79,7 +78,7 @@ def search(
   """
   spec, layout = model.spec, Layout()
   _check_model(model, what)
-  timm.check(params, abstract_params(model))
+  check_params(model, params)
   asked = {"macs": macs, "gmacs": gmacs, "latency_ms": latency_ms}
   budgets.check(asked)
   config = _config(loss, steps, batch_size, seed, options)

@@ -24,7 +24,7 @@ from vitcomp_jax.models.spec import LayerSpec, ViTSpec
 from vitcomp_jax.models.variants import VARIANTS, get_spec
 from vitcomp_jax.weights import description, files
 from vitcomp_jax.weights.description import Description
-from vitcomp_jax.weights.timm import port, without_head
+from vitcomp_jax.weights.timm import check, port, without_head
 
 Params = dict[str, Any]
 
@@ -246,6 +246,15 @@ def abstract_params(model: Backbone) -> Params:
   """Returns the shapes of a model's parameters."""
   images = jax.ShapeDtypeStruct((1, *model.spec.image_size, 3), jnp.float32)
   return dict(jax.eval_shape(model.init, jax.random.key(0), images)["params"])
+
+
+def check_params(model: Backbone, params: Params) -> None:
+  """Refuses parameters that are not a model's.
+
+  Raises:
+    UserError: If parameters are missing, unexpected or misshapen; lists them by timm's names.
+  """
+  check(params, abstract_params(model))
 
 
 def _located(spec: ViTSpec, weights: str) -> str:
