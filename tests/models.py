@@ -1,6 +1,7 @@
 """Small models with random weights, for tests."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -50,8 +51,8 @@ def random_images(spec: ViTSpec, count: int, seed: int = 0) -> jax.Array:
   return jax.random.normal(jax.random.key(seed), (count, *spec.image_size, 3))
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1))
 def forward(
   spec: ViTSpec, layers: tuple[LayerSpec, ...], variables: dict, images: jax.Array
 ) -> Any:
-  model = build(spec, layers)
-  return jax.jit(lambda v, x: model.apply(v, x, method="forward"))(variables, images)
+  return build(spec, layers).apply(variables, images, method="forward")

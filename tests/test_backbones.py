@@ -16,7 +16,7 @@ from vitcomp_jax.methods import within
 from vitcomp_jax.models.caformer import caformer
 from vitcomp_jax.models.variants import VARIANTS
 from vitcomp_jax.models.vit import ViT
-from vitcomp_jax.ops.attention import probe_attention
+from vitcomp_jax.ops.importance import probe_attention
 from vitcomp_jax.plans import load_plan, make_plan, save_plan
 from vitcomp_jax.stages import run_stages
 

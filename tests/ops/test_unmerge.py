@@ -1,6 +1,7 @@
 """Tokens go back to the patches that they stand for."""
 
 import dataclasses
+import itertools
 from typing import Any
 
 import jax
@@ -57,16 +58,16 @@ def run(spec, layers, params):
   return out, jax.device_get(seen)
 
 
-def _names():
-  """All but DynamicViT; at once, one for each way in which tokens are removed."""
-  for name in schedules():
-    if name != "dynamicvit":
-      at_once = name in ("uniform", "uniform_merge", "tome", "evit")
-      yield pytest.param(name, marks=() if at_once else pytest.mark.slow)
+def _cases():
+  """All but DynamicViT; at once, each way in which tokens are removed, and each prefix."""
+  at_once = {("uniform", prefix) for prefix in PREFIXES}
+  at_once |= {(name, "cls") for name in ("uniform_merge", "tome", "evit")}
+  for case in itertools.product(schedules(), PREFIXES):
+    if case[0] != "dynamicvit":
+      yield pytest.param(*case, marks=() if case in at_once else pytest.mark.slow)
 
 
-@pytest.mark.parametrize("prefix", PREFIXES)
-@pytest.mark.parametrize("name", list(_names()))
+@pytest.mark.parametrize(("name", "prefix"), list(_cases()))
 def test_every_patch_shows_its_token_or_its_last_value(name, prefix):
   spec = small_spec(**PREFIXES[prefix])
   layers = within(name, spec, 0.6 * macs.static_macs(spec, spec.dense_layers) / 1e9)

@@ -17,6 +17,7 @@ from vitcomp_jax.errors import UserError
 from vitcomp_jax.methods.diffrate.search import DiffRate
 from vitcomp_jax.methods.handmade import random_counts
 from vitcomp_jax.metrics import progress
+from vitcomp_jax.models.attention import LayerPositions
 from vitcomp_jax.models.block import encoder_block
 from vitcomp_jax.models.spec import LayerSpec, ViTSpec
 from vitcomp_jax.models.tokens import Tokens
@@ -99,10 +100,12 @@ def _score(
   arch = method.replayed_arch(layers)
   kept = [after for _, after in macs.static_counts(spec, layers)]
   limits = [min(-(-n // _BUCKET) * _BUCKET, spec.num_tokens) for n in kept]
-  tokens = _embed(ViT(spec, method.replayed_layers()), run.inputs.preprocess, params, images)
+  model = ViT(spec, method.replayed_layers())
+  tokens = _embed(model, run.inputs.preprocess, params, images)
   for i, layer in enumerate(method.replayed_layers(limits)):
     variables = {"params": params[f"blocks_{i}"], "arch": arch[f"blocks_{i}"]}
-    tokens = _block(spec, layer, variables, tokens)
+    positions = model.apply({"params": params}, i, method="layer_positions")
+    tokens = _block(spec, layer, variables, tokens, positions)
   return jax.device_get(_classify(spec, params, tokens, labels))
 
 
@@ -113,8 +116,14 @@ def _embed(model: ViT, preprocess: Preprocess, params: Params, images: jax.Array
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _block(spec: ViTSpec, layer: LayerSpec, variables: Params, tokens: Tokens) -> Tokens:
-  return encoder_block(layer, ViTParts(spec)).apply(variables, tokens)
+def _block(
+  spec: ViTSpec,
+  layer: LayerSpec,
+  variables: Params,
+  tokens: Tokens,
+  positions: LayerPositions | None,
+) -> Tokens:
+  return encoder_block(layer, ViTParts(spec)).apply(variables, tokens, positions)
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -45,13 +45,18 @@ class _Resize:
 
   def __call__(self, tokens: Tokens, stats: AttentionStats | None) -> Tokens:
     del stats
-    x, size = tokens.x, tokens.sizes
+    x, size, origin = tokens.x, tokens.sizes, tokens.origin
     if x.shape[1] != self.num_tokens:
       # Otherwise XLA would skip work on dropped tokens and share it between equal ones.
       x, size = jax.lax.optimization_barrier((x, size))
       times = -(-self.num_tokens // x.shape[1])
       x, size = (jnp.concatenate([y] * times, axis=1)[:, : self.num_tokens] for y in (x, size))
-    return Tokens.begin(x, tokens.num_prefix, size, tokens.probe, tokens.origin is not None)
+    resized = Tokens.begin(x, tokens.num_prefix, size, tokens.probe)
+    if origin is None:
+      return resized
+    # Positions are looked up by origin from here on, as behind any reduction.
+    origin = jnp.resize(origin, (x.shape[0], self.num_tokens))
+    return resized.replace(origin=origin, is_in_order=False)
 
   def count(self, n: int) -> int:
     del n

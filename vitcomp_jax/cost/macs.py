@@ -22,7 +22,8 @@ def layer_macs(layer: LayerSpec, width: int, at_attention: Any, at_mlp: Any) -> 
   """
   inner = layer.num_heads * layer.head_dim
   attention = at_attention * (4.0 * width * inner) + at_attention * at_attention * (2.0 * inner)
-  return attention + at_mlp * (2.0 * width * layer.mlp_dim)
+  projections = 3.0 if layer.is_gated else 2.0
+  return attention + at_mlp * (projections * width * layer.mlp_dim)
 
 
 def macs(spec: ViTSpec, layers: Sequence[LayerSpec], counts: Sequence[tuple[Any, Any]]) -> Any:

@@ -1,14 +1,53 @@
 """Multi-head self-attention of one layer."""
 
+import dataclasses
+
 import flax.linen as nn
+import flax.struct
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from vitcomp_jax.models.gates import Gate, open_gate
-from vitcomp_jax.models.layers import dense
+from vitcomp_jax.models.layers import NO_NORM, NormSpec, dense
+from vitcomp_jax.models.positions import RelativeBias, by_origin
 from vitcomp_jax.models.spec import LayerSpec
 from vitcomp_jax.models.tokens import AttentionStats, Tokens
 from vitcomp_jax.ops.attention import attend
+from vitcomp_jax.ops.rotary import rotate
+
+
+class LayerPositions(flax.struct.PyTreeNode):
+  """Positions that a layer's attention uses, by all tokens that the model starts with.
+
+  Attributes:
+    angles: Rotation of queries and keys, f[#h n k//2]; None: no rotation.
+    bias: Bias of the logits that layers share, f[h n n]; None: none.
+    halves: Pairing of rotated channels, see `Rotary`.
+  """
+
+  angles: Array | None = None
+  bias: Array | None = None
+  halves: bool = flax.struct.field(pytree_node=False, default=False)
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionParts:
+  """Describes the parts of attention in which families of models differ.
+
+  Attributes:
+    qkv_bias: Which of query, key and value have a bias: `qkv`, `qv`, or none, ``""``.
+    proj_bias: Whether the last projection has a bias.
+    qk_norm: Norm of each head's queries and keys.
+    norm: Norm of the output before the last projection.
+    relative_grid: Grid of the layer's own bias by relative position; None: no such bias.
+  """
+
+  qkv_bias: str = "qkv"
+  proj_bias: bool = True
+  qk_norm: NormSpec = NO_NORM
+  norm: NormSpec = NO_NORM
+  relative_grid: tuple[int, int] | None = None
 
 
 class Attention(nn.Module):
@@ -18,32 +57,83 @@ class Attention(nn.Module):
   width: int
   dtype: str | None = None
   form: str = "auto"
-  use_bias: bool = True
+  parts: AttentionParts = AttentionParts()
 
   def setup(self) -> None:
-    self.qkv = dense(3 * self.spec.num_heads * self.spec.head_dim, self.dtype, self.use_bias)
-    self.proj = dense(self.width, self.dtype, self.use_bias)
+    inner, parts = self.spec.num_heads * self.spec.head_dim, self.parts
+    self.qkv = dense(3 * inner, self.dtype, parts.qkv_bias == "qkv")
+    if parts.qkv_bias == "qv":
+      self.q_bias = self.param("q_bias", nn.initializers.zeros, (inner,))
+      self.v_bias = self.param("v_bias", nn.initializers.zeros, (inner,))
+    self.q_norm, self.k_norm = parts.qk_norm.make(), parts.qk_norm.make()
+    if parts.relative_grid is not None:
+      self.relative = RelativeBias(parts.relative_grid, self.spec.num_heads)
+      nn.share_scope(self, self.relative)
+    self.norm = parts.norm.make()
+    self.proj = dense(self.width, self.dtype, parts.proj_bias)
 
   def __call__(
-    self, x: Float[Array, "b n d"], tokens: Tokens, gate: Gate = open_gate
+    self,
+    x: Float[Array, "b n d"],
+    tokens: Tokens,
+    gate: Gate = open_gate,
+    positions: LayerPositions | None = None,
   ) -> tuple[Float[Array, "b q d"], AttentionStats]:
     """Returns the attention's output, and statistics for reducers.
 
     Args:
       x: Normed token values.
-      tokens: The tokens, for their sizes and mask.
+      tokens: The tokens, for their sizes, mask and origins.
       gate: Factor on queries, keys and values.
+      positions: Positions of the tokens that the model starts with.
     """
-    b, n, _ = x.shape
-    s = self.spec
-    # Split first, so that a backward pass concatenates the three gradients without a transpose.
-    # Heads are next to the batch: each product is one batched matrix product.
-    q, k, v = (
-      gate(part.reshape(1, b, n, s.num_heads, s.head_dim).swapaxes(2, 3))[0]
-      for part in jnp.split(self.qkv(x), 3, axis=-1)
-    )
+    s, positions = self.spec, positions or LayerPositions()
+    q, k, v = self._projected(x, gate)
+    content, bias = k, self._bias(tokens, positions)
+    if positions.angles is not None:
+      angles = by_origin(_of_kept_pairs(positions.angles, s.rotated), tokens)
+      q, k = rotate(q, angles, positions.halves), rotate(k, angles, positions.halves)
     log_size = jnp.log(tokens.size) if s.size_bias and tokens.size is not None else None
     q = q[:, :, : s.queries]
-    y = attend(q, k, v, s.qk_scale, log_size, tokens.keep, s.mask_eps, self.form)
-    y = y.transpose(0, 2, 1, 3).reshape(b, q.shape[2], s.num_heads * s.head_dim)
-    return self.proj(y), AttentionStats(q, k, v, log_size, tokens.keep, s.qk_scale)
+    seen = None if bias is None else bias[:, :, : s.queries]
+    y = attend(q, k, v, s.qk_scale, log_size, tokens.keep, s.mask_eps, self.form, seen)
+    y = y.transpose(0, 2, 1, 3).reshape(q.shape[0], q.shape[2], s.num_heads * s.head_dim)
+    stats = AttentionStats(q, k, v, log_size, tokens.keep, s.qk_scale, seen, content)
+    return self.proj(self.norm(y)), stats
+
+  def _projected(self, x: Array, gate: Gate) -> tuple[Array, Array, Array]:
+    """Returns queries, keys and values, f[b h n k] each."""
+    b, n, _ = x.shape
+    # Split first, so that a backward pass concatenates the three gradients without a transpose.
+    # Heads are next to the batch: each product is one batched matrix product.
+    q, k, v = jnp.split(self.qkv(x), 3, axis=-1)
+    if self.parts.qkv_bias == "qv":
+      q = q + self.q_bias.astype(q.dtype)[None, None]
+      v = v + self.v_bias.astype(v.dtype)[None, None]
+    shape = 1, b, n, self.spec.num_heads, self.spec.head_dim
+    q, k, v = (part.reshape(shape).swapaxes(2, 3) for part in (q, k, v))
+    q, k = self.q_norm(q).astype(v.dtype), self.k_norm(k).astype(v.dtype)
+    return gate(q)[0], gate(k)[0], gate(v)[0]
+
+  def _bias(self, tokens: Tokens, positions: LayerPositions) -> Array | None:
+    """Returns the bias of the logits by relative position, f[#b h n n]."""
+    bias = positions.bias if self.parts.relative_grid is None else self.relative()
+    if bias is None:
+      return None
+    rows = by_origin(bias, tokens)
+    return by_origin(rows.swapaxes(2, 3), tokens).swapaxes(2, 3)
+
+
+def _of_kept_pairs(angles: Array, rotated: tuple[tuple[int, ...], ...] | None) -> Array:
+  """Returns the angles of a slimmed layer's pairs, f[h n k//2].
+
+  Args:
+    angles: Angles of the dense layer, f[#h n k//2].
+    rotated: Pairs of the dense layer, see `LayerSpec`; None: all.
+  """
+  if rotated is None:
+    return angles
+  heads, _, pairs = angles.shape
+  index = np.array(rotated)  # [h k//2]
+  head = index // pairs if heads > 1 else np.zeros_like(index)
+  return angles.swapaxes(1, 2)[head, index % pairs].swapaxes(1, 2)

@@ -34,11 +34,11 @@ class Backbone(nn.Module):
     """Returns the last layer's tokens after the final norm, pooled features and logits."""
     raise NotImplementedError
 
-  def __call__(self, images: Float[Array, "b h w 3"]) -> Float[Array, "b classes"]:
+  def __call__(self, images: Float[Array, "b h w c"]) -> Float[Array, "b classes"]:
     """Returns logits, or pooled features if the model has no classifier."""
     return self.forward(images).logits
 
-  def forward(self, images: Float[Array, "b h w 3"]) -> Output:
+  def forward(self, images: Float[Array, "b h w c"]) -> Output:
     """Returns logits, pooled features, and the tokens of every layer.
 
     Args:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from vitcomp_jax.models.attention import Attention
+from vitcomp_jax.models.attention import Attention, LayerPositions
 from vitcomp_jax.models.gates import Gate
 from vitcomp_jax.models.spec import LayerSpec
 from vitcomp_jax.models.tokens import TokenReducer, Tokens
@@ -19,6 +19,11 @@ Scale = Callable[[Array], Array]
 @runtime_checkable
 class BlockParts(Protocol):
   """Makes the parts of a layer; hashable, as it is a field of a module."""
+
+  @property
+  def norm_after(self) -> bool:
+    """Returns whether branches are normed after attention and MLP instead of before."""
+    ...
 
   def norm(self) -> nn.Module:
     """Makes the norm before attention, or before the MLP."""
@@ -38,7 +43,7 @@ class BlockParts(Protocol):
 
 
 class EncoderBlock(nn.Module):
-  """A pre-norm encoder layer whose tokens may be reduced before and after attention."""
+  """An encoder layer whose tokens may be reduced before and after attention."""
 
   layer: LayerSpec
   parts: BlockParts
@@ -56,15 +61,30 @@ class EncoderBlock(nn.Module):
     self.stream1, self.branch1 = parts.scales(layer, 1)
     self.stream2, self.branch2 = parts.scales(layer, 2)
 
-  def __call__(self, tokens: Tokens) -> Tokens:
+  def __call__(self, tokens: Tokens, positions: LayerPositions | None = None) -> Tokens:
+    """Returns the tokens after the layer.
+
+    Args:
+      tokens: The tokens that enter.
+      positions: Positions that attention uses, see `Attention`.
+    """
     tokens = self.select(tokens, None)
-    y, stats = self.attn(self.token_gate(self.norm1(tokens.x)), tokens, self.head_gate)
+    x = self.token_gate(self._before(self.norm1, tokens.x))
+    y, stats = self.attn(x, tokens, self.head_gate, positions)
     if self.layer.queries is not None:
       tokens = tokens.take(jnp.tile(jnp.arange(self.layer.queries), (y.shape[0], 1)))
-    tokens = tokens.with_x(self.stream1(tokens.x) + self._drop_path(self.branch1(y)))
+    y = self.branch1(self._after(self.norm1, y))
+    tokens = tokens.with_x(self.stream1(tokens.x) + self._drop_path(y))
     tokens = self.reduce(tokens, stats)
-    y = self.mlp(self.token_gate(self.norm2(tokens.x)), self.hidden_gate)
-    return tokens.with_x(self.stream2(tokens.x) + self._drop_path(self.branch2(y)))
+    y = self.mlp(self.token_gate(self._before(self.norm2, tokens.x)), self.hidden_gate)
+    y = self.branch2(self._after(self.norm2, y))
+    return tokens.with_x(self.stream2(tokens.x) + self._drop_path(y))
+
+  def _before(self, norm: Scale, x: Array) -> Array:
+    return x if self.parts.norm_after else norm(x)
+
+  def _after(self, norm: Scale, y: Array) -> Array:
+    return norm(y) if self.parts.norm_after else y
 
   def _drop_path(self, y: Array) -> Array:
     """Drops the branch for some images and scales it up for the others (stochastic depth)."""

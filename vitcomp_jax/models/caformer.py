@@ -6,7 +6,7 @@ Yu et al., `MetaFormer Baselines for Vision <https://arxiv.org/abs/2210.13452>`_
 import dataclasses
 import functools
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from vitcomp_jax.errors import UserError
-from vitcomp_jax.models.attention import Attention
+from vitcomp_jax.models.attention import Attention, AttentionParts
 from vitcomp_jax.models.backbone import Backbone
 from vitcomp_jax.models.block import Scale, encoder_block
 from vitcomp_jax.models.gates import Gate, open_gate
@@ -25,6 +25,7 @@ from vitcomp_jax.models.tokens import Tokens, unmerge
 from vitcomp_jax.ops import select
 
 _HEAD_DIM = 32
+_NO_BIAS = AttentionParts(qkv_bias="", proj_bias=False)
 _STEM_KERNEL, _KERNEL, _MIXER_KERNEL = 7, 3, 7
 
 
@@ -178,15 +179,14 @@ class _Parts:
 
   spec: CAFormerSpec
   width: int
+  norm_after: ClassVar[bool] = False
 
   def norm(self) -> nn.LayerNorm:
     return _norm(self.spec.norm_eps)
 
   def attention(self, layer: LayerSpec) -> Attention:
     spec = self.spec
-    return Attention(
-      layer, self.width, spec.dtype, spec.attention, use_bias=False, name="token_mixer"
-    )
+    return Attention(layer, self.width, spec.dtype, spec.attention, _NO_BIAS, name="token_mixer")
 
   def mlp(self, layer: LayerSpec) -> "_StarMlp":
     return _StarMlp(layer.mlp_dim, self.width, False, self.spec.dtype)

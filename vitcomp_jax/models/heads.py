@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from vitcomp_jax.models.layers import LayerNorm, Mlp, dense, identity
+from vitcomp_jax.models.layers import LayerNorm, Mlp, NormSpec, dense, identity
 from vitcomp_jax.models.spec import ViTSpec
 from vitcomp_jax.models.tokens import Tokens
 from vitcomp_jax.ops.attention import attend_one
@@ -45,24 +45,40 @@ def _classifier(spec: ViTSpec) -> Callable[[Array], Array]:
   return dense(spec.num_classes, spec.dtype) if spec.num_classes else identity
 
 
-class ClsHead(nn.Module):
-  """Classifies the CLS token."""
+class ViTHead(nn.Module):
+  """Norms the tokens, pools them, norms the features, and classifies them.
+
+  Each of the norms and the classifier may be absent, as the spec says.
+  """
 
   spec: ViTSpec
 
   def setup(self) -> None:
-    self.norm = LayerNorm(self.spec.norm_eps)
-    self.head = _classifier(self.spec)
+    spec = self.spec
+    self.norm = spec.norm_spec(spec.final_norm).make()
+    self.fc_norm = spec.norm_spec(spec.fc_norm).make()
+    self.head = _classifier(spec)
 
   def __call__(self, tokens: Tokens) -> Read:
     tokens = tokens.normed(self.norm)
-    features = tokens.x[:, 0]
+    features = self.fc_norm(self.pooled(tokens))
     return tokens, features, self.head(features)
+
+  def pooled(self, tokens: Tokens) -> Float[Array, "b d"]:
+    """Returns one vector for the normed tokens of each image."""
+    raise NotImplementedError
 
   @staticmethod
   def macs(spec: ViTSpec, tokens: Any) -> tuple[Any, int]:
     del tokens
-    return 0.0, spec.width * spec.num_classes
+    return 0.0, spec.num_features * spec.num_classes
+
+
+class ClsHead(ViTHead):
+  """Reads the CLS token."""
+
+  def pooled(self, tokens: Tokens) -> Float[Array, "b d"]:
+    return tokens.x[:, 0]
 
 
 class ClsDistHead(nn.Module):
@@ -77,7 +93,7 @@ class ClsDistHead(nn.Module):
   spec: ViTSpec
 
   def setup(self) -> None:
-    self.norm = LayerNorm(self.spec.norm_eps)
+    self.norm = self.spec.norm_spec().make()
     self.head, self.head_dist = _classifier(self.spec), _classifier(self.spec)
 
   def __call__(self, tokens: Tokens) -> Read:
@@ -93,69 +109,64 @@ class ClsDistHead(nn.Module):
     return 0.0, 2 * spec.width * spec.num_classes
 
 
-class SizeMeanHead(nn.Module):
-  """Classifies the normed mean of the patch tokens, weighted by their sizes.
+class SizeMeanHead(ViTHead):
+  """Reads the mean of the patch tokens, weighted by their sizes.
 
   References:
     Chen et al., `DiffRate <https://arxiv.org/abs/2305.17997>`_, 2023, the authors' model for MAE.
   """
 
-  spec: ViTSpec
-
-  def setup(self) -> None:
-    self.fc_norm = LayerNorm(self.spec.norm_eps)
-    self.head = _classifier(self.spec)
-
-  def __call__(self, tokens: Tokens) -> Read:
-    features = self.fc_norm(size_mean(tokens))
-    return tokens, features, self.head(features)
-
-  @staticmethod
-  def macs(spec: ViTSpec, tokens: Any) -> tuple[Any, int]:
-    del tokens
-    return 0.0, spec.width * spec.num_classes
+  def pooled(self, tokens: Tokens) -> Float[Array, "b d"]:
+    return size_mean(tokens, 0 if self.spec.pool_prefix else tokens.num_prefix)
 
 
-def size_mean(tokens: Tokens) -> Float[Array, "b d"]:
-  """Computes Σ s·x / Σ s over the patch tokens, of sizes s, taken as 0 where masked.
+class ClsMeanHead(ViTHead):
+  """Reads the CLS token beside the mean of the patch tokens, weighted by their sizes (DINOv2)."""
+
+  def pooled(self, tokens: Tokens) -> Float[Array, "b d"]:
+    means = size_mean(tokens, tokens.num_prefix)
+    return jnp.concatenate([tokens.x[:, 0], means], axis=1)
+
+
+def size_mean(tokens: Tokens, start: int) -> Float[Array, "b d"]:
+  """Computes Σ s·x / Σ s over the tokens from `start`, of sizes s, taken as 0 where masked.
 
   The denominator takes no gradient, as in the authors' model for MAE weights.
   """
-  x = tokens.x[:, tokens.num_prefix :]
+  x = tokens.x[:, start:]
   weight = jnp.ones((*x.shape[:2], 1), x.dtype)
   for factor in (tokens.size, tokens.keep):
     if factor is not None:
-      weight = weight * factor[:, tokens.num_prefix :, None].astype(x.dtype)
+      weight = weight * factor[:, start:, None].astype(x.dtype)
   return jnp.sum(weight * x, axis=1) / jax.lax.stop_gradient(jnp.sum(weight, axis=1))
 
 
-class MapHead(nn.Module):
-  """Classifies the tokens as pooled by a learnt query's attention (SigLIP)."""
-
-  spec: ViTSpec
+class MapHead(ViTHead):
+  """Reads the tokens by a learnt query's attention (SigLIP)."""
 
   def setup(self) -> None:
+    super().setup()
     spec = self.spec
-    self.norm = LayerNorm(spec.norm_eps)
-    sizes = spec.num_heads, spec.mlp_dim, spec.width
-    self.attn_pool = AttentionPool(*sizes, spec.norm_eps, spec.dtype, spec.activation)
-    self.head = _classifier(spec)
+    heads, hidden = spec.pool_heads or spec.num_heads, spec.pool_mlp_dim or spec.mlp_dim
+    self.attn_pool = AttentionPool(
+      heads, hidden, spec.width, spec.norm_spec(), spec.dtype, spec.activation
+    )
 
-  def __call__(self, tokens: Tokens) -> Read:
-    tokens = tokens.normed(self.norm)
-    features = self.attn_pool(tokens)
-    return tokens, features, self.head(features)
+  def pooled(self, tokens: Tokens) -> Float[Array, "b d"]:
+    return self.attn_pool(tokens, 0 if self.spec.pool_prefix else tokens.num_prefix)
 
   def probe(self) -> Float[Array, "h d"]:
     """Returns the pooling query folded through key projection and norm scale, per head."""
     if self.is_initializing():  # no parameters yet
-      return jnp.zeros((self.spec.num_heads, self.spec.width))
+      return jnp.zeros((self.spec.pool_heads or self.spec.num_heads, self.spec.width))
+    assert isinstance(self.norm, LayerNorm), "pool_query needs a layer norm"
     return self.norm.variables["params"]["scale"][None] * self.attn_pool.probe()
 
   @staticmethod
   def macs(spec: ViTSpec, tokens: Any) -> tuple[Any, int]:
-    fixed = 2.0 * spec.width * (spec.width + spec.mlp_dim)
-    pooling = fixed + tokens * (2.0 * spec.width * (spec.width + 1))
+    fixed = 2.0 * spec.width * (spec.width + (spec.pool_mlp_dim or spec.mlp_dim))
+    seen = tokens if spec.pool_prefix else tokens - spec.num_prefix
+    pooling = fixed + seen * (2.0 * spec.width * (spec.width + 1))
     return pooling, spec.width * spec.num_classes
 
 
@@ -168,7 +179,7 @@ class AttentionPool(nn.Module):
     num_heads: Heads of the query, which share the width.
     mlp_dim: Hidden units of the MLP.
     width: Channels of a token.
-    norm_eps: Epsilon of the norm, as in the layers.
+    norm_spec: Norm before the MLP, as in the layers.
     dtype: Dtype of the computation, as in the layers.
     activation: Activation of the MLP, as in the layers.
 
@@ -179,7 +190,7 @@ class AttentionPool(nn.Module):
   num_heads: int
   mlp_dim: int
   width: int
-  norm_eps: float
+  norm_spec: NormSpec
   dtype: str | None = None
   activation: str = "gelu"
 
@@ -188,14 +199,17 @@ class AttentionPool(nn.Module):
     self.latent = self.param("latent", latent_init, (1, 1, self.width))
     self.q, self.kv = dense(self.width, self.dtype), dense(2 * self.width, self.dtype)
     self.proj = dense(self.width, self.dtype)
-    self.norm = LayerNorm(self.norm_eps)
+    self.norm = self.norm_spec.make()
     self.mlp = Mlp(self.mlp_dim, self.width, self.dtype, self.activation)
 
-  def __call__(self, tokens: Tokens) -> Float[Array, "b d"]:
-    k, v = (self._by_head(part) for part in jnp.split(self.kv(tokens.x), 2, axis=-1))
+  def __call__(self, tokens: Tokens, start: int = 0) -> Float[Array, "b d"]:
+    """Returns a vector for the tokens from `start` of each image."""
+    x = tokens.x[:, start:]
+    k, v = (self._by_head(part) for part in jnp.split(self.kv(x), 2, axis=-1))
     q = jnp.broadcast_to(self.query().astype(k.dtype), (k.shape[0], *k.shape[1::2]))
-    log_size = None if tokens.size is None else jnp.log(tokens.size)
-    y = attend_one(q, k, v, self._scale, log_size, tokens.keep)
+    log_size = None if tokens.size is None else jnp.log(tokens.size[:, start:])
+    keep = None if tokens.keep is None else tokens.keep[:, start:]
+    y = attend_one(q, k, v, self._scale, log_size, keep)
     y = self.proj(y.reshape(y.shape[0], self.width))
     return y + self.mlp(self.norm(y)[:, None])[:, 0]
 
@@ -266,6 +280,7 @@ HEADS: dict[str, type[Head]] = {
   "cls": ClsHead,
   "cls_dist": ClsDistHead,
   "size_mean": SizeMeanHead,
+  "cls_mean": ClsMeanHead,
   "map": MapHead,
   "mean": MeanHead,
 }

@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from vitcomp_jax.models.tokens import AttentionStats, Tokens
-from vitcomp_jax.ops import attention
+from vitcomp_jax.ops import importance
 
 Importance = Callable[[AttentionStats, Tokens], Array]
 
@@ -20,8 +20,8 @@ def cls_attention(stats: AttentionStats, tokens: Tokens) -> Float[Array, "b n"]:
     Chen et al., `DiffRate <https://arxiv.org/abs/2305.17997>`_, 2023, Sec. 3.2.
   """
   del tokens
-  q = stats.q[:, :, 0]
-  return attention.cls_attention(q, stats.k, stats.scale, stats.log_size, stats.keep)
+  q, bias = stats.q[:, :, 0], None if stats.bias is None else stats.bias[:, :, 0]
+  return importance.cls_attention(q, stats.k, stats.scale, stats.log_size, stats.keep, bias)
 
 
 def pool_query_attention(stats: AttentionStats, tokens: Tokens) -> Float[Array, "b n"]:
@@ -32,7 +32,7 @@ def pool_query_attention(stats: AttentionStats, tokens: Tokens) -> Float[Array, 
   """
   assert tokens.probe is not None, "pool_query needs a pooling head"
   del stats
-  return attention.probe_attention(tokens.x, tokens.probe, tokens.size, tokens.keep)
+  return importance.probe_attention(tokens.x, tokens.probe, tokens.size, tokens.keep)
 
 
 def mean_attention(stats: AttentionStats, tokens: Tokens) -> Float[Array, "b n"]:
@@ -44,7 +44,7 @@ def mean_attention(stats: AttentionStats, tokens: Tokens) -> Float[Array, "b n"]
     Chen et al., `DiffRate <https://arxiv.org/abs/2305.17997>`_, 2023, their code for CAFormer.
   """
   del tokens
-  return attention.mean_attention(stats.q, stats.k, stats.scale, stats.log_size, stats.keep)
+  return _mean_attention(stats, of_all=False)
 
 
 def mean_attention_of_all(stats: AttentionStats, tokens: Tokens) -> Float[Array, "b n"]:
@@ -54,14 +54,20 @@ def mean_attention_of_all(stats: AttentionStats, tokens: Tokens) -> Float[Array,
     Chen et al., `DiffRate <https://arxiv.org/abs/2305.17997>`_, 2023, their code for CAFormer.
   """
   del tokens
+  return _mean_attention(stats, of_all=True)
+
+
+def _mean_attention(stats: AttentionStats, of_all: bool) -> Array:
   q, k = stats.q, stats.k
-  return attention.mean_attention(q, k, stats.scale, stats.log_size, stats.keep, of_all=True)
+  return importance.mean_attention(
+    q, k, stats.scale, stats.log_size, stats.keep, of_all, stats.bias
+  )
 
 
 def value_norm(stats: AttentionStats, tokens: Tokens) -> Float[Array, "b n"]:
   """Computes |v|, the norm of each token's values over all heads. The project's own."""
   del tokens
-  return attention.value_norm(stats.v, stats.keep)
+  return importance.value_norm(stats.v, stats.keep)
 
 
 def random(stats: AttentionStats, tokens: Tokens) -> Float[Array, "b n"]:
@@ -70,7 +76,7 @@ def random(stats: AttentionStats, tokens: Tokens) -> Float[Array, "b n"]:
   b, _, n, _ = stats.k.shape
   # Any count gets a prefix of the same numbers, so that masking and removing agree.
   score = jnp.asarray(np.random.default_rng(0).random(n, np.float32))
-  return attention.last_if_dropped(jnp.tile(score, (b, 1)), stats.keep)
+  return importance.last_if_dropped(jnp.tile(score, (b, 1)), stats.keep)
 
 
 # Each maps an attention's statistics and the tokens after it to f[b n], negative where a token is

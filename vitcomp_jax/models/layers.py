@@ -1,12 +1,18 @@
 """Small modules shared by the models, with timm's parameter names."""
 
+import dataclasses
+from collections.abc import Callable
+
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from vitcomp_jax.models.gates import Gate, open_gate
 from vitcomp_jax.ops.activations import ACTIVATIONS
 from vitcomp_jax.ops.norm import layer_norm
+
+Norm = Callable[[Array], Array]
 
 kernel_init = nn.initializers.truncated_normal(0.02)
 
@@ -34,6 +40,48 @@ class LayerNorm(nn.Module):
     return layer_norm(self.epsilon, *(a.astype(dtype) for a in (x, scale, bias)))
 
 
+class RMSNorm(nn.Module):
+  """Divides by the root mean square and scales, in at least float32.
+
+  References:
+    Zhang and Sennrich, `Root Mean Square Layer Normalization <https://arxiv.org/abs/1910.07467>`_,
+    2019.
+  """
+
+  epsilon: float
+
+  @nn.compact
+  def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
+    scale = self.param("scale", nn.initializers.ones, x.shape[-1:])
+    dtype = x.dtype if x.dtype.itemsize >= 4 else jnp.dtype("float32")
+    x = x.astype(dtype)
+    factor = jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.epsilon)
+    return x * factor * scale.astype(dtype).reshape((1,) * (x.ndim - 1) + (-1,))
+
+
+NORMS: dict[str, type[LayerNorm] | type[RMSNorm]] = {"layer": LayerNorm, "rms": RMSNorm}
+
+
+@dataclasses.dataclass(frozen=True)
+class NormSpec:
+  """Describes a norm; hashable, as it is a field of modules.
+
+  Attributes:
+    kind: A key of `NORMS`; None: no norm.
+    epsilon: Added to the variance or mean square.
+  """
+
+  kind: str | None = None
+  epsilon: float = 0.0
+
+  def make(self) -> Norm:
+    """Makes the module, or the identity."""
+    return identity if self.kind is None else NORMS[self.kind](self.epsilon)
+
+
+NO_NORM = NormSpec()
+
+
 class LayerScale(nn.Module):
   """A learnt factor per channel."""
 
@@ -52,27 +100,73 @@ class Mlp(nn.Module):
   width: int
   dtype: str | None = None
   activation: str = "gelu"
+  use_bias: bool = True
+  norm_spec: NormSpec = NO_NORM
 
   def setup(self) -> None:
-    self.fc1 = dense(self.mlp_dim, self.dtype)
-    self.fc2 = dense(self.width, self.dtype)
+    self._make_projections()
+    self.norm = self.norm_spec.make()
+    self.fc2 = dense(self.width, self.dtype, self.use_bias)
+
+  def _make_projections(self) -> None:
+    self.fc1 = dense(self.mlp_dim, self.dtype, self.use_bias)
 
   def __call__(self, x: Float[Array, "b n d"], gate: Gate = open_gate) -> Float[Array, "b n d"]:
-    return self.fc2(gate(ACTIVATIONS[self.activation](self.fc1(x))))
+    return self.fc2(self.norm(gate(self.hidden(x))))
+
+  def hidden(self, x: Float[Array, "b n d"]) -> Float[Array, "b n m"]:
+    """Returns the hidden units."""
+    return ACTIVATIONS[self.activation](self.fc1(x))
+
+
+class GluMlp(Mlp):
+  """An MLP whose hidden units are values times activated gates, both from one projection.
+
+  References:
+    Shazeer, `GLU Variants Improve Transformer <https://arxiv.org/abs/2002.05202>`_, 2020, Eq. 6.
+  """
+
+  def _make_projections(self) -> None:
+    self.fc1 = dense(2 * self.mlp_dim, self.dtype, self.use_bias)
+
+  def hidden(self, x: Float[Array, "b n d"]) -> Float[Array, "b n m"]:
+    gates, values = jnp.split(self.fc1(x), 2, axis=-1)
+    return ACTIVATIONS[self.activation](gates) * values
+
+
+class SwigluMlp(Mlp):
+  """A `GluMlp` with one projection for gates and another for values."""
+
+  def _make_projections(self) -> None:
+    self.fc1_g = dense(self.mlp_dim, self.dtype, self.use_bias)
+    self.fc1_x = dense(self.mlp_dim, self.dtype, self.use_bias)
+
+  def hidden(self, x: Float[Array, "b n d"]) -> Float[Array, "b n m"]:
+    return ACTIVATIONS[self.activation](self.fc1_g(x)) * self.fc1_x(x)
+
+
+MLPS: dict[str, type[Mlp]] = {"mlp": Mlp, "glu": GluMlp, "swiglu": SwigluMlp}
 
 
 class PatchEmbed(nn.Module):
-  """Cuts an image into patches and maps each to a token: a convolution whose stride is its size."""
+  """Cuts an image into patches and maps each to a token: a convolution whose stride is its size.
+
+  Pixels right of and below the last whole patch are cropped.
+  """
 
   patch_size: int
   width: int
   dtype: str | None = None
   use_bias: bool = True
+  norm_spec: NormSpec = NO_NORM
 
-  @nn.compact
-  def __call__(self, images: Float[Array, "b h w 3"]) -> Float[Array, "b p d"]:
-    p = self.patch_size
-    return _PatchProjection(p, self.width, self.dtype, self.use_bias, name="proj")(images)
+  def setup(self) -> None:
+    self.proj = _PatchProjection(self.patch_size, self.width, self.dtype, self.use_bias)
+    self.norm = self.norm_spec.make()
+
+  def __call__(self, images: Float[Array, "b h w c"]) -> Float[Array, "b p d"]:
+    rows, columns = (side // self.patch_size * self.patch_size for side in images.shape[1:3])
+    return self.norm(self.proj(images[:, :rows, :columns]))
 
 
 class _PatchProjection(nn.Module):

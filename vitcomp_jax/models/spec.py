@@ -2,16 +2,16 @@
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
-
-from flax import traverse_util
 
 from vitcomp_jax.data.transforms import Preprocess
 from vitcomp_jax.errors import UserError
 from vitcomp_jax.models.gates import Gate, open_gate
 from vitcomp_jax.models.importance import IMPORTANCES
+from vitcomp_jax.models.layers import NO_NORM, NormSpec
 from vitcomp_jax.models.reducers import keep_all
+from vitcomp_jax.models.rotary import Rotary
 from vitcomp_jax.models.slicing import LayerIndex
 from vitcomp_jax.models.tokens import TokenReducer
 
@@ -33,6 +33,11 @@ class LayerSpec:
     size_bias: Whether attention is proportional, that is weighted by the tokens' sizes.
     mask_eps: Smoothing of the masked softmax; the authors use 1e-6.
     layer_scale: Whether both residual branches have learnt per-channel factors.
+    pairing: Which channels of a head are rotated together: `adjacent` ones, or the same of both
+      `halves`; None: attention does not rotate.
+    rotated: Pair of the dense layer that each pair of each head is rotated as, `head * pairs +
+      pair`; None: as in the dense layer.
+    is_gated: Whether each hidden unit is the product of a value and a gate (SwiGLU).
     queries: Number of first tokens that attend and go on, such as those that the head reads; the
       others are only keys and values. None: all.
     drop_path: Probability of dropping a residual branch of an image (stochastic depth).
@@ -52,9 +57,17 @@ class LayerSpec:
   size_bias: bool = True
   mask_eps: float = 0.0
   layer_scale: bool = False
+  pairing: str | None = None
+  rotated: tuple[tuple[int, ...], ...] | None = None
+  is_gated: bool = False
   queries: int | None = None
   drop_path: float = 0.0
   index: LayerIndex | None = dataclasses.field(default=None, compare=False)
+
+  def sliced(self, index: LayerIndex) -> dict[str, Any]:
+    """Returns the fields of this dense layer that differ once it keeps some units only."""
+    rotated = None if self.pairing is None else index.rotated(self.head_dim, self.pairing)
+    return {**index.widths, "rotated": rotated}
 
 
 def removes_tokens(layers: Sequence[LayerSpec]) -> bool:
@@ -69,26 +82,45 @@ class ViTSpec:
   Attributes:
     name: The variant's name.
     image_size: Height and width in pixels.
-    patch_size: Side of a square patch in pixels.
+    patch_size: Side of a square patch in pixels; pixels right of and below the last whole patch
+      are cropped.
     width: Channels of a token.
     depth: Number of layers.
     num_heads: Heads of a dense layer.
     mlp_dim: Hidden units of a dense layer's MLP.
+    in_chans: Channels of an image.
     num_classes: Outputs of the classifier; 0: no classifier, the model returns features.
     class_token: Whether there is a CLS token.
     distilled: Whether there are a distillation token and a second head, averaged with the first.
     num_registers: Number of register tokens.
     pos_on_prefix: Whether position embeddings cover the prefix, or the patches only.
-    positions: Kind of position embedding, one of `positions.POSITIONS`.
-    pool: The head, one of `heads.HEADS`: `cls`, `cls_dist` (CLS and distillation token),
-      `size_mean` (mean over patch tokens weighted by size; `fc_norm` replaces `norm`), `mean`
-      (mean over tokens, for CAFormer), or `map` (a learnt query attends to the tokens, weighted by
-      size, for SigLIP).
-    norm_pre: Whether tokens are normed before the first layer, and the patch embedding has no bias
-      (CLIP).
-    activation: Activation of every MLP, one of `ops.activations.ACTIVATIONS`.
+    positions: Kind of position embedding before the first layer, a key of `positions.POSITIONS`.
+    rotary: Rotary position embedding inside attention; None: none.
+    relative_bias: Bias of attention by relative position (BEiT): `layer`, a table for each layer;
+      `shared`, one for all; None: none.
+    pool: Pooling of the head, a key of `heads.HEADS`: `cls`, `cls_dist` (CLS and distillation
+      token), `size_mean` (mean over patch tokens weighted by size), `cls_mean` (CLS beside that
+      mean), `mean` (mean over tokens, for CAFormer), or `map` (a learnt query attends to the
+      tokens, weighted by size, for SigLIP).
+    pool_prefix: Whether the head's mean or query reads the prefix tokens too.
+    pool_heads: Heads of that query; None: those of a layer.
+    pool_mlp_dim: Hidden units of the MLP behind that query; None: those of a layer.
+    norm_pre: Whether tokens are normed before the first layer.
+    final_norm: Whether tokens are normed after the last layer.
+    fc_norm: Whether pooled features are normed.
+    norm: Kind of every norm, a key of `layers.NORMS`.
+    norm_eps: Epsilon of every norm, added to the variance or mean square.
+    norm_after: Whether a layer norms what its branches put out, instead of what they take in.
+    patch_bias: Whether the patch embedding has a bias.
+    patch_norm: Whether patches are normed before positions are added (AIMv2).
+    qkv_bias: Which of query, key and value have a bias: `qkv`, `qv`, or none, ``""``.
+    linear_bias: Whether attention's last projection and the MLP have biases.
+    qk_norm: Whether the queries and keys of each head are normed.
+    attn_norm: Whether attention's output is normed before its projection.
+    mlp: Kind of every MLP, a key of `layers.MLPS`.
+    mlp_norm: Whether hidden units are normed.
+    activation: Activation of every MLP, a key of `ops.activations.ACTIVATIONS`.
     layer_scale: Whether residual branches have learnt per-channel factors (DINOv2).
-    norm_eps: Epsilon of every LayerNorm, added to the variance.
     antialias: Whether position embeddings are resampled to another grid as timm does, or by
       PyTorch's plain bicubic interpolation as DINOv2's authors do.
     mean: Mean of the input channels, in [0, 1].
@@ -100,6 +132,10 @@ class ViTSpec:
     exif_orientation: Whether images are rotated by their EXIF tag.
     class_names: Names of the classifier's outputs, in order; empty: unknown. Ignored by
       comparison.
+    naming: Class of timm under whose parameter names weights are written: `vit`, `eva`, `eva_split`
+      (with separate query, key and value) or `beit`. Ignored by comparison.
+    huggingface: The config.json of Hugging Face's transformers that the weights came with, as text;
+      empty: none. Ignored by comparison.
     dtype: Dtype of the computation; None: that of inputs and weights.
     attention: Implementation of attention, see `ops.attention.attend`.
   """
@@ -111,17 +147,35 @@ class ViTSpec:
   depth: int
   num_heads: int
   mlp_dim: int
+  in_chans: int = 3
   num_classes: int = 1000
   class_token: bool = True
   distilled: bool = False
   num_registers: int = 0
   pos_on_prefix: bool = True
   positions: str = "absolute"
+  rotary: Rotary | None = None
+  relative_bias: str | None = None
   pool: str = "cls"
+  pool_prefix: bool = False
+  pool_heads: int | None = None
+  pool_mlp_dim: int | None = None
   norm_pre: bool = False
+  final_norm: bool = True
+  fc_norm: bool = False
+  norm: str = "layer"
+  norm_eps: float = 1e-6
+  norm_after: bool = False
+  patch_bias: bool = True
+  patch_norm: bool = False
+  linear_bias: bool = True
+  qkv_bias: str = "qkv"
+  qk_norm: bool = False
+  attn_norm: bool = False
+  mlp: str = "mlp"
+  mlp_norm: bool = False
   activation: str = "gelu"
   layer_scale: bool = False
-  norm_eps: float = 1e-6
   antialias: bool = True
   mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
   std: tuple[float, float, float] = (0.229, 0.224, 0.225)
@@ -131,16 +185,17 @@ class ViTSpec:
   pad: int = 0
   exif_orientation: bool = False
   class_names: tuple[str, ...] = dataclasses.field(default=(), compare=False)
+  naming: str = dataclasses.field(default="vit", compare=False)
+  huggingface: str = dataclasses.field(default="", compare=False, repr=False)
   dtype: str | None = None
   attention: str = "auto"
 
   def __post_init__(self) -> None:
-    for side in self.image_size:
-      if side < self.patch_size or side % self.patch_size:
-        raise UserError(
-          f"image size: expected a multiple of the patch size {self.patch_size} for "
-          f"{self.name}, got {side}; use {max(side // self.patch_size, 1) * self.patch_size}."
-        )
+    if min(self.image_size) < self.patch_size:
+      raise UserError(
+        f"image size: expected at least the patch size {self.patch_size} for {self.name}, got "
+        f"{min(self.image_size)}."
+      )
 
   @property
   def preprocess(self) -> Preprocess:
@@ -180,9 +235,18 @@ class ViTSpec:
     return self.pool not in ("cls", "cls_dist")
 
   @property
+  def num_features(self) -> int:
+    """Returns the channels of the pooled features."""
+    return 2 * self.width if self.pool == "cls_mean" else self.width
+
+  @property
   def pos_prefix(self) -> int:
     """Returns the rows of the position embeddings that belong to the prefix."""
     return self.num_prefix if self.pos_on_prefix else 0
+
+  def norm_spec(self, is_there: bool = True) -> NormSpec:
+    """Returns the norm that the model uses everywhere, or none."""
+    return NormSpec(self.norm, self.norm_eps) if is_there else NO_NORM
 
   def importance(self, asked: str = "auto", where: str = "importance") -> str:
     """Resolves `auto` to the best importance metric that this model supports.
@@ -195,7 +259,9 @@ class ViTSpec:
     Raises:
       UserError: If the model does not support the metric.
     """
-    there = {"cls": self.class_token, "pool_query": self.pool == "map"}
+    # The query is folded through a layer norm.
+    has_query = self.pool == "map" and self.final_norm and self.norm == "layer"
+    there = {"cls": self.class_token, "pool_query": has_query}
     has = [name for name in IMPORTANCES if there.get(name, True)]
     if asked not in ("auto", *has):
       part = "CLS token" if asked == "cls" else "query in its head"
@@ -240,7 +306,7 @@ class ViTSpec:
   @property
   def embed_macs(self) -> int:
     """Returns the multiply-accumulates of the patch embedding, which no reduction changes."""
-    return self.num_tokens * self.width * 3 * self.patch_size**2
+    return self.num_tokens * self.width * self.in_chans * self.patch_size**2
 
   def check_plain(self, what: str) -> None:
     """Refuses a model whose tokens start anew between layers, such as a CAFormer.
@@ -262,19 +328,15 @@ class ViTSpec:
     """Returns the layers before any compression."""
     head_dim = self.width // self.num_heads
     layer = LayerSpec(
-      self.num_heads, head_dim, self.mlp_dim, head_dim**-0.5, layer_scale=self.layer_scale
+      self.num_heads,
+      head_dim,
+      self.mlp_dim,
+      head_dim**-0.5,
+      layer_scale=self.layer_scale,
+      pairing=None if self.rotary is None else "halves" if self.rotary.halves else "adjacent",
+      is_gated=self.mlp != "mlp",
     )
     return (layer,) * self.depth
-
-
-def to_tree(spec: ViTSpec, of_layers: Sequence[Any]) -> dict[str, Any]:
-  """Builds a tree of variables from one value per layer."""
-  return traverse_util.unflatten_dict({spec.layer_path(i): v for i, v in enumerate(of_layers)})
-
-
-def of_layer(spec: ViTSpec, tree: Mapping[str, Any], layer: int) -> Any:
-  """Returns one layer's branch of a tree of variables."""
-  return functools.reduce(lambda branch, key: branch[key], spec.layer_path(layer), tree)
 
 
 def with_drop_path(layers: tuple[LayerSpec, ...], rate: float) -> tuple[LayerSpec, ...]:

@@ -24,6 +24,7 @@ class Tokens(flax.struct.PyTreeNode):
   num_kept: Array | None = None  # f[] tokens kept by the mask, if equal in every image
   pruned: Array | None = None  # f[b p d] last values of pruned patches; None: none pruned
   origin: Array | None = None  # i[b n] patch each token started as, -1: none; None: not tracked
+  is_in_order: bool = flax.struct.field(pytree_node=False, default=True)  # none was moved
   probe: Array | None = None  # f[h d] folded query of the pooling head; None: not used
 
   @classmethod
@@ -85,12 +86,17 @@ class Tokens(flax.struct.PyTreeNode):
       x=select.permute(self.x, order) if is_whole else select.take(self.x, order),
       source=source,
       pruned=self.pruned if is_whole else self._last_values(source),
+      is_in_order=False,
       **self._of_each(lambda values: select.take(values, order)),
     )
 
   def first(self, count: int) -> "Tokens":
     """Returns the first tokens, by a slice instead of a gather; the others must hold no patches."""
-    return self.replace(x=self.x[:, :count], **self._of_each(lambda values: values[:, :count]))
+    return self.replace(
+      x=self.x[:, :count],
+      is_in_order=self.is_in_order and count == self.x.shape[1],
+      **self._of_each(lambda values: values[:, :count]),
+    )
 
   def fuse(self, order: Array, weight: Array) -> "Tokens":
     """Takes some tokens, and fuses the others into one last token that holds their patches.
@@ -194,11 +200,16 @@ class AttentionStats(flax.struct.PyTreeNode):
   log_size: Array | None  # f[b n] added to the logits of each key
   keep: Array | None  # as in Tokens
   scale: float = flax.struct.field(pytree_node=False)  # factor of the logits
+  bias: Array | None = None  # f[b h n n] or f[1 h n n] added to the logits; None: none
+  content: Array | None = None  # f[b h n k] keys before rotation by position; None: as `k`
 
   @property
   def mean_key(self) -> Array:
-    """Returns each token's key, averaged over heads as for ToMe, f[b n k]."""
-    return self.k.mean(axis=1)
+    """Returns each token's key, averaged over heads as for ToMe, f[b n k].
+
+    It is the key before rotation, so that tokens are compared by content, not by distance.
+    """
+    return (self.k if self.content is None else self.content).mean(axis=1)
 
 
 class Output(flax.struct.PyTreeNode):

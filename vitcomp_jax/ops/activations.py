@@ -47,4 +47,6 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
   "gelu": gelu,
   "gelu_tanh": jax.nn.gelu,
   "quick_gelu": quick_gelu,
+  "relu": jax.nn.relu,
+  "silu": jax.nn.silu,
 }

@@ -21,6 +21,7 @@ def attend(
   keep: Float[Array, "b n"] | None = None,
   eps: float = 0.0,
   form: str = "auto",
+  bias: Float[Array, "#b h q n"] | None = None,
 ) -> Float[Array, "b h q k"]:
   """Computes proportional attention: each key is weighted by the patches it stands for.
 
@@ -38,6 +39,8 @@ def attend(
       so it is never empty; without smoothing, masking equals removing exactly.
     form: Implementation without a mask: `xla`, or `cudnn`, NVIDIA's fused kernel (half precision).
       `auto` uses the latter on CUDA devices in half precision.
+    bias: Added to the logits of each query and key, such as that of relative positions; the plain
+      form is used then.
 
   Returns:
     The attended values.
@@ -47,6 +50,8 @@ def attend(
     Rao et al., `DynamicViT <https://arxiv.org/abs/2106.02034>`_, 2021, Eq. 11 (masking).
   """
   if keep is None and not eps:
+    if bias is not None:
+      return _plain(q, k, v, scale, log_size, bias)
     if form == "cudnn":
       return _cudnn(q, k, v, scale, log_size)
     if form == "auto" and q.dtype.itemsize == 2 and _on_cuda():
@@ -56,17 +61,19 @@ def attend(
       return jax.lax.platform_dependent(q, k, v, cuda=fused, default=plain)
     return _plain(q, k, v, scale, log_size)
   if keep is None:
-    keep = jnp.ones((k.shape[0], k.shape[2]), _wide(k))
+    keep = jnp.ones((k.shape[0], k.shape[2]), wide(k))
   if log_size is None:
     log_size = jnp.zeros_like(keep)
-  if not eps and q.shape == k.shape:
+  if not eps and q.shape == k.shape and bias is None:
     return _attend_masked(scale, q, k, v, log_size, keep)
-  return _masked(q, k, v, scale, log_size, keep, eps)
+  return _masked(q, k, v, scale, log_size, keep, eps, bias)
 
 
-def _plain(q: Array, k: Array, v: Array, scale: float, log_size: Array | None) -> Array:
+def _plain(
+  q: Array, k: Array, v: Array, scale: float, log_size: Array | None, bias: Array | None = None
+) -> Array:
   """Computes attention in the layout and order that XLA's CPU backend fuses into one kernel."""
-  logits = _logits(q, k, scale, log_size)
+  logits = logits_of(q, k, scale, log_size, bias)
   weights = jnp.exp(logits - _peak(logits))
   # Dividing after the product touches n·k numbers instead of n·n.
   total = jnp.sum(weights, axis=-1, keepdims=True)
@@ -100,11 +107,20 @@ def _on_cuda() -> bool:
 
 
 def _masked(
-  q: Array, k: Array, v: Array, scale: float, log_size: Array, keep: Array, eps: float
+  q: Array,
+  k: Array,
+  v: Array,
+  scale: float,
+  log_size: Array,
+  keep: Array,
+  eps: float,
+  bias: Array | None = None,
 ) -> Array:
-  logits = _logits(q, k, scale, log_size)
+  logits = logits_of(q, k, scale, log_size, bias)
   n = q.shape[2]
   own = _own_logits(q, k[:, :, :n], scale, log_size[:, :n])[..., None]
+  if bias is not None:
+    own = own + jnp.diagonal(bias, axis1=2, axis2=3)[..., None]
   # Relative to the keys a row sees, or its sum may vanish; the authors' eps is relative to all.
   seen = logits if eps else logits + _hidden(keep < 0.5)[:, None, None]
   peak = jnp.maximum(_peak(seen), jax.lax.stop_gradient(own))
@@ -128,7 +144,7 @@ def _attend_masked(
   So a compiler may fuse the forward pass into one kernel, and the maps take no memory in between.
   No gradient passes through this form, so dropped keys can have logits of minus infinity.
   """
-  logits = _logits(q, k, scale, log_size + _hidden(keep < 0.5))
+  logits = logits_of(q, k, scale, log_size + _hidden(keep < 0.5))
   own = (_own_logits(q, k, scale, log_size) + _hidden(keep > 0.5)[:, None])[..., None]
   peak = jnp.maximum(jnp.max(logits, axis=-1, keepdims=True), own)
   weights, own = jnp.exp(logits - peak), jnp.exp(own - peak)
@@ -150,13 +166,13 @@ def _attend_masked_backward(
   q, k, v, log_size, keep, out = jax.lax.optimization_barrier(residuals)
   grad = grad.astype(v.dtype)
   # Laid out as keys by queries, sums over queries are plain matrix products.
-  logits = _logits(k, q, scale, None) + log_size[:, None, :, None]
+  logits = logits_of(k, q, scale, None) + log_size[:, None, :, None]
   own = _own_logits(q, k, scale, log_size)
   total = jax.nn.logsumexp(logits + _hidden(keep < 0.5)[:, None, :, None], axis=2)
   total = jnp.logaddexp(total, own + _hidden(keep > 0.5)[:, None])  # [b h q]
   slope = jnp.sum(grad.astype(own.dtype) * out, axis=-1)  # [b h q]
   weights = jnp.exp(jnp.minimum(logits - total[:, :, None], math.log(_LARGEST_WEIGHT)))
-  change = weights * (_logits(v, grad, 1.0, None) - slope[:, :, None])  # by a logit, if kept
+  change = weights * (logits_of(v, grad, 1.0, None) - slope[:, :, None])  # by a logit, if kept
   own = jnp.exp(own - total)
   own_change = own * (_own_logits(v, grad, 1.0, None) - slope)
   column, row = keep[:, None, :, None], (1 - keep)[:, None]
@@ -164,9 +180,7 @@ def _attend_masked_backward(
   dv = column * _weigh(weights, grad) + own_row * grad
   dk = scale * (column * _weigh(change, q) + change_row * q)
   kept_k = (column * k).astype(k.dtype)
-  dq = jnp.einsum(
-    "bhnq,bhnk->bhqk", change.astype(k.dtype), kept_k, preferred_element_type=_wide(k)
-  )
+  dq = jnp.einsum("bhnq,bhnk->bhqk", change.astype(k.dtype), kept_k, preferred_element_type=wide(k))
   dq = scale * (dq + change_row * k)
   by_key = jnp.sum(change, axis=3)  # [b h n]
   dkeep = jnp.sum(by_key - own_change, axis=1)
@@ -203,7 +217,7 @@ def attend_one(
     log_size: Logarithm of the patches each key stands for; None: all 1.
     keep: 1 for kept keys, 0 for dropped ones; None: nothing is masked.
   """
-  logits = _logits(q[:, :, None], k, scale, log_size)
+  logits = logits_of(q[:, :, None], k, scale, log_size)
   if keep is None:
     weights = jnp.exp(logits - _peak(logits))
   else:
@@ -212,110 +226,6 @@ def attend_one(
     weights = weights * keep[:, None, None]
   total = jnp.sum(weights, axis=-1, keepdims=True)
   return (_weigh(weights, v) / total).astype(v.dtype)[:, :, 0]
-
-
-def cls_attention(
-  q: Float[Array, "b h k"],
-  k: Float[Array, "b h n k"],
-  scale: float,
-  log_size: Float[Array, "b n"] | None = None,
-  keep: Float[Array, "b n"] | None = None,
-) -> Float[Array, "b n"]:
-  """Computes the CLS token's attention to every token, averaged over heads.
-
-  It is computed as a single row, apart from `attend`, so that the full map never has to exist.
-
-  Args:
-    q: The CLS token's query.
-    k: Keys.
-    scale: Factor of the logits.
-    log_size: Logarithm of the patches each key stands for; None: all 1.
-    keep: 1 for kept keys, 0 for dropped ones, which then score below every kept one.
-
-  Returns:
-    Scores in [0, 1]; -1 where dropped.
-
-  References:
-    Chen et al., `DiffRate <https://arxiv.org/abs/2305.17997>`_, 2023, Sec. 3.2 (importance).
-  """
-  logits = _logits(q[:, :, None], k, scale, log_size)[:, :, 0]
-  if keep is None:
-    return jnp.mean(jax.nn.softmax(logits, axis=-1), axis=1)
-  row = jax.nn.softmax(logits, axis=-1, where=keep[:, None, :] > 0.5)
-  return last_if_dropped(jnp.mean(row, axis=1), keep)
-
-
-def mean_attention(
-  q: Float[Array, "b h n k"],
-  k: Float[Array, "b h n k"],
-  scale: float,
-  log_size: Float[Array, "b n"] | None = None,
-  keep: Float[Array, "b n"] | None = None,
-  of_all: bool = False,
-) -> Float[Array, "b n"]:
-  """Computes the attention that each token receives, averaged over heads and kept queries.
-
-  Args:
-    q: Queries.
-    k: Keys.
-    scale: Factor of the logits.
-    log_size: Logarithm of the patches each key stands for; None: all 1.
-    keep: 1 for kept tokens, 0 for dropped ones, which then score below every kept one.
-    of_all: Whether to average over dropped queries too, which see the kept keys and themselves.
-      The attention that dropped tokens pay themselves then ranks them.
-
-  Returns:
-    Scores in [0, 1]; below 0 where dropped.
-  """
-  logits = _logits(q, k, scale, log_size)
-  if keep is None:
-    return jnp.mean(jax.nn.softmax(logits, axis=-1), axis=(1, 2))
-  kept = keep > 0.5
-  seen = kept[:, None] | (jnp.eye(kept.shape[1], dtype=bool)[None] & of_all)
-  weights = jnp.mean(jax.nn.softmax(logits, axis=-1, where=seen[:, None]), axis=1)
-  mean = jnp.mean(weights, axis=1, where=kept[:, :, None] | of_all)
-  return jnp.where(kept, mean, -1 / mean) if of_all else last_if_dropped(mean, keep)
-
-
-def probe_attention(
-  x: Float[Array, "b n d"],
-  probe: Float[Array, "h d"],
-  size: Float[Array, "b n"] | None = None,
-  keep: Float[Array, "b n"] | None = None,
-) -> Float[Array, "b n"]:
-  """Computes the attention that a query which is no token pays each token, averaged over heads.
-
-  Args:
-    x: Tokens; they are standardised first.
-    probe: Query folded through key projection and norm, per head: its product with a standardised
-      token is the logit up to a constant, to which the softmax is invariant.
-    size: Patches each token stands for; None: all 1.
-    keep: 1 for kept tokens, 0 for dropped ones, which then score below every kept one.
-
-  Returns:
-    Scores in [0, 1]; -1 where dropped.
-  """
-  standard = jax.nn.standardize(x.astype(_wide(x)), epsilon=1e-6)
-  logits = jnp.einsum("hd,bnd->bhn", probe.astype(standard.dtype), standard)
-  if size is not None:
-    logits = logits + jnp.log(size)[:, None]
-  where = None if keep is None else keep[:, None] > 0.5
-  return last_if_dropped(jnp.mean(jax.nn.softmax(logits, axis=-1, where=where), axis=1), keep)
-
-
-def value_norm(
-  v: Float[Array, "b h n k"], keep: Float[Array, "b n"] | None = None
-) -> Float[Array, "b n"]:
-  """Computes the norm of each token's values over all heads; -1 where dropped."""
-  norm = jnp.sqrt(jnp.sum(jnp.square(v.astype(_wide(v))), axis=(1, 3)))
-  return last_if_dropped(norm, keep)
-
-
-def last_if_dropped(
-  score: Float[Array, "b n"], keep: Float[Array, "b n"] | None
-) -> Float[Array, "b n"]:
-  """Returns nonnegative scores with -1 where a token is dropped."""
-  return score if keep is None else jnp.where(keep > 0.5, score, -1.0)
 
 
 def _hidden(is_hidden: Array) -> Array:
@@ -328,21 +238,26 @@ def _peak(logits: Array) -> Array:
   return jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
 
 
-def _logits(q: Array, k: Array, scale: float, log_size: Array | None) -> Array:
-  logits = jnp.einsum("bhqk,bhnk->bhqn", q * scale, k, preferred_element_type=_wide(q))
+def logits_of(
+  q: Array, k: Array, scale: float, log_size: Array | None, bias: Array | None = None
+) -> Array:
+  """Computes the logits of queries and keys, f[b h q n]; see `attend`."""
+  logits = jnp.einsum("bhqk,bhnk->bhqn", q * scale, k, preferred_element_type=wide(q))
+  if bias is not None:
+    logits = logits + bias
   return logits if log_size is None else logits + log_size[:, None, None, :]
 
 
 def _own_logits(q: Array, k: Array, scale: float, log_size: Array | None) -> Array:
   """Computes the diagonal of the logits, [b h n]."""
-  own = jnp.sum((q * scale).astype(_wide(q)) * k, axis=-1)
+  own = jnp.sum((q * scale).astype(wide(q)) * k, axis=-1)
   return own if log_size is None else own + log_size[:, None, :]
 
 
 def _weigh(weights: Array, v: Array) -> Array:
-  return jnp.einsum("bhqn,bhnk->bhqk", weights.astype(v.dtype), v, preferred_element_type=_wide(v))
+  return jnp.einsum("bhqn,bhnk->bhqk", weights.astype(v.dtype), v, preferred_element_type=wide(v))
 
 
-def _wide(x: Array) -> jnp.dtype:
+def wide(x: Array) -> jnp.dtype:
   """Returns the dtype of the softmax, at least float32."""
   return x.dtype if x.dtype.itemsize >= 4 else jnp.dtype("float32")

@@ -18,13 +18,15 @@ def importance_order(
   Returns:
     Positions, after the prefix by falling importance; among equals the earlier first.
   """
-  prefix = jnp.tile(jnp.arange(num_prefix, dtype=jnp.int32), (importance.shape[0], 1))
   scores = importance[:, num_prefix:]
   if count == importance.shape[1]:
     # For all tokens a sort is as fast, and unlike `top_k` XLA can partition it over devices.
     order = jnp.argsort(-scores, axis=1, stable=True).astype(jnp.int32)
   else:
     _, order = jax.lax.top_k(scores, count - num_prefix)
+  if not num_prefix:  # ONNX has no empty arrays to reshape
+    return order
+  prefix = jnp.tile(jnp.arange(num_prefix, dtype=jnp.int32), (importance.shape[0], 1))
   return jnp.concatenate([prefix, order + num_prefix], axis=1)
 
 

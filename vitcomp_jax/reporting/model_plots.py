@@ -13,8 +13,9 @@ from vitcomp_jax.data.transforms import normalize
 from vitcomp_jax.models.attention import Attention
 from vitcomp_jax.models.backbone import Backbone
 from vitcomp_jax.models.importance import IMPORTANCES
+from vitcomp_jax.models.layer_trees import of_layer
 from vitcomp_jax.models.reducers import keep_all
-from vitcomp_jax.models.spec import ViTSpec, of_layer
+from vitcomp_jax.models.spec import ViTSpec
 from vitcomp_jax.plans import Plan
 from vitcomp_jax.reporting import plots, run_plots
 from vitcomp_jax.weights.loading import Params
