@@ -15,6 +15,7 @@ from tests.stages.test_slim import TINY, tiny_config, tiny_variant  # noqa: F401
 from vitcomp_jax import exported, main, predict, scoring, strict_json
 from vitcomp_jax.comparison import random_schedules
 from vitcomp_jax.config import from_config_dict
+from vitcomp_jax.methods.vit_slim import authors
 from vitcomp_jax.methods.vit_slim import search as vit_slim
 from vitcomp_jax.models.variants import get_spec
 from vitcomp_jax.parallel import Layout
@@ -139,7 +140,7 @@ def test_no_slimmed_network_gives_it(overflowing, tmp_path):
   config.slim.masks = str(tmp_path / "masks.safetensors")
   run = open_run(from_config_dict(config), tmp_path / "none")
   arch = vit_slim.ViTSlim(run.inputs.spec).init()
-  files.write(vit_slim.to_authors(arch), config.slim.masks)
+  files.write(authors.to_authors(arch), config.slim.masks)
   said = "stage slim: the slimmed network: expected finite outputs, got 160 of 160"
   with pytest.raises(vc.UserError, match=said):
     vc.run_stage("slim", config, tmp_path / "run")

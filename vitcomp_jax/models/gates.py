@@ -27,6 +27,7 @@ class SoftMask(nn.Module):
     shape: Shape of `zeta`, with the rank of the values it multiplies.
     initial: Initial value of every factor.
     squash: Whether the factor is tanh(zeta), as for patches.
+    pairing: Which of the values' last axis share a factor, see `LayerSpec`; None: none do.
 
   References:
     Chavan et al., `ViT-Slim <https://arxiv.org/abs/2201.00814>`_, 2022, Sec. 3.2.
@@ -35,11 +36,22 @@ class SoftMask(nn.Module):
   shape: tuple[int, ...]
   initial: float = 1.0
   squash: bool = False
+  pairing: str | None = None
 
   @nn.compact
   def __call__(self, x: Array) -> Array:
     zeta = self.variable("arch", "zeta", jnp.full, self.shape, self.initial).value
-    return x * (jnp.tanh(zeta) if self.squash else zeta).astype(x.dtype)
+    factor = jnp.tanh(zeta) if self.squash else zeta
+    if self.pairing is not None:
+      factor = both_of_pairs(factor, self.pairing)
+    return x * factor.astype(x.dtype)
+
+
+def both_of_pairs(values: Array | np.ndarray, pairing: str) -> Array:
+  """Returns a value for both channels of each pair: f[… k//2] becomes f[… k]."""
+  if pairing == "halves":
+    return jnp.concatenate([values, values], axis=-1)
+  return jnp.repeat(values, 2, axis=-1)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,12 +6,14 @@ zero key, and a zero value meets zero rows of the projection.
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 Params = dict[str, Any]
+_TABLE = "relative_position_bias_table"  # one column for each head
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,22 +34,47 @@ class LayerIndex:
     dims = len(self.attn[0]) if self.attn else 0
     return {"num_heads": len(self.attn), "head_dim": dims, "mlp_dim": len(self.mlp)}
 
+  def rotated(self, head_dim: int, pairing: str) -> tuple[tuple[int, ...], ...]:
+    """Returns the pair of the dense layer, `head * pairs + pair`, that each kept pair was.
 
-def layer_index(attn: np.ndarray, mlp: np.ndarray, tile: int = 1) -> LayerIndex:
+    Args:
+      head_dim: Dimensions of a head in the dense layer.
+      pairing: Which dimensions are rotated together, see `LayerSpec`.
+    """
+    found = []
+    for head in self.attn:
+      firsts = head[: len(head) // 2] if pairing == "halves" else head[::2]
+      pairs = [_pair(unit, head_dim, pairing) for unit in firsts]
+      found.append(tuple(pairs))
+    return tuple(found)
+
+
+def _pair(unit: int, head_dim: int, pairing: str) -> int:
+  head, dim = divmod(max(unit, 0), head_dim)
+  return head * (head_dim // 2) + (dim if pairing == "halves" else dim // 2)
+
+
+def layer_index(
+  attn: np.ndarray, mlp: np.ndarray, tile: int = 1, pairing: str | None = None
+) -> LayerIndex:
   """Returns the indices of a layer's kept units.
 
   Args:
-    attn: bool[h k], kept dimensions of each head.
+    attn: bool[h k], kept dimensions of each head; both or none of a pair that is rotated together.
     mlp: bool[m], kept hidden units.
     tile: Head dimensions and hidden units are padded to a multiple of it.
+    pairing: Which dimensions are rotated together, see `LayerSpec`.
   """
   num_dims = attn.shape[1]
   heads = [np.flatnonzero(row) + i * num_dims for i, row in enumerate(attn) if row.any()]
-  width = _round_up(max(map(len, heads), default=0), tile)
+  width = _round_up(max(map(len, heads), default=0), tile if pairing is None else math.lcm(tile, 2))
+  parts = 2 if pairing == "halves" else 1
+  filled = []
+  for head in heads:
+    halves = [_filled(half, width // parts) for half in np.split(head, parts)]
+    filled.append(sum(halves, ()))
   hidden = np.flatnonzero(mlp)
-  return LayerIndex(
-    tuple(_filled(head, width) for head in heads), _filled(hidden, _round_up(hidden.size, tile))
-  )
+  return LayerIndex(tuple(filled), _filled(hidden, _round_up(hidden.size, tile)))
 
 
 def _filled(index: np.ndarray, width: int) -> tuple[int, ...]:
@@ -72,20 +99,27 @@ def slice_params(params: Mapping[str, Any], indices: Sequence[LayerIndex]) -> Pa
 
 
 def _slice_block(block: Mapping[str, Any], index: LayerIndex) -> Params:
-  attn, mlp = np.ravel(index.attn), np.array(index.mlp)
-  qkv, proj = block["attn"]["qkv"], block["attn"]["proj"]
-  fc1, fc2 = block["mlp"]["fc1"], block["mlp"]["fc2"]
-  return {
-    **block,
-    "attn": {
-      "qkv": {name: _gather_qkv(value, attn) for name, value in qkv.items()},
-      "proj": {**proj, "kernel": _gather(proj["kernel"], attn, axis=0)},
-    },
-    "mlp": {
-      "fc1": {name: _gather(value, mlp, axis=-1) for name, value in fc1.items()},
-      "fc2": {**fc2, "kernel": _gather(fc2["kernel"], mlp, axis=0)},
-    },
+  """Returns a layer's parameters for the kept units; norms of channels within heads stay."""
+  attn, mlp = block["attn"], block["mlp"]
+  dims, hidden = np.ravel(index.attn), np.array(index.mlp)
+  sliced = dict(attn) | {
+    "qkv": {name: _gather_qkv(value, dims) for name, value in attn["qkv"].items()},
+    "proj": {**attn["proj"], "kernel": _gather(attn["proj"]["kernel"], dims, axis=0)},
   }
+  for name in ("q_bias", "v_bias"):
+    if name in attn:
+      sliced[name] = _gather(attn[name], dims, axis=0)
+  if _TABLE in attn:
+    inner, num_heads = attn["proj"]["kernel"].shape[0], attn[_TABLE].shape[1]
+    kept = [max(head) // (inner // num_heads) for head in index.attn]
+    sliced[_TABLE] = _gather(attn[_TABLE], np.array(kept), axis=1)
+  down = mlp["fc2"]["kernel"]
+  parts = {"fc2": {**mlp["fc2"], "kernel": _gather(down, hidden, axis=0)}}
+  for name in ("fc1", "fc1_g", "fc1_x"):
+    if name in mlp:
+      count = mlp[name]["kernel"].shape[-1] // down.shape[0]  # 2: gates and values in one
+      parts[name] = {key: _gather_parts(v, hidden, count) for key, v in mlp[name].items()}
+  return {**block, "attn": sliced, "mlp": {**mlp, **parts}}
 
 
 def scale_qkv(block: Mapping[str, Any], factors: np.ndarray) -> Params:
@@ -98,15 +132,23 @@ def scale_qkv(block: Mapping[str, Any], factors: np.ndarray) -> Params:
   Returns:
     The layer's parameters with a scaled projection.
   """
-  attn = block["attn"]
-  qkv = {k: np.asarray(v) * factors.astype(v.dtype) for k, v in attn["qkv"].items()}
-  return {**block, "attn": {**attn, "qkv": qkv}}
+  attn = dict(block["attn"])
+  attn["qkv"] = {k: np.asarray(v) * factors.astype(v.dtype) for k, v in attn["qkv"].items()}
+  for name, part in zip(("q_bias", "v_bias"), np.split(factors, 3)[::2], strict=True):
+    if name in attn:
+      attn[name] = np.asarray(attn[name]) * part.astype(attn[name].dtype)
+  return {**block, "attn": attn}
 
 
 def _gather_qkv(values: Any, index: np.ndarray) -> np.ndarray:
   """Gathers from queries, keys and values, which are concatenated on the last axis."""
-  q, k, v = np.split(np.asarray(values), 3, axis=-1)
-  return np.concatenate([_gather(part, index, axis=-1) for part in (q, k, v)], axis=-1)
+  return _gather_parts(values, index, 3)
+
+
+def _gather_parts(values: Any, index: np.ndarray, count: int) -> np.ndarray:
+  """Gathers from each of `count` equal parts of the last axis."""
+  parts = np.split(np.asarray(values), count, axis=-1)
+  return np.concatenate([_gather(part, index, axis=-1) for part in parts], axis=-1)
 
 
 def _gather(values: Any, index: np.ndarray, axis: int) -> np.ndarray:

@@ -12,6 +12,7 @@ from vitcomp_jax.data.mixing import training_inputs
 from vitcomp_jax.data.transforms import normalize
 from vitcomp_jax.errors import UserError
 from vitcomp_jax.methods.bisection import bracket
+from vitcomp_jax.methods.vit_slim import authors
 from vitcomp_jax.methods.vit_slim import search as vit_slim
 from vitcomp_jax.methods.vit_slim.search import KINDS, Masks, ViTSlim
 from vitcomp_jax.models.slicing import LayerIndex, slice_params
@@ -23,7 +24,7 @@ from vitcomp_jax.results import SlimResult
 from vitcomp_jax.runs.run import Run
 from vitcomp_jax.training import loop, optimizer
 from vitcomp_jax.training.step import init_state, make_step, random_streams, top1
-from vitcomp_jax.weights import files, timm_slimmed
+from vitcomp_jax.weights import files, writing_back
 from vitcomp_jax.weights.loading import Params
 
 _TRIED = 16  # images to check for finite outputs of the slimmed network
@@ -100,7 +101,7 @@ def _searched(run: Run) -> _Searched:
     params = layout.get(state.params if state.ema is None else state.ema)
     steps, arch = searched.steps, layout.get(state.arch)
   run.artefacts.save(params, path / "searched.safetensors")
-  files.write(vit_slim.to_authors(arch), str(path / "masks.safetensors"))
+  files.write(authors.to_authors(arch), str(path / "masks.safetensors"))
   return _Searched(steps, steps * config.batch_size, seconds, params, arch)
 
 
@@ -134,7 +135,7 @@ def _summary(
   run: Run, searched: _Searched, slimmed: _Slimmed, masks: Masks, budgets: tuple[float, ...]
 ) -> SlimResult:
   spec, cost = run.inputs.spec, api.count_cost(ViT(run.inputs.spec, slimmed.layers))
-  authors_params, authors_macs = vit_slim.authors_cost(spec, masks)
+  authors_params, authors_macs = authors.authors_cost(spec, masks)
   return SlimResult(
     steps=searched.steps,
     images=searched.images,
@@ -148,7 +149,7 @@ def _summary(
     params_m=cost.params / 1e6,
     authors_params_m=authors_params / 1e6,
     authors_gmacs=authors_macs / 1e9,
-    timm=timm_slimmed.write(run.inputs.named_spec, *slimmed, run.workdir.path),
+    timm=writing_back.write(run.inputs.named_spec, *slimmed, run.workdir.path),
   )
 
 
@@ -218,7 +219,7 @@ def _read_masks(run: Run, path: str) -> Any:
   Raises:
     UserError: If they are missing, not finite, or for another model or kind of attention mask.
   """
-  arch = vit_slim.from_authors(files.read(path))
+  arch = authors.from_authors(files.read(path))
   expected = jax.eval_shape(_method(run).init)
   if jax.tree.map(np.shape, arch) != jax.tree.map(np.shape, expected):
     raise UserError(

@@ -7,7 +7,6 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
@@ -16,12 +15,11 @@ from vitcomp_jax.config import ViTSlimOptions
 from vitcomp_jax.errors import UserError
 from vitcomp_jax.methods.base import Metrics
 from vitcomp_jax.methods.vit_slim.reducer import KeepPositions
-from vitcomp_jax.models.gates import HardMask, SoftMask
+from vitcomp_jax.models.gates import HardMask, SoftMask, both_of_pairs
 from vitcomp_jax.models.reducers import keep_all
 from vitcomp_jax.models.slicing import LayerIndex, layer_index, scale_qkv
 from vitcomp_jax.models.spec import LayerSpec, ViTSpec
 from vitcomp_jax.models.tokens import Output, TokenReducer
-from vitcomp_jax.models.vit import ViT
 
 KINDS = ("attn", "mlp", "patch")
 _GATES = {"attn": "head_gate", "mlp": "hidden_gate", "patch": "token_gate"}
@@ -63,9 +61,17 @@ class ViTSlim:
   spec: ViTSpec
   options: ViTSlimOptions = ViTSlimOptions()
 
+  def __post_init__(self) -> None:
+    _check_supported(self.spec, self.options)
+
   def attn_shape(self) -> tuple[int, int]:
-    """Returns the numbers of heads and dimensions with separate masks."""
+    """Returns the numbers of heads and dimensions with separate masks.
+
+    Dimensions that are rotated together share a mask.
+    """
     heads, dims = self.spec.num_heads, self.spec.width // self.spec.num_heads
+    if self.spec.rotary is not None:
+      dims //= 2
     return {"dims": (heads, dims), "heads": (heads, 1), "uniform": (1, dims)}[self.options.attn]
 
   def layers(self) -> tuple[LayerSpec, ...]:
@@ -74,7 +80,7 @@ class ViTSlim:
     return tuple(
       dataclasses.replace(
         layer,
-        head_gate=SoftMask((1, 1, heads, 1, dims)),
+        head_gate=SoftMask((1, 1, heads, 1, dims), pairing=layer.pairing if dims > 1 else None),
         hidden_gate=SoftMask((1, 1, self.spec.mlp_dim)),
         token_gate=SoftMask((1, self.spec.num_tokens, 1), _INITIAL_PATCH, squash=True),
       )
@@ -173,7 +179,7 @@ def masked_layers(spec: ViTSpec, masks: Masks) -> tuple[LayerSpec, ...]:
   return tuple(
     dataclasses.replace(
       layer,
-      head_gate=_hard(attn[None, None, :, None]),
+      head_gate=_hard(per_dim(attn, spec)[None, None, :, None]),
       hidden_gate=_hard(mlp[None, None]),
       token_gate=_hard(patch[None, :, None]),
     )
@@ -181,6 +187,32 @@ def masked_layers(spec: ViTSpec, masks: Masks) -> tuple[LayerSpec, ...]:
       spec.dense_layers, masks.attn, masks.mlp, masks.patch, strict=True
     )
   )
+
+
+def per_dim(values: np.ndarray, spec: ViTSpec) -> np.ndarray:
+  """Returns values for each head and dimension, […, h, k], of masks that some of them share."""
+  heads, dims = spec.num_heads, spec.width // spec.num_heads
+  pairing = spec.dense_layers[0].pairing
+  if pairing is not None and values.shape[-1] == dims // 2:
+    values = np.asarray(both_of_pairs(values, pairing))
+  return np.broadcast_to(values, (*values.shape[:-2], heads, dims))
+
+
+def _check_supported(spec: ViTSpec, options: ViTSlimOptions) -> None:
+  """Refuses masks on units that cannot be removed, as a norm or a table reads them together."""
+  refused = ""
+  if options.w_attn > 0 and spec.attn_norm:
+    refused = "attention is normed over all heads; set config.slim.w_attn=0"
+  elif options.w_attn > 0 and spec.relative_bias == "shared":
+    refused = "layers share a bias for each head; set config.slim.w_attn=0"
+  elif options.w_attn > 0 and spec.qk_norm and options.attn != "heads":
+    refused = "queries and keys are normed over a head; set config.slim.attn=heads"
+  elif options.w_mlp > 0 and spec.mlp_norm:
+    refused = "hidden units are normed; set config.slim.w_mlp=0"
+  if refused:
+    raise UserError(
+      f"config.slim: expected units that can be cut one by one, got {spec.name}, whose {refused}."
+    )
 
 
 def _hard(mask: np.ndarray) -> HardMask:
@@ -201,13 +233,13 @@ def deploy(
     masks: Units to keep.
     tile: Multiple to which head dimensions and hidden units are padded with zeros.
   """
-  heads, dims = spec.num_heads, spec.width // spec.num_heads
-  attn = np.broadcast_to(masks.attn, (spec.depth, heads, dims))
+  attn = per_dim(masks.attn, spec)
   patch = masks.patch | (np.arange(spec.num_tokens) < spec.num_prefix)
-  indices = tuple(layer_index(a, m, tile) for a, m in zip(attn, masks.mlp, strict=True))
+  pairing = spec.dense_layers[0].pairing
+  indices = tuple(layer_index(a, m, tile, pairing) for a, m in zip(attn, masks.mlp, strict=True))
   layers = []
   for layer, index, kept in zip(spec.dense_layers, indices, patch, strict=True):
-    changes: dict[str, Any] = {"select": _selecting(kept), **index.widths}
+    changes: dict[str, Any] = {"select": _selecting(kept), **layer.sliced(index)}
     layers.append(dataclasses.replace(layer, **changes))
   return tuple(layers), indices
 
@@ -228,42 +260,14 @@ def fold(spec: ViTSpec, params: Mapping[str, Any], arch: Mapping[str, Any]) -> d
     arch: Masks after the search.
   """
   folded = dict(params)
-  heads = spec.num_heads, spec.width // spec.num_heads
   for name, gates in arch.items():
-    attn = np.broadcast_to(np.asarray(gates["head_gate"]["zeta"])[0, 0, :, 0], heads).ravel()
+    attn = per_dim(np.asarray(gates["head_gate"]["zeta"])[0, 0, :, 0], spec).ravel()
     hidden = np.asarray(gates["hidden_gate"]["zeta"]).ravel()
     block = scale_qkv(params[name], np.tile(attn, 3))
     fc2 = block["mlp"]["fc2"]
     fc2 = {**fc2, "kernel": np.asarray(fc2["kernel"]) * hidden[:, None]}
     folded[name] = {**block, "mlp": {**block["mlp"], "fc2": fc2}}
   return folded
-
-
-_AUTHORS_NAMES = {
-  "head_gate": ("attn", "zeta"),
-  "hidden_gate": ("mlp", "zeta"),
-  "token_gate": ("attn", "patch_zeta"),
-}
-
-
-def to_authors(arch: Mapping[str, Any]) -> dict[str, Any]:
-  """Returns the masks as a tree with the authors' names, such as `blocks.0.attn.patch_zeta`."""
-  tree: dict[str, Any] = {}
-  for block, gates in arch.items():
-    for gate, (module, name) in _AUTHORS_NAMES.items():
-      tree.setdefault(block, {}).setdefault(module, {})[name] = gates[gate]["zeta"]
-  return tree
-
-
-def from_authors(state: Mapping[str, np.ndarray]) -> dict[str, Any]:
-  """Returns the masks found among tensors with the authors' names."""
-  arch: dict[str, Any] = {}
-  for name, values in state.items():
-    for gate, (module, leaf) in _AUTHORS_NAMES.items():
-      if name.endswith(f".{module}.{leaf}"):
-        block = name.removesuffix(f".{module}.{leaf}").replace(".", "_")
-        arch.setdefault(block, {})[gate] = {"zeta": values}
-  return arch
 
 
 def thresholds(arch: Mapping[str, Any], budgets: Sequence[float]) -> list[float]:
@@ -309,34 +313,3 @@ def _check_not_empty(masks: Masks, spec: ViTSpec) -> None:
         f"config.slim.budgets: expected a {kind} in every layer, got none in layer {empty[0]}; "
         "raise that budget, or set config.slim.min_units to keep some."
       )
-
-
-def authors_cost(spec: ViTSpec, masks: Masks) -> tuple[int, int]:
-  """Computes parameters and MACs of a cut by the authors' formulas, to compare with the paper.
-
-  Their MACs include biases and the softmax, use the patches (without CLS) that the previous layer
-  keeps, and count removed heads in the softmax; `macs.static_macs` counts the actual computation.
-  """
-  c, heads, dims = spec.width, spec.num_heads, spec.width // spec.num_heads
-  shape = (spec.depth, heads, dims)
-  attn = np.broadcast_to(masks.attn, shape).reshape(spec.depth, -1).sum(axis=1).tolist()
-  mlp = masks.mlp.sum(axis=1).tolist()
-  tokens = [spec.num_patches, *masks.patch.sum(axis=1).tolist()[:-1]]
-  params = _dense_params(spec)
-  total = spec.num_patches * c * 3 * spec.patch_size**2 + c * spec.num_classes
-  for a, m, n in zip(attn, mlp, tokens, strict=True):
-    params += _authors_layer_params(c, a, m) - _authors_layer_params(c, c, spec.mlp_dim)
-    total += 2 * c * n + n * (2 * c * m + c + m)
-    total += 3 * c * n * a + 3 * n * a + 2 * n * n * a + 6 * heads * n * n + n * a * c + n * c
-  return params, total
-
-
-def _authors_layer_params(width: int, attn: int, mlp: int) -> int:
-  return (4 * width + 3) * attn + width + 2 * width * mlp + width + mlp
-
-
-def _dense_params(spec: ViTSpec) -> int:
-  model = ViT(spec, spec.dense_layers)
-  images = jax.ShapeDtypeStruct((1, *spec.image_size, 3), jnp.float32)
-  shapes = jax.eval_shape(model.init, jax.random.key(0), images)["params"]
-  return sum(leaf.size for leaf in jax.tree.leaves(shapes))
