@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import pytest
 from jax.extend import core as jax_core
 
+from tools import timm_table
 from vitcomp_jax.cost import macs
 from vitcomp_jax.methods.diffrate import PruneMerge
 from vitcomp_jax.models.variants import get_spec
@@ -17,7 +18,7 @@ SMALL = dict(image_size=(32, 32), patch_size=8, width=24, depth=4, num_heads=3, 
 
 
 def small_spec(variant, **changes):
-  return dataclasses.replace(get_spec(variant), **SMALL, num_classes=10, **changes)
+  return dataclasses.replace(get_spec(variant), **SMALL | {"num_classes": 10} | changes)
 
 
 @pytest.mark.parametrize(
@@ -37,19 +38,33 @@ def test_dense(variant, gmacs):
   assert macs.static_macs(spec, spec.dense_layers) / 1e9 == pytest.approx(gmacs, rel=1e-12)
 
 
+MODELS = timm_table.bundled()[0]["models"]
+STRUCTURES = [names[0] for names in timm_table.structures(MODELS)]
+
+
+# Every sixth structure in the quick run.
 @pytest.mark.parametrize(
   "variant",
-  [
-    "deit_tiny_patch16_224",
-    "deit_tiny_distilled_patch16_224",
-    "vit_base_patch16_224.mae",
-    "vit_small_patch14_reg4_dinov2",
-    "vit_base_patch16_clip_quickgelu_224",
-    "vit_base_patch16_siglip_224",
-  ],
+  [pytest.param(v, marks=[] if i % 6 == 0 else pytest.mark.slow) for i, v in enumerate(STRUCTURES)]
+  + ["vit_base_patch16_224.mae"],
 )
 def test_dense_is_the_products_of_the_traced_model(variant):
-  spec = small_spec(variant)
+  spec = small_spec(variant, depth=2)
+  assert macs.static_macs(spec, spec.dense_layers) == traced(spec, spec.dense_layers) + embed(spec)
+
+
+@pytest.mark.parametrize(
+  "changes",
+  [
+    dict(pool="cls_mean"),
+    dict(in_chans=5),
+    dict(num_classes=0),
+    dict(pool="map", pool_mlp_dim=40, pool_heads=2, pool_prefix=True),
+    dict(mlp="glu", relative_bias="shared", positions="none"),
+  ],
+)
+def test_dense_of_what_timm_has_not_is_the_products_of_the_traced_model(changes):
+  spec = dataclasses.replace(small_spec("deit_tiny_patch16_224"), **changes)
   assert macs.static_macs(spec, spec.dense_layers) == traced(spec, spec.dense_layers) + embed(spec)
 
 
@@ -70,15 +85,22 @@ def test_reduced_is_the_products_of_the_traced_model(variant):
   assert macs.static_macs(spec, layers) == expected
 
 
+def learnt_angles(spec):
+  """What the model does once for all images: angles of rotary positions, from their frequencies."""
+  if spec.rotary is None or spec.rotary.kind != "mixed":
+    return 0
+  return spec.depth * 2 * spec.num_patches * spec.width // 2
+
+
 def embed(spec):
   """What the rule counts and the model does not do: the embedding of the prefix tokens."""
-  return spec.num_prefix * spec.width * 3 * spec.patch_size**2
+  return spec.num_prefix * spec.width * spec.in_chans * spec.patch_size**2
 
 
 def traced(spec, layers):
-  """Multiply-accumulates of one image's matrix products, without the importance's CLS rows."""
+  """Multiply-accumulates of one image's matrix products, but for importances and learnt angles."""
   model = ViT(spec, layers)
-  images = jax.ShapeDtypeStruct((1, *spec.image_size, 3), jnp.float32)
+  images = jax.ShapeDtypeStruct((1, *spec.image_size, spec.in_chans), jnp.float32)
   variables = jax.eval_shape(model.init, jax.random.key(0), images)
   jaxpr = jax.make_jaxpr(model.apply)(variables, images)
   counts = macs.static_counts(spec, layers)
@@ -87,7 +109,7 @@ def traced(spec, layers):
     for layer, (n, after) in zip(layers, counts, strict=True)
     if after < n
   )
-  return products(jaxpr.jaxpr) - cls_rows
+  return products(jaxpr.jaxpr) - cls_rows - learnt_angles(spec)
 
 
 def products(jaxpr):

@@ -1,6 +1,6 @@
 """Looks up timm's preprocessing by architecture and pre-training tag, as in `NAME.TAG`.
 
-It is stored in `bundled/timm_tags.json`, which `tools/timm_tags.py` writes.
+It is stored in `bundled/timm_tags.json`, which `tools/timm_models.py` writes.
 """
 
 import difflib

@@ -2,45 +2,21 @@
 
 import dataclasses
 import difflib
-from collections.abc import Iterator
+import functools
+import importlib.resources
+import json
+from collections.abc import Mapping
 from typing import Any
 
 from vitcomp_jax.errors import UserError
 from vitcomp_jax.models import tags
 from vitcomp_jax.models.caformer import caformer
+from vitcomp_jax.models.rotary import Rotary
 from vitcomp_jax.models.spec import ViTSpec
 
 _HALF = (0.5, 0.5, 0.5)
-_CLIP_MEAN, _CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-_SIZES = {  # width, depth, heads, hidden units
-  "tiny": (192, 12, 3, 768),
-  "small": (384, 12, 6, 1536),
-  "base": (768, 12, 12, 3072),
-  "large": (1024, 24, 16, 4096),
-  "so400m": (1152, 27, 16, 4304),
-  "huge": (1280, 32, 16, 5120),
-  "giantopt": (1536, 40, 16, 6144),
-}
-# Patch size, image size and `crop_pct`.
-_CLIP = {
-  "base": ((32, 224, 0.9), (32, 256, 1.0), (32, 384, 1.0), (16, 224, 0.95), (16, 384, 1.0)),
-  "large": ((14, 224, 1.0), (14, 336, 1.0)),
-  "huge": ((14, 224, 1.0), (14, 336, 1.0), (14, 378, 1.0)),
-}
-# The same, and the dimensions of the embedding shared with text, which the head computes.
-_CLIP_QUICKGELU = {
-  "base": ((32, 224, 0.9, 512), (16, 224, 0.9, 512)),
-  "large": ((14, 224, 1.0, 768), (14, 336, 1.0, 768)),
-  "huge": ((14, 224, 1.0, 1024), (14, 378, 1.0, 1024)),
-}
-_SIGLIP = {
-  "base": ((32, (256,)), (16, (224, 256, 384, 512))),
-  "large": ((16, (256, 384, 512)),),
-  "so400m": ((14, (224, 378)), (16, (256, 384, 512))),
-  "giantopt": ((16, (256, 384)),),
-}
-
-
+_MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+_MINI = "vit_mini_patch3_30"
 _CAFORMER = (  # blocks and channels of the four stages
   ("caformer_s18", (3, 3, 9, 3), (64, 128, 320, 512)),
   ("caformer_s36", (3, 12, 18, 3), (64, 128, 320, 512)),
@@ -49,84 +25,112 @@ _CAFORMER = (  # blocks and channels of the four stages
 )
 
 
-def _vit(name: str, size: str, image_size: int, patch_size: int = 16, **options) -> ViTSpec:
-  width, depth, heads, hidden = _SIZES[size]
-  side = (image_size, image_size)
-  return ViTSpec(name, side, patch_size, width, depth, heads, hidden, **options)
-
-
-def _clip() -> Iterator[ViTSpec]:
-  """Yields CLIP's vision towers: fine-tuned for ImageNet, and OpenAI's with QuickGELU."""
-  clip = dict(norm_pre=True, norm_eps=1e-5)
-  for size, sides in _CLIP.items():
-    # LAION's large model uses another mean and standard deviation.
-    scales = (_HALF, _HALF) if size == "large" else (_CLIP_MEAN, _CLIP_STD)
-    for patch, side, crop in sides:
-      options = dict(clip, mean=scales[0], std=scales[1], crop_pct=crop)
-      yield _vit(f"vit_{size}_patch{patch}_clip_{side}", size, side, patch, **options)
-  for size, towers in _CLIP_QUICKGELU.items():
-    for patch, side, crop, outputs in towers:
-      options = dict(clip, mean=_CLIP_MEAN, std=_CLIP_STD, crop_pct=crop, activation="quick_gelu")
-      name = f"vit_{size}_patch{patch}_clip_quickgelu_{side}"
-      yield _vit(name, size, side, patch, num_classes=outputs, **options)
-
-
-def _siglip() -> Iterator[ViTSpec]:
-  """Yields SigLIP's vision towers, which have no classifier."""
-  options = dict(num_classes=0, class_token=False, pool="map", mean=_HALF, std=_HALF)
-  for size, patches in _SIGLIP.items():
-    for patch, sides in patches:
-      for side in sides:
-        # timm uses the exact GELU for the older ones, though all were trained with tanh.
-        tanh = patch == 32 or (size, side) == ("large", 512) or size == "giantopt"
-        tanh |= (size, patch) == ("so400m", 16)
-        activation = "gelu_tanh" if tanh else "gelu"
-        name = f"vit_{size}_patch{patch}_siglip_{side}"
-        yield _vit(name, size, side, patch, activation=activation, **options)
-
-
 def _build() -> dict[str, ViTSpec]:
   """Returns all variants by name, with the preprocessing of timm's weights of that name."""
-  specs = []
-  for size, side in (("tiny", 224), ("small", 224), ("base", 224), ("base", 384)):
-    crop = 1.0 if side == 384 else 0.9
-    specs.append(_vit(f"deit_{size}_patch16_{side}", size, side, crop_pct=crop))
-    name = f"deit_{size}_distilled_patch16_{side}"
-    specs.append(_vit(name, size, side, distilled=True, pool="cls_dist", crop_pct=crop))
-  for size in ("tiny", "small", "base", "large"):
-    for side, crop in ((224, 0.9), (384, 1.0)):
-      name = f"vit_{size}_patch16_{side}"
-      specs.append(_vit(name, size, side, mean=_HALF, std=_HALF, crop_pct=crop))
-  specs.append(_vit("vit_huge_patch14_224", "huge", 224, 14, mean=_HALF, std=_HALF))
-  for size, patch in (("base", 16), ("large", 16), ("huge", 14)):
-    name = f"vit_{size}_patch{patch}_224.mae"
-    specs.append(_vit(name, size, 224, patch, pool="size_mean"))
-  for size in ("small", "base", "large"):
-    # The authors resample positions by PyTorch's plain bicubic interpolation.
-    dino = dict(num_classes=0, layer_scale=True, crop_pct=1.0, antialias=False)
-    specs.append(_vit(f"vit_{size}_patch14_dinov2", size, 518, 14, **dino))
-    registers = dict(num_registers=4, pos_on_prefix=False)
-    specs.append(_vit(f"vit_{size}_patch14_reg4_dinov2", size, 518, 14, **dino, **registers))
-  specs += [*_clip(), *_siglip()]
+  models = _table()["models"]
+  specs = {name: spec_of({"name": name, **fields}) for name, fields in models.items()}
+  for name in ("vit_base_patch16_224", "vit_large_patch16_224", "vit_huge_patch14_224"):
+    # MAE's authors classify the mean of the patches; the tensors are those of timm's model.
+    mae: dict[str, Any] = {
+      "pool": "size_mean",
+      "final_norm": False,
+      "fc_norm": True,
+      "num_classes": 1000,
+    }
+    mae |= {"mean": _MEAN, "std": _STD}
+    specs[f"{name}.mae"] = dataclasses.replace(specs[name], name=f"{name}.mae", **mae)
   for name, depths, dims in _CAFORMER:
-    specs.append(caformer(name, (224, 224), depths, dims, crop_pct=1.0))
+    specs[name] = caformer(name, (224, 224), depths, dims, crop_pct=1.0)
   # Fashion-MNIST's 28 pixels padded to 30 give 100 patches, enough to compress.
-  specs.append(
-    ViTSpec(
-      "vit_mini_patch3_30",
-      image_size=(30, 30),
-      patch_size=3,
-      width=64,
-      depth=8,
-      num_heads=2,
-      mlp_dim=256,
-      num_classes=10,
-      mean=_HALF,
-      std=_HALF,
-      crop_pct=1.0,
-    )
+  specs[_MINI] = ViTSpec(
+    _MINI,
+    image_size=(30, 30),
+    patch_size=3,
+    width=64,
+    depth=8,
+    num_heads=2,
+    mlp_dim=256,
+    num_classes=10,
+    mean=_HALF,
+    std=_HALF,
+    crop_pct=1.0,
   )
-  return {spec.name: spec for spec in specs}
+  return specs
+
+
+# Fields of a spec that do not affect the meaning of the weights.
+FREE_FIELDS = frozenset(
+  """antialias attention class_names crop_mode crop_pct dtype exif_orientation huggingface
+  image_size interpolation mean name naming num_classes pad std""".split()
+)
+# Fields that weights and plans keep elsewhere, or that are the user's choice.
+_NOT_KEPT = ("class_names", "huggingface", "dtype", "attention")
+
+
+def spec_of(fields: Mapping[str, object]) -> ViTSpec:
+  """Makes a spec from fields as JSON holds them: lists for tuples, and an object for `rotary`."""
+  return ViTSpec(**values_of(fields))
+
+
+def values_of(fields: Mapping[str, object]) -> dict[str, Any]:
+  """Converts fields as JSON holds them to values of a `ViTSpec`'s fields."""
+  values = {name: _tuple(value) for name, value in fields.items()}
+  rotary = values.get("rotary")
+  if isinstance(rotary, Mapping):
+    values["rotary"] = Rotary(**{name: _tuple(value) for name, value in rotary.items()})
+  return values
+
+
+def _tuple(value: Any) -> Any:
+  return tuple(value) if isinstance(value, list) else value
+
+
+def fields_of(spec: ViTSpec, with_defaults: bool = False) -> dict[str, Any]:
+  """Returns the fields of a spec that describe its model and images, as `spec_of` takes them.
+
+  Args:
+    spec: The model.
+    with_defaults: Whether those that have their default are included.
+  """
+  fields = {}
+  for field in dataclasses.fields(ViTSpec):
+    value = getattr(spec, field.name)
+    if field.name not in _NOT_KEPT and (with_defaults or value != field.default):
+      fields[field.name] = value
+  if spec.rotary is not None:
+    fields["rotary"] = dataclasses.asdict(spec.rotary)
+  return fields
+
+
+def model_fields_of(spec: ViTSpec) -> dict[str, Any]:
+  """Returns the fields of a spec that describe its model and differ from their defaults."""
+  fields = fields_of(spec)
+  return {
+    name: value
+    for name, value in fields.items()
+    if name not in FREE_FIELDS or name in ("image_size", "num_classes")
+  }
+
+
+def is_plain(spec: ViTSpec) -> bool:
+  """Returns whether a spec is a Vision Transformer's, not a subclass's such as CAFormer's."""
+  return type(spec) is ViTSpec
+
+
+def is_variant(spec: ViTSpec) -> bool:
+  """Returns whether a spec is its name's variant, but for images, classes and precision."""
+  known = VARIANTS.get(spec.name)
+  if known is None or type(known) is not type(spec):
+    return False
+  names = {field.name for field in dataclasses.fields(spec)} - FREE_FIELDS
+  return all(getattr(spec, name) == getattr(known, name) for name in names)
+
+
+@functools.cache
+def _table() -> dict[str, Any]:
+  """Reads the table that `tools/timm_models.py` writes."""
+  file = importlib.resources.files("vitcomp_jax") / "bundled" / "timm_models.json"
+  return json.loads(file.read_text(encoding="utf-8"))
 
 
 VARIANTS = _build()
@@ -169,6 +173,8 @@ def get_spec(
   """
   spec = VARIANTS.get(variant) or VARIANTS.get(variant.split(".")[0])
   if spec is None:
+    if why := _table()["refused"].get(variant.split(".")[0]):
+      raise UserError(f"variant {variant}: expected a model that this library has, got {why}.")
     near = difflib.get_close_matches(variant, VARIANTS, n=3, cutoff=0.0)
     raise UserError(f"variant {variant!r} is not known; near it are {', '.join(near)}.")
   changes: dict[str, Any] = {"dtype": dtype}
@@ -181,7 +187,19 @@ def get_spec(
   if image_size is not None:
     side = image_size
     changes["image_size"] = (side, side) if isinstance(side, int) else tuple(side)
+    _check_size(spec, changes["image_size"])
   return dataclasses.replace(spec, **changes)
+
+
+def _check_size(spec: ViTSpec, image_size: tuple[int, int]) -> None:
+  """Refuses a size that the patch size does not divide, unless the model's own is such a size."""
+  p = spec.patch_size
+  for side in image_size:
+    if (side < p or side % p) and image_size != spec.image_size:
+      raise UserError(
+        f"image size: expected a multiple of the patch size {p} for {spec.name}, got {side}; use "
+        f"{max(side // p, 1) * p}."
+      )
 
 
 def _tagged(variant: str, spec: ViTSpec) -> dict[str, Any]:
