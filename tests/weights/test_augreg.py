@@ -1,6 +1,7 @@
 """Google's AugReg files read as timm reads them."""
 
 import pathlib
+import zipfile
 
 import numpy as np
 import pytest
@@ -82,5 +83,19 @@ def test_damaged_file_is_one_clear_line(path):
   whole = (HERE / "augreg_google.npz").read_bytes()
   pathlib.Path(path).write_bytes(whole[: len(whole) // 2])
   with pytest.raises(UserError, match="cannot be read") as info:
+    files.read(path)
+  assert "\n" not in str(info.value)
+
+
+def test_damage_inside_a_compressed_file_is_one_clear_line(arrays, path):
+  large = np.random.default_rng(0).normal(size=(64, 64, 3, 8))  # not read with its header
+  np.savez_compressed(path, **(arrays | {"embedding/kernel": large}))
+  content = bytearray(pathlib.Path(path).read_bytes())
+  with zipfile.ZipFile(path) as archive:
+    member = max(archive.infolist(), key=lambda member: member.compress_size)
+  middle = member.header_offset + member.compress_size // 2
+  content[middle : middle + 20] = bytes(20)
+  pathlib.Path(path).write_bytes(content)
+  with pytest.raises(UserError, match=f"cannot be read .*{member.filename} is damaged") as info:
     files.read(path)
   assert "\n" not in str(info.value)

@@ -3,21 +3,22 @@
 Steiner et al., `How to train your ViT? <https://arxiv.org/abs/2106.10270>`_, 2021.
 """
 
+import math
 import re
 from collections.abc import Mapping
 
-import numpy as np
-
 from vitcomp_jax.errors import UserError
+from vitcomp_jax.weights.tensors import Tensor, concatenate
 
 # Training checkpoints hold the weights under this prefix, beside the optimizer's state.
 TARGET = "opt/target/"
+POSITIONS = "Transformer/posembed_input/pos_embedding"
 # A layer that timm dropped; in files that have it, the classifier is all zero.
 IGNORED = "pre_logits/"
 
 _OUTSIDE = {
   "cls": "cls_token",
-  "Transformer/posembed_input/pos_embedding": "pos_embed",
+  POSITIONS: "pos_embed",
   "embedding/kernel": "patch_embed.proj.weight",
   "embedding/bias": "patch_embed.proj.bias",
   "Transformer/encoder_norm/scale": "norm.weight",
@@ -25,6 +26,7 @@ _OUTSIDE = {
   "head/kernel": "head.weight",
   "head/bias": "head.bias",
 }
+_PARTS = ("query", "key", "value")
 _ATTENTION = "MultiHeadDotProductAttention_1"
 _INSIDE = {
   "LayerNorm_0/scale": "norm1.weight",
@@ -40,15 +42,15 @@ _INSIDE = {
 }
 
 
-def to_timm(arrays: Mapping[str, np.ndarray], path: str) -> dict[str, np.ndarray]:
-  """Renames and transposes arrays to timm's names and PyTorch's layout.
+def to_timm(arrays: Mapping[str, Tensor], path: str) -> dict[str, Tensor]:
+  """Renames and transposes tensors to timm's names and PyTorch's layout.
 
   Args:
-    arrays: Arrays by Google's names, such as `Transformer/encoderblock_0/LayerNorm_0/scale`.
+    arrays: Tensors by Google's names, such as `Transformer/encoderblock_0/LayerNorm_0/scale`.
     path: The file's path, for error messages.
 
   Returns:
-    Arrays by timm's names, with query, key and value fused.
+    Tensors by timm's names, with query, key and value fused.
 
   Raises:
     UserError: If a name is unknown, or query, key and value differ in shape.
@@ -56,17 +58,18 @@ def to_timm(arrays: Mapping[str, np.ndarray], path: str) -> dict[str, np.ndarray
   if any(name.startswith(TARGET) for name in arrays):
     arrays = {k.removeprefix(TARGET): v for k, v in arrays.items() if k.startswith(TARGET)}
   arrays = {name: array for name, array in arrays.items() if not name.startswith(IGNORED)}
-  state, unknown = {}, []
+  state: dict[str, Tensor] = {}
+  unknown = []
   for name, array in arrays.items():
     block, inside = _split(name)
     if inside in _INSIDE:
-      state[f"blocks.{block}.{_INSIDE[inside]}"] = _transposed(inside, array)
+      state[f"blocks.{block}.{_INSIDE[inside]}"] = transposed(inside, array)
     elif inside == f"{_ATTENTION}/query/kernel":
-      state[f"blocks.{block}.attn.qkv.weight"] = _fused(arrays, name, path).T
+      state[f"blocks.{block}.attn.qkv.weight"] = fused(arrays, name, _PARTS, path)
     elif inside == f"{_ATTENTION}/query/bias":
-      state[f"blocks.{block}.attn.qkv.bias"] = _fused(arrays, name, path)
+      state[f"blocks.{block}.attn.qkv.bias"] = fused(arrays, name, _PARTS, path)
     elif name in _OUTSIDE:
-      state[_OUTSIDE[name]] = _transposed(name, array)
+      state[_OUTSIDE[name]] = transposed(name, array)
     elif not re.fullmatch(f"{_ATTENTION}/(key|value)/(kernel|bias)", inside):
       unknown.append(name)
   if unknown or "patch_embed.proj.weight" not in state:
@@ -84,24 +87,37 @@ def _split(name: str) -> tuple[str, str]:
   return (match[1], match[2]) if match else ("", "")
 
 
-def _fused(arrays: Mapping[str, np.ndarray], query: str, path: str) -> np.ndarray:
-  """Concatenates query, key and value, [d h k] or [h k] each, to [d (3 h k)] or [(3 h k)]."""
-  parts = [arrays.get(query.replace("/query/", f"/{part}/")) for part in ("query", "key", "value")]
-  found = [part for part in parts if part is not None]
-  if len(found) < len(parts) or any(part.shape != found[0].shape for part in found):
+def fused(arrays: Mapping[str, Tensor], first: str, parts: tuple[str, ...], path: str) -> Tensor:
+  """Joins projections of attention, [d h k] or [h k] each, to [(n h k) d] or [(n h k)].
+
+  Args:
+    arrays: Tensors by name.
+    first: Name of the first projection's kernel or bias.
+    parts: Names of all projections, such as query, key and value, in order.
+    path: The file's path, for error messages.
+
+  Raises:
+    UserError: If one is missing, or they differ in shape.
+  """
+  found = [arrays.get(first.replace(f"/{parts[0]}/", f"/{part}/")) for part in parts]
+  there = [tensor for tensor in found if tensor is not None]
+  shape = arrays[first].shape
+  if len(there) < len(parts) or any(tensor.shape != shape for tensor in there):
     raise UserError(
-      f"weights {path}: expected key and value of the shape of {query} {found[0].shape}, got "
-      f"{[None if part is None else part.shape for part in parts]}; fetch the file again."
+      f"weights {path}: expected {' and '.join(parts[1:])} of the shape of {first} {shape}, got "
+      f"{[None if tensor is None else tensor.shape for tensor in found]}; fetch the file again."
     )
-  heads = found[0].shape[-2:]
-  width = int(np.prod(heads))
-  return np.concatenate([part.reshape(*part.shape[:-2], width) for part in found], axis=-1)
+  *inputs, heads, width = shape
+  rows = (heads * width, *inputs)
+  return concatenate([tensor.map(lambda a: a.reshape(rows[::-1]).T, rows) for tensor in there])
 
 
-def _transposed(name: str, array: np.ndarray) -> np.ndarray:
+def transposed(name: str, array: Tensor) -> Tensor:
   """Transposes kernels: [in, out] to [out, in], [h k d] to [d (h k)], HWIO to OIHW."""
   if not name.endswith("/kernel"):
     return array
   if array.ndim == 4:
-    return array.transpose(3, 2, 0, 1)
-  return array.reshape(-1, array.shape[-1]).T
+    shape = (array.shape[3], array.shape[2], *array.shape[:2])
+    return array.map(lambda a: a.transpose(3, 2, 0, 1), shape)
+  width = array.shape[-1]
+  return array.map(lambda a: a.reshape(-1, width).T, (width, math.prod(array.shape[:-1])))
