@@ -1,0 +1,39 @@
+"""Names of other libraries and of models' authors, converted to timm's names."""
+
+import logging
+from collections.abc import Collection, Mapping
+
+from vitcomp_jax.weights.dialects import authors, huggingface, open_clip, timm_eva
+from vitcomp_jax.weights.dialects.described import Described
+from vitcomp_jax.weights.dialects.renaming import as_head
+from vitcomp_jax.weights.tensors import State
+
+# The first that recognises a checkpoint's names reads it.
+DIALECTS = (huggingface, open_clip, authors, timm_eva)
+
+
+def recognises(names: Collection[str]) -> bool:
+  """Returns whether names of tensors are those of a library or of a model's authors."""
+  return any(dialect.recognises(names) for dialect in DIALECTS)
+
+
+def translate(
+  tensors: State, configs: Mapping[str, Mapping[str, object]]
+) -> tuple[State, Described]:
+  """Renames tensors to timm's names, and reads what their names and configurations say.
+
+  Args:
+    tensors: Tensors by the names of a file.
+    configs: JSON files beside the weights, by name.
+
+  Returns:
+    The tensors by timm's names, unknown ones as they are; and what is known of the model.
+  """
+  for dialect in DIALECTS:
+    if dialect.recognises(tensors.keys()):
+      said = dialect.describe(configs, tensors) or Described({})
+      return dialect.to_timm(tensors, configs), said
+  if {"norm_pre.weight", "head.weight"} <= tensors.keys() and "head.bias" not in tensors:
+    logging.info("weights: their head has no bias, as CLIP's projection: it is one of zeros")
+    tensors = {**tensors, **as_head(tensors["head.weight"])}
+  return tensors, Described({})
