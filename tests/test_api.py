@@ -12,7 +12,8 @@ import pytest
 import safetensors.numpy
 
 import vitcomp_jax as vc
-from tests.weights.test_files import make_hub_cache
+from tests.models import random_params
+from tests.weights.test_hub import make_hub_cache
 from vitcomp_jax import api
 from vitcomp_jax.config import default_config
 from vitcomp_jax.errors import UserError
@@ -20,6 +21,7 @@ from vitcomp_jax.methods.diffrate import PruneMerge
 from vitcomp_jax.models.variants import VARIANTS
 from vitcomp_jax.plans import parse_plan
 from vitcomp_jax.weights import files, loading
+from vitcomp_jax.weights.checkpoint import open_checkpoint
 from vitcomp_jax.weights.positions import resample_positions
 
 MINI = "vit_mini_patch3_30"
@@ -40,7 +42,7 @@ def test_equal_plans_compile_once(images):
   _, params = vc.load(MINI, "bundled")
   before = api._apply._cache_size()
   for keep in (60, 60, 50):
-    model, _ = vc.load(MINI, plan=mini_plan(keep))
+    model, _ = vc.load(MINI, "bundled", mini_plan(keep))
     vc.apply(model, params, images)
   assert api._apply._cache_size() == before + 2
 
@@ -52,15 +54,17 @@ def test_the_model_is_an_ordinary_flax_module(images):
   np.testing.assert_allclose(model.apply({"params": params}, images), logits, atol=1e-5)
 
 
-def test_a_plan_comes_by_name_path_or_value(tmp_path):
-  by_name, _ = vc.load("deit_tiny_patch16_224", plan="diffrate/deit_tiny@0.8")
-  by_value, _ = vc.load("deit_tiny_patch16_224", plan=vc.load_plan("diffrate/deit_tiny@0.8"))
+def test_a_plan_comes_by_name_path_or_value(tmp_path, monkeypatch):
+  monkeypatch.setattr(loading, "load_params", lambda *_, **__: {})  # to make them takes seconds
+  variant, name = "deit_tiny_patch16_224", "diffrate/deit_tiny@0.8"
   path = tmp_path / "plan.json"
-  path.write_text(json.dumps(vc.load_plan("diffrate/deit_tiny@0.8").to_json()))
-  by_path, _ = vc.load("deit_tiny_patch16_224", plan=str(path))
+  path.write_text(json.dumps(vc.load_plan(name).to_json()))
+  by_name, _ = vc.load(variant, plan=name)
+  by_value, _ = vc.load(variant, plan=vc.load_plan(name))
+  by_path, _ = vc.load(variant, plan=str(path))
   assert by_name == by_value == by_path
   assert isinstance(by_name.layers[3].reduce, PruneMerge)
-  assert vc.count_cost(by_name).gmacs == pytest.approx(vc.load_plan("diffrate/deit_tiny@0.8").gmacs)
+  assert vc.count_cost(by_name).gmacs == pytest.approx(vc.load_plan(name).gmacs)
 
 
 def test_no_classes_gives_the_pooled_features(images):
@@ -83,7 +87,7 @@ def weights_of(tmp_path):
   """Writes the bundled weights, changed, as other libraries do."""
 
   def write(change):
-    state = files.read(loading.bundled_weights(vc.get_spec(MINI)))
+    state = files.read(loading.bundled_weights(MINI))
     path = tmp_path / "weights.safetensors"
     safetensors.numpy.save_file(change(state), path)
     return path, state
@@ -141,11 +145,12 @@ def test_no_random_parameters_are_made_where_the_weights_bring_all(monkeypatch):
 
 def test_positions_of_an_oblong_grid_are_taken_as_they_are(tmp_path):
   path = tmp_path / "weights.safetensors"
-  model, params = vc.load(MINI, image_size=(60, 15))
+  spec = vc.get_spec(MINI, image_size=(60, 15))
+  params = random_params(spec)
   files.write(params, str(path))  # without a word on the grid: 20 x 5 could be 10 x 10
   _, same = vc.load(MINI, path, image_size=(60, 15))
   np.testing.assert_array_equal(same["pos_embed"], params["pos_embed"])
-  loading.save_params(model.spec, params, path)
+  loading.save_params(spec, params, path)
   model, same = vc.load(MINI, path)
   assert model.spec.image_size == (60, 15)
   np.testing.assert_array_equal(same["pos_embed"], params["pos_embed"])
@@ -156,8 +161,9 @@ def test_positions_of_an_oblong_grid_are_taken_as_they_are(tmp_path):
 
 def test_the_image_size_is_the_weights(tmp_path, caplog):
   caplog.set_level("INFO")
-  _, params = vc.load(MINI, image_size=36)
-  files.write(params, str(tmp_path / "weights.safetensors"))
+  files.write(
+    random_params(vc.get_spec(MINI, image_size=36)), str(tmp_path / "weights.safetensors")
+  )
   model, _ = vc.load(MINI, tmp_path / "weights.safetensors")
   assert model.spec.image_size == (36, 36) and "for images of 36 x 36 pixels" in caplog.text
 
@@ -236,6 +242,7 @@ def test_a_stage_that_is_none_is_refused(tmp_path):
 def test_a_hub_id_names_its_architecture(on_the_hub):
   for hub_id in ("timm/vit_base_patch16_224.dino", "timm/vit_base_patch16_224.mine"):
     on_the_hub(hub_id)
-  assert loading.variant_of("timm/vit_base_patch16_224.dino") == "vit_base_patch16_224"
+  checkpoint = open_checkpoint("timm/vit_base_patch16_224.dino")
+  assert checkpoint.architecture == "vit_base_patch16_224"
   with pytest.raises(UserError, match="expected weights that say what they are of, got none"):
     vc.load("timm/vit_base_patch16_224.mine")

@@ -28,16 +28,19 @@ from vitcomp_jax.methods import dynamicvit
 from vitcomp_jax.methods.diffrate.masking import _rank_mask, candidates, keep_probability
 from vitcomp_jax.methods.diffrate.reducer import PruneMerge
 from vitcomp_jax.methods.diffrate.search import DiffRate, search_counts
-from vitcomp_jax.methods.vit_slim.search import ViTSlim, authors_cost, masked_layers, thresholds
+from vitcomp_jax.methods.vit_slim.authors import authors_cost
+from vitcomp_jax.methods.vit_slim.search import ViTSlim, masked_layers, thresholds
 from vitcomp_jax.models.build import build
 from vitcomp_jax.models.caformer import caformer
 from vitcomp_jax.models.importance import IMPORTANCES
+from vitcomp_jax.models.layer_trees import of_layer, to_tree
 from vitcomp_jax.models.reducers import keep_all
-from vitcomp_jax.models.spec import LayerSpec, ViTSpec, of_layer, to_tree
+from vitcomp_jax.models.spec import LayerSpec, ViTSpec
 from vitcomp_jax.models.variants import get_spec
 from vitcomp_jax.models.vit import ViT
 from vitcomp_jax.ops import select
 from vitcomp_jax.ops.losses import cross_entropy
+from vitcomp_jax.weights.dialects import translate
 from vitcomp_jax.weights.loading import abstract_params
 from vitcomp_jax.weights.positions import resample_positions
 from vitcomp_jax.weights.timm import port
@@ -78,9 +81,30 @@ def test_fixture(path: pathlib.Path, request: pytest.FixtureRequest, monkeypatch
   monkeypatch.setattr(sys.modules[__name__], "_REPLAYS_FLOAT64", bool(whole))
   replay = REPLAYS[_method(path.name)]
   info = json.loads(path.with_name(f"{path.name}.json").read_text())
+  if not whole:
+    _keep_few(path.name, info)
   with np.load(path.with_name(f"{path.name}.npz"), allow_pickle=False) as file:
     fixture = Fixture(path.name, info, dict(file))
   replay(fixture)
+
+
+# Of fixtures with many cases, those that are replayed at once; the others with `--all`.
+_AT_ONCE = {
+  "diffrate_caformer_eval": ("all",),
+  "diffrate_caformer_search": ("g4",),
+  "diffrate_eval": ("both", "nonmono"),
+  "diffrate_mae_eval": ("both",),
+  "diffrate_mae_search": ("g4",),
+  "diffrate_search": ("g1", "traj_zeros_g4"),
+  "evit": ("k07_fuse", "tokens_fuse"),
+  "tome": ("rdec", "r4_noprop", "mae_r7_prop"),
+  "vit_slim": ("default/search", "default/compress1"),
+}
+
+
+def _keep_few(name: str, info: dict[str, Any]) -> None:
+  for key in info.keys() & {"cases", "trajectories"}:
+    info[key] = {case: about for case, about in info[key].items() if case in _AT_ONCE[name]}
 
 
 # What may follow a method's name: words for a split, numbers (`2`, `s7`, `seed602`, `96px`) and
@@ -159,6 +183,8 @@ def _spec(model: dict[str, Any], pool: str) -> ViTSpec:
     mlp_dim=int(model["embed_dim"] * model["mlp_ratio"]),
     num_classes=model["num_classes"],
     pool=pool,
+    final_norm=pool != "size_mean",
+    fc_norm=pool == "size_mean",
   )
 
 
@@ -183,7 +209,7 @@ def _params(fixture: Fixture, model: ViT, dtype: str, antialias: bool = True) ->
   # What a layer does with its tokens behind attention has no weights.
   layers = tuple(dataclasses.replace(layer, reduce=keep_all) for layer in model.layers)
   expected = _abstract_params(build(spec, layers))
-  weights = fixture.weights(dtype)
+  weights = dict(translate(fixture.weights(dtype), {})[0])
   if spec.pool == "size_mean" and "fc_norm.weight" not in weights:
     weights |= {f"fc_norm.{part}": weights.pop(f"norm.{part}") for part in ("weight", "bias")}
   return port(

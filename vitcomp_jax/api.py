@@ -1,9 +1,10 @@
 """Functions on models: load, compress, apply, preprocess, count; part of `import vitcomp_jax`."""
 
 import dataclasses
+import difflib
 import functools
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import flax.errors
 import jax
@@ -22,7 +23,8 @@ from vitcomp_jax.models.slicing import slice_params
 from vitcomp_jax.models.spec import ViTSpec
 from vitcomp_jax.models.variants import VARIANTS, get_spec
 from vitcomp_jax.plans import Plan, load_plan
-from vitcomp_jax.weights import files, loading
+from vitcomp_jax.weights import formats, loading
+from vitcomp_jax.weights.dialects import open_clip
 from vitcomp_jax.weights.loading import Params, abstract_params, check_params
 
 Path = str | os.PathLike[str]
@@ -34,12 +36,14 @@ def load(
   plan: Plan | Path | None = None,
   num_classes: int | None = None,
   image_size: int | tuple[int, int] | None = None,
+  **fields: object,
 ) -> tuple[Backbone, Params]:
   """Loads a model and its parameters.
 
   Args:
-    source: An architecture by timm's name; or a checkpoint that names its architecture: a folder
-      written by `save`, a file with this library's metadata, or a hub id of timm, `timm/NAME.TAG`.
+    source: A checkpoint, which says what it is: a folder of Hugging Face transformers, timm,
+      OpenCLIP or `save`, a file, or a hub id such as `google/vit-base-patch16-224`. Or an
+      architecture by timm's or OpenCLIP's name.
     weights: Weights of a named architecture: a file, a hub id, or `bundled`; None: random weights.
     plan: A plan, a published plan's name or the path of a plan.json; None: the folder's, or dense.
     num_classes: Outputs of the classifier. None: the weights' classifier; weights without one give
@@ -47,14 +51,16 @@ def load(
       other than the weights': a new, random classifier to train, with a warning.
     image_size: Side of a square, or height and width, in pixels; None: the weights'. Position
       embeddings of another grid are resampled.
+    **fields: Other fields of `ViTSpec` that a checkpoint does not tell, such as `num_heads`,
+      `norm_eps`, `activation` or `pool`; they count more than what it says.
 
   Returns:
     A Flax module, and its parameter tree. `model.spec` has the class names and the preprocessing of
     the weights, if known.
 
   Raises:
-    UserError: If source, weights or plan are missing or do not fit each other, or a checkpoint does
-      not name its architecture.
+    UserError: If source, weights or plan are missing or do not fit each other, or a checkpoint
+      leaves open what its model is; the message names the argument that is missing.
 
   Examples:
     >>> import vitcomp_jax as vc
@@ -66,17 +72,28 @@ def load(
     False
   """
   name, fresh = os.fspath(source), num_classes is not None
+  _check_fields(fields)
   plan = load_plan(plan) if isinstance(plan, str | os.PathLike) else plan
   if _is_variant(name):
     path = None if weights is None else os.fspath(weights)
-    return _load(loading.spec_for(name, path, num_classes, image_size), path, plan, fresh)
+    spec = loading.spec_for(name, path, num_classes, image_size, given=fields)
+    return _load(spec, path, plan, fresh)
   _check_checkpoint(name, weights)
   if saved.is_folder(name):
     spec = saved.read_spec(name, num_classes, image_size)
     plan = plan or saved.read_plan(name)
     return _load(spec, saved.weights_of(name), plan, fresh, widen=False)
-  spec = loading.spec_for(loading.variant_of(name), name, num_classes, image_size)
+  spec = loading.spec_for(None, name, num_classes, image_size, given=fields)
   return _load(spec, name, plan, fresh)
+
+
+def _check_fields(fields: Mapping[str, object]) -> None:
+  """Refuses names that are no fields of a spec."""
+  known = {field.name for field in dataclasses.fields(ViTSpec)} - {"name", "naming", "huggingface"}
+  for name in fields:
+    if name not in known:
+      near = ", ".join(difflib.get_close_matches(name, known, n=3, cutoff=0.0))
+      raise UserError(f"load: expected fields of ViTSpec, such as {near}, got {name!r}.")
 
 
 def _load(
@@ -92,24 +109,19 @@ def _load(
 
 def _is_variant(name: str) -> bool:
   """Returns whether a source is an architecture's name, with or without a tag."""
-  is_tagged = name.split(".")[0] in VARIANTS and not name.endswith(files.SUFFIXES)
-  return name in VARIANTS or is_tagged
+  is_tagged = name.split(".")[0] in VARIANTS and not name.endswith(formats.SUFFIXES)
+  return name in VARIANTS or is_tagged or name in open_clip.names()
 
 
 def _check_checkpoint(source: str, weights: Path | None) -> None:
   """Refuses a source that is no checkpoint, and weights beside a checkpoint."""
   path = paths.expand(source)
-  if not (os.path.exists(path) or "/" in source or source.endswith(files.SUFFIXES)):
+  if not (os.path.exists(path) or "/" in source or source.endswith(formats.SUFFIXES)):
     get_spec(source)  # raises, and names the nearest variants
   if weights is not None:
     raise UserError(
       f"weights: expected none beside the checkpoint {source}, got {os.fspath(weights)}; leave "
       "them out, or name the architecture instead of the checkpoint."
-    )
-  if os.path.isdir(path) and not saved.is_folder(source):
-    raise UserError(
-      f"{source}: expected a folder that save() wrote, got one without {saved.SPEC}; name the "
-      "architecture and give the weights' file, as in load(VARIANT, weights=FILE)."
     )
 
 
@@ -151,7 +163,7 @@ def compress(model: Backbone, params: Params, plan: Plan | Path) -> tuple[Backbo
 
 
 def apply(
-  model: Backbone, params: Params, images: Float[Array | np.ndarray, "b h w 3"]
+  model: Backbone, params: Params, images: Float[Array | np.ndarray, "b h w c"]
 ) -> Float[Array, "b c"]:
   """Computes logits (features without a classifier); compiled once per model and batch shape.
 

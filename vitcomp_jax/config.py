@@ -6,7 +6,6 @@ documentation.
 """
 
 import dataclasses
-import typing
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
@@ -41,9 +40,13 @@ Stage = Literal[
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-  # timm's name, one of `vc.list_variants()`; none: the variant that the weights name.
+  # timm's name, one of `vc.list_variants()`; none: what the weights say that they are.
   variant: str | None = "deit_small_patch16_224"
-  weights: str | None = None  # file, hub id `timm/…`, `bundled`, or none: random weights
+  weights: str | None = None  # file, folder, hub id, `bundled`, or none: random weights
+  num_heads: Count | None = None  # this and the next three: where weights do not say it
+  norm_eps: Positive | None = None  # of every norm
+  activation: str | None = None  # gelu, gelu_tanh, quick_gelu, relu or silu
+  pool: str | None = None  # cls, cls_dist, size_mean (the mean), cls_mean or map
   plan: str | None = None  # published plan's name or path of a plan.json, for `evaluate`
   # Outputs of the classifier; none: the weights', or the data's for a new classifier.
   num_classes: CountOrZero | None = None
@@ -337,14 +340,3 @@ def with_overrides(values: Mapping[str, Any], overrides: Mapping[str, str]) -> d
 def all_keys() -> list[str]:
   """Returns the dotted names of all keys."""
   return config_parsing.all_keys(Config)
-
-
-def to_dict(config: Config) -> dict[str, Any]:
-  """Returns nested plain values, as stored in `config.json` (tuples become lists)."""
-  return typing.cast(dict[str, Any], _listed(dataclasses.asdict(config)))
-
-
-def _listed(value: Any) -> Any:
-  if isinstance(value, dict):
-    return {k: _listed(v) for k, v in value.items()}
-  return [_listed(v) for v in value] if isinstance(value, tuple | list) else value

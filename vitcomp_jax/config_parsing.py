@@ -203,3 +203,14 @@ def _plain_type(kind: Any) -> type:
 
 def _field_type(cls: type, name: str) -> Any:
   return typing.get_type_hints(cls, include_extras=True)[name]
+
+
+def to_dict(config: object) -> dict[str, Any]:
+  """Returns a config as nested plain values, as stored in `config.json` (tuples become lists)."""
+  return typing.cast(dict[str, Any], _listed(dataclasses.asdict(typing.cast(Any, config))))
+
+
+def _listed(value: Any) -> Any:
+  if isinstance(value, dict):
+    return {k: _listed(v) for k, v in value.items()}
+  return [_listed(v) for v in value] if isinstance(value, tuple | list) else value

@@ -57,7 +57,7 @@ def labels_of(run: Run, split="eval") -> list[int]:
 def unnamed(tmp_path: pathlib.Path) -> pathlib.Path:
   """The bundled weights as other libraries write them: without a word on classes."""
   path = tmp_path / "unnamed.safetensors"
-  safetensors.numpy.save_file(files.read(loading.bundled_weights(vc.get_spec(MINI))), path)
+  safetensors.numpy.save_file(files.read(loading.bundled_weights(MINI)), path)
   return path
 
 
@@ -296,7 +296,7 @@ def test_more_folders_than_outputs_are_refused(tmp_path):
 
 def test_weights_of_a_look_alike_are_refused(tmp_path):
   clip = "vit_base_patch32_clip_quickgelu_224"
-  spec = dataclasses.replace(vc.get_spec(clip), width=32, depth=1, num_heads=1, mlp_dim=32)
+  spec = dataclasses.replace(vc.get_spec(clip), width=48, depth=1, mlp_dim=32)
   path = tmp_path / "w.safetensors"
   loading.save_params(spec, random_params(spec), path)
   with pytest.raises(UserError, match=r"activation gelu\), got those of .*quickgelu_224 \(quick"):

@@ -4,7 +4,8 @@ import pathlib
 import re
 
 from vitcomp_jax import paths
-from vitcomp_jax.config import Config, from_config_dict, to_dict, with_overrides
+from vitcomp_jax.config import Config, from_config_dict, with_overrides
+from vitcomp_jax.config_parsing import to_dict
 from vitcomp_jax.errors import UserError
 from vitcomp_jax.methods.registry import schedules, untrained_schedules
 from vitcomp_jax.models.spec import ViTSpec

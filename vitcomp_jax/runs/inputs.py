@@ -16,11 +16,13 @@ from vitcomp_jax.data.halves import Unlabelled
 from vitcomp_jax.errors import UserError
 from vitcomp_jax.methods.diffrate.reducer import reduction
 from vitcomp_jax.models.spec import ViTSpec
-from vitcomp_jax.models.variants import get_spec
 from vitcomp_jax.parallel import Layout
 from vitcomp_jax.runs import budgets
 from vitcomp_jax.runs.class_names import ClassNames
 from vitcomp_jax.weights import description, loading
+
+# Fields of the spec that weights may leave open.
+_OPEN = ("num_heads", "norm_eps", "activation", "pool")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,9 +54,10 @@ class Inputs:
         "config.model.dtype=bfloat16."
       )
     classes = model.num_classes
-    if classes is None and self.names.head_is_new and get_spec(self.variant).num_classes:
+    given = {name: getattr(model, name) for name in _OPEN if getattr(model, name) is not None}
+    if classes is None and self.names.head_is_new and self._has_classifier:
       classes = self.names.num_trained
-    spec = loading.spec_for(self.variant, model.weights, classes, model.image_size, dtype)
+    spec = loading.spec_for(model.variant, model.weights, classes, model.image_size, dtype, given)
     spec = dataclasses.replace(spec, attention=model.attention)
     if model.antialias is not None:
       spec = dataclasses.replace(spec, antialias=model.antialias)
@@ -65,14 +68,10 @@ class Inputs:
     return dataclasses.replace(spec, **asked)
 
   @property
-  def variant(self) -> str:
-    """Returns timm's name of the model, from the config or else from the weights."""
+  def _has_classifier(self) -> bool:
+    """Returns whether the variant, or the weights' model, has a classifier."""
     model = self.config.model
-    if model.variant is not None:
-      return model.variant
-    if model.weights is None:
-      raise UserError("config.model.weights: expected a file or a hub id, got none.")
-    return loading.variant_of(model.weights)
+    return loading.spec_for(model.variant, None if model.variant else model.weights).num_classes > 0
 
   @property
   def named_spec(self) -> ViTSpec:

@@ -8,8 +8,7 @@ import subprocess
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
-from vitcomp_jax import config as config_lib
-from vitcomp_jax import multihost, strict_json
+from vitcomp_jax import config_parsing, multihost, strict_json
 from vitcomp_jax.atomic import write_json
 from vitcomp_jax.config import Config
 from vitcomp_jax.data import labels
@@ -57,7 +56,7 @@ class Workdir:
       self._go_on(config, tuple(class_names), leaves_labels_out)
       return
     values = {
-      "config": config_lib.to_dict(config),
+      "config": config_parsing.to_dict(config),
       "class_names": list(class_names),
       "leaves_labels_out": leaves_labels_out,
       "git_commit": _git_commit(),
@@ -134,7 +133,7 @@ def _check_config(workdir: Workdir, config: Config) -> None:
     raise UserError(
       f"{workdir.config_file}: expected a run's config, got {reprlib.repr(made_with)}; remove it."
     )
-  values = config_lib.to_dict(config)
+  values = config_parsing.to_dict(config)
   # A run may be extended by further stages, and then resumed with the old config.
   before = made_with.get("stages")
   if before and all(map(operator.eq, before, values["stages"])):

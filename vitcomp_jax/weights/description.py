@@ -36,6 +36,8 @@ class Description:
     image_size: Height and width of the input images, in pixels; None if unknown.
     grid: Rows and columns of the position embeddings; None if unknown.
     preprocess: Values of `data.Preprocess` by name; empty if unknown.
+    fields: Fields of the model's spec; empty for weights of a variant.
+    huggingface: The config.json of transformers that the weights came with, as text; or empty.
   """
 
   source: str
@@ -45,6 +47,8 @@ class Description:
   image_size: tuple[int, int] | None = None
   grid: tuple[int, int] | None = None
   preprocess: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  fields: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  huggingface: str = ""
 
   @property
   def num_classes(self) -> int:
@@ -81,6 +85,8 @@ def describe(
       image_size=_pair(values["image_size"]),
       grid=_pair(values["grid"]),
       preprocess=_preprocess(values["preprocess"]),
+      fields=dict(values.get("fields", {})),
+      huggingface=str(values.get("huggingface", "")),
     )
   except (ValueError, TypeError, KeyError, RecursionError) as error:
     raise UserError(
@@ -101,6 +107,8 @@ def metadata(
   image_size: tuple[int, int],
   grid: tuple[int, int],
   preprocess: Mapping[str, Any],
+  fields: Mapping[str, Any] | None = None,
+  huggingface: str = "",
 ) -> dict[str, str]:
   """Returns the metadata that `describe` reads, as text by key.
 
@@ -110,14 +118,20 @@ def metadata(
     image_size: Height and width of the input images, in pixels.
     grid: Rows and columns of the position embeddings.
     preprocess: Values of `data.Preprocess` by name; others are ignored.
+    fields: Fields of the model's spec; None for a variant's.
+    huggingface: The config.json of transformers that the weights came with, as text; or empty.
   """
-  values = {
+  values: dict[str, Any] = {
     "variant": variant,
     "class_names": list(class_names),
     "image_size": list(image_size),
     "grid": list(grid),
     "preprocess": {name: preprocess[name] for name in PREPROCESS},
   }
+  if fields:
+    values["fields"] = dict(fields)
+  if huggingface:
+    values["huggingface"] = huggingface
   # One key, because safetensors writes several in an arbitrary order: equal runs' files differed.
   return {KEY: json.dumps(values, allow_nan=False)}
 

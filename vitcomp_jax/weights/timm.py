@@ -1,4 +1,4 @@
-"""Fits weights under timm's or their authors' names to a model."""
+"""Fits weights under timm's names to a model."""
 
 import fnmatch
 import functools
@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from vitcomp_jax.errors import UserError
+from vitcomp_jax.weights.dialects.renaming import Array
 from vitcomp_jax.weights.positions import resample_positions
 from vitcomp_jax.weights.timm_names import (
   Params,
@@ -25,14 +26,9 @@ from vitcomp_jax.weights.timm_names import (
 
 Fresh = Callable[[], State] | None  # makes initial parameters under timm's names
 
-# Parameters of upstream files that no classifier uses; nothing else is dropped unasked.
+# Parameters that no classifier uses; nothing else is dropped unasked.
 IGNORED = (
-  "mask_token",  # DINOv2 and MAE: stands for masked patches during pre-training only
-  "decoder_embed.*",  # MAE pre-training: the decoder
-  "decoder_pos_embed",
-  "decoder_blocks.*",
-  "decoder_norm.*",
-  "decoder_pred.*",
+  "mask_token",  # stands for masked patches during pre-training only
   "pre_logits.*",  # ImageNet-21k: a layer that timm dropped; the heads behind it are all zero
 )
 HEADS = ("head", "head_dist", "head.fc.fc2")  # the last layers of classifiers
@@ -61,16 +57,15 @@ def port(
   antialias: bool = True,
   old_grid: tuple[int, int] | None = None,
   initial: Callable[[], Mapping[str, Any]] | None = None,
+  put: Callable[[np.ndarray, str], Any] | None = None,
 ) -> Params:
-  """Fits weights under timm's (or the authors') names to a model.
+  """Fits weights under timm's names to a model.
 
   - Position embeddings of another grid are resampled. If the weights have as many patches as the
     model, their grid is taken to be the model's, unless `old_grid` differs.
   - A classifier is dropped if the model has none. If the model's has another number of classes, or
     the weights have none, it comes from `initial`.
   - MAE's pre-training weights lack `fc_norm`, which comes from `initial` too.
-  - The authors' DINOv2 weights with registers store the position of the CLS token separately; it
-    is added to the token, as timm does.
 
   Dropped, initialised and resampled parameters are logged.
 
@@ -84,6 +79,7 @@ def port(
       square otherwise.
     initial: Makes initial parameters, at least of `head`, `head_dist` and `fc_norm` if the model
       has them; called only if needed. None requires all parameters from the weights.
+    put: What to do with each array, see `to_flax`.
 
   Returns:
     The Flax parameter tree, in the weights' precision.
@@ -93,39 +89,28 @@ def port(
   """
   shapes = timm_shapes(expected)
   fresh = None if initial is None else functools.cache(lambda: to_timm(initial()))
-  fitted = _from_upstream(state, shapes)
+  kept = {name: array for name, array in state.items() if not _is_ignored(name)}
+  fitted = _from_dynamicvit(kept, shapes)
   fitted = _fit_heads(fitted, shapes, fresh)
   fitted = _fit_pretraining(fitted, shapes, fresh)
   if "pos_embed" in fitted and "pos_embed" in shapes:
     fitted["pos_embed"] = _fit_positions(
-      fitted["pos_embed"], shapes["pos_embed"], prefix_positions, old_grid, grid, antialias
+      np.asarray(fitted["pos_embed"]),
+      shapes["pos_embed"],
+      prefix_positions,
+      old_grid,
+      grid,
+      antialias,
     )
-  _check_shapes({name: array.shape for name, array in fitted.items()}, shapes)
-  return to_flax(fitted)
-
-
-def _from_upstream(state: State, shapes: Mapping[str, Shape]) -> dict[str, np.ndarray]:
-  """Converts the authors' own names and layouts to timm's, and drops `IGNORED` parameters."""
-  state = {name: array for name, array in state.items() if not _is_ignored(name)}
-  if {"register_tokens", "cls_token", "pos_embed"} <= state.keys():
-    positions = state["pos_embed"]
-    state["reg_token"] = state.pop("register_tokens")
-    state["cls_token"] = state["cls_token"] + positions[:, :1]
-    state["pos_embed"] = positions[:, 1:]
-  if "downsample_layers.0.conv.weight" in state:
-    state = {_caformer_name(name): array for name, array in state.items()}
-    # On a grid, timm has projections as convolutions of single places.
-    for name in (name for name in state if name in shapes and state[name].ndim == 2):
-      if shapes[name] == (*state[name].shape, 1, 1):
-        state[name] = state[name].reshape(shapes[name])
-  return _from_dynamicvit(state, shapes)
+  _check_shapes({name: tuple(array.shape) for name, array in fitted.items()}, shapes)
+  return to_flax(fitted, put)
 
 
 def _is_ignored(name: str) -> bool:
   return any(fnmatch.fnmatchcase(name, pattern) for pattern in IGNORED)
 
 
-def _from_dynamicvit(state: State, shapes: Mapping[str, Shape]) -> dict[str, np.ndarray]:
+def _from_dynamicvit(state: State, shapes: Mapping[str, Shape]) -> dict[str, Array]:
   """Renames DynamicViT's predictors, which its authors number, after the layers they precede."""
   layers = sorted({int(name.split(".")[1]) for name in shapes if ".select." in name})
   renamed = {}
@@ -137,15 +122,7 @@ def _from_dynamicvit(state: State, shapes: Mapping[str, Shape]) -> dict[str, np.
   return renamed
 
 
-def _caformer_name(name: str) -> str:
-  """Converts a name of CAFormer's (and DiffRate's) authors to timm's."""
-  name = re.sub(r"^downsample_layers\.0\.(post_)?", "stem.", name)
-  name = re.sub(r"^downsample_layers\.(\d+)\.(pre_)?", r"stages.\1.downsample.", name)
-  name = re.sub(r"^stages\.(\d+)\.(\d+)\.", r"stages.\1.blocks.\2.", name)
-  return re.sub(r"^norm\.", "head.norm.", re.sub(r"^head\.", "head.fc.", name))
-
-
-def without_head(state: State) -> dict[str, np.ndarray]:
+def without_head(state: State) -> dict[str, Array]:
   """Drops the classifier."""
   return {
     name: array
@@ -154,7 +131,7 @@ def without_head(state: State) -> dict[str, np.ndarray]:
   }
 
 
-def _fit_heads(state: State, shapes: Mapping[str, Shape], fresh: Fresh) -> dict[str, np.ndarray]:
+def _fit_heads(state: State, shapes: Mapping[str, Shape], fresh: Fresh) -> dict[str, Array]:
   """Drops the classifier or takes a fresh one if the model needs it."""
   wanted = [head for head in HEADS if f"{head}.weight" in shapes]
   if not wanted:
@@ -174,16 +151,14 @@ def _fit_heads(state: State, shapes: Mapping[str, Shape], fresh: Fresh) -> dict[
     return dict(state)
   logging.warning(
     "weights: their classifier (%s) is replaced by a random one of %d classes, to be trained",
-    ", ".join(str(len(a)) for n, a in state.items() if n == f"{wanted[0]}.weight") or "none",
+    ", ".join(str(a.shape[0]) for n, a in state.items() if n == f"{wanted[0]}.weight") or "none",
     shapes[f"{wanted[0]}.weight"][0],
   )
   kept = {name: array for name, array in state.items() if owner(name) not in wanted}
   return kept | {name: array for name, array in fresh().items() if owner(name) in wanted}
 
 
-def _fit_pretraining(
-  state: State, shapes: Mapping[str, Shape], fresh: Fresh
-) -> dict[str, np.ndarray]:
+def _fit_pretraining(state: State, shapes: Mapping[str, Shape], fresh: Fresh) -> dict[str, Array]:
   """Replaces the norm of MAE's pre-training by a fresh norm of pooled features.
 
   Raises:

@@ -13,13 +13,14 @@ kernel in timm's order of rows (q, k, v; each head by head).
 """
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from vitcomp_jax.weights.tensors import State
+
 Params = dict[str, Any]
-State = Mapping[str, np.ndarray]
 Shape = tuple[int, ...]
 
 _TO_FLAX = {2: (1, 0), 4: (2, 3, 1, 0)}
@@ -28,25 +29,29 @@ _TO_TIMM = {2: (1, 0), 4: (3, 2, 0, 1)}
 _SCALES = ("res_scale", "layer_scale", "act")
 
 
-def to_flax(state: State) -> Params:
+def to_flax(state: State, put: Callable[[np.ndarray, str], Any] | None = None) -> Params:
   """Converts timm's tensors to the Flax parameter tree by renaming and transposing alone.
 
   Args:
     state: Arrays by timm's names, in PyTorch's layout.
+    put: Function of each array and its name that returns what the tree is to hold, such as an array
+      on a device, so that no two copies of all are in memory; None: the array.
 
   Returns:
     Nested dicts of the same arrays in Flax's layout. `to_timm` is the exact inverse.
   """
   params: Params = {}
-  for name, array in state.items():
+  for name, tensor in state.items():
     *modules, leaf = name.split(".")
+    array = np.asarray(tensor)
     if leaf == "weight":
       leaf = {1: "scale", 2: "kernel", 4: "kernel"}.get(array.ndim, leaf)
       array = array.transpose(_TO_FLAX.get(array.ndim))
     branch = params
     for module in _join_indices(modules):
       branch = branch.setdefault(module, {})
-    branch[leaf] = np.asarray(array, order="C")
+    array = np.asarray(array, order="C")
+    branch[leaf] = array if put is None else put(array, name)
   return params
 
 

@@ -1,0 +1,328 @@
+"""Describes checkpoints of any library: their model, class names, preprocessing and tensors."""
+
+import dataclasses
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from vitcomp_jax.errors import UserError
+from vitcomp_jax.models import tags
+from vitcomp_jax.models.spec import ViTSpec
+from vitcomp_jax.models.variants import (
+  FREE_FIELDS,
+  VARIANTS,
+  fields_of,
+  get_spec,
+  is_plain,
+  spec_of,
+  values_of,
+)
+from vitcomp_jax.weights import description, dialects, files, timm_config
+from vitcomp_jax.weights.description import Description
+from vitcomp_jax.weights.dialects import open_clip
+from vitcomp_jax.weights.dialects.described import Described
+from vitcomp_jax.weights.dialects.shapes import fields_from_shapes, square_grid
+from vitcomp_jax.weights.tensors import State
+
+# Fields that every model has and no default suits.
+_NEEDED = (
+  "patch_size",
+  "width",
+  "depth",
+  "mlp_dim",
+  "num_heads",
+  "norm_eps",
+  "activation",
+  "pool",
+  "image_size",
+)
+_LISTED = 4  # variants named in an error
+
+Fields = Mapping[str, object]
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+  """Weights that are opened, under timm's names; no tensor is read yet.
+
+  Attributes:
+    name: The file, folder or hub id, as the user named it.
+    tensors: Tensors by timm's names, in PyTorch's layout.
+    about: What this library's metadata say of the weights.
+    configs: JSON files beside the weights, by name.
+    described: What another library's names and configuration say of the model.
+  """
+
+  name: str
+  tensors: State
+  about: Description
+  configs: Mapping[str, Mapping[str, object]]
+  described: Described
+
+  @property
+  def architecture(self) -> str | None:
+    """Returns timm's name of the model; None if no metadata, configuration or hub id tells it."""
+    known = self.about.variant or timm_config.architecture(self.configs)
+    said = self.described.fields.get("name")
+    return known or (str(said) if said else tags.architecture(self.name))
+
+  @property
+  def huggingface(self) -> str:
+    """Returns the config.json of transformers, as text; empty without one."""
+    config = self.configs.get("config.json", {})
+    return json.dumps(config) if "model_type" in config else self.about.huggingface
+
+  @property
+  def class_names(self) -> tuple[str, ...]:
+    """Returns the names of the classifier's outputs; empty if unknown."""
+    names = self.about.class_names or self.described.class_names
+    return names or timm_config.class_names(self.configs)
+
+
+def open_checkpoint(weights: str, cache_dir: str | None = None, widen: bool = True) -> Checkpoint:
+  """Opens weights, and renames their tensors to timm's names.
+
+  Args:
+    weights: File, folder or hub id, as for `files.open_source`.
+    cache_dir: The hub's cache; None for the default.
+    widen: Whether half precision is converted to float32.
+
+  Raises:
+    UserError: As `files.open_source`, and if a configuration beside the weights is not understood.
+  """
+  source = files.open_source(weights, cache_dir, widen)
+  tensors, described = dialects.translate(source.tensors, source.configs)
+  shapes = {name: tensor.shape for name, tensor in tensors.items()}
+  about = description.describe(weights, shapes, source.metadata)
+  return Checkpoint(weights, tensors, about, source.configs, described)
+
+
+def describe(
+  checkpoint: Checkpoint, variant: str | None = None, given: Fields | None = None
+) -> tuple[ViTSpec, dict[str, str]]:
+  """Returns the spec of a checkpoint's model, and where each field comes from.
+
+  The first of these sources that knows a field counts: arguments; this library's metadata; the
+  configuration of transformers, timm or OpenCLIP; the tensors' grid; the pre-training tag; the
+  variant, if the user names one; the tensors; timm's table of the architecture that the weights
+  name.
+
+  Args:
+    checkpoint: The weights.
+    variant: A variant's name; whether its shapes are the tensors' is checked when they are read.
+    given: Fields of `ViTSpec` that the user gives.
+
+  Raises:
+    UserError: If a field stays open that tensors do not tell, or the weights say that they are of
+      another variant.
+  """
+  shapes = fields_from_shapes(checkpoint.tensors)
+  statements = _statements(checkpoint)
+  base = _base(checkpoint, variant)
+  if variant is not None and base is not None:
+    for fields in (*statements.values(), _of_architecture(checkpoint)):
+      _check_agrees(checkpoint, base, {k: v for k, v in fields.items() if k not in shapes})
+  table = {} if base is None else _defaults(checkpoint, base, shapes)
+  sources = {"arguments": given or {}} | statements
+  known, _ = _merged(sources | {"the table": table, "tensors": shapes})
+  patch = shapes.get("patch_size", known.get("patch_size"))
+  sources["the tensors' grid"] = _square_images(checkpoint, {**known, "patch_size": patch})
+  sources["its pre-training tag"] = _tagged(checkpoint)
+  if base is not None and (variant is not None or not is_plain(base)):
+    fields, origins = _merged(sources)
+    free = {name: v for name, v in fields.items() if name in FREE_FIELDS or name in (given or {})}
+    return dataclasses.replace(base, **values_of(free)), origins
+  # Rows of positions may be those of the prefix or of a grid that is no square.
+  if base is not None:
+    shapes.pop("pos_on_prefix", None)
+  else:
+    shapes |= _prefix_positions(checkpoint, known)
+  shapes.pop("image_size", None)
+  sources["tensors"] = shapes
+  if base is not None:
+    sources[f"timm's table of {base.name}"] = table
+  fields, origins = _merged(sources)
+  _check_complete(checkpoint, fields, shapes)
+  fields.setdefault("name", checkpoint.configs.get("config.json", {}).get("model_type", "vit"))
+  return spec_of(fields), origins
+
+
+def named_spec(name: str) -> ViTSpec:
+  """Returns the spec of an architecture by timm's name, with or without a tag, or by OpenCLIP's.
+
+  Raises:
+    UserError: If there is no such name.
+  """
+  fields = open_clip.names().get(name)
+  return get_spec(name) if fields is None else spec_of({"name": name, **fields})
+
+
+def _base(checkpoint: Checkpoint, variant: str | None) -> ViTSpec | None:
+  """Returns the spec of the variant, or of the architecture that the weights name."""
+  if variant is not None:
+    return named_spec(variant)
+  name = checkpoint.architecture
+  if name is None:
+    return None
+  if name not in VARIANTS and not checkpoint.about.fields:
+    get_spec(name)  # raises, and says why timm's model of that name is not supported
+  return VARIANTS.get(name)
+
+
+def _statements(checkpoint: Checkpoint) -> dict[str, Fields]:
+  """Returns what metadata and configurations say of these weights, by source."""
+  about, configs, said = checkpoint.about, checkpoint.configs, checkpoint.described
+  statements: dict[str, Fields] = {}
+  if about.variant is not None:
+    size = {} if about.image_size is None else {"image_size": about.image_size}
+    known = about.fields or _table_of(about.variant)
+    statements["its metadata"] = {**known, **about.preprocess, **size}
+  stated = {k: v for k, v in said.fields.items() if said.origins.get(k) != "tensors"}
+  if stated:
+    statements["its configuration"] = stated
+  if name := timm_config.architecture(configs):
+    fields: dict[str, Any] = timm_config.model_fields(configs, checkpoint.name)
+    if name in VARIANTS and "rotary" in fields:
+      rotary = VARIANTS[name].rotary
+      usual = {} if rotary is None else dataclasses.asdict(rotary)
+      fields["rotary"] = {**usual, **fields["rotary"]}
+    if "dist_token" in checkpoint.tensors:
+      fields.pop("pool", None)  # timm says `token` of CLS and distillation token too
+    statements[timm_config.CONFIG] = fields
+  return statements
+
+
+def _table_of(name: str | None) -> dict[str, object]:
+  """Returns all fields of a variant; none if there is no such plain variant."""
+  spec = VARIANTS.get(name or "")
+  return fields_of(spec, with_defaults=True) if spec is not None else {}
+
+
+def _of_architecture(checkpoint: Checkpoint) -> dict[str, object]:
+  """Returns the fields of the architecture that the weights name, by timm's config or hub id."""
+  fields = _table_of(checkpoint.architecture)
+  return fields | timm_config.model_fields(checkpoint.configs, checkpoint.name) if fields else {}
+
+
+def _square_images(checkpoint: Checkpoint, known: Fields) -> dict[str, object]:
+  """Returns the size of images whose patches fill the square that the tensors have positions for.
+
+  Args:
+    checkpoint: The weights.
+    known: Fields of the spec as far as they are known; the patch size is the tensors'.
+  """
+  grid = checkpoint.about.grid or square_grid(checkpoint.tensors, bool(known.get("pos_on_prefix")))
+  patch = known.get("patch_size")
+  if grid is None or not isinstance(patch, int):
+    return {}
+  # The sides of the model's own images may be no multiples of its patches'.
+  size = known.get("image_size")
+  if isinstance(size, tuple | list) and (size[0] // patch, size[1] // patch) == grid:
+    return {"image_size": tuple(size)}
+  return {"image_size": (grid[0] * patch, grid[1] * patch)}
+
+
+def _prefix_positions(checkpoint: Checkpoint, known: Fields) -> dict[str, object]:
+  """Returns whether the prefix has positions, where images of the known size have as many patches.
+
+  Args:
+    checkpoint: The weights.
+    known: Fields of the spec as far as they are known; the patch size is the tensors'.
+  """
+  size, patch = known.get("image_size"), known.get("patch_size")
+  if "pos_embed" not in checkpoint.tensors or not isinstance(size, tuple | list):
+    return {}
+  assert isinstance(patch, int)
+  rows = checkpoint.tensors["pos_embed"].shape[1]
+  tokens = ("cls_token", "dist_token", "reg_token")
+  prefix = sum(checkpoint.tensors[n].shape[1] for n in tokens if n in checkpoint.tensors)
+  patches = (size[0] // patch) * (size[1] // patch)
+  return {"pos_on_prefix": rows > patches} if rows - patches in (0, prefix) else {}
+
+
+def _tagged(checkpoint: Checkpoint) -> dict[str, object]:
+  """Returns preprocessing and image size by timm's config or tag."""
+  fields = timm_config.image_fields(checkpoint.configs)
+  name = timm_config.tag(checkpoint.configs) or checkpoint.name
+  if tag := tags.tag_of(name):
+    fields = {**tags.spec_changes(tag), **fields}
+    del fields["num_classes"]
+  return fields
+
+
+def _defaults(checkpoint: Checkpoint, base: ViTSpec, shapes: Fields) -> dict[str, object]:
+  """Returns the architecture's fields, without what a change of its width leaves open."""
+  fields = fields_of(base, with_defaults=True)
+  is_changed = shapes.get("width", base.width) != base.width
+  if is_changed and not timm_config.has_arguments(checkpoint.configs):
+    del fields["num_heads"]
+  return fields
+
+
+def _merged(sources: Mapping[str, Fields]) -> tuple[dict[str, object], dict[str, str]]:
+  """Returns the fields, each from the first source that knows it, and that source."""
+  fields: dict[str, object] = {}
+  origins: dict[str, str] = {}
+  for origin, known in sources.items():
+    for name in known.keys() - fields.keys():
+      fields[name], origins[name] = known[name], origin
+  return fields, origins
+
+
+def _check_agrees(checkpoint: Checkpoint, spec: ViTSpec, statement: Fields) -> None:
+  """Refuses weights that say they are of another architecture than the variant's.
+
+  Args:
+    checkpoint: The weights.
+    spec: The variant.
+    statement: What the weights say, but for what their shapes tell as well.
+  """
+  theirs = checkpoint.architecture or checkpoint.described.fields.get("name", "another model")
+  # A variant with a dot uses the same tensors differently, such as MAE's mean of patches.
+  if theirs == spec.name.split(".")[0]:
+    return
+  for name, value in values_of(statement).items():
+    mine = getattr(spec, name)
+    if name not in FREE_FIELDS and value != mine:
+      raise UserError(
+        f"weights {checkpoint.name}: expected weights of {spec.name} ({name} {mine}), got those of "
+        f"{theirs} ({value}); give that variant, or other weights."
+      )
+
+
+def _check_complete(checkpoint: Checkpoint, fields: Fields, shapes: Fields) -> None:
+  """Refuses fields that stay open, and names the variants that the tensors would fit."""
+  missing = [name for name in _NEEDED if name not in fields]
+  by_attention = {"rotary", "relative_bias"} & fields.keys()
+  if fields.get("positions") == "none" and not by_attention:
+    missing.append("rotary")
+  if not missing:
+    return
+  fitting = _fitting(shapes)
+  hint = f" (those with such tensors are {', '.join(fitting)})" if fitting else ""
+  raise UserError(
+    f"weights {checkpoint.name}: expected weights that say what they are of, got none that tell "
+    f"{', '.join(missing)}; name the architecture{hint}, by config.model.variant or as the first "
+    f"argument of load, or give load(…, {missing[0]}=…)."
+  )
+
+
+def _fitting(shapes: Fields) -> Sequence[str]:
+  """Returns names of variants whose tensors have these shapes."""
+  free = {"image_size", "num_classes"}
+  found = []
+  for name, spec in VARIANTS.items():
+    mine = fields_of(spec, with_defaults=True)
+    if shapes and all(mine[field] == value for field, value in shapes.items() if field not in free):
+      found.append(name)
+  return found[:_LISTED] + (["…"] if len(found) > _LISTED else [])
+
+
+def log_origins(checkpoint: Checkpoint, origins: Mapping[str, str]) -> None:
+  """Logs where the fields of a spec come from."""
+  by_source: dict[str, list[str]] = {}
+  for name, origin in origins.items():
+    by_source.setdefault(origin, []).append(name)
+  for origin, names in by_source.items():
+    logging.debug("weights %s: %s from %s", checkpoint.name, ", ".join(sorted(names)), origin)
