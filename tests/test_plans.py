@@ -12,6 +12,7 @@ from vitcomp_jax.methods.diffrate import PruneMerge
 from vitcomp_jax.models.reducers import KeepAll
 from vitcomp_jax.models.variants import get_spec
 from vitcomp_jax.plans import list_plans, load_plan, make_plan, parse_plan, save_plan
+from vitcomp_jax.weights import loading
 
 MINI = "vit_mini_patch3_30"
 
@@ -342,7 +343,8 @@ def test_slimmed_layers_are_all_or_none():
     parse_plan(with_layer(4, {"attn_index": [[0, 1]], "mlp_index": [0, 3, -1]}))
 
 
-def test_load_takes_plans_by_value_and_by_name():
+def test_load_takes_plans_by_value_and_by_name(monkeypatch):
+  monkeypatch.setattr(loading, "load_params", lambda *_, **__: {})  # to make them takes seconds
   plan = load_plan("diffrate/deit_tiny@0.9")
   model, _ = api.load("deit_tiny_patch16_224", plan=plan)
   assert model.layers == plan.layers_for(model.spec)

@@ -1,6 +1,7 @@
 """Folders that hold one model: its weights, its plan and its spec."""
 
 import dataclasses
+import logging
 import os
 import pathlib
 from typing import Any
@@ -13,7 +14,7 @@ from vitcomp_jax.errors import UserError
 from vitcomp_jax.models.backbone import Backbone
 from vitcomp_jax.models.spec import ViTSpec
 from vitcomp_jax.plans import Plan, load_plan, plan_of, save_plan
-from vitcomp_jax.weights import loading
+from vitcomp_jax.weights import loading, writing_back
 from vitcomp_jax.weights.loading import Params
 
 WEIGHTS, PLAN, SPEC = "model.safetensors", "plan.json", "spec.json"
@@ -26,7 +27,9 @@ def save(folder: str | os.PathLike[str], model: Backbone, params: Params) -> Non
   """Writes a model as a folder, which `load` reads back with bit-identical outputs.
 
   The folder holds `model.safetensors` (with timm's names, and class names, image size and
-  preprocessing as metadata), `spec.json`, and `plan.json` if the model is compressed. It is written
+  preprocessing as metadata), `spec.json`, and `plan.json` if the model is compressed; of a model
+  that came from Hugging Face's transformers also `huggingface/`, which `from_pretrained` loads, if
+  its class holds the model. It is written
   atomically; a kill may leave a hidden folder beside it. How the plan came about is not kept:
   `save_plan` writes a plan that says so.
 
@@ -69,6 +72,11 @@ def _write(made: pathlib.Path, model: Backbone, params: Params, plan: Plan | Non
   loading.save_params(spec, params, made / WEIGHTS)
   if plan:
     save_plan(plan, made / PLAN)
+  if spec.huggingface:
+    try:
+      writing_back.save_huggingface(spec, model.layers, params, made / writing_back.HUGGINGFACE)
+    except UserError as why:
+      logging.info("save: not written for transformers: %s", why)
   about = {"format": FORMAT, "version": VERSION, "variant": spec.name, "plan": plan is not None}
   write_json(made / SPEC, about | {name: getattr(spec, name) for name in _FIELDS})
   if read_spec(made) != spec:
@@ -99,7 +107,7 @@ def read_spec(
     UserError: If the folder is incomplete or damaged.
   """
   values = _read_values(pathlib.Path(paths.expand(folder), SPEC))
-  spec = loading.spec_for(values["variant"], weights_of(folder), num_classes, image_size)
+  spec = loading.spec_for(None, weights_of(folder), num_classes, image_size)
   return dataclasses.replace(spec, **{name: values[name] for name in _FIELDS})
 
 
@@ -144,7 +152,7 @@ def _check_replaceable(target: pathlib.Path) -> None:
   if not os.path.lexists(target):
     return
   there = {entry.name for entry in target.iterdir()} if target.is_dir() else {target.name}
-  if there and (SPEC not in there or there - {WEIGHTS, PLAN, SPEC}):
+  if there and (SPEC not in there or there - {WEIGHTS, PLAN, SPEC, writing_back.HUGGINGFACE}):
     raise UserError(
       f"save: expected a new folder, or one with a saved model alone, got {target} with "
       f"{', '.join(sorted(there)[:3])}; give another."

@@ -11,10 +11,19 @@ from vitcomp_jax.methods.registry import reducer_types
 from vitcomp_jax.models.reducers import LARGEST, StaticReducer
 from vitcomp_jax.models.slicing import LayerIndex
 from vitcomp_jax.models.spec import LayerSpec, ViTSpec
-from vitcomp_jax.models.variants import get_spec
+from vitcomp_jax.models.variants import get_spec, spec_of
 from vitcomp_jax.plans.plan import FORMAT, VERSION, WIDTHS, Plan, PlanLayer, check_counts
 
-_TOP_KEYS = ("format", "version", "variant", "num_tokens", "gmacs", "made_by", "layers")
+_TOP_KEYS = (
+  "format",
+  "version",
+  "variant",
+  "architecture",
+  "num_tokens",
+  "gmacs",
+  "made_by",
+  "layers",
+)
 _INDICES = ("attn_index", "mlp_index")
 _KEYS = (*WIDTHS, *_INDICES, "select", "reduce", "size_bias", "prune_keep", "merge_keep")
 # Relative difference of a file's GMACs from the counted ones, which another head may cause.
@@ -51,10 +60,7 @@ def parse_plan(values: Any, where: str = "plan") -> Plan:
   ):
     if not is_right:
       raise UserError(f"{where}: expected {key} to be {kind}, got {_shown(values, key)}.")
-  try:
-    spec = get_spec(values["variant"])
-  except UserError as error:
-    raise UserError(f"{where}: {error}") from error
+  spec = _dense_spec(values, where)
   num_tokens = _count(values, "num_tokens", where)
   if num_tokens <= spec.num_prefix:
     raise UserError(
@@ -74,7 +80,23 @@ def parse_plan(values: Any, where: str = "plan") -> Plan:
   gmacs = _gmacs(spec, num_tokens, layers)
   if _is_near(values.get("gmacs"), gmacs):
     gmacs = float(values["gmacs"])
-  return Plan(spec.name, num_tokens, tuple(layers), gmacs, dict(made_by))
+  architecture = spec if "architecture" in values else None
+  return Plan(spec.name, num_tokens, tuple(layers), gmacs, dict(made_by), architecture=architecture)
+
+
+def _dense_spec(values: Mapping[str, Any], where: str) -> ViTSpec:
+  """Returns the spec of the dense model, by its variant's name or its architecture."""
+  try:
+    if "architecture" in values:
+      return spec_of({**values["architecture"], "name": values["variant"]})
+    return get_spec(values["variant"])
+  except UserError as error:
+    raise UserError(f"{where}: {error}") from error
+  except (TypeError, ValueError, AttributeError) as error:
+    raise UserError(
+      f"{where}: expected architecture to hold fields of ViTSpec, got "
+      f"{_shown(values, 'architecture')} ({error})."
+    ) from error
 
 
 def _gmacs(spec: ViTSpec, num_tokens: int, plan_layers: Sequence[PlanLayer]) -> float:

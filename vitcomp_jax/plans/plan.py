@@ -12,7 +12,7 @@ from vitcomp_jax.models.gates import HardMask
 from vitcomp_jax.models.reducers import KeepAll, StaticReducer
 from vitcomp_jax.models.slicing import LayerIndex
 from vitcomp_jax.models.spec import LayerSpec, ViTSpec
-from vitcomp_jax.models.variants import VARIANTS, get_spec
+from vitcomp_jax.models.variants import VARIANTS, get_spec, is_variant, model_fields_of
 
 FORMAT, VERSION = "vitcomp-plan", 1
 WIDTHS = ("num_heads", "head_dim", "mlp_dim")
@@ -29,6 +29,7 @@ class Plan:
     gmacs: 1e9 multiply-accumulates per image.
     made_by: Origin of the plan, such as method and steps, as JSON.
     history: Plans that the search passed through; empty if not kept, as in a file.
+    architecture: Spec of the dense model, where the variant's name does not tell it; or None.
 
   Examples:
     >>> import vitcomp_jax as vc
@@ -43,6 +44,18 @@ class Plan:
   gmacs: float
   made_by: Mapping[str, Any] = dataclasses.field(default_factory=dict, hash=False)
   history: tuple["PassedPlan", ...] = dataclasses.field(default=(), compare=False, repr=False)
+  architecture: ViTSpec | None = dataclasses.field(default=None, compare=False, repr=False)
+
+  @property
+  def dense_spec(self) -> ViTSpec:
+    """Returns the spec of the dense model, at the size of the variant's images.
+
+    Examples:
+      >>> import vitcomp_jax as vc
+      >>> vc.load_plan("diffrate/deit_small@2.9").dense_spec.depth
+      12
+    """
+    return self.architecture or get_spec(self.variant)
 
   def layers_for(self, spec: ViTSpec) -> tuple[LayerSpec, ...]:
     """Returns the layer specs of a model under this plan.
@@ -57,7 +70,7 @@ class Plan:
       >>> layers[2].num_heads, layers[2].reduce.merge_keep
       (6, 176)
     """
-    mine = get_spec(self.variant)
+    mine = self.dense_spec
     for what, expected, got in (
       ("layers", spec.depth, len(self.layers)),
       ("tokens", spec.num_tokens, self.num_tokens),
@@ -115,12 +128,14 @@ class Plan:
       >>> vc.load_plan("diffrate/deit_small@2.9").to_json()["layers"][2]["reduce"]
       {'type': 'prune_merge', 'prune_keep': 190, 'merge_keep': 176}
     """
-    known = VARIANTS.get(self.variant)
+    known = self.architecture or VARIANTS.get(self.variant)
     bases = known.dense_layers if known else (None,) * len(self.layers)
+    dense = {"architecture": model_fields_of(self.architecture)} if self.architecture else {}
     return {
       "format": FORMAT,
       "version": VERSION,
       "variant": self.variant,
+      **dense,
       "num_tokens": self.num_tokens,
       "gmacs": round(self.gmacs, 6),
       "made_by": dict(self.made_by),
@@ -161,7 +176,7 @@ class PlanLayer:
 
   def apply_to(self, base: LayerSpec) -> LayerSpec:
     """Returns a dense layer's spec with this layer's widths and reducers."""
-    changes: dict[str, Any] = self.index.widths if self.index else {}
+    changes: dict[str, Any] = base.sliced(self.index) if self.index else {}
     changes |= {name: getattr(self, name) for name in ("index", "select", "reduce", "size_bias")}
     return dataclasses.replace(base, **changes)
 
@@ -223,7 +238,10 @@ def make_plan(
     index = indices[i] if indices else layer.index
     plan_layers.append(PlanLayer(index, select, reduce, layer.size_bias))
   gmacs = macs.static_macs(spec, tuple(layers)) / 1e9
-  return Plan(spec.name, spec.num_tokens, tuple(plan_layers), gmacs, made_by)
+  architecture = None if is_variant(spec) else spec
+  return Plan(
+    spec.name, spec.num_tokens, tuple(plan_layers), gmacs, made_by, architecture=architecture
+  )
 
 
 def plan_of(model: Backbone) -> Plan | None:
