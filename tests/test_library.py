@@ -31,6 +31,12 @@ def tiny():
     yield vc.load(TINY)
 
 
+def _dense(variant):
+  """Makes a model without parameters."""
+  spec = vc.get_spec(variant)
+  return build(spec, spec.dense_layers)
+
+
 def _images(model, count=2):
   return jax.random.normal(jax.random.key(0), (count, *model.spec.image_size, 3))
 
@@ -79,7 +85,7 @@ def test_compress_refuses_what_does_not_fit(tiny):
 
 def test_preprocess_is_what_evaluation_does():
   rng = np.random.default_rng(0)
-  model, _ = vc.load(MINI)
+  model = _dense(MINI)
   model = build(dataclasses.replace(model.spec, pad=1, crop_pct=0.9), model.layers)
   arrays = [rng.integers(0, 256, size, np.uint8) for size in ((28, 28, 3), (40, 51, 3), (9, 8))]
   images = [*arrays[:2], PIL.Image.fromarray(arrays[2])]
@@ -120,9 +126,15 @@ MAKERS = {
 }
 
 
-@pytest.mark.parametrize("name", MAKERS)
+# Those that differ in one option from another.
+_MORE = ("evit_nofuse", "linear", "linear_merge", "random")
+
+
+@pytest.mark.parametrize(
+  "name", [pytest.param(n, marks=pytest.mark.slow if n in _MORE else ()) for n in MAKERS]
+)
 def test_a_budget_gives_the_plan_of_the_method_s_schedule(name):
-  model, _ = vc.load(MINI)
+  model = _dense(MINI)
   dense = vc.count_cost(model).gmacs
   plan = MAKERS[name](model, macs=0.7)
   assert plan.layers_for(model.spec) == registry.within(name, model.spec, 0.7 * dense)
@@ -132,7 +144,7 @@ def test_a_budget_gives_the_plan_of_the_method_s_schedule(name):
 
 
 def test_a_method_s_own_strength():
-  model, _ = vc.load(MINI)
+  model = _dense(MINI)
   spec = model.spec
   layers = vc.methods.tome.layers(spec, 7)
   assert vc.tome(model, r=7).layers_for(spec) == layers
@@ -147,7 +159,7 @@ def test_a_method_s_own_strength():
 
 
 def test_random_plans_meet_the_budget_and_are_the_seed_s():
-  model, _ = vc.load(MINI)
+  model = _dense(MINI)
   plans = [vc.random(model, macs=0.6, seed=seed) for seed in (0, 0, 1)]
   assert plans[0] == plans[1] != plans[2]
   dense = vc.count_cost(model).gmacs

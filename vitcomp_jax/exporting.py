@@ -24,7 +24,7 @@ from vitcomp_jax.models.backbone import Backbone
 from vitcomp_jax.models.build import build
 from vitcomp_jax.models.reducers import StaticReducer
 from vitcomp_jax.plans import Plan, plan_of
-from vitcomp_jax.weights import loading, timm_slimmed
+from vitcomp_jax.weights import loading, timm_slimmed, writing_back
 from vitcomp_jax.weights.loading import Params
 
 ENDINGS = {".stablehlo": "stablehlo", ".onnx": "onnx", ".safetensors": "timm"}
@@ -89,9 +89,10 @@ def export(model: Backbone, params: Params, path: str | os.PathLike[str]) -> Non
     model: Result of `load` or `compress`.
     params: Parameters of the model.
     path: Path whose ending selects the format: `.stablehlo` (any plan; for CPU, CUDA and TPU),
-      `.onnx` (any plan, in float32; needs `vitcomp_jax[export]`), or `.safetensors` (weights for
-      timm's model, which may be slimmed to equal widths). The first two include the weights, and
-      take any number of images, normalised as by `preprocess`.
+      `.onnx` (any plan, in float32; needs `vitcomp_jax[export]`), `.safetensors` (weights for
+      timm's model, which may be slimmed to equal widths), or none (a folder for Hugging Face's
+      transformers, of a model that came from there). The first two include the weights, and take
+      any number of images, normalised as by `preprocess`.
 
   Raises:
     UserError: For another ending, or a model that the format cannot represent.
@@ -109,11 +110,17 @@ def export(model: Backbone, params: Params, path: str | os.PathLike[str]) -> Non
   """
   target, program = pathlib.Path(paths.expand(path)), Program(model, params)
   form = ENDINGS.get(target.suffix)
-  if form is None:
+  if form is None and not (target.suffix == "" and model.spec.huggingface):
     known = ", ".join(f"{ending} ({name})" for ending, name in ENDINGS.items())
-    raise UserError(f"export: expected a path that ends in one of {known}, got {str(path)!r}.")
+    raise UserError(
+      f"export: expected a path that ends in one of {known}, or a folder for a model that came "
+      f"from transformers, got {str(path)!r}."
+    )
   plan = plan_of(model)
   loading.check_params(model, params)
+  if form is None:
+    writing_back.save_huggingface(model.spec, model.layers, params, target)
+    return
   check(form, program)
   try:
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -193,7 +200,7 @@ def manifest(program: Program, plan: Plan | None) -> dict[str, Any]:
     },
     "output": {
       "name": program.output_name,
-      "shape": ["b", spec.num_classes or spec.width],
+      "shape": ["b", spec.num_classes or spec.num_features],
       "dtype": "float32",
     },
     "class_names": class_names.readable(spec.class_names) or None,

@@ -22,7 +22,7 @@ from vitcomp_jax.training.step import (
   random_streams,
   top1,
 )
-from vitcomp_jax.weights import timm_slimmed
+from vitcomp_jax.weights import writing_back
 from vitcomp_jax.weights.loading import Params
 
 
@@ -41,7 +41,7 @@ def run(run: Run) -> TrainResult:
   result, params = fit(run, task(run), run.config.finetune, made(run))
   plan = run.artefacts.plan
   if plan and plan.indices:
-    timm = timm_slimmed.write(
+    timm = writing_back.write(
       run.inputs.named_spec, run.artefacts.layers, plan.indices, params, run.workdir.path
     )
     return dataclasses.replace(result, timm=timm)

@@ -1,7 +1,6 @@
 """Exports slimmed networks to timm's `VisionTransformer`, which has one width for all layers."""
 
 import math
-import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,7 +9,7 @@ import numpy as np
 from vitcomp_jax.errors import UserError
 from vitcomp_jax.models.slicing import LayerIndex, scale_qkv
 from vitcomp_jax.models.spec import LayerSpec, ViTSpec, removes_tokens
-from vitcomp_jax.weights.loading import Params, save_params
+from vitcomp_jax.weights.loading import Params
 
 
 def for_timm(
@@ -37,6 +36,8 @@ def for_timm(
     raise UserError("timm's VisionTransformer does not remove tokens")
   if not indices:
     return params, f"for timm's {spec.name}"
+  if spec.naming != "vit" or spec.mlp != "mlp":
+    raise UserError("only timm's VisionTransformer with a plain MLP can have other widths")
   found = arguments(indices, spec.width)
   if found is None:
     raise UserError("timm's VisionTransformer has the same widths in all layers")
@@ -47,33 +48,6 @@ def for_timm(
     f"{found['mlp_ratio']}, attn_layer=a subclass of timm.layers.Attention with `__init__ = "
     f"functools.partialmethod(timm.layers.Attention.__init__, attn_head_dim={head_dim})`",
   )
-
-
-def write(
-  spec: ViTSpec,
-  layers: Sequence[LayerSpec],
-  indices: Sequence[LayerIndex],
-  params: Params,
-  folder: pathlib.Path,
-) -> str:
-  """Writes `timm.safetensors` if timm's `VisionTransformer` can represent a slimmed network.
-
-  Args:
-    spec: Spec of the dense model, with class names.
-    layers: Layers of the network.
-    indices: Kept units of each layer.
-    params: Parameters of the network.
-    folder: Folder to write to.
-
-  Returns:
-    A description of timm's model to load it with, or the reason why it was not written.
-  """
-  try:
-    params, how = for_timm(spec, layers, indices, params)
-  except UserError as why:
-    return f"Not written for timm: {why}"
-  save_params(spec, params, folder / "timm.safetensors")
-  return f"timm.safetensors is {how}"
 
 
 def arguments(indices: Sequence[LayerIndex], width: int) -> dict[str, Any] | None:
