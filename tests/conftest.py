@@ -1,23 +1,7 @@
 """Strict dtypes and ranks, two CPU devices, shapes checked against their annotations."""
 
-import os
-import pathlib
-
-# Tests compile more than they compute, so that compiling fast is worth more than fast code.
-os.environ.setdefault(
-  "XLA_FLAGS",
-  "--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0 "
-  "--xla_llvm_disable_expensive_passes=true --xla_cpu_use_fusion_emitters=false",
-)
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# What one test, worker, process or run has compiled serves all others.
-os.environ.setdefault(
-  "JAX_COMPILATION_CACHE_DIR", str(pathlib.Path(__file__).parents[1] / ".pytest_cache/xla")
-)
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
-
 import logging
+import pathlib
 from collections.abc import Iterator
 
 import jax
@@ -42,10 +26,18 @@ def pytest_configure(config: pytest.Config) -> None:
   config.addinivalue_line("markers", "slow: a slow proof, run with --all")
 
 
+# Examples that compile the training of a model.
+_SLOW_EXAMPLES = (
+  "vitcomp_jax.exported.load_exported",
+  "vitcomp_jax.methods.diffrate.search.DiffRate",
+  "vitcomp_jax.searching.search",
+)
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
   if config.getoption("--all"):
     return
-  slow = [item for item in items if item.get_closest_marker("slow")]
+  slow = [i for i in items if i.get_closest_marker("slow") or i.name in _SLOW_EXAMPLES]
   config.hook.pytest_deselected(items=slow)
   items[:] = [item for item in items if item not in slow]
 

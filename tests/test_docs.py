@@ -10,6 +10,7 @@ import sys
 import pytest
 
 import vitcomp_jax as vc
+from tools import timm_table
 from vitcomp_jax.config import all_keys
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -34,6 +35,13 @@ def test_every_key_of_the_config_is_explained():
   several_lines = by_name["config.model.attention"]
   assert several_lines.explanation.startswith("XLA's own, or") and "auto" in several_lines.accepted
   assert by_name["config.export.platforms"].explanation == "StableHLO's platforms"
+
+
+def test_the_page_of_models_has_the_bundled_table():
+  table, tags = timm_table.bundled()
+  assert timm_table.markdown(table, tags) in (DOCS / "models.md").read_text()
+  assert table["others"].keys() == timm_table.OTHERS.keys()
+  assert set(map(timm_table.family, table["models"])) | {"CAFormer"} == timm_table.FAMILIES.keys()
 
 
 @pytest.mark.slow

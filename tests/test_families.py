@@ -152,7 +152,8 @@ def test_tokens_stand_for_all_patches(name):
       np.testing.assert_allclose(sizes.sum(axis=1), spec.num_patches, rtol=1e-6)
 
 
-@pytest.mark.parametrize("name", quickly("dinov3"))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FAMILIES)
 def test_an_export_equals_the_model(name, tmp_path):
   spec, params, _ = _family(name)
   model = build(spec, _plan(spec))

@@ -14,6 +14,7 @@ main = runpy.run_path(str(pathlib.Path(__file__).parents[1] / "benchmarks/latenc
 ]
 
 
+@pytest.mark.slow
 def test_plans_are_predicted_and_measured(tmp_path, monkeypatch, capsys):
   monkeypatch.setattr(latency, "_COUNTS", 3)  # instead of 11, each of which is compiled thrice
   path = tmp_path / "found.json"

@@ -38,7 +38,7 @@ def foreground():
   signal.signal(signal.SIGINT, before)
 
 
-@pytest.mark.parametrize("why", ["Ctrl-C", "a corrupt image"])
+@pytest.mark.parametrize("why", ["Ctrl-C", pytest.param("a corrupt image", marks=pytest.mark.slow)])
 def test_what_ends_it_early_loses_no_step(why, tmp_path, monkeypatch, foreground):
   """Though a checkpoint is far away: the same command goes on where it was."""
   config = tiny_config()
@@ -78,6 +78,7 @@ def test_what_is_ignored_stays_ignored(foreground):
     assert not preemption.reached(1)
 
 
+@pytest.mark.slow
 def test_a_profile_is_written(tmp_path):
   config = tiny_config()
   config.profile.steps, config.budget.fraction = (2, 3), 0.8

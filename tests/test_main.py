@@ -192,6 +192,7 @@ def test_a_corrupt_image_is_named(tmp_path, capsys):
   broken.write_bytes(broken.read_bytes()[:300])
   options = [f"--config.data.dir={tmp_path / 'data'}", "--config.data.name=folder"]
   options += ["--config.data.pad=0", *QUICK[:6], "--config.evaluate.batch_size=8", *QUICK[-2:]]
+  options += ["--config.stages=('search',)", "--config.search.steps=4"]
   command = _command(tmp_path / "stop", *options)[2:]
   assert main.main(command) == 2
   error = capsys.readouterr().err
@@ -199,6 +200,7 @@ def test_a_corrupt_image_is_named(tmp_path, capsys):
   assert main.main([*command, "--config.data.on_error=skip"]) == 0
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_status_1_and_loses_nothing(tmp_path, monkeypatch, capsys):
   """A save that fails leaves the checkpoint before, from which the same command goes on."""
   save = Checkpointer.save

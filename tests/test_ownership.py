@@ -37,6 +37,7 @@ def _in_use_by(pid: int) -> str:
   )
 
 
+@pytest.mark.slow
 def test_a_second_run_is_refused_and_a_killed_one_is_no_obstacle(tmp_path):
   workdir, config = tmp_path / "run", tests.tiny_config.get_config()
   config.search.steps = STEPS
@@ -63,6 +64,10 @@ def test_all_processes_of_a_run_hear_of_the_refusal(tmp_path):
   (line,) = lines
   assert _in_use_by(os.getpid()) in line
   assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_all_processes_of_a_run_own_its_workdir(tmp_path):
   _finish(_start(tmp_path, ("search",), 2))
   assert (tmp_path / "plan.json").exists() and not list(tmp_path.glob(".*"))
 

@@ -106,7 +106,7 @@ def test_python(home):
   save_plan(mini_plan(), home / "plan.json")
   plan = vc.load_plan(home / "plan.json")
   assert vc.load_plan("~/plan.json") == vc.load_plan("$ASKED/plan.json") == plan
-  model, _ = vc.load(MINI, plan=pathlib.Path("~/plan.json"))
+  model, _ = vc.load(MINI, "bundled", pathlib.Path("~/plan.json"))
   assert model.layers == plan.layers_for(vc.get_spec(MINI))
   vc.load(TINY, "~/w.safetensors", num_classes=10)
   vc.load(TINY, pathlib.Path("${ASKED}/w.safetensors"), num_classes=10)

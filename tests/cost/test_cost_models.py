@@ -102,7 +102,7 @@ def test_a_search_goes_on_from_another_budget(init):
   assert 0.47 * dense <= spent <= 0.5 * dense
   moved = jax.tree.map(np.subtract, arch, learnt)
   slope = moved["blocks_1"]["reduce"]["merge_logits"][0]  # at all patches
-  for i, options in enumerate(method._candidates()):
+  for i, options in enumerate(method._candidates):
     for name, counts in options.items():
       expected = slope * counts / SPEC.num_patches
       np.testing.assert_allclose(moved[f"blocks_{i}"]["reduce"][name], expected, atol=1e-3)
@@ -143,7 +143,8 @@ def test_a_file_that_is_no_json_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("changes", [{}, {"num_registers": 3}, {"pool": "size_mean"}])
-def test_what_is_timed_are_models(changes):
+def test_what_is_timed_are_models(changes, monkeypatch):
+  monkeypatch.setattr(latency, "_COUNTS", 4)  # instead of 11
   spec = small_spec(depth=latency._DEPTH, **changes)
   images = jax.ShapeDtypeStruct((2, *spec.image_size, 3), jnp.float32)
   params = jax.eval_shape(ViT(spec, spec.dense_layers).init, jax.random.key(0), images)

@@ -213,6 +213,7 @@ def test_too_many_pixels_are_a_corrupt_image(monkeypatch: pytest.MonkeyPatch) ->
   assert "\n" not in str(caught.value)
 
 
+@pytest.mark.slow
 def test_many_pixels_are_no_warning(tmp_path: pathlib.Path) -> None:
   PIL.Image.new("L", (50, 50)).save(tmp_path / "big.png")
   code = """

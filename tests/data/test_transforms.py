@@ -105,6 +105,7 @@ def test_a_part_alone_is_resized_as_the_whole(
       assert np.abs(whole - part).max() <= 2 and np.abs(whole - part).mean() < 0.3
 
 
+@pytest.mark.slow
 def test_a_long_strip_takes_no_more_memory_than_a_photograph() -> None:
   code = """
 import resource

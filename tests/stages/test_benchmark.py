@@ -18,6 +18,7 @@ def _config():
   return config
 
 
+@pytest.mark.slow
 def test_a_benchmark_beside_an_evaluation(tmp_path):
   config = _config()
   config.stages = ("search", "evaluate", "benchmark")
@@ -42,6 +43,7 @@ def test_a_benchmark_beside_an_evaluation(tmp_path):
   assert "## Speed" in report and "images/s, batch 2" in report
 
 
+@pytest.mark.slow
 def test_an_evaluation_fills_the_rows_that_a_benchmark_made(tmp_path):
   config = _config()
   config.stages, config.benchmark.batch_sizes = ("benchmark", "evaluate"), (1,)

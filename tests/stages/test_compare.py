@@ -18,21 +18,25 @@ from vitcomp_jax.weights import files
 _METHODS = ("diffrate", "uniform[importance=value_norm]", "tome")
 
 
-def test_a_comparison(tmp_path):
+@pytest.mark.parametrize(
+  "finetuned",
+  [(), pytest.param(("tome", "dynamicvit", "vit_slim"), marks=pytest.mark.slow)],
+)
+def test_a_comparison(finetuned, tmp_path):
   config = tiny_config(w_patch=0.0)
   start = tmp_path / "start.safetensors"
   files.write(vc.load(config.model.variant, num_classes=10)[1], str(start))
   config.model.weights = str(start)
   compare = config.compare
   compare.methods, compare.budgets, compare.seeds = _METHODS, (0.7,), 2
-  compare.finetuned, compare.finetune_budget = ("tome", "dynamicvit", "vit_slim"), 0.7
+  compare.finetuned, compare.finetune_budget = finetuned, 0.7
   compare.random_schedules, compare.random_examples = 3, 30
   config.finetune.keep_rate_epochs = 0.0
   config.distill.kind, config.distill.tokens = "soft", 0.5
   result = vc.run_stage("compare", config, tmp_path / "run")
   rows = {row["name"]: row for row in result["rows"]}
   _check_again(config, tmp_path, result)
-  trained = [f"{name}+finetune@0.7" for name in ("tome", "dynamicvit", "vit_slim")]
+  trained = [f"{name}+finetune@0.7" for name in finetuned]
   assert list(rows) == ["dense", *(f"{name}@0.7" for name in _METHODS), *trained]
   assert len(rows["diffrate@0.7"]["top1_of_seeds"]) == 2
   for name, row in rows.items():
@@ -50,7 +54,8 @@ def test_a_comparison(tmp_path):
   assert len(lines) == 3 and result["random"]["0.7"]["schedules"] == 3
   cloud = (tmp_path / "run/figures/accuracy.png").read_bytes()
   page = vc.run_stage("visualize", config, tmp_path / "run")
-  assert all("tome+finetune@0.7" in p.read_text() for p in (page, page.with_suffix(".md")))
+  shown = list(rows)[-1]
+  assert all(shown in p.read_text() for p in (page, page.with_suffix(".md")))
   figures = {path.stem for path in (tmp_path / "run/figures").iterdir()}
   assert figures == {"accuracy", "schedule", "token_maps_by_layer", "attention"}
   assert (tmp_path / "run/figures/accuracy.png").read_bytes() == cloud

@@ -65,6 +65,7 @@ def _close(got, expected):
 PRUNE_MERGE = (diffrate.PruneMerge(20, 18), diffrate.PruneMerge(15, 12))
 
 
+@pytest.mark.slow
 def test_plain_jax_runs_it_at_any_batch_size(tmp_path):
   config, model, params = _config(tmp_path, *PRUNE_MERGE)
   manifest = vc.run_stage("export", config, tmp_path / "run")

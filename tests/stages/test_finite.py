@@ -104,6 +104,7 @@ def test_no_random_schedule_holds_it(overflowing, tmp_path):
   assert path.read_text() == ""
 
 
+@pytest.mark.slow
 def test_a_search_never_chooses_it(tmp_path, monkeypatch):
   config = tiny_config()
   config.search.log_every, config.budget.fraction = 1, 0.8

@@ -17,11 +17,16 @@ from vitcomp_jax.runs.run import make_run, open_run
 from vitcomp_jax.stages import run_stages
 
 
-def test_a_search_by_latency(tmp_path, monkeypatch):
-  # What a layer takes on a busy machine may be anything; what it would take on this one may not.
+@pytest.fixture
+def given_table(monkeypatch):
+  """What a layer takes on a busy machine may be anything; what it would take here may not."""
   table = Latency((2, 14, 26), (1.0, 2.0, 4.0), (0.1, 0.1, 0.2), (1.0, 3.0, 5.0), 0.5)
   monkeypatch.setattr(latency, "programs", lambda *_: {})
   monkeypatch.setattr(latency, "tabulate", lambda *_: table)
+
+
+@pytest.mark.slow
+def test_a_search_by_latency(tmp_path, monkeypatch, given_table):
   config = tiny_config()
   config.compilation_cache = str(tmp_path / "cache/xla")
   config.budget.fraction, config.budget.latency_ms, config.budget.latency_batch = None, 1.0, 2
@@ -75,6 +80,7 @@ def _losses(workdir):
   ]
 
 
+@pytest.mark.slow
 def test_a_front(tmp_path):
   plan = vc.run_stage("search", _front(), tmp_path)
   dense = vc.count_cost(vc.load(plan.variant, num_classes=10)[0]).gmacs
@@ -133,7 +139,7 @@ def test_a_front_goes_on_where_it_was_cut_off(tmp_path, monkeypatch):
     ({"latency_ms": 3.0, "stages": ("slim", "search")}, "expected a search on the dense model"),
   ],
 )
-def test_a_budget_that_cannot_be_met_is_refused(changes, said, tmp_path):
+def test_a_budget_that_cannot_be_met_is_refused(changes, said, tmp_path, given_table):
   config = tiny_config(w_patch=0.0)
   changes = dict(changes)
   config.budget.fraction, config.search.steps = None, 1

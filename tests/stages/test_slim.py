@@ -78,6 +78,7 @@ def test_frozen_masks_and_weights_stay(tmp_path):
   assert changed == {name for name in before if "norm" in name}
 
 
+@pytest.mark.slow
 def test_one_search_serves_many_budgets(tmp_path):
   first = vc.run_stage("slim", tiny_config(budgets=(0.8, 0.8, 0.8)), tmp_path / "first")
   config = tiny_config(budgets=(0.5, 0.5, 0.5), masks=str(tmp_path / "first/masks.safetensors"))
@@ -95,6 +96,7 @@ def test_one_search_serves_many_budgets(tmp_path):
     vc.run_stage("slim", config, tmp_path / "third")
 
 
+@pytest.mark.slow
 def test_widths_and_token_counts_in_one_plan(tmp_path):
   config = tiny_config(w_patch=0.0, budgets=(0.7, 0.7, 1.0))
   slim = vc.run_stage("slim", config, tmp_path)

@@ -29,6 +29,7 @@ def _images(count):
   return np.random.default_rng(0).integers(256, size=(count, 30, 30, 3), dtype=np.uint8)
 
 
+@pytest.mark.slow
 def test_a_run_with_all_there_is(tmp_path):
   config = tiny_config()
   spec = get_spec(TINY)

@@ -1,6 +1,7 @@
 """DiffRate's search: builds layers with learnable counts, penalises them and deploys plans."""
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -26,16 +27,14 @@ from vitcomp_jax.methods.diffrate.masking import (
 from vitcomp_jax.methods.diffrate.recipe import Recipe
 from vitcomp_jax.methods.diffrate.reducer import PruneMerge
 from vitcomp_jax.methods.handmade import compressed_layers
-from vitcomp_jax.models.spec import ViTSpec, of_layer, to_tree
+from vitcomp_jax.models.layer_trees import of_layer, to_tree
+from vitcomp_jax.models.spec import ViTSpec
 from vitcomp_jax.models.tokens import Output
 
-# GMACs of DeiT-S, the model of the paper's coefficient.
-_REFERENCE_GMACS = 4.6
-
-# Slope of the initial logits of an action that starts by keeping all tokens. Adam moves a logit by
-# the learning rate per step, however small its gradient: the steeper, the later a count changes.
+_REFERENCE_GMACS = 4.6  # of DeiT-S, the model of the paper's coefficient
+# Slope of the initial logits that keep all tokens. Adam moves a logit by the learning rate in each
+# step, however small its gradient: the steeper, the later a count changes.
 _STEEP = 300.0
-
 _ACTIONS = ("prune", "merge")
 
 
@@ -170,13 +169,16 @@ class DiffRate:
     learns = self.is_compressed[layer] and self.options.actions in ("both", action)
     return self.options.granularity if learns else self.spec.patches_at(layer) + 1
 
+  @functools.cached_property
   def _candidates(self) -> list[dict[str, np.ndarray]]:
     """Returns the candidates of each layer, by the name of their logits."""
-    found = []
-    for i in range(self.spec.depth):
-      patches = self.spec.patches_at(i)
-      found.append({f"{a}_logits": candidates(patches, self._granularity(i, a)) for a in _ACTIONS})
-    return found
+    return [
+      {
+        f"{a}_logits": candidates(self.spec.patches_at(i), self._granularity(i, a))
+        for a in _ACTIONS
+      }
+      for i in range(self.spec.depth)
+    ]
 
   def replayed_layers(self, limits: Sequence[int | None] | None = None) -> Layers:
     """Returns layers that run any plan by masking, with its counts as variables.
@@ -254,7 +256,7 @@ class DiffRate:
     """Returns logits that rise linearly with the share of tokens kept."""
     slopes = {"prune_logits": prune, "merge_logits": merge}
     arch = []
-    for i, layer in enumerate(self._candidates()):
+    for i, layer in enumerate(self._candidates):
       logits = {name: slopes[name] * c / self.spec.patches_at(i) for name, c in layer.items()}
       arch.append({"reduce": {k: jnp.asarray(v, jnp.float32) for k, v in logits.items()}})
     return to_tree(self.spec, arch)
@@ -269,7 +271,7 @@ class DiffRate:
       float64[layers 2], after pruning and after merging.
     """
     rows = []
-    for i, layer in enumerate(self._candidates()):
+    for i, layer in enumerate(self._candidates):
       logits = of_layer(self.spec, arch, i)["reduce"]
       rows.append([_expectation(logits[k], options) for k, options in layer.items()])
     return np.array(rows)
@@ -290,7 +292,7 @@ class DiffRate:
     depth = self.spec.depth
     # Equal counts would all step at once, past the budget; a tiny difference separates them.
     hair = np.linspace(0, 1e-3, 2 * depth).reshape(depth, 2)
-    learnt = [[options.size > 1 for options in o.values()] for o in self._candidates()]
+    learnt = [[options.size > 1 for options in o.values()] for o in self._candidates]
 
     def shifted(offset: float) -> Layers:
       return self.static_layers(np.where(learnt, expected + hair + offset, expected))
