@@ -41,6 +41,9 @@ DOCS_REQUIRES = ["furo", "latex2mathml", "myst-parser", "sphinx>=8"]
 # To run the notebooks in colabs/ outside of Colab.
 NOTEBOOK_REQUIRES = ["ipykernel", "nbclient"]
 
+# To compare with models that other libraries make now, beside those that are stored for tests.
+PEERS_REQUIRES = ["open_clip_torch>=3.3", "timm>=1.0.31", "torch", "transformers>=5.24"]
+
 TEST_REQUIRES = [
   *DOCS_REQUIRES,
   *EXPORT_REQUIRES,
@@ -77,6 +80,7 @@ setuptools.setup(
     "docs": DOCS_REQUIRES,
     "export": EXPORT_REQUIRES,
     "notebooks": NOTEBOOK_REQUIRES,
+    "peers": PEERS_REQUIRES,
     "test": TEST_REQUIRES,
     "tpu": ["jax[tpu]"],
   },
