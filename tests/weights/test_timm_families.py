@@ -77,3 +77,8 @@ def test_equals_the_timm_that_is_installed(name, tmp_path):
   model = timm_fixtures.small(name, sizes, seed=1)
   timm_fixtures.save(model, tmp_path)
   check_equals(tmp_path, timm_fixtures.expected(model, timm_fixtures.images_for(model, 2)))
+
+
+def test_biases_by_relative_position_are_for_one_grid():
+  with pytest.raises(vc.UserError, match="for which they have biases by relative position"):
+    vc.load(str(STORED / "beit_base_patch16_224"), image_size=64)

@@ -22,8 +22,15 @@ from vitcomp_jax.models.slicing import LayerIndex, slice_params
 from vitcomp_jax.models.spec import LayerSpec, ViTSpec
 from vitcomp_jax.models.variants import fields_of, get_spec, is_variant, values_of
 from vitcomp_jax.weights import description, files, hub
-from vitcomp_jax.weights.checkpoint import describe, log_origins, named_spec, open_checkpoint
+from vitcomp_jax.weights.checkpoint import (
+  Checkpoint,
+  describe,
+  log_origins,
+  named_spec,
+  open_checkpoint,
+)
 from vitcomp_jax.weights.dialects import open_clip
+from vitcomp_jax.weights.dialects.shapes import square_grid
 from vitcomp_jax.weights.tensors import State
 from vitcomp_jax.weights.timm import check, port, without_head
 
@@ -77,6 +84,7 @@ def spec_for(
     get_spec(variant, image_size=image_size)  # raises for a size that the patch does not divide
   spec, origins = describe(checkpoint, variant, asked)
   log_origins(checkpoint, origins)
+  _check_grid(spec, checkpoint)
   changes: dict[str, Any] = {"dtype": dtype, "huggingface": checkpoint.huggingface}
   theirs = checkpoint.about.num_classes
   changes["num_classes"] = theirs if num_classes is None else num_classes
@@ -89,6 +97,17 @@ def spec_for(
   if hub.is_id(weights) and "mean" not in origins:
     tags.warn_unknown(weights, spec)
   return dataclasses.replace(spec, **changes)
+
+
+def _check_grid(spec: ViTSpec, checkpoint: Checkpoint) -> None:
+  """Refuses another grid for weights with a table of biases, which is not resampled."""
+  theirs = checkpoint.about.grid or square_grid(checkpoint.tensors, on_prefix=spec.pos_on_prefix)
+  if spec.relative_bias is not None and theirs not in (None, spec.grid):
+    raise UserError(
+      f"weights {checkpoint.name}: expected images of {theirs[0]} x {theirs[1]} patches, for which "
+      f"they have biases by relative position, got {spec.grid[0]} x {spec.grid[1]}; leave out "
+      "image_size."
+    )
 
 
 def save_params(spec: ViTSpec, params: Params, path: str | os.PathLike[str]) -> None:
