@@ -20,7 +20,7 @@ def registered(monkeypatch):
 
 @pytest.fixture
 def spec(monkeypatch):
-  spec = small_spec(image_size=(40, 40), num_classes=10)
+  spec = small_spec(image_size=(40, 40), depth=3, num_classes=10)
   monkeypatch.setitem(VARIANTS, spec.name, spec)
   return spec
 

@@ -29,9 +29,13 @@ def operands():
 
 
 def _value_and_gradients(function, operands, grad, dtype):
+  @jax.jit
+  def both(arguments, grad):
+    out, pull = jax.vjp(lambda a: function(**a), arguments)
+    return {"out": out, **pull(grad)[0]}
+
   arguments = {name: jnp.asarray(x, dtype) for name, x in operands.items()}
-  out, pull = jax.vjp(lambda a: function(**a), arguments)
-  return {"out": out, **pull(jnp.asarray(grad, dtype))[0]}
+  return both(arguments, jnp.asarray(grad, dtype))
 
 
 def _attend(q, k, v, log_size, keep=None):

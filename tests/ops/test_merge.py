@@ -1,5 +1,6 @@
 """Matching and merging against plain NumPy loops."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -42,7 +43,8 @@ def test_bipartite_matching(n, num_prefix):
     i: max(odd, key=lambda j, i=i: unit[i] @ unit[j]) for i in range(0, n, 2) if i >= num_prefix
   }
   joining = sorted(best, key=lambda i: -unit[i] @ unit[best[i]])[:remove]
-  order, receiver = merge.bipartite_match(jnp.asarray(metric)[None], remove, num_prefix)
+  match = jax.jit(merge.bipartite_match, static_argnums=(1, 2))
+  order, receiver = match(jnp.asarray(metric)[None], remove, num_prefix)
   kept = [i for i in best if i not in joining]
   assert order[0].tolist() == [*range(num_prefix), *kept, *odd, *joining]
   assert order[0][receiver[0]].tolist() == [best[i] for i in joining]
