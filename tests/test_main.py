@@ -222,7 +222,7 @@ def test_a_full_disk_is_status_1_and_loses_nothing(tmp_path, monkeypatch, capsys
 def test_another_config_in_the_same_workdir_is_refused(tmp_path, capsys):
   options = ("--config.stages=('evaluate',)", "--config.evaluate.baselines=()")
   options += ("--config.data.eval_examples=20", "--config.evaluate.batch_size=20")
-  options += ("--config.model.variant=vit_mini_patch3_30",)
+  options += QUICK[:2]
   assert main.main(_command(tmp_path, *options)[2:]) == 0
   assert main.main(_command(tmp_path, *options, "--config.seed=1")[2:]) == 2
   assert "config.seed: 0 there, 1 here" in capsys.readouterr().err

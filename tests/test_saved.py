@@ -1,6 +1,7 @@
 """What `save` writes, `load` reads back, bit for bit; and checkpoints that say what they are."""
 
 import dataclasses
+import functools
 import json
 import pathlib
 
@@ -27,6 +28,16 @@ def tiny():
   with pytest.MonkeyPatch.context() as patch:
     patch.setitem(VARIANTS, TINY, tiny_spec())
     yield
+
+
+@functools.cache
+def _loaded():
+  return vc.load(TINY)
+
+
+def _tiny():
+  model, params = _loaded()
+  return model, dict(params)
 
 
 def _slimmed(spec):
@@ -80,7 +91,7 @@ def test_a_folder_holds_the_model(plan, size, tmp_path):
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_types_of_weights_and_computation_are_kept(dtype, tmp_path):
-  model, params = vc.load(TINY)
+  model, params = _tiny()
   half = dataclasses.replace(model.spec, dtype=jnp.dtype(dtype).name, antialias=False)
   model = build(half, half.dense_layers)
   params["head"] = jax.tree.map(lambda p: p.astype(dtype), params["head"])
@@ -102,7 +113,7 @@ def test_features_names_and_preprocessing_are_kept(tmp_path):
 
 
 def test_a_folder_takes_other_classes_sizes_and_plans(tmp_path):
-  model, params = vc.load(TINY)
+  model, params = _tiny()
   vc.save(tmp_path / "model", model, params)
   other, _ = vc.load(str(tmp_path / "model"), num_classes=3, image_size=36)
   assert (other.spec.num_classes, other.spec.image_size) == (3, (36, 36))
@@ -114,7 +125,7 @@ def test_a_folder_takes_other_classes_sizes_and_plans(tmp_path):
 
 
 def test_a_search_is_not_saved(tmp_path):
-  model, params = vc.load(TINY)
+  model, params = _tiny()
   gate = lambda x: x  # noqa: E731
   layers = tuple(dataclasses.replace(l, token_gate=gate) for l in model.layers)
   with pytest.raises(vc.UserError, match="expected a deployed model"):
@@ -125,7 +136,7 @@ def test_a_search_is_not_saved(tmp_path):
 
 
 def test_another_spec_than_the_variants_is_saved(tmp_path):
-  model, params = vc.load(TINY)
+  model, params = _tiny()
   odd = dataclasses.replace(model.spec, norm_eps=1e-3, activation="gelu_tanh")
   odd_model = build(odd, odd.dense_layers)
   vc.save(tmp_path / "model", odd_model, params)
@@ -137,7 +148,7 @@ def test_another_spec_than_the_variants_is_saved(tmp_path):
 
 
 def test_nothing_else_is_replaced(tmp_path):
-  model, params = vc.load(TINY)
+  model, params = _tiny()
   (tmp_path / "file").write_text("mine")
   (tmp_path / "folder").mkdir()
   (tmp_path / "folder" / "notes.txt").write_text("mine")
@@ -155,7 +166,7 @@ def test_nothing_else_is_replaced(tmp_path):
 
 
 def test_a_write_that_fails_leaves_what_was_there(tmp_path, monkeypatch):
-  model, params = vc.load(TINY)
+  model, params = _tiny()
   vc.save(tmp_path / "model", model, params)
   other = params | {"pos_embed": params["pos_embed"] + 1}
 
@@ -195,7 +206,7 @@ def test_a_write_that_fails_leaves_what_was_there(tmp_path, monkeypatch):
   ],
 )
 def test_a_damaged_spec_is_refused(changes, tmp_path):
-  model, params = vc.load(TINY)
+  model, params = _tiny()
   vc.save(tmp_path, model, params)
   path = tmp_path / "spec.json"
   path.write_text(json.dumps(json.loads(path.read_text()) | changes) if changes else "{")
@@ -205,7 +216,7 @@ def test_a_damaged_spec_is_refused(changes, tmp_path):
 
 @pytest.mark.parametrize("is_compressed", [True, False])
 def test_a_plan_that_came_or_went_is_refused(is_compressed, tmp_path):
-  dense, params = vc.load(TINY)
+  dense, params = _tiny()
   plan = vc.tome(dense, r=2)
   model = vc.compress(dense, params, plan)[0] if is_compressed else dense
   vc.save(tmp_path, model, params)
@@ -236,6 +247,6 @@ def test_a_source_that_is_none_is_refused(tmp_path):
     vc.load(tmp_path / "none.safetensors")
   with pytest.raises(vc.UserError, match="a directory without weights"):
     vc.load(tmp_path)
-  vc.save(tmp_path / "model", *vc.load(TINY))
+  vc.save(tmp_path / "model", *_tiny())
   with pytest.raises(vc.UserError, match="weights: expected none beside the checkpoint"):
     vc.load(tmp_path / "model", weights="bundled")
