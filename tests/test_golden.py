@@ -73,7 +73,11 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
   # Not `stem` and `with_suffix`: a name may have dots.
   names = sorted(path.name.removesuffix(".npz") for path in folder.glob("*.npz"))
   assert names, f"no fixtures in {folder}"
-  metafunc.parametrize("path", [folder / name for name in names], ids=names)
+  of_others = metafunc.config.getoption("--golden")
+  slow = [name in _SLOW and not of_others for name in names]
+  marks = [pytest.mark.slow if is_slow else () for is_slow in slow]
+  paths = [pytest.param(folder / n, marks=m) for n, m in zip(names, marks, strict=True)]
+  metafunc.parametrize("path", paths, ids=names)
 
 
 def test_fixture(path: pathlib.Path, request: pytest.FixtureRequest, monkeypatch) -> None:
@@ -88,13 +92,14 @@ def test_fixture(path: pathlib.Path, request: pytest.FixtureRequest, monkeypatch
   replay(fixture)
 
 
+# Searches on other backbones than that of `diffrate_search`.
+_SLOW = ("diffrate_caformer_search", "diffrate_mae_search")
+
 # Of fixtures with many cases, those that are replayed at once; the others with `--all`.
 _AT_ONCE = {
   "diffrate_caformer_eval": ("all",),
-  "diffrate_caformer_search": ("g4",),
   "diffrate_eval": ("both", "nonmono"),
   "diffrate_mae_eval": ("both",),
-  "diffrate_mae_search": ("g4",),
   "diffrate_search": ("g1", "traj_zeros_g4"),
   "evit": ("k07_fuse", "tokens_fuse"),
   "tome": ("rdec", "r4_noprop", "mae_r7_prop"),
