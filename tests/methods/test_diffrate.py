@@ -245,7 +245,9 @@ def test_counts_of_a_plan_are_whole_tiles():
 
 
 @pytest.mark.parametrize("actions", ["both", "prune", "merge"])
-@pytest.mark.parametrize("fraction", [0.4, 0.65, 0.9])
+@pytest.mark.parametrize(
+  "fraction", [0.65, *(pytest.param(share, marks=pytest.mark.slow) for share in (0.4, 0.9))]
+)
 def test_merge_first_starts_on_the_budget(actions, fraction):
   spec = small_spec(image_size=(56, 56), depth=12)
   target = fraction * macs.static_macs(spec, spec.dense_layers)
