@@ -1,5 +1,6 @@
 """Strict dtypes and ranks, two CPU devices, shapes checked against their annotations."""
 
+import gc
 import logging
 import pathlib
 from collections.abc import Iterator
@@ -40,6 +41,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
   slow = [i for i in items if i.get_closest_marker("slow") or i.name in _SLOW_EXAMPLES]
   config.hook.pytest_deselected(items=slow)
   items[:] = [item for item in items if item not in slow]
+
+
+def pytest_collection_finish() -> None:
+  """What is imported stays: to look through it again and again for garbage takes time."""
+  gc.collect()
+  gc.freeze()
 
 
 @pytest.fixture(autouse=True)
