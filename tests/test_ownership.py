@@ -11,6 +11,7 @@ import pathlib
 import signal
 import socket
 import subprocess
+import sys
 
 import pytest
 
@@ -35,6 +36,30 @@ def _in_use_by(pid: int) -> str:
   return (
     f"one that no other run is using, got one in use by process {pid} on {socket.gethostname()}"
   )
+
+
+OWN = """
+import pathlib, sys, time
+from vitcomp_jax.runs.ownership import owned
+with owned(pathlib.Path(sys.argv[1])):
+  print("owned", flush=True)
+  time.sleep(300)
+"""
+
+
+def test_what_another_process_owns_is_refused_until_it_is_killed(tmp_path):
+  workdir = tmp_path / "run"
+  command = [sys.executable, "-c", OWN, workdir]
+  with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+    assert process.stdout.readline() == "owned\n"
+    with pytest.raises(vc.UserError, match=_in_use_by(process.pid)):
+      vc.run_stage("evaluate", tiny_config(), workdir)
+    process.kill()
+  # What the killed one left behind names it still, and stops nobody.
+  assert json.loads((workdir / ".owner.json").read_text())["pid"] == process.pid
+  with owned(workdir):
+    assert json.loads((workdir / ".owner.json").read_text())["pid"] == os.getpid()
+  assert not list(workdir.iterdir())
 
 
 @pytest.mark.slow

@@ -183,7 +183,10 @@ def test_a_run_and_its_config_say_the_names(tmp_path):
   ("classes", "is_fresh", "names"),
   [
     (("Bag", "Coat"), True, ("Bag", "Coat")),  # fewer outputs
-    (tuple(f"c{i}" for i in range(10)), True, tuple(f"c{i}" for i in range(10))),  # other names
+    pytest.param(  # other names
+      *(tuple(f"c{i}" for i in range(10)), True, tuple(f"c{i}" for i in range(10))),
+      marks=pytest.mark.slow,
+    ),
   ],
 )
 def test_a_head_for_other_classes_is_fresh(classes, is_fresh, names, tmp_path, caplog):

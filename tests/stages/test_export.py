@@ -115,7 +115,7 @@ def test_a_prediction_by_an_exported_model_is_the_run_s(tmp_path, capsys):
   assert "--maps needs the model itself" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", ["stablehlo", "timm"])
+@pytest.mark.parametrize("name", [pytest.param("stablehlo", marks=pytest.mark.slow), "timm"])
 def test_an_artefact_of_other_weights_is_removed(name, tmp_path, monkeypatch):
   config, *_ = _config(tmp_path, formats=(name,))
   write = exporting.WRITERS[name]

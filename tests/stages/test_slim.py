@@ -96,13 +96,23 @@ def test_one_search_serves_many_budgets(tmp_path):
     vc.run_stage("slim", config, tmp_path / "third")
 
 
-@pytest.mark.slow
-def test_widths_and_token_counts_in_one_plan(tmp_path):
+def _search_slimmed(workdir):
+  """Searches token counts of a slimmed network; returns the config."""
   config = tiny_config(w_patch=0.0, budgets=(0.7, 0.7, 1.0))
-  slim = vc.run_stage("slim", config, tmp_path)
-  both = vc.run_stage("search", config, tmp_path)
+  slim = vc.run_stage("slim", config, workdir)
+  both = vc.run_stage("search", config, workdir)
   assert both.indices == slim.indices and both.made_by["method"] == "vit_slim+diffrate"
   assert both.gmacs < slim.gmacs
+  return config
+
+
+def test_widths_and_token_counts_in_one_plan(tmp_path):
+  _search_slimmed(tmp_path)
+
+
+@pytest.mark.slow
+def test_widths_and_token_counts_are_trained_and_evaluated(tmp_path):
+  config = _search_slimmed(tmp_path)
   vc.run_stage("finetune", config, tmp_path)
   rows = vc.run_stage("evaluate", config, tmp_path)["rows"]
   assert [row["name"] for row in rows] == ["dense", "vit_slim", "diffrate", "vit_slim+diffrate"]
