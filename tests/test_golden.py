@@ -2,7 +2,8 @@
 
 `pytest tests/test_golden.py [--golden DIR]`. A fixture is `NAME.npz` with `NAME.json`; the method
 is the name's stem, what it fixes comes from the method, all else from the JSON. After the method,
-tags may tell fixtures of it apart, as in `diffrate_eval_hidden_s7`.
+tags may tell fixtures of it apart, as in `diffrate_eval_hidden_s7`. The quick run replays some
+cases in float32; `--all` replays all in both precisions, and so does a folder that is given.
 """
 
 import dataclasses
