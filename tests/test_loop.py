@@ -13,6 +13,7 @@ from vitcomp_jax.training.preemption import Preemption
 from vitcomp_jax.weights import files
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_stops_and_tells_what_led_to_it(tmp_path, monkeypatch):
   config = tiny_config()
   config.model.weights = str(tmp_path / "start.safetensors")

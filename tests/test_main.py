@@ -180,6 +180,7 @@ def test_values_on_the_command_line():
   assert workdir == pathlib.Path("somewhere")
 
 
+@pytest.mark.slow
 def test_a_corrupt_image_is_named(tmp_path, capsys):
   for split in ("train", "val"):
     for name in ("cat", "dog"):
@@ -219,6 +220,7 @@ def test_a_full_disk_is_status_1_and_loses_nothing(tmp_path, monkeypatch, capsys
   assert main.main(command) == 0
 
 
+@pytest.mark.slow
 def test_another_config_in_the_same_workdir_is_refused(tmp_path, capsys):
   options = ("--config.stages=('evaluate',)", "--config.evaluate.baselines=()")
   options += ("--config.data.eval_examples=20", "--config.evaluate.batch_size=20")

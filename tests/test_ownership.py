@@ -83,6 +83,7 @@ def test_a_second_run_is_refused_and_a_killed_one_is_no_obstacle(tmp_path):
   assert (workdir / "plan.json").exists() and not list(workdir.glob(".*"))
 
 
+@pytest.mark.slow
 def test_all_processes_of_a_run_hear_of_the_refusal(tmp_path):
   with owned(tmp_path):
     lines = {_refused(process) for process in _start(tmp_path, ("search",), 2)}

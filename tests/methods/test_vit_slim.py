@@ -56,7 +56,7 @@ def test_extracted_equals_masked(kind, heads, budgets, tile, seed):
 
 
 @pytest.mark.slow
-@hypothesis.settings(max_examples=12, deadline=None, derandomize=True)
+@hypothesis.settings(max_examples=6, deadline=None, derandomize=True)
 @hypothesis.given(**_CUTS)
 def test_extracted_equals_masked_in_more_cases(kind, heads, budgets, tile, seed):
   _check_extracted(kind, heads, budgets, tile, seed)

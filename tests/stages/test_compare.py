@@ -18,9 +18,10 @@ from vitcomp_jax.weights import files
 _METHODS = ("diffrate", "uniform[importance=value_norm]", "tome")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   "finetuned",
-  [(), pytest.param(("tome", "dynamicvit", "vit_slim"), marks=pytest.mark.slow)],
+  [(), ("tome", "dynamicvit", "vit_slim")],
 )
 def test_a_comparison(finetuned, tmp_path):
   config = tiny_config(w_patch=0.0)

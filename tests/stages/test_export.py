@@ -98,6 +98,7 @@ def test_plain_jax_runs_it_at_any_batch_size(tmp_path):
     vc.load_exported(artefact)
 
 
+@pytest.mark.slow
 def test_a_prediction_by_an_exported_model_is_the_run_s(tmp_path, capsys):
   config, model, _ = _config(tmp_path, *PRUNE_MERGE, normalize=False)
   config.stages = ("export",)

@@ -198,6 +198,7 @@ def test_no_prediction_comes_of_it(how, overflowing, tmp_path, monkeypatch, caps
   assert f"vitcomp_jax: {image}: expected finite outputs, got {count} of 10 that" in error
 
 
+@pytest.mark.slow
 def test_a_comparison_on_one_example_has_no_errors(tmp_path):
   config = tiny_config()
   config.model.weights = str(tmp_path / "w.safetensors")

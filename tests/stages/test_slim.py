@@ -31,6 +31,7 @@ def tiny_config(**slim):
   return config
 
 
+@pytest.mark.slow
 def test_a_slimmed_network_is_what_the_masks_leave(tmp_path):
   config = tiny_config(w_patch=0.0, mask_learning_rate=0.05)
   config.evaluate.masked = config.evaluate.before_finetune = True
@@ -106,6 +107,7 @@ def _search_slimmed(workdir):
   return config
 
 
+@pytest.mark.slow
 def test_widths_and_token_counts_in_one_plan(tmp_path):
   _search_slimmed(tmp_path)
 

@@ -80,5 +80,7 @@ def test_equals_the_timm_that_is_installed(name, tmp_path):
 
 
 def test_biases_by_relative_position_are_for_one_grid():
-  with pytest.raises(vc.UserError, match="for which they have biases by relative position"):
+  with pytest.raises(
+    vc.UserError, match="biases by relative position are not resampled, got 16 x 16"
+  ):
     vc.load(str(STORED / "beit_base_patch16_224"), image_size=64)

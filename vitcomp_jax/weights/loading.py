@@ -30,7 +30,6 @@ from vitcomp_jax.weights.checkpoint import (
   open_checkpoint,
 )
 from vitcomp_jax.weights.dialects import open_clip
-from vitcomp_jax.weights.dialects.shapes import square_grid
 from vitcomp_jax.weights.tensors import State
 from vitcomp_jax.weights.timm import check, port, without_head
 
@@ -100,14 +99,17 @@ def spec_for(
 
 
 def _check_grid(spec: ViTSpec, checkpoint: Checkpoint) -> None:
-  """Refuses another grid for weights with a table of biases, which is not resampled."""
-  theirs = checkpoint.about.grid or square_grid(checkpoint.tensors, on_prefix=spec.pos_on_prefix)
-  if spec.relative_bias is not None and theirs not in (None, spec.grid):
-    raise UserError(
-      f"weights {checkpoint.name}: expected images of {theirs[0]} x {theirs[1]} patches, for which "
-      f"they have biases by relative position, got {spec.grid[0]} x {spec.grid[1]}; leave out "
-      "image_size."
-    )
+  """Refuses another grid for weights with biases by relative position, which are not resampled."""
+  if spec.relative_bias is None:
+    return
+  rows, columns = spec.grid
+  expected = (2 * rows - 1) * (2 * columns - 1) + 3  # see `models.positions.RelativeBias`
+  for name, table in checkpoint.tensors.items():
+    if name.endswith("relative_position_bias_table") and table.shape[0] != expected:
+      raise UserError(
+        f"weights {checkpoint.name}: expected images of as many patches as in training, as biases "
+        f"by relative position are not resampled, got {rows} x {columns}; leave out image_size."
+      )
 
 
 def save_params(spec: ViTSpec, params: Params, path: str | os.PathLike[str]) -> None:
