@@ -21,6 +21,7 @@ from vitcomp_jax.models.build import build
 from vitcomp_jax.models.rotary import Rotary
 from vitcomp_jax.models.slicing import slice_params
 from vitcomp_jax.plans import parse_plan
+from vitcomp_jax.weights.loading import load_params
 
 FAMILIES = {
   "eva02": dict(
@@ -207,3 +208,12 @@ def test_soft_masks_of_rotated_pairs_fold_into_the_weights():
 def test_units_that_are_read_together_are_not_cut(name, reason):
   with pytest.raises(UserError, match=reason):
     ViTSlim(_family(name)[0], ViTSlimOptions())
+
+
+def test_images_of_five_channels():
+  spec = small_spec(depth=1, in_chans=5)
+  model = build(spec, spec.dense_layers)
+  params = load_params(spec, spec.dense_layers, None)
+  assert vc.apply(model, params, np.zeros((2, *spec.image_shape), np.float32)).shape == (2, 7)
+  with pytest.raises(UserError, match=r"expected floats of shape \[b, 24, 24, 5\]"):
+    vc.apply(model, params, np.zeros((2, 24, 24, 3), np.float32))

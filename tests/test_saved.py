@@ -147,6 +147,12 @@ def test_another_spec_than_the_variants_is_saved(tmp_path):
   assert small.spec == odd and small.layers == plan.layers_for(odd)
 
 
+def test_fields_that_are_given_count_more_than_a_folders(tmp_path):
+  vc.save(tmp_path / "model", *_tiny())
+  assert vc.load(tmp_path / "model", activation="quick_gelu")[0].spec.activation == "quick_gelu"
+  assert vc.load(tmp_path / "model", antialias=False)[0].spec.antialias is False
+
+
 def test_nothing_else_is_replaced(tmp_path):
   model, params = _tiny()
   (tmp_path / "file").write_text("mine")

@@ -80,7 +80,7 @@ def load(
     return _load(spec, path, plan, fresh)
   _check_checkpoint(name, weights)
   if saved.is_folder(name):
-    spec = saved.read_spec(name, num_classes, image_size)
+    spec = saved.read_spec(name, num_classes, image_size, fields)
     plan = plan or saved.read_plan(name)
     return _load(spec, saved.weights_of(name), plan, fresh, widen=False)
   spec = loading.spec_for(None, name, num_classes, image_size, given=fields)
@@ -179,11 +179,11 @@ def apply(
     >>> vc.apply(model, params, np.zeros((2, 30, 30, 3), np.float32)).shape
     (2, 10)
   """
-  shape, expected = getattr(images, "shape", ()), (*model.spec.image_size, 3)
+  shape, expected = getattr(images, "shape", ()), model.spec.image_shape
   if len(shape) != 4 or shape[1:] != expected:
     got = list(shape) if shape else type(images).__name__
     raise UserError(
-      f"images: expected floats of shape [b, {expected[0]}, {expected[1]}, 3], got {got}."
+      f"images: expected floats of shape [b, {', '.join(map(str, expected))}], got {got}."
     )
   if not jnp.issubdtype(images.dtype, jnp.floating):
     raise UserError(f"images: expected floats, as preprocess makes them, got {images.dtype}.")

@@ -68,7 +68,7 @@ class Program:
   def abstract_images(self) -> jax.ShapeDtypeStruct:
     """Returns shape and dtype of a batch of any size."""
     (b,) = jax_export.symbolic_shape("b")
-    return jax.ShapeDtypeStruct((b, *self.model.spec.image_size, 3), self.input_dtype)
+    return jax.ShapeDtypeStruct((b, *self.model.spec.image_shape), self.input_dtype)
 
   def __call__(self, images: Array) -> Array:
     """Computes the outputs, f32[b c], with the weights as constants."""
@@ -124,7 +124,7 @@ def export(model: Backbone, params: Params, path: str | os.PathLike[str]) -> Non
   check(form, program)
   try:
     target.parent.mkdir(parents=True, exist_ok=True)
-    images = np.random.default_rng(0).integers(0, 256, (_IMAGES, *model.spec.image_size, 3))
+    images = np.random.default_rng(0).integers(0, 256, (_IMAGES, *model.spec.image_shape))
     entry = write(form, program, target, images.astype(np.uint8))
     about = manifest(program, plan) | {"artefacts": [entry]}
     write_json(exported.manifest_beside(target), about)
@@ -191,7 +191,7 @@ def manifest(program: Program, plan: Plan | None) -> dict[str, Any]:
     "params_m": round(cost.params / 1e6, 4),
     "input": {
       "name": "images",
-      "shape": ["b", *spec.image_size, 3],
+      "shape": ["b", *spec.image_shape],
       "axes": "image, row, column, colour (red, green, blue)",
       "dtype": program.input_dtype,
       "range": [0, 255] if program.normalize else "(pixel / 255 - mean) / std",

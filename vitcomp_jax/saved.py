@@ -4,6 +4,7 @@ import dataclasses
 import logging
 import os
 import pathlib
+from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -95,6 +96,7 @@ def read_spec(
   folder: str | os.PathLike[str],
   num_classes: int | None = None,
   image_size: int | tuple[int, int] | None = None,
+  given: Mapping[str, object] | None = None,
 ) -> ViTSpec:
   """Reads a saved model's spec.
 
@@ -102,13 +104,15 @@ def read_spec(
     folder: Folder written by `save`.
     num_classes: Outputs of the classifier, as in `load`.
     image_size: Image size in pixels, as in `load`.
+    given: Other fields of the spec, as in `load`.
 
   Raises:
     UserError: If the folder is incomplete or damaged.
   """
   values = _read_values(pathlib.Path(paths.expand(folder), SPEC))
-  spec = loading.spec_for(None, weights_of(folder), num_classes, image_size)
-  return dataclasses.replace(spec, **{name: values[name] for name in _FIELDS})
+  spec = loading.spec_for(None, weights_of(folder), num_classes, image_size, given=given)
+  kept = [name for name in _FIELDS if name not in (given or {})]
+  return dataclasses.replace(spec, **{name: values[name] for name in kept})
 
 
 def weights_of(folder: str | os.PathLike[str]) -> str:

@@ -90,7 +90,7 @@ def compiled(name: str, model: Backbone, params: Params, batch: int) -> Subject:
 
 def noise(spec: ViTSpec, batch: int) -> np.ndarray:
   """Draws normal noise as images, f32[b h w 3]; a smaller batch is a prefix of a larger one."""
-  return np.random.default_rng(0).standard_normal((batch, *spec.image_size, 3), np.float32)
+  return np.random.default_rng(0).standard_normal((batch, *spec.image_shape), np.float32)
 
 
 def take_turns(subjects: Sequence[Timed], seconds: float, rounds: int) -> None:

@@ -82,8 +82,7 @@ class ViTSpec:
   Attributes:
     name: The variant's name.
     image_size: Height and width in pixels.
-    patch_size: Side of a square patch in pixels; pixels right of and below the last whole patch
-      are cropped.
+    patch_size: Side of a square patch in pixels; what no whole patch covers is cropped.
     width: Channels of a token.
     depth: Number of layers.
     num_heads: Heads of a dense layer.
@@ -134,8 +133,7 @@ class ViTSpec:
       comparison.
     naming: Class of timm under whose parameter names weights are written: `vit`, `eva`, `eva_split`
       (with separate query, key and value) or `beit`. Ignored by comparison.
-    huggingface: The config.json of Hugging Face's transformers that the weights came with, as text;
-      empty: none. Ignored by comparison.
+    huggingface: Text of transformers' config.json beside the weights, or empty. Not compared.
     dtype: Dtype of the computation; None: that of inputs and weights.
     attention: Implementation of attention, see `ops.attention.attend`.
   """
@@ -210,6 +208,11 @@ class ViTSpec:
       crop_mode=self.crop_mode,
       exif_orientation=self.exif_orientation,
     )
+
+  @property
+  def image_shape(self) -> tuple[int, int, int]:
+    """Returns height, width and channels of an image."""
+    return *self.image_size, self.in_chans
 
   @property
   def grid(self) -> tuple[int, int]:

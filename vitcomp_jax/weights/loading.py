@@ -156,7 +156,7 @@ def load_params(
     widen: Whether weights of half precision become float32.
   """
   if weights is None:
-    model, images = build(spec, layers), jnp.zeros((1, *spec.image_size, 3))
+    model, images = build(spec, layers), jnp.zeros((1, *spec.image_shape))
     return dict(jax.jit(model.init)(jax.random.key(seed), images)["params"])
   checkpoint = open_checkpoint(_located(spec.name, weights), widen=widen)
   state, about = checkpoint.tensors, checkpoint.about
@@ -228,7 +228,7 @@ def _has_widths(state: State, layers: tuple[LayerSpec, ...]) -> bool:
 
 def abstract_params(model: Backbone) -> Params:
   """Returns the shapes of a model's parameters."""
-  images = jax.ShapeDtypeStruct((1, *model.spec.image_size, model.spec.in_chans), jnp.float32)
+  images = jax.ShapeDtypeStruct((1, *model.spec.image_shape), jnp.float32)
   return dict(jax.eval_shape(model.init, jax.random.key(0), images)["params"])
 
 

@@ -4,12 +4,12 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from vitcomp_jax.methods.vit_slim.search import Masks, per_dim
 from vitcomp_jax.models.spec import ViTSpec
 from vitcomp_jax.models.vit import ViT
+from vitcomp_jax.weights.loading import abstract_params
 
 _AUTHORS_NAMES = {
   "head_gate": ("attn", "zeta"),
@@ -62,7 +62,5 @@ def _authors_layer_params(width: int, attn: int, mlp: int) -> int:
 
 
 def _dense_params(spec: ViTSpec) -> int:
-  model = ViT(spec, spec.dense_layers)
-  images = jax.ShapeDtypeStruct((1, *spec.image_size, 3), jnp.float32)
-  shapes = jax.eval_shape(model.init, jax.random.key(0), images)["params"]
+  shapes = abstract_params(ViT(spec, spec.dense_layers))
   return sum(leaf.size for leaf in jax.tree.leaves(shapes))
