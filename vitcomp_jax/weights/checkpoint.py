@@ -21,7 +21,7 @@ from vitcomp_jax.models.variants import (
 from vitcomp_jax.weights import description, dialects, files, timm_config
 from vitcomp_jax.weights.description import Description
 from vitcomp_jax.weights.dialects import open_clip
-from vitcomp_jax.weights.dialects.described import Described
+from vitcomp_jax.weights.dialects.described import Configs, Described, described
 from vitcomp_jax.weights.dialects.shapes import fields_from_shapes, square_grid
 from vitcomp_jax.weights.tensors import State
 
@@ -57,7 +57,7 @@ class Checkpoint:
   name: str
   tensors: State
   about: Description
-  configs: Mapping[str, Mapping[str, object]]
+  configs: Configs
   described: Described
 
   @property
@@ -125,14 +125,15 @@ def describe(
       _check_agrees(checkpoint, base, {k: v for k, v in fields.items() if k not in shapes})
   table = {} if base is None else _defaults(checkpoint, base, shapes)
   sources = {"arguments": given or {}} | statements
-  known, _ = _merged(sources | {"the table": table, "tensors": shapes})
+  known = described(*sources.items(), ("the table", table), ("tensors", shapes)).fields
   patch = shapes.get("patch_size", known.get("patch_size"))
   sources["the tensors' grid"] = _square_images(checkpoint, {**known, "patch_size": patch})
   sources["its pre-training tag"] = _tagged(checkpoint)
   if base is not None and (variant is not None or not is_plain(base)):
-    fields, origins = _merged(sources)
-    free = {name: v for name, v in fields.items() if name in FREE_FIELDS or name in (given or {})}
-    return dataclasses.replace(base, **values_of(free)), origins
+    said = described(*sources.items())
+    asked = FREE_FIELDS | (given or {}).keys()
+    free = {name: value for name, value in said.fields.items() if name in asked}
+    return dataclasses.replace(base, **values_of(free)), dict(said.origins)
   # Rows of positions may be those of the prefix or of a grid that is no square.
   if base is not None:
     shapes.pop("pos_on_prefix", None)
@@ -142,10 +143,11 @@ def describe(
   sources["tensors"] = shapes
   if base is not None:
     sources[f"timm's table of {base.name}"] = table
-  fields, origins = _merged(sources)
+  said = described(*sources.items())
+  fields = dict(said.fields)
   _check_complete(checkpoint, fields, shapes)
   fields.setdefault("name", checkpoint.configs.get("config.json", {}).get("model_type", "vit"))
-  return spec_of(fields), origins
+  return spec_of(fields), dict(said.origins)
 
 
 def named_spec(name: str) -> ViTSpec:
@@ -258,16 +260,6 @@ def _defaults(checkpoint: Checkpoint, base: ViTSpec, shapes: Fields) -> dict[str
   if is_changed and not timm_config.has_arguments(checkpoint.configs):
     del fields["num_heads"]
   return fields
-
-
-def _merged(sources: Mapping[str, Fields]) -> tuple[dict[str, object], dict[str, str]]:
-  """Returns the fields, each from the first source that knows it, and that source."""
-  fields: dict[str, object] = {}
-  origins: dict[str, str] = {}
-  for origin, known in sources.items():
-    for name in known.keys() - fields.keys():
-      fields[name], origins[name] = known[name], origin
-  return fields, origins
 
 
 def _check_agrees(checkpoint: Checkpoint, spec: ViTSpec, statement: Fields) -> None:

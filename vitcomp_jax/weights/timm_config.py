@@ -4,8 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from vitcomp_jax.errors import UserError
-
-Configs = Mapping[str, Mapping[str, object]]
+from vitcomp_jax.weights.dialects.described import Configs
 
 CONFIG = "config.json"
 _POOLS = {"token": "cls", "avg": "size_mean", "map": "map"}

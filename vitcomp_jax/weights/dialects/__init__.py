@@ -1,10 +1,10 @@
 """Names of other libraries and of models' authors, converted to timm's names."""
 
 import logging
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 
 from vitcomp_jax.weights.dialects import authors, huggingface, open_clip, timm_eva
-from vitcomp_jax.weights.dialects.described import Described
+from vitcomp_jax.weights.dialects.described import Configs, Described
 from vitcomp_jax.weights.dialects.renaming import as_head
 from vitcomp_jax.weights.tensors import State
 
@@ -17,9 +17,7 @@ def recognises(names: Collection[str]) -> bool:
   return any(dialect.recognises(names) for dialect in DIALECTS)
 
 
-def translate(
-  tensors: State, configs: Mapping[str, Mapping[str, object]]
-) -> tuple[State, Described]:
+def translate(tensors: State, configs: Configs) -> tuple[State, Described]:
   """Renames tensors to timm's names, and reads what their names and configurations say.
 
   Args:
