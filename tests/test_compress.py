@@ -66,13 +66,10 @@ def _compress(weights, photos, workdir):
   return json.loads((workdir / "result.json").read_text())["rows"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ("by_class", "other"),
-  [
-    pytest.param(False, None, marks=pytest.mark.slow),
-    pytest.param(True, None, marks=pytest.mark.slow),
-    (True, "Hat"),
-  ],
+  [(False, None), (True, None), (True, "Hat")],
   ids=["photos", "classes", "other_classes"],
 )
 def test_a_checkpoint_and_a_folder(by_class, other, given, tmp_path, capsys, optax_promotion):

@@ -44,17 +44,11 @@ def _check_equal(losses: dict[str, list[float]], to: str) -> None:
     np.testing.assert_allclose(found, losses[to], rtol=0, atol=1e-5, err_msg=name)
 
 
-@pytest.mark.parametrize(
-  "layouts",
-  [
-    [("data", 1), ("fsdp", 4)],
-    pytest.param([("data", 1), ("data", 8), ("pmap", 2)], marks=pytest.mark.slow),
-  ],
-)
-def test_a_search_is_the_same_on_any_devices(layouts, tmp_path):
-  _check_equal(
-    _cases(tmp_path, {f"{m}{n}": [("search", m, n, {})] for m, n in layouts}), to="data1"
-  )
+@pytest.mark.slow
+def test_a_search_is_the_same_on_any_devices(tmp_path):
+  layouts = [("data", 1), ("data", 8), ("fsdp", 4), ("pmap", 2)]
+  cases = {f"{mode}{n}": [("search", mode, n, {})] for mode, n in layouts}
+  _check_equal(_cases(tmp_path, cases), to="data1")
 
 
 @pytest.mark.slow

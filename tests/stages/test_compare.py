@@ -90,6 +90,7 @@ def test_without_a_search_the_first_plan_is_the_reference(tmp_path):
   assert f"the references are {plan}" in (tmp_path / "run/report.md").read_text()
 
 
+@pytest.mark.slow
 def test_the_cloud_is_what_the_static_schedules_give(tmp_path):
   config = tiny_config()
   spec = get_spec(config.model.variant, num_classes=10)

@@ -228,6 +228,11 @@ def _has_widths(state: State, layers: tuple[LayerSpec, ...]) -> bool:
 
 def abstract_params(model: Backbone) -> Params:
   """Returns the shapes of a model's parameters."""
+  return jax.tree.map(lambda shape: shape, _traced_params(model))  # a copy, theirs to change
+
+
+@functools.lru_cache(maxsize=32)
+def _traced_params(model: Backbone) -> Params:
   images = jax.ShapeDtypeStruct((1, *model.spec.image_shape), jnp.float32)
   return dict(jax.eval_shape(model.init, jax.random.key(0), images)["params"])
 
