@@ -18,10 +18,10 @@ from vitcomp_jax.ops import attention
 B, H, N, D = 2, 3, 11, 8
 
 
-@pytest.fixture
-def operands():
+@pytest.fixture(params=[D, D - 5, D + 9], ids=["even", "narrow_values", "wide_values"])
+def operands(request):
   rng = np.random.default_rng(0)
-  q, k, v, grad = rng.normal(0, 1, (4, B, H, N, D))
+  q, k, v, grad = (rng.normal(0, 1, (B, H, N, d)) for d in (D, D, request.param, request.param))
   log_size = np.log(rng.integers(1, 9, (B, N)))
   keep = (rng.random((B, N)) < 0.6).astype(float)
   keep[:, 0] = 1
@@ -74,6 +74,7 @@ def test_channels_stand_for_a_bias(operands, monkeypatch):
 
   def dot_product_attention(q, k, v, scale, implementation):
     assert implementation == "cudnn" and q.shape[-1] % 8 == 0 and q.shape[1] == N
+    assert q.shape == k.shape == v.shape
     logits = scale * jnp.einsum("bqhk,bnhk->bhqn", *(x.astype("float32") for x in (q, k)))
     return jnp.einsum("bhqn,bnhk->bqhk", jax.nn.softmax(logits, axis=-1), v.astype("float32"))
 
@@ -90,8 +91,10 @@ def test_on_a_gpu_no_attention_map_is_left_outside_of_the_kernel(monkeypatch):
   monkeypatch.setattr(attention, "_on_cuda", lambda: True)
   spec = models.small_spec(dtype="bfloat16")
   reduced = dataclasses.replace(spec.dense_layers[0], reduce=PruneMerge(34, 31))
-  model = ViT(spec, (reduced, *spec.dense_layers[1:]))
-  params = models.random_params(models.small_spec())
+  cut = dataclasses.replace(reduced, head_dim=5, value_dim=9)
+  layers = (reduced, cut, *spec.dense_layers[2:])
+  model = ViT(spec, layers)
+  params = models.random_params(models.small_spec(), layers=layers)
   kernel = jax.export.DisabledSafetyCheck.custom_call("__cudnn$fmhaSoftmax")
   export = functools.partial(jax.export.export, disabled_checks=[kernel])
   shape = jax.ShapeDtypeStruct((2, *spec.image_size, 3), jnp.float32)

@@ -60,11 +60,11 @@ class Attention(nn.Module):
   parts: AttentionParts = AttentionParts()
 
   def setup(self) -> None:
-    inner, parts = self.spec.num_heads * self.spec.head_dim, self.parts
-    self.qkv = dense(3 * inner, self.dtype, parts.qkv_bias == "qkv")
+    widths, parts = self.spec.widths, self.parts
+    self.qkv = dense(2 * widths.qk + widths.value, self.dtype, parts.qkv_bias == "qkv")
     if parts.qkv_bias == "qv":
-      self.q_bias = self.param("q_bias", nn.initializers.zeros, (inner,))
-      self.v_bias = self.param("v_bias", nn.initializers.zeros, (inner,))
+      self.q_bias = self.param("q_bias", nn.initializers.zeros, (widths.qk,))
+      self.v_bias = self.param("v_bias", nn.initializers.zeros, (widths.value,))
     self.q_norm, self.k_norm = parts.qk_norm.make(), parts.qk_norm.make()
     if parts.relative_grid is not None:
       self.relative = RelativeBias(parts.relative_grid, self.spec.num_heads)
@@ -97,20 +97,20 @@ class Attention(nn.Module):
     q = q[:, :, : s.queries]
     seen = None if bias is None else bias[:, :, : s.queries]
     y = attend(q, k, v, s.qk_scale, log_size, tokens.keep, s.mask_eps, self.form, seen)
-    y = y.transpose(0, 2, 1, 3).reshape(q.shape[0], q.shape[2], s.num_heads * s.head_dim)
+    y = y.transpose(0, 2, 1, 3).reshape(q.shape[0], q.shape[2], s.widths.value)
     stats = AttentionStats(q, k, v, log_size, tokens.keep, s.qk_scale, seen, content)
     return self.proj(self.norm(y)), stats
 
   def _projected(self, x: Array, gate: Gate) -> tuple[Array, Array, Array]:
-    """Returns queries, keys and values, f[b h n k] each."""
-    b, n, _ = x.shape
+    """Returns queries and keys, f[b h n k] each, and values, f[b h n v]."""
+    (b, n, _), qk = x.shape, self.spec.widths.qk
     # Split first, so that a backward pass concatenates the three gradients without a transpose.
     # Heads are next to the batch: each product is one batched matrix product.
-    q, k, v = jnp.split(self.qkv(x), 3, axis=-1)
+    q, k, v = jnp.split(self.qkv(x), (qk, 2 * qk), axis=-1)
     if self.parts.qkv_bias == "qv":
       q = q + self.q_bias.astype(q.dtype)[None, None]
       v = v + self.v_bias.astype(v.dtype)[None, None]
-    shape = 1, b, n, self.spec.num_heads, self.spec.head_dim
+    shape = 1, b, n, self.spec.num_heads, -1
     q, k, v = (part.reshape(shape).swapaxes(2, 3) for part in (q, k, v))
     q, k = self.q_norm(q).astype(v.dtype), self.k_norm(k).astype(v.dtype)
     return gate(q)[0], gate(k)[0], gate(v)[0]

@@ -1,73 +1,16 @@
-"""A ViT as data: specs of the model and of its layers."""
+"""A ViT as data: the spec of the model, and its layers'."""
 
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import Any
 
 from vitcomp_jax.data.transforms import Preprocess
 from vitcomp_jax.errors import UserError
-from vitcomp_jax.models.gates import Gate, open_gate
 from vitcomp_jax.models.importance import IMPORTANCES
+from vitcomp_jax.models.layer_spec import LayerSpec
 from vitcomp_jax.models.layers import NO_NORM, NormSpec
 from vitcomp_jax.models.reducers import keep_all
 from vitcomp_jax.models.rotary import Rotary
-from vitcomp_jax.models.slicing import LayerIndex
-from vitcomp_jax.models.tokens import TokenReducer
-
-
-@dataclasses.dataclass(frozen=True)
-class LayerSpec:
-  """One encoder layer. Equal specs hash equal, so equal models compile once.
-
-  Attributes:
-    num_heads: Attention heads.
-    head_dim: Channels per head.
-    mlp_dim: Hidden units of the MLP.
-    qk_scale: Factor of the attention's logits; a slimmed head keeps that of the original.
-    select: Reducer before attention.
-    reduce: Reducer between attention and MLP.
-    token_gate: Factor on the normed tokens, before attention and before the MLP.
-    head_gate: Factor on queries, keys and values.
-    hidden_gate: Factor on the MLP's hidden units.
-    size_bias: Whether attention is proportional, that is weighted by the tokens' sizes.
-    mask_eps: Smoothing of the masked softmax; the authors use 1e-6.
-    layer_scale: Whether both residual branches have learnt per-channel factors.
-    pairing: Which channels of a head are rotated together: `adjacent` ones, or the same of both
-      `halves`; None: attention does not rotate.
-    rotated: Pair of the dense layer that each pair of each head is rotated as, `head * pairs +
-      pair`; None: as in the dense layer.
-    is_gated: Whether each hidden unit is the product of a value and a gate (SwiGLU).
-    queries: Number of first tokens that attend and go on, such as those that the head reads; the
-      others are only keys and values. None: all.
-    drop_path: Probability of dropping a residual branch of an image (stochastic depth).
-    index: Units of the dense layer that a slimmed one keeps; None: all. Ignored by comparison, as
-      layers that differ only here compute the same.
-  """
-
-  num_heads: int
-  head_dim: int
-  mlp_dim: int
-  qk_scale: float
-  select: TokenReducer = keep_all
-  reduce: TokenReducer = keep_all
-  token_gate: Gate = open_gate
-  head_gate: Gate = open_gate
-  hidden_gate: Gate = open_gate
-  size_bias: bool = True
-  mask_eps: float = 0.0
-  layer_scale: bool = False
-  pairing: str | None = None
-  rotated: tuple[tuple[int, ...], ...] | None = None
-  is_gated: bool = False
-  queries: int | None = None
-  drop_path: float = 0.0
-  index: LayerIndex | None = dataclasses.field(default=None, compare=False)
-
-  def sliced(self, index: LayerIndex) -> dict[str, Any]:
-    """Returns the fields of this dense layer that differ once it keeps some units only."""
-    rotated = None if self.pairing is None else index.rotated(self.head_dim, self.pairing)
-    return {**index.widths, "rotated": rotated}
 
 
 def removes_tokens(layers: Sequence[LayerSpec]) -> bool:

@@ -196,7 +196,7 @@ class AttentionStats(flax.struct.PyTreeNode):
 
   q: Array  # f[b h n k] queries
   k: Array  # f[b h n k] keys
-  v: Array  # f[b h n k] values
+  v: Array  # f[b h n v] values
   log_size: Array | None  # f[b n] added to the logits of each key
   keep: Array | None  # as in Tokens
   scale: float = flax.struct.field(pytree_node=False)  # factor of the logits

@@ -15,14 +15,14 @@ _LARGEST_WEIGHT = 1e6
 def attend(
   q: Float[Array, "b h q k"],
   k: Float[Array, "b h n k"],
-  v: Float[Array, "b h n k"],
+  v: Float[Array, "b h n v"],
   scale: float,
   log_size: Float[Array, "b n"] | None = None,
   keep: Float[Array, "b n"] | None = None,
   eps: float = 0.0,
   form: str = "auto",
   bias: Float[Array, "#b h q n"] | None = None,
-) -> Float[Array, "b h q k"]:
+) -> Float[Array, "b h q v"]:
   """Computes proportional attention: each key is weighted by the patches it stands for.
 
   With `keep`, no token is removed; a row sees the kept keys and itself, so that kept rows are as if
@@ -84,9 +84,10 @@ def _cudnn(q: Array, k: Array, v: Array, scale: float, log_size: Array | None) -
   """Computes attention by cuDNN's kernel, with sizes as two more channels of the keys.
 
   The kernel takes no bias per key. One channel holds it in half precision, the other its rounding
-  error. Channels are then padded with zeros to a multiple of 8, as the kernel requires.
+  error. Channels are then padded with zeros to a multiple of 8, as the kernel requires, as many for
+  values as for keys.
   """
-  dim = q.shape[-1]
+  dim = v.shape[-1]
   if log_size is not None:
     bias = log_size / scale
     high = bias.astype(k.dtype)
@@ -94,7 +95,7 @@ def _cudnn(q: Array, k: Array, v: Array, scale: float, log_size: Array | None) -
     channels = jnp.stack([high, low], axis=-1)[:, None]
     k = jnp.concatenate([k, jnp.broadcast_to(channels, (*k.shape[:3], 2))], axis=-1)
     q = jnp.concatenate([q, jnp.ones((*q.shape[:3], 2), q.dtype)], axis=-1)
-  full = -(-q.shape[-1] // 8) * 8
+  full = -(-max(q.shape[-1], dim) // 8) * 8
   q, k, v = (
     jnp.pad(x, ((0, 0),) * 3 + ((0, full - x.shape[-1]),)).swapaxes(1, 2) for x in (q, k, v)
   )

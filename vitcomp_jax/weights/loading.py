@@ -221,7 +221,7 @@ def _has_widths(state: State, layers: tuple[LayerSpec, ...]) -> bool:
   """Returns whether weights with timm's names are those of slimmed layers."""
   expected = {}
   for i, layer in enumerate(layers):
-    expected[f"blocks.{i}.attn.qkv.weight"] = 3 * layer.num_heads * layer.head_dim
+    expected[f"blocks.{i}.attn.qkv.weight"] = 2 * layer.widths.qk + layer.widths.value
     expected[f"blocks.{i}.mlp.fc1.weight"] = layer.mlp_dim
   return all(name in state and state[name].shape[0] == rows for name, rows in expected.items())
 

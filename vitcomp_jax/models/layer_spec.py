@@ -1,0 +1,96 @@
+"""One encoder layer as data."""
+
+import dataclasses
+import itertools
+from typing import Any, NamedTuple
+
+from vitcomp_jax.models.gates import Gate, open_gate
+from vitcomp_jax.models.reducers import keep_all
+from vitcomp_jax.models.slicing import LayerIndex
+from vitcomp_jax.models.tokens import TokenReducer
+
+
+class Widths(NamedTuple):
+  """The widths of a layer over all heads: whole numbers, or what a search learns.
+
+  Attributes:
+    qk: Channels of the queries; the keys have as many.
+    value: Channels of the values.
+    hidden: Hidden units of the MLP.
+  """
+
+  qk: Any
+  value: Any
+  hidden: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerSpec:
+  """One encoder layer. Equal specs hash equal, so equal models compile once.
+
+  Attributes:
+    num_heads: Attention heads.
+    head_dim: Channels of each head's queries and keys.
+    mlp_dim: Hidden units of the MLP.
+    qk_scale: Factor of the attention's logits; a slimmed head keeps that of the original.
+    value_dim: Channels of each head's values; None, also once it is given as `head_dim`: as many.
+    select: Reducer before attention.
+    reduce: Reducer between attention and MLP.
+    token_gate: Factor on the normed tokens, before attention and before the MLP.
+    head_gate: Factor on queries, keys and values.
+    hidden_gate: Factor on the MLP's hidden units.
+    size_bias: Whether attention is proportional, that is weighted by the tokens' sizes.
+    mask_eps: Smoothing of the masked softmax; the authors use 1e-6.
+    layer_scale: Whether both residual branches have learnt per-channel factors.
+    pairing: Which channels of a head are rotated together: `adjacent` ones, or the same of both
+      `halves`; None: attention does not rotate.
+    rotated: Pair of the dense layer that each pair of each head is rotated as, `head * pairs +
+      pair`; None: as in the dense layer.
+    is_gated: Whether each hidden unit is the product of a value and a gate (SwiGLU).
+    queries: Number of first tokens that attend and go on, such as those that the head reads; the
+      others are only keys and values. None: all.
+    drop_path: Probability of dropping a residual branch of an image (stochastic depth).
+    index: Units of the dense layer that a slimmed one keeps; None: all. Ignored by comparison, as
+      layers that differ only here compute the same.
+  """
+
+  num_heads: int
+  head_dim: int
+  mlp_dim: int
+  qk_scale: float
+  value_dim: int | None = None
+  select: TokenReducer = keep_all
+  reduce: TokenReducer = keep_all
+  token_gate: Gate = open_gate
+  head_gate: Gate = open_gate
+  hidden_gate: Gate = open_gate
+  size_bias: bool = True
+  mask_eps: float = 0.0
+  layer_scale: bool = False
+  pairing: str | None = None
+  rotated: tuple[tuple[int, ...], ...] | None = None
+  is_gated: bool = False
+  queries: int | None = None
+  drop_path: float = 0.0
+  index: LayerIndex | None = dataclasses.field(default=None, compare=False)
+
+  def __post_init__(self) -> None:
+    if self.value_dim == self.head_dim:  # or equal layers would differ
+      object.__setattr__(self, "value_dim", None)
+
+  @property
+  def widths(self) -> Widths:
+    """Returns the widths over all heads."""
+    value_dim = self.head_dim if self.value_dim is None else self.value_dim
+    return Widths(self.num_heads * self.head_dim, self.num_heads * value_dim, self.mlp_dim)
+
+  @property
+  def is_reordered(self) -> bool:
+    """Returns whether pairs of channels have another order than in the dense layer."""
+    pairs = list(itertools.chain(*self.rotated or ()))
+    return pairs != sorted(pairs)
+
+  def sliced(self, index: LayerIndex) -> dict[str, Any]:
+    """Returns the fields of this dense layer that differ once it keeps some units only."""
+    rotated = None if self.pairing is None else index.rotated(self.head_dim, self.pairing)
+    return {**index.widths, "rotated": rotated}
