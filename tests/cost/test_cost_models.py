@@ -48,6 +48,12 @@ def test_a_table_is_linear_between_its_counts():
   np.testing.assert_allclose(found, expected, rtol=1e-6)
 
 
+def test_a_table_knows_no_widths():
+  counts, widths = [(197, 150)], [SPEC.dense_layers[0].widths]
+  with pytest.raises(UserError, match="latency: expected a search of tokens, got one of widths"):
+    TABLE.count(SPEC, (), counts, widths)
+
+
 def test_gradients_pass_the_rounded_counts():
   options = candidates(196, 1)
   logits = jax.random.normal(jax.random.key(0), options.shape)

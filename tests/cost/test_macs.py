@@ -10,6 +10,7 @@ from jax.extend import core as jax_core
 
 from tools import timm_table
 from vitcomp_jax.cost import macs
+from vitcomp_jax.cost.cost_models import MACS
 from vitcomp_jax.methods.diffrate import PruneMerge
 from vitcomp_jax.models.variants import get_spec
 from vitcomp_jax.models.vit import ViT
@@ -83,6 +84,36 @@ def test_reduced_is_the_products_of_the_traced_model(variant):
     merging += joining * ((merged - 1) * spec.width + merged * spec.width + merged)
   expected = traced(spec, layers) + embed(spec) - merging
   assert macs.static_macs(spec, layers) == expected
+
+
+@pytest.mark.parametrize("variant", ["deit_tiny_patch16_224", "eva02_tiny_patch14_224"])
+def test_other_widths_are_the_products_of_the_traced_model(variant):
+  spec = small_spec(variant, width=48, depth=2)
+  rotated = ((1, 0), (4, 6), (9, 8)) if spec.rotary else None
+  cut = dict(head_dim=4, value_dim=7, mlp_dim=50, rotated=rotated)
+  layers = (dataclasses.replace(spec.dense_layers[0], **cut), spec.dense_layers[1])
+  assert macs.static_macs(spec, layers) == traced(spec, layers) + embed(spec)
+
+
+def test_widths_of_a_search_are_traced():
+  spec = small_spec("deit_tiny_patch16_224")
+  layers = tuple(
+    dataclasses.replace(layer, head_dim=8 - i, value_dim=8 - 2 * i, mlp_dim=96 - 9 * i)
+    for i, layer in enumerate(spec.dense_layers)
+  )
+  counts = [(17, 15), (15, 11), (11, 11), (9, 6)]
+  asked = [layer.widths for layer in layers]
+  assert macs.macs(spec, spec.dense_layers, counts, asked) == macs.macs(spec, layers, counts)
+
+  @jax.jit
+  def spent(counts, widths):
+    return MACS.count(spec, spec.dense_layers, counts, widths)
+
+  floats = jax.tree.map(jnp.float32, (counts, asked))
+  assert float(spent(*floats)) == pytest.approx(macs.macs(spec, layers, counts), rel=1e-6)
+  gradient = jax.grad(spent, argnums=1)(*floats)[2]
+  inner = 11 * 2 * spec.width + 11 * 11
+  assert tuple(map(float, gradient)) == (inner, inner, 11 * 2 * spec.width)
 
 
 def learnt_angles(spec):

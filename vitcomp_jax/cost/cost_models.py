@@ -1,7 +1,8 @@
 """Costs that a budget limits: multiply-accumulates, or latency on one device.
 
-A cost is a function of the token counts at attention and at the MLP of each layer. The counts are
-ints for a plan, and traced with straight-through gradients for the budget term of a search.
+A cost is a function of the token counts at attention and at the MLP of each layer, and of the
+layers' widths. These are ints for a plan, and traced with straight-through gradients for the budget
+term of a search.
 """
 
 import abc
@@ -19,6 +20,7 @@ import numpy as np
 
 from vitcomp_jax.cost import macs
 from vitcomp_jax.errors import UserError
+from vitcomp_jax.models.layer_spec import Widths
 from vitcomp_jax.models.spec import LayerSpec, ViTSpec
 
 
@@ -37,7 +39,11 @@ class CostModel(abc.ABC):
 
   @abc.abstractmethod
   def count(
-    self, spec: ViTSpec, layers: Sequence[LayerSpec], counts: Sequence[tuple[Any, Any]]
+    self,
+    spec: ViTSpec,
+    layers: Sequence[LayerSpec],
+    counts: Sequence[tuple[Any, Any]],
+    widths: Sequence[Widths] | None = None,
   ) -> Any:
     """Computes the cost of a forward pass.
 
@@ -45,9 +51,13 @@ class CostModel(abc.ABC):
       spec: Spec of the model.
       layers: Layers of the model.
       counts: Tokens at attention and at the MLP of each layer, ints or traced scalars.
+      widths: Widths of each layer, numbers or traced scalars; None: those of their specs.
 
     Returns:
       The cost in `unit`, times `scale`; a number or a traced scalar.
+
+    Raises:
+      UserError: If the cost does not depend on widths, and some are given.
     """
 
   def static(self, spec: ViTSpec, layers: Sequence[LayerSpec]) -> float:
@@ -61,9 +71,13 @@ class Macs(CostModel):
   key, unit, scale = "gmacs", "GMACs", 1e9
 
   def count(
-    self, spec: ViTSpec, layers: Sequence[LayerSpec], counts: Sequence[tuple[Any, Any]]
+    self,
+    spec: ViTSpec,
+    layers: Sequence[LayerSpec],
+    counts: Sequence[tuple[Any, Any]],
+    widths: Sequence[Widths] | None = None,
   ) -> Any:
-    return macs.macs(spec, layers, counts)
+    return macs.macs(spec, layers, counts, widths)
 
 
 MACS = Macs()
@@ -97,9 +111,18 @@ class Latency(CostModel):
   about: Mapping[str, Any] = dataclasses.field(default_factory=dict, hash=False)
 
   def count(
-    self, spec: ViTSpec, layers: Sequence[LayerSpec], counts: Sequence[tuple[Any, Any]]
+    self,
+    spec: ViTSpec,
+    layers: Sequence[LayerSpec],
+    counts: Sequence[tuple[Any, Any]],
+    widths: Sequence[Widths] | None = None,
   ) -> Any:
     del spec, layers
+    if widths is not None:
+      raise UserError(
+        "latency: expected a search of tokens, got one of widths, of which a table says nothing; "
+        "give a budget in MACs."
+      )
     total: Any = self.fixed_ms
     for at_attention, at_mlp in counts:
       xp = jnp if isinstance(at_mlp, jax.Array) else np
