@@ -311,10 +311,16 @@ def test_a_count_out_of_range():
 @pytest.mark.parametrize(
   ("layer", "message"),
   [
-    ({"num_heads": 4, "head_dim": 16}, "expected num_heads 2, got 4; slimmed layers need"),
-    ({"num_heads": 1}, "expected num_heads 2, got 1; slimmed layers need attn_index and mlp_index"),
-    ({"head_dim": 16}, "expected head_dim 32, got 16; slimmed layers need"),
-    ({"mlp_dim": 128}, "expected mlp_dim 256, got 128; slimmed layers need"),
+    ({"num_heads": 4, "head_dim": 16}, "num_heads 2, got 4; attn_index and mlp_index say which"),
+    ({"num_heads": 1}, "expected num_heads 2, got 1; attn_index and mlp_index say which heads"),
+    ({"head_dim": 33}, "expected head_dim from 1 to 32, got 33"),
+    ({"head_dim": 8, "value_dim": 40}, "expected value_dim from 1 to 32, got 40"),
+    ({"mlp_dim": 257}, "expected mlp_dim from 1 to 256, got 257"),
+    ({"mlp_dim": 0}, "expected a whole number from 1 to .* for mlp_dim, got 0"),
+    ({"value_dim": 8.0}, "expected a whole number from 1 to .* for value_dim, got 8.0"),
+    ({"head_dim": "8"}, "expected a whole number from 1 to .* for head_dim, got '8'"),
+    ({"rotated": [[0, 1], [16, 17]]}, "expected rotated to hold nothing, got"),
+    ({"rotated": [[0, 1.0]]}, "expected rotated to be a list of lists of whole numbers, got"),
     ({"attn_index": [[0, 1]]}, "expected mlp_index to hold places below 256, .*, got nothing"),
     ({"mlp_index": [0]}, "expected attn_index to be a list of equally long lists, got nothing"),
     ({"attn_index": [[0, 1], [2]], "mlp_index": [0]}, "a list of equally long lists, got"),
@@ -325,6 +331,11 @@ def test_a_count_out_of_range():
     ({"attn_index": [[0, 1]], "mlp_index": [-1]}, "mlp_index to hold places below 256, each once"),
     ({"attn_index": [[0, True]], "mlp_index": [0]}, "attn_index to hold places below 64"),
     ({"attn_index": [[0, 1]], "mlp_index": [0], "head_dim": 3}, "expected head_dim 2, got 3"),
+    ({"attn_index": [[0, 1]], "mlp_index": [0], "value_dim": 3}, "expected value_dim 2, got 3"),
+    (
+      {"attn_index": [[0, 1]], "mlp_index": [0], "rotated": [[0]]},
+      "expected indices, or widths of their own, got both",
+    ),
     (
       {"select": {"type": "keep_positions", "positions": [0, 5, 3]}},
       "expected ascending positions",

@@ -20,7 +20,7 @@ from vitcomp_jax.errors import UserError
 from vitcomp_jax.models.backbone import Backbone
 from vitcomp_jax.models.build import build
 from vitcomp_jax.models.slicing import slice_params
-from vitcomp_jax.models.spec import ViTSpec
+from vitcomp_jax.models.spec import LayerSpec, ViTSpec
 from vitcomp_jax.models.variants import VARIANTS, get_spec
 from vitcomp_jax.plans import Plan, load_plan
 from vitcomp_jax.weights import formats, loading
@@ -134,10 +134,11 @@ def compress(model: Backbone, params: Params, plan: Plan | Path) -> tuple[Backbo
     plan: A plan, a published plan's name or the path of a plan.json.
 
   Returns:
-    The compressed model and its parameters, sliced if the plan has widths.
+    The compressed model and its parameters: for a dense model the plan's own, if it has some, or
+    slices of the model's, if the plan has indices.
 
   Raises:
-    UserError: If the plan is for another model, or needs weights that have to be trained.
+    UserError: If the plan is for another model, or needs weights that neither it nor the model has.
 
   Examples:
     >>> import vitcomp_jax as vc
@@ -149,17 +150,30 @@ def compress(model: Backbone, params: Params, plan: Plan | Path) -> tuple[Backbo
   plan = load_plan(plan) if isinstance(plan, str | os.PathLike) else plan
   if not isinstance(plan, Plan):
     raise UserError(f"compress: expected a plan, its name or path, got {plan!r}.")
-  kept = tuple(layer.index for layer in model.layers if layer.index)
-  if plan.indices and not kept:
+  layers = plan.layers_for(model.spec)
+  is_dense = _units(model.layers) == _units(model.spec.dense_layers)
+  if is_dense and plan.params is not None:
+    params = dict(plan.params)
+  elif is_dense and plan.indices:
     params = slice_params(params, plan.indices)
-  elif kept != (plan.indices or ()):
+  elif _units(model.layers) != _units(layers):
+    if not is_dense:
+      raise UserError(
+        f"compress: expected a plan that keeps what the slimmed {model.spec.name} has, got "
+        "another; give the dense model and its parameters."
+      )
     raise UserError(
-      f"compress: expected a plan that keeps what the slimmed {model.spec.name} has, got another; "
-      "give the dense model and its parameters."
+      "compress: expected a plan with the weights of its slimmed network, got one read without "
+      "them; load both by vc.load(weights, plan=plan)."
     )
-  small = build(model.spec, plan.layers_for(model.spec))
+  small = build(model.spec, layers)
   check_params(small, params)
   return small, jax.tree.map(jnp.asarray, params)
+
+
+def _units(layers: Sequence[LayerSpec]) -> list[tuple[object, ...]]:
+  """Returns what tells whose weights fit: each layer's units of the dense layer, or its widths."""
+  return [(layer.index, layer.widths, layer.rotated) for layer in layers]
 
 
 def apply(

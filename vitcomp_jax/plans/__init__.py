@@ -1,8 +1,9 @@
 """Plans: the tokens and units that each layer keeps, as JSON and as layer specs."""
 
 from vitcomp_jax.plans.files import list_plans, load_plan, save_plan
+from vitcomp_jax.plans.layer import PlanLayer
 from vitcomp_jax.plans.parsing import parse_plan
-from vitcomp_jax.plans.plan import PassedPlan, Plan, PlanLayer, make_plan, plan_of
+from vitcomp_jax.plans.plan import PassedPlan, Plan, make_plan, plan_of
 
 __all__ = [
   "PassedPlan",

@@ -13,8 +13,9 @@ from vitcomp_jax.atomic import write_json
 from vitcomp_jax.errors import UserError
 from vitcomp_jax.methods.registry import reducer_types
 from vitcomp_jax.models.variants import get_spec
+from vitcomp_jax.plans.layer import PlanLayer
 from vitcomp_jax.plans.parsing import parse_plan
-from vitcomp_jax.plans.plan import Plan, PlanLayer
+from vitcomp_jax.plans.plan import Plan
 
 
 def list_plans() -> list[str]:

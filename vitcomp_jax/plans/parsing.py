@@ -8,11 +8,13 @@ from typing import Any
 from vitcomp_jax.cost import macs
 from vitcomp_jax.errors import UserError
 from vitcomp_jax.methods.registry import reducer_types
+from vitcomp_jax.models.layer_spec import Widths
 from vitcomp_jax.models.reducers import LARGEST, StaticReducer
 from vitcomp_jax.models.slicing import LayerIndex
 from vitcomp_jax.models.spec import LayerSpec, ViTSpec
 from vitcomp_jax.models.variants import get_spec, spec_of
-from vitcomp_jax.plans.plan import FORMAT, VERSION, WIDTHS, Plan, PlanLayer, check_counts
+from vitcomp_jax.plans.layer import WIDTHS, PlanLayer, check_counts
+from vitcomp_jax.plans.plan import FORMAT, VERSION, Plan
 
 _TOP_KEYS = (
   "format",
@@ -25,7 +27,8 @@ _TOP_KEYS = (
   "layers",
 )
 _INDICES = ("attn_index", "mlp_index")
-_KEYS = (*WIDTHS, *_INDICES, "select", "reduce", "size_bias", "prune_keep", "merge_keep")
+_OPTIONS = ("select", "reduce", "size_bias", "prune_keep", "merge_keep")
+_KEYS = (*WIDTHS, "rotated", *_INDICES, *_OPTIONS)
 # Relative difference of a file's GMACs from the counted ones, which another head may cause.
 _GMACS_TOLERANCE = 0.01
 
@@ -135,15 +138,40 @@ def _parse_layer(values: Any, base: LayerSpec, where: str) -> PlanLayer:
     )
   reduce = {"type": "prune_merge", **counts} if counts else values.get("reduce", nothing)
   reduce = _parse_reducer(reduce, where if counts else f"{where}: reduce")
-  layer = PlanLayer(_parse_index(values, base, where), select, reduce, size_bias)
-  for name in WIDTHS:
-    expected = getattr(layer.apply_to(base), name)
-    if name in values and _count(values, name, where) != expected:
+  index, rotated = _parse_index(values, base, where), _parse_rotated(values, where)
+  asked = {name: _count(values, name, where) for name in WIDTHS if name in values}
+  heads, dims = base.num_heads, asked.get("head_dim", base.head_dim)
+  hidden = asked.get("mlp_dim", base.mlp_dim)
+  widths = Widths(heads * dims, heads * asked.get("value_dim", dims), hidden)
+  own = None if index or widths == base.widths else widths
+  layer = PlanLayer(index, select, reduce, size_bias, own, rotated)
+  layer.check_widths(base, where)
+  made = layer.apply_to(base)
+  for name, value in asked.items():
+    expected = getattr(made, name) or made.head_dim  # values are as wide unless `value_dim` is set
+    if value != expected:
       raise UserError(
-        f"{where}: expected {name} {expected}, got {values[name]}; slimmed layers need "
-        f"{' and '.join(_INDICES)}."
+        f"{where}: expected {name} {expected}, got {value}; {' and '.join(_INDICES)} say which "
+        "heads and units are kept."
       )
   return layer
+
+
+def _parse_rotated(values: Mapping[str, Any], where: str) -> tuple[tuple[int, ...], ...] | None:
+  """Returns the rotated pairs of each head, see `PlanLayer`; None if they are the dense layer's."""
+  if "rotated" not in values:
+    return None
+  heads = values["rotated"]
+  if not (isinstance(heads, list) and heads and all(map(_are_whole, heads))):
+    raise UserError(
+      f"{where}: expected rotated to be a list of lists of whole numbers, got "
+      f"{_shown(values, 'rotated')}."
+    )
+  return tuple(map(tuple, heads))
+
+
+def _are_whole(values: Any) -> bool:
+  return isinstance(values, list) and all(type(value) is int for value in values)
 
 
 def _parse_index(values: Mapping[str, Any], base: LayerSpec, where: str) -> LayerIndex | None:

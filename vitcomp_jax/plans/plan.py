@@ -1,21 +1,19 @@
 """Plans: the tokens and units that each layer keeps."""
 
 import dataclasses
-import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from vitcomp_jax.cost import macs
 from vitcomp_jax.errors import UserError
 from vitcomp_jax.models.backbone import Backbone
-from vitcomp_jax.models.gates import HardMask
 from vitcomp_jax.models.reducers import KeepAll, StaticReducer
 from vitcomp_jax.models.slicing import LayerIndex
 from vitcomp_jax.models.spec import LayerSpec, ViTSpec
 from vitcomp_jax.models.variants import VARIANTS, get_spec, is_variant, model_fields_of
+from vitcomp_jax.plans.layer import PlanLayer, check_counts
 
 FORMAT, VERSION = "vitcomp-plan", 1
-WIDTHS = ("num_heads", "head_dim", "mlp_dim")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +28,8 @@ class Plan:
     made_by: Origin of the plan, such as method and steps, as JSON.
     history: Plans that the search passed through; empty if not kept, as in a file.
     architecture: Spec of the dense model, where the variant's name does not tell it; or None.
+    params: Weights of the compressed network, where a search made new ones; None: those of the
+      dense model, or slices of them. A plan.json does not hold them; `save` writes them beside it.
 
   Examples:
     >>> import vitcomp_jax as vc
@@ -40,11 +40,12 @@ class Plan:
 
   variant: str
   num_tokens: int
-  layers: tuple["PlanLayer", ...]
+  layers: tuple[PlanLayer, ...]
   gmacs: float
   made_by: Mapping[str, Any] = dataclasses.field(default_factory=dict, hash=False)
   history: tuple["PassedPlan", ...] = dataclasses.field(default=(), compare=False, repr=False)
   architecture: ViTSpec | None = dataclasses.field(default=None, compare=False, repr=False)
+  params: Mapping[str, Any] | None = dataclasses.field(default=None, compare=False, repr=False)
 
   @property
   def dense_spec(self) -> ViTSpec:
@@ -61,7 +62,8 @@ class Plan:
     """Returns the layer specs of a model under this plan.
 
     Raises:
-      UserError: If the plan is for another depth, width or token count.
+      UserError: If the plan is for another depth, width or token count, or a layer has widths that
+        no layer of the model can be cut to.
 
     Examples:
       >>> import vitcomp_jax as vc
@@ -88,6 +90,7 @@ class Plan:
         spec.check_plain(f"plan: layer {i}: select")
       if hasattr(layer.reduce, "importance"):
         spec.importance(layer.reduce.importance, f"plan: layer {i}: importance")
+      layer.check_widths(spec.dense_layers[i], f"plan: layer {i}")
     pairs = zip(spec.dense_layers, self.layers, strict=True)
     return tuple(layer.apply_to(base) for base, layer in pairs)
 
@@ -95,6 +98,9 @@ class Plan:
     """Returns layers of the dense model that mask the units cut by the plan.
 
     A masked patch still has a key and a value, the biases, as in the code of ViT-Slim's authors.
+
+    Raises:
+      UserError: If the plan has widths without indices: it cuts no units of the dense layers.
 
     Examples:
       >>> import vitcomp_jax as vc
@@ -105,8 +111,24 @@ class Plan:
       >>> plan.masked_layers_for(spec)[0].token_gate.kept
       (0, 1, 2)
     """
+    if self.has_own_widths:
+      raise UserError(
+        "plan: expected indices of units to mask in the dense model, got widths with weights of "
+        "their own; use the slimmed model."
+      )
     pairs = zip(spec.dense_layers, self.layers, strict=True)
     return tuple(layer.mask(spec, base) for base, layer in pairs)
+
+  @property
+  def has_own_widths(self) -> bool:
+    """Returns whether layers have widths without indices, so that dense weights do not fit.
+
+    Examples:
+      >>> import vitcomp_jax as vc
+      >>> vc.load_plan("diffrate/deit_small@2.9").has_own_widths
+      False
+    """
+    return any(layer.widths or layer.rotated for layer in self.layers)
 
   @property
   def indices(self) -> tuple[LayerIndex, ...] | None:
@@ -128,7 +150,8 @@ class Plan:
       >>> vc.load_plan("diffrate/deit_small@2.9").to_json()["layers"][2]["reduce"]
       {'type': 'prune_merge', 'prune_keep': 190, 'merge_keep': 176}
     """
-    known = self.architecture or VARIANTS.get(self.variant)
+    known = self.dense_spec if self.has_own_widths else self.architecture
+    known = known or VARIANTS.get(self.variant)
     bases = known.dense_layers if known else (None,) * len(self.layers)
     dense = {"architecture": model_fields_of(self.architecture)} if self.architecture else {}
     return {
@@ -158,54 +181,12 @@ class PassedPlan:
   plan: Plan
 
 
-@dataclasses.dataclass(frozen=True)
-class PlanLayer:
-  """One layer of a plan.
-
-  Attributes:
-    index: Kept units of the dense layer; None: all.
-    select: Reducer before attention.
-    reduce: Reducer between attention and MLP.
-    size_bias: Whether attention weights tokens by size.
-  """
-
-  index: LayerIndex | None = None
-  select: StaticReducer = KeepAll()
-  reduce: StaticReducer = KeepAll()
-  size_bias: bool = True
-
-  def apply_to(self, base: LayerSpec) -> LayerSpec:
-    """Returns a dense layer's spec with this layer's widths and reducers."""
-    changes: dict[str, Any] = base.sliced(self.index) if self.index else {}
-    changes |= {name: getattr(self, name) for name in ("index", "select", "reduce", "size_bias")}
-    return dataclasses.replace(base, **changes)
-
-  def mask(self, spec: ViTSpec, base: LayerSpec) -> LayerSpec:
-    """Returns the dense layer with hard masks on units that are not kept."""
-    gates: dict[str, Any] = {}
-    if self.index:
-      heads = (1, 1, base.num_heads, 1, base.head_dim)
-      kept = tuple(unit for unit in itertools.chain(*self.index.attn) if unit >= 0)
-      gates["head_gate"] = HardMask(heads, kept)
-      kept = tuple(unit for unit in self.index.mlp if unit >= 0)
-      gates["hidden_gate"] = HardMask((1, 1, base.mlp_dim), kept)
-    gates["token_gate"] = self.select.token_gate(spec.num_tokens)
-    return dataclasses.replace(base, **gates)
-
-  def to_json(self, base: LayerSpec | None) -> dict[str, Any]:
-    """Returns the layer's JSON, with its widths if the dense layer is known."""
-    widths = {name: getattr(self.apply_to(base), name) for name in WIDTHS} if base else {}
-    indices = {"attn_index": self.index.attn, "mlp_index": self.index.mlp} if self.index else {}
-    reductions = {"select": self.select.to_json(), "reduce": self.reduce.to_json()}
-    plain = {} if self.size_bias else {"size_bias": False}
-    return {**widths, **indices, **reductions, **plain}
-
-
 def make_plan(
   spec: ViTSpec,
   layers: Sequence[LayerSpec],
   made_by: Mapping[str, Any],
   indices: Sequence[LayerIndex | None] | None = None,
+  params: Mapping[str, Any] | None = None,
 ) -> Plan:
   """Makes the plan of a model whose layers are static.
 
@@ -214,9 +195,11 @@ def make_plan(
     layers: Layers of the model.
     made_by: Origin of the layers, as JSON.
     indices: Units of the dense layers that slimmed ones keep; None: those in the layers.
+    params: Weights of the model, where they are no slices of the dense one's; None: not kept.
 
   Raises:
-    UserError: If a layer still searches, or is trained to select tokens.
+    UserError: If a layer still searches, is trained to select tokens, or has fewer heads without
+      indices.
 
   Examples:
     >>> import vitcomp_jax as vc
@@ -235,12 +218,27 @@ def make_plan(
         f"layer {i}: expected deployed reducers, got ones that still learn "
         f"({type(select).__name__}, {type(reduce).__name__}); deploy them first."
       )
-    index = indices[i] if indices else layer.index
-    plan_layers.append(PlanLayer(index, select, reduce, layer.size_bias))
+    index, dense = indices[i] if indices else layer.index, spec.dense_layers[i]
+    made = PlanLayer(index, select, reduce, layer.size_bias)
+    if index is None:
+      if layer.num_heads != dense.num_heads:
+        raise UserError(
+          f"layer {i}: expected {dense.num_heads} heads, got {layer.num_heads} without the indices "
+          "of the units that they keep."
+        )
+      own = None if layer.widths == dense.widths else layer.widths
+      made = dataclasses.replace(made, widths=own, rotated=layer.rotated)
+    plan_layers.append(made)
   gmacs = macs.static_macs(spec, tuple(layers)) / 1e9
   architecture = None if is_variant(spec) else spec
   return Plan(
-    spec.name, spec.num_tokens, tuple(plan_layers), gmacs, made_by, architecture=architecture
+    spec.name,
+    spec.num_tokens,
+    tuple(plan_layers),
+    gmacs,
+    made_by,
+    architecture=architecture,
+    params=params,
   )
 
 
@@ -262,19 +260,3 @@ def plan_of(model: Backbone) -> Plan | None:
       "says; build it with the layers of a plan."
     )
   return plan
-
-
-def check_counts(layers: Sequence[PlanLayer], spec: ViTSpec, where: str) -> None:
-  """Refuses invalid token counts.
-
-  Counts may rise between layers, as in some published plans; a count above the tokens left has no
-  effect.
-  """
-  n = 0
-  for index, layer in enumerate(layers):
-    n = spec.starts.get(index, n)
-    at = f"{where}: layer {index}"
-    layer.select.check(n, spec.num_prefix, spec.num_tokens, at)
-    n = layer.select.count(n)
-    layer.reduce.check(n, spec.num_prefix, spec.num_tokens, at)
-    n = layer.reduce.count(n)

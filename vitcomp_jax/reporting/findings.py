@@ -99,7 +99,7 @@ def plan_blocks(plan: Plan | None, counts: Counts, search: SearchResult | None) 
   text = ""
   if plan is not None:
     text = f"For `{plan.variant}` with {plan.num_tokens} tokens: {number(plan.gmacs)} GMACs."
-    columns |= _width_columns(plan.layers)
+    columns |= _own_width_columns(plan) if plan.has_own_widths else _width_columns(plan.layers)
   if search is not None or not columns or _removes(plan):
     text += " Tokens after pruning and after merging in each layer, prefix included."
     columns |= _token_columns(plan.num_tokens if plan else None, counts, search)
@@ -126,6 +126,14 @@ def _width_columns(layers: Sequence[PlanLayer]) -> dict[str, list[str]]:
   if any(kept):
     columns["tokens kept"] = ["all" if k is None else str(len(k)) for k in kept]
   return columns
+
+
+def _own_width_columns(plan: Plan) -> dict[str, list[str]]:
+  """Tabulates the widths of layers whose weights are no slices of the dense ones."""
+  pairs = zip(plan.dense_spec.dense_layers, plan.layers, strict=True)
+  qk, value, hidden = zip(*(layer.apply_to(base).widths for base, layer in pairs), strict=True)
+  columns = {"query dimensions": qk, "value dimensions": value, "hidden units": hidden}
+  return {name: list(map(str, widths)) for name, widths in columns.items()}
 
 
 def _token_columns(

@@ -37,7 +37,8 @@ def check(run: Run) -> None:
 def _check_dense(run: Run) -> None:
   """Refuses a row for the dense model if the weights are a slimmed one's."""
   plan = run.artefacts.plan
-  if plan and plan.indices and run.config.evaluate.dense:
+  is_slimmed = plan is not None and (plan.indices or plan.has_own_widths)
+  if is_slimmed and run.config.evaluate.dense:
     try:
       run.artefacts.check_dense_weights()
     except UserError as error:
