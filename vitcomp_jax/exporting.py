@@ -244,8 +244,7 @@ def _write_onnx(program: Program, path: pathlib.Path) -> dict[str, Any]:
 
 
 def _for_timm(model: Backbone, params: Params) -> tuple[Params, str]:
-  indices = [layer.index for layer in model.layers if layer.index]
-  return timm_slimmed.for_timm(model.spec, model.layers, indices, params)
+  return timm_slimmed.for_timm(model.spec, model.layers, params)
 
 
 def _write_timm(program: Program, path: pathlib.Path) -> dict[str, Any]:

@@ -282,7 +282,7 @@ def test_slimmed_equally_and_other_classes():
   ("name", "pattern", "change", "changes", "message"),
   [
     ("vit", r"blocks\.1\.mlp\.fc2\.weight", lambda a: a[:, :20], {}, "in each MLP .*, of 20, 24"),
-    ("vit", r"blocks\.\d\.attn\.qkv\.weight", lambda a: a[:24], {}, "share the width 16 .* 8 ch"),
+    ("vit", r"blocks\.\d\.attn\.qkv\.weight", lambda a: a[:24], {}, "the width 16 .* of 24 ch"),
     ("dinov2", r"blocks\.\d\.mlp\.fc2\.weight", lambda a: a[:, :20], {}, "a whole mlp_ratio .*20"),
     ("siglip", r"blocks\.\d\.mlp\.fc2\.weight", lambda a: a[:, :20], {}, "of 20, 24"),
     ("clip_projection", r"head\.bias", lambda a: a + 1, {}, "a projection without a bias"),

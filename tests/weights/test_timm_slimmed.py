@@ -11,6 +11,7 @@ without a missing or an unexpected tensor:
                       mlp_ratio=1.25, attn_layer=Narrow)
 """
 
+import dataclasses
 import pathlib
 
 import jax
@@ -39,7 +40,7 @@ def test_timm_gives_the_same_logits():
   logits = forward(spec, layers, {"params": params}, ARRAYS["images"]).logits
   np.testing.assert_allclose(logits, ARRAYS["logits"], rtol=0, atol=2e-5)
 
-  assert timm_slimmed.arguments(INDICES, spec.width) == {
+  assert timm_slimmed.arguments(layers, spec.width) == {
     "num_heads": 3,
     "mlp_ratio": 1.25,
     "attn_head_dim": 5,
@@ -49,11 +50,15 @@ def test_timm_gives_the_same_logits():
 
 
 def test_other_widths_are_not_for_timm():
-  narrow = LayerIndex(INDICES[1].attn, INDICES[1].mlp[1:])
-  assert timm_slimmed.arguments((INDICES[0], narrow), 32) is None
+  layer = PlanLayer(INDICES[0]).apply_to(small_spec(num_heads=4).dense_layers[0])
+  assert timm_slimmed.arguments((layer, layer), 32) is not None
+  for field in ("num_heads", "head_dim", "mlp_dim"):
+    narrow = dataclasses.replace(layer, **{field: getattr(layer, field) - 1})
+    assert timm_slimmed.arguments((layer, narrow), 32) is None
+  assert timm_slimmed.arguments((dataclasses.replace(layer, value_dim=4),), 32) is None
 
 
 def test_timm_counts_the_same_hidden_units():
   for mlp_dim in range(1, 400):
-    index = LayerIndex(INDICES[0].attn, tuple(range(mlp_dim)))
-    assert int(48 * timm_slimmed.arguments((index,), 48)["mlp_ratio"]) == mlp_dim
+    layer = dataclasses.replace(small_spec().dense_layers[0], mlp_dim=mlp_dim)
+    assert int(48 * timm_slimmed.arguments((layer,), 48)["mlp_ratio"]) == mlp_dim

@@ -40,10 +40,8 @@ def run(run: Run) -> TrainResult:
   """
   result, params = fit(run, task(run), run.config.finetune, made(run))
   plan = run.artefacts.plan
-  if plan and plan.indices:
-    timm = writing_back.write(
-      run.inputs.named_spec, run.artefacts.layers, plan.indices, params, run.workdir.path
-    )
+  if plan and (plan.indices or plan.has_own_widths):
+    timm = writing_back.write(run.inputs.named_spec, run.artefacts.layers, params, run.workdir.path)
     return dataclasses.replace(result, timm=timm)
   return result
 

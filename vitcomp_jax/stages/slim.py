@@ -149,7 +149,9 @@ def _summary(
     params_m=cost.params / 1e6,
     authors_params_m=authors_params / 1e6,
     authors_gmacs=authors_macs / 1e9,
-    timm=writing_back.write(run.inputs.named_spec, *slimmed, run.workdir.path),
+    timm=writing_back.write(
+      run.inputs.named_spec, slimmed.layers, slimmed.params, run.workdir.path
+    ),
   )
 
 

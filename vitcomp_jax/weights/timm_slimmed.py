@@ -7,23 +7,17 @@ from typing import Any
 import numpy as np
 
 from vitcomp_jax.errors import UserError
-from vitcomp_jax.models.slicing import LayerIndex, scale_qkv
+from vitcomp_jax.models.slicing import scale_qkv
 from vitcomp_jax.models.spec import LayerSpec, ViTSpec, removes_tokens
 from vitcomp_jax.weights.loading import Params
 
 
-def for_timm(
-  spec: ViTSpec,
-  layers: Sequence[LayerSpec],
-  indices: Sequence[LayerIndex] | None,
-  params: Params,
-) -> tuple[Params, str]:
+def for_timm(spec: ViTSpec, layers: Sequence[LayerSpec], params: Params) -> tuple[Params, str]:
   """Converts a network's parameters for timm's `VisionTransformer`.
 
   Args:
     spec: Spec of the dense model.
     layers: Layers of the network.
-    indices: Kept units of each layer; None if nothing was sliced.
     params: Parameters of the network.
 
   Returns:
@@ -34,13 +28,17 @@ def for_timm(
   """
   if removes_tokens(layers):
     raise UserError("timm's VisionTransformer does not remove tokens")
-  if not indices:
+  if any(layer.is_reordered for layer in layers):
+    raise UserError("timm's models rotate a head's channels in their order, which this one sorts")
+  if _sizes(layers) == _sizes(spec.dense_layers):
     return params, f"for timm's {spec.name}"
   if spec.naming != "vit" or spec.mlp != "mlp":
     raise UserError("only timm's VisionTransformer with a plain MLP can have other widths")
-  found = arguments(indices, spec.width)
+  found = arguments(layers, spec.width)
   if found is None:
-    raise UserError("timm's VisionTransformer has the same widths in all layers")
+    raise UserError(
+      "timm's VisionTransformer has the same widths in all layers, and in queries, keys and values"
+    )
   head_dim = found["attn_head_dim"]
   return (
     rescale(params, spec.width // spec.num_heads, head_dim),
@@ -50,24 +48,28 @@ def for_timm(
   )
 
 
-def arguments(indices: Sequence[LayerIndex], width: int) -> dict[str, Any] | None:
+def arguments(layers: Sequence[LayerSpec], width: int) -> dict[str, Any] | None:
   """Returns the arguments of timm's `VisionTransformer` for a slimmed network's widths.
 
   Args:
-    indices: Kept units of each layer.
+    layers: Layers of the network.
     width: Channels of a token.
 
   Returns:
     `num_heads`, `mlp_ratio` and `attn_head_dim` (of timm 1.0.31's `Attention`); None if the layers
-    differ in width, which timm cannot represent.
+    differ in width, or values from queries and keys, which timm cannot represent.
   """
-  if len({tuple(index.widths.values()) for index in indices}) > 1:
+  (heads, head_dim, value_dim, mlp_dim), *others = set(_sizes(layers))
+  if others or value_dim is not None:
     return None
-  heads, head_dim, mlp_dim = indices[0].widths.values()
   ratio = mlp_dim / width
   if int(width * ratio) != mlp_dim:  # timm's rule for the number of hidden units
     ratio = (mlp_dim + 0.5) / width
   return {"num_heads": heads, "mlp_ratio": ratio, "attn_head_dim": head_dim}
+
+
+def _sizes(layers: Sequence[LayerSpec]) -> list[tuple[int, int, int | None, int]]:
+  return [(layer.num_heads, layer.head_dim, layer.value_dim, layer.mlp_dim) for layer in layers]
 
 
 def rescale(params: Mapping[str, Any], head_dim: int, slimmed_head_dim: int) -> Params:

@@ -11,7 +11,6 @@ import safetensors.numpy
 
 from vitcomp_jax.atomic import replacing_folder, write_json
 from vitcomp_jax.errors import UserError
-from vitcomp_jax.models.slicing import LayerIndex
 from vitcomp_jax.models.spec import LayerSpec, ViTSpec, removes_tokens
 from vitcomp_jax.models.variants import fields_of
 from vitcomp_jax.weights import timm_slimmed
@@ -26,7 +25,6 @@ HUGGINGFACE = "huggingface"
 def write(
   spec: ViTSpec,
   layers: Sequence[LayerSpec],
-  indices: Sequence[LayerIndex] | None,
   params: Params,
   folder: pathlib.Path,
 ) -> str:
@@ -35,7 +33,6 @@ def write(
   Args:
     spec: Spec of the dense model, with class names.
     layers: Layers of the network.
-    indices: Kept units of each layer; None if nothing was sliced.
     params: Parameters of the network.
     folder: Folder to write to.
 
@@ -43,7 +40,7 @@ def write(
     Sentences that say what was written and how to load it, or why it was not.
   """
   try:
-    timm_params, how = timm_slimmed.for_timm(spec, layers, indices, params)
+    timm_params, how = timm_slimmed.for_timm(spec, layers, params)
     save_params(spec, timm_params, folder / "timm.safetensors")
     told = f"timm.safetensors is {how}"
   except UserError as why:
@@ -77,6 +74,8 @@ def save_huggingface(
     )
   if removes_tokens(layers):
     raise UserError("transformers: expected a model that keeps all tokens, got one that does not.")
+  if any(layer.is_reordered for layer in layers):
+    raise UserError("transformers: expected rotated channels in their order, got sorted ones.")
   target = pathlib.Path(folder)
   there = {entry.name for entry in target.iterdir()} if target.is_dir() else set()
   if there - {"config.json", "model.safetensors", "preprocessor_config.json"} or target.is_file():

@@ -100,14 +100,15 @@ def _class_of(family: Family, state: State) -> str:
 def _check_widths(kind: str, state: State) -> None:
   """Refuses layers of other widths than a configuration can say."""
   width = state["patch_embed.proj.weight"].shape[0]
-  inner = {state[f"{layer}attn.qkv.weight"].shape[0] // 3 for layer in _layers(state)}
+  inner = {state[f"{layer}attn.qkv.weight"].shape[0] for layer in _layers(state)}
   hidden = {state[f"{layer}mlp.fc2.weight"].shape[1] for layer in _layers(state)}
   pool = state.get("attn_pool.mlp.fc2.weight")
   hidden |= set() if pool is None else {pool.shape[1]}
-  if inner != {width}:
+  if inner != {3 * width}:
     raise UserError(
       f"transformers: expected heads that share the width {width} for {kind}, got slimmed ones, of "
-      f"{', '.join(map(str, sorted(inner)))} channels in all."
+      f"{', '.join(map(str, sorted(inner)))} channels of queries, keys and values instead of "
+      f"{3 * width}."
     )
   if len(hidden) > 1:
     raise UserError(
