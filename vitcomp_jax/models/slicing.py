@@ -100,8 +100,7 @@ def slice_params(params: Mapping[str, Any], indices: Sequence[LayerIndex]) -> Pa
 
 def _slice_block(block: Mapping[str, Any], index: LayerIndex) -> Params:
   """Returns a layer's parameters for the kept units; norms of channels within heads stay."""
-  attn, mlp = block["attn"], block["mlp"]
-  dims, hidden = np.ravel(index.attn), np.array(index.mlp)
+  attn, dims = block["attn"], np.ravel(index.attn)
   sliced = dict(attn) | {
     "qkv": {name: _gather_qkv(value, dims) for name, value in attn["qkv"].items()},
     "proj": {**attn["proj"], "kernel": _gather(attn["proj"]["kernel"], dims, axis=0)},
@@ -113,13 +112,18 @@ def _slice_block(block: Mapping[str, Any], index: LayerIndex) -> Params:
     inner, num_heads = attn["proj"]["kernel"].shape[0], attn[_TABLE].shape[1]
     kept = [max(head) // (inner // num_heads) for head in index.attn]
     sliced[_TABLE] = _gather(attn[_TABLE], np.array(kept), axis=1)
+  return {**block, "attn": sliced, "mlp": slice_mlp(block["mlp"], np.array(index.mlp))}
+
+
+def slice_mlp(mlp: Mapping[str, Any], hidden: np.ndarray) -> Params:
+  """Returns an MLP's parameters for some hidden units, with the gates of these; -1 for padding."""
   down = mlp["fc2"]["kernel"]
   parts = {"fc2": {**mlp["fc2"], "kernel": _gather(down, hidden, axis=0)}}
   for name in ("fc1", "fc1_g", "fc1_x"):
     if name in mlp:
       count = mlp[name]["kernel"].shape[-1] // down.shape[0]  # 2: gates and values in one
       parts[name] = {key: _gather_parts(v, hidden, count) for key, v in mlp[name].items()}
-  return {**block, "attn": sliced, "mlp": {**mlp, **parts}}
+  return {**mlp, **parts}
 
 
 def scale_qkv(block: Mapping[str, Any], factors: np.ndarray) -> Params:
