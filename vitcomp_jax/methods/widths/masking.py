@@ -1,0 +1,74 @@
+"""Drops the ends of sorted lists inside the dense model: differentiable, and of fixed shapes."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from vitcomp_jax.methods.widths.factors import HiddenFactors, LayerFactors
+from vitcomp_jax.methods.widths.lists import HIDDEN, QK, VALUE
+
+# One for each list, see `sorted_lists`: 1 for the places that are kept, 0 for the others.
+WidthMasks = Mapping[str, Array]
+
+
+def masked_params(
+  params: Mapping[str, Any], factors: Sequence[LayerFactors], masks: Sequence[WidthMasks]
+) -> dict[str, Any]:
+  """Returns parameters of the dense model with which it computes what a narrower one would.
+
+  Masks of ones change nothing but the rounding. A gradient reaches every place of a mask, as only
+  one factor of each product is masked: keys and values, but neither queries nor the projection.
+
+  Args:
+    params: Parameters of the dense model.
+    factors: Factors of its layers, see `factorise`.
+    masks: Masks of each layer, by list, f[length]; a list that is missing is kept whole, and
+      attention stays as it is where both of its lists are missing.
+  """
+  blocks = {}
+  for i, (layer, mask) in enumerate(zip(factors, masks, strict=True)):
+    block = dict(params[f"blocks_{i}"])
+    if HIDDEN in mask:
+      assert layer.hidden is not None, "the hidden units of this model cannot be cut"
+      block["mlp"] = {**block["mlp"], "fc2": _refit(block["mlp"]["fc2"], layer.hidden, mask)}
+    if QK in mask or VALUE in mask:
+      block["attn"] = _masked_attention(layer, mask)
+    blocks[f"blocks_{i}"] = block
+  return {**params, **blocks}
+
+
+def _refit(fc2: Mapping[str, Any], factors: HiddenFactors, masks: WidthMasks) -> dict[str, Any]:
+  """Returns fc2 refitted to the hidden units that are kept, see `HiddenFactors`."""
+  dropped = (masks[HIDDEN] - 1)[:, None] * factors.front
+  change = jnp.matmul(factors.back, dropped, precision=jax.lax.Precision.HIGHEST)
+  kernel = fc2["kernel"]
+  made = {"kernel": kernel + change.astype(kernel.dtype)}
+  if "bias" in fc2:
+    lost = jnp.matmul(factors.mean, change, precision=jax.lax.Precision.HIGHEST)
+    made["bias"] = fc2["bias"] - lost.astype(fc2["bias"].dtype)
+  return made
+
+
+def _masked_attention(layer: LayerFactors, masks: WidthMasks) -> dict[str, Any]:
+  """Returns the rotated attention with masked keys and values, and the mean of lost values."""
+  attn = dict(layer.attn)
+  inner = attn["proj"]["kernel"].shape[0]
+  keys = values = jnp.ones(inner)
+  if QK in masks:
+    assert layer.qk_rank is not None, "the queries and keys of this model cannot be cut"
+    keys = masks[QK][layer.qk_rank].ravel()
+  if VALUE in masks:
+    assert layer.value_mean is not None, "the values of this model cannot be cut"
+    values = jnp.tile(masks[VALUE], len(layer.value_mean))
+    if "bias" in attn["proj"]:
+      lost = jnp.ravel(layer.value_mean) * (1 - values)
+      bias = jnp.matmul(lost, attn["proj"]["kernel"], precision=jax.lax.Precision.HIGHEST)
+      attn["proj"] = {**attn["proj"], "bias": attn["proj"]["bias"] + bias}
+  factors = jnp.concatenate([jnp.ones(inner), keys, values])
+  attn["qkv"] = {k: v * jnp.expand_dims(factors, range(v.ndim - 1)) for k, v in attn["qkv"].items()}
+  if "v_bias" in attn:
+    attn["v_bias"] = attn["v_bias"] * values
+  return attn
