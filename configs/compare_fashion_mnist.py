@@ -48,7 +48,6 @@ def get_config(part: str = "off_the_shelf") -> ml_collections.ConfigDict:
   config.search.importance = "mean_attention"
   config.search.steps = 160
   config.search.batch_size = 32
-  config.search.budget_weight = 0.5
   config.evaluate.batch_size = 50
 
   compare = config.compare

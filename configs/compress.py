@@ -27,8 +27,5 @@ def get_config() -> ml_collections.ConfigDict:
   config.data.dir = "D"
   config.data.divide = True
   config.data.labels = "auto"
-  config.search.loss = "auto"
-  config.search.steps = 150
-  config.search.batch_size = 32
   config.benchmark.batch_sizes = (1, 32)
   return config

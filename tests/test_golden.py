@@ -26,7 +26,7 @@ from vitcomp_jax import methods
 from vitcomp_jax.config import DiffRateOptions, ViTSlimOptions
 from vitcomp_jax.cost import macs
 from vitcomp_jax.methods import dynamicvit
-from vitcomp_jax.methods.diffrate.masking import _rank_mask, candidates, keep_probability
+from vitcomp_jax.methods.diffrate.counts import _rank_mask, candidates, keep_probability
 from vitcomp_jax.methods.diffrate.reducer import PruneMerge
 from vitcomp_jax.methods.diffrate.search import DiffRate, search_counts
 from vitcomp_jax.methods.vit_slim.authors import authors_cost
@@ -448,7 +448,6 @@ def _authors(spec: ViTSpec, settings: dict[str, Any], **options: Any) -> DiffRat
   options = DiffRateOptions(
     recipe="paper",
     granularity=settings["granularity"],
-    init="zeros",
     budget_weight=_PER_GMACS * settings.get("lam", 5.0),
     **options,
   )

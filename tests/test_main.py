@@ -103,7 +103,10 @@ def _mistakes(tmp: pathlib.Path) -> dict[str, tuple[list[str], str]]:
     ),
     "two budgets": (["--config.budget.gmacs=0.03"], "fraction 0.65 and gmacs 0.03"),
     "too few classes": (["--config.model.num_classes=5"], "expected 5 classes, one for each"),
-    "labels without a classifier": (["--config.model.num_classes=0"], "expected features"),
+    "labels without a classifier": (
+      ["--config.model.num_classes=0", "--config.search.loss=labels"],
+      "expected features",
+    ),
     "padding": (["--config.data.pad=15"], "config.data.pad"),
   }
 

@@ -64,6 +64,7 @@ def test_batches_may_come_in_any_form():
   assert not has_labels and next(stream)["label"].tolist() == [0] * 8
 
 
+@pytest.mark.slow
 def test_a_search_is_that_of_a_run(tmp_path):
   """The same batches, in a run and as a list, give the same plan."""
   config = default_config()
@@ -121,7 +122,7 @@ def test_an_epoch_holds_every_image_once():
     ((IMAGES, np.eye(20)), {}, r"expected 20 labels, one for each image, .* \[20, 20\]"),
     ((IMAGES, np.array(3)), {}, "expected 20 labels, one for each image"),
     ([[IMAGES[0], IMAGES[0][:-1]]], {}, "expected batches of images of one size"),
-    (IMAGES, {"what": "both"}, "what: expected tokens, got 'both'"),
+    (IMAGES, {"what": "weights"}, "config.search.what: expected one of tokens, widths"),
     (IMAGES, {"log_every": 1}, "log_every: expected options of a search without a workdir"),
     (IMAGES, {"seed": -1}, "config.seed"),
     ([IMAGES[:7]], {}, "expected batches that the 2 devices divide, got one of 7"),

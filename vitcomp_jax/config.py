@@ -131,6 +131,11 @@ class TrainConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class FinetuneConfig(TrainConfig):
+  trains: Literal["all", "norms"] = "all"  # the weights that change; `norms`: and all biases
+
+
+@dataclasses.dataclass(frozen=True)
 class ViTSlimOptions:
   attn: Literal["dims", "heads", "uniform"] = "dims"  # unit of an attention mask
   w_attn: PositiveOrZero = 2e-4  # weight of the attention masks' L1 norm; 0: not searched
@@ -158,8 +163,9 @@ class SlimConfig(TrainConfig, ViTSlimOptions):
 
 @dataclasses.dataclass(frozen=True)
 class DistillConfig:
-  kind: Literal["none", "soft", "hard"] = "none"  # from the dense model's softmax, or its class
-  weight: Share = 0.5  # of the distillation loss; the rest is the labels'
+  # From the dense model's softmax, its class, or its pooled features.
+  kind: Literal["none", "soft", "hard", "features"] = "none"
+  weight: Share = 0.5  # of the distillation loss; the rest is the labels', which 1 does without
   temperature: Positive = 1.0  # of `soft`
   tokens: PositiveOrZero = 0.0  # of the distance of DynamicViT's kept tokens from the dense ones
 
@@ -168,7 +174,9 @@ class DistillConfig:
 class DiffRateOptions:
   # `paper`: as the authors' code (`methods/diffrate/recipe.py` lists the differences).
   recipe: Literal["ours", "paper"] = "ours"
-  granularity: Count = 1  # distance between neighbouring candidate counts
+  # What is searched: counts of tokens, widths (hidden units, dimensions of heads), or both.
+  what: Literal["tokens", "widths", "both"] = "tokens"
+  granularity: Count = 1  # distance between neighbouring candidate counts, with recipe=paper
   tile: Count = 1  # the plan's counts are rounded up to multiples of it (8, 16), prefix included
   actions: Literal["both", "prune", "merge"] = "both"  # what a layer may do with its tokens
   # Importance metric of tokens: attention of CLS, of the pooling head's query (SigLIP) or of all
@@ -182,7 +190,6 @@ class DiffRateOptions:
     "value_norm",
     "random",
   ] = "auto"
-  init: Literal["merge_first", "zeros"] = "merge_first"  # initial rates; authors: `zeros`
   budget_weight: PositiveOrZero = 5.0  # lambda of the budget term
   warmup_steps: CountOrZero = 0  # steps without the budget term
   compress_first: bool = False  # whether the first layer may remove tokens
@@ -192,24 +199,27 @@ class DiffRateOptions:
 @dataclasses.dataclass(frozen=True)
 class SearchConfig(DiffRateOptions):
   method: Literal["diffrate"] = "diffrate"  # search method
-  steps: Count = 300  # optimizer steps
-  batch_size: Count = 64  # images per step
-  learning_rate: Positive = 0.1  # of the rates (Adam)
-  min_learning_rate: PositiveOrZero = 0.01  # at the end of the schedule
+  steps: Count = 100  # optimizer steps
+  batch_size: Count = 32  # images per step
+  learning_rate: Positive = 0.02  # of the rates (Adam), which are shares of tokens or widths
+  min_learning_rate: PositiveOrZero = 0.002  # at the end of the schedule
   # Adam's decay of squared gradients; lower than the authors' 0.999, to forget the budget term's
   # large first gradients soon.
   adam_b2: Rate = 0.95
   schedule: Literal["cosine", "authors"] = "cosine"  # per step, or per epoch and one epoch late
   epoch_steps: Count | None = None  # steps per epoch of `authors`; none: one pass over the images
   # Cross-entropy with the labels, or the divergence from the dense model's logits or features;
-  # auto: the first of these that data and model allow.
-  loss: Literal["auto", "labels", "logits", "features"] = "labels"
+  # auto: logits, which need no labels, or features where there is no classifier; labels with
+  # recipe=paper.
+  loss: Literal["auto", "labels", "logits", "features"] = "auto"
   label_smoothing: Share = 0.0  # share of the target spread over all classes
   drop_path: Rate = 0.0  # stochastic depth while searching (authors: 0.1)
   remat: bool = False  # recompute activations in the backward pass, to save memory
   parts: Count = 1  # in which a batch is done one after the other, to save memory
-  # Images on which to choose the plan with the least loss among those passed through; 0: the last.
-  choose_images: CountOrZero = 1024
+  # Images on which to choose where to start, and the plan with the least loss among those passed
+  # through; 0: the first start and the last plan, as always with recipe=paper.
+  choose_images: CountOrZero = 256
+  calibration_images: Count = 128  # on which widths are sorted
   log_every: Count = 10  # steps
   checkpoint_every: Count = 50  # steps
 
@@ -291,7 +301,7 @@ class Config:
   pretrain: TrainConfig = TrainConfig()
   slim: SlimConfig = SlimConfig()
   search: SearchConfig = SearchConfig()
-  finetune: TrainConfig = TrainConfig()
+  finetune: FinetuneConfig = FinetuneConfig()
   distill: DistillConfig = DistillConfig()
   evaluate: EvaluateConfig = EvaluateConfig()
   benchmark: BenchmarkConfig = BenchmarkConfig()

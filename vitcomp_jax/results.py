@@ -181,7 +181,7 @@ class SearchResult(Record):
     budget_latency_ms: Requested budget; None if it is in MACs.
     raw_latency_ms: Latency of `batch` images on `device`, by the latency table; likewise
       `latency_ms`.
-    offset: Offset on the expected counts that meets the budget, in tokens.
+    offset: Offset on the expected counts that meets the budget, as a share of each list.
     tried: Step and loss of each tried plan.
     front: Results for all budgets, if there are several.
   """

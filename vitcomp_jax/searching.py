@@ -34,12 +34,12 @@ def search(
   latency_ms: float | None = None,
   what: str = "tokens",
   loss: str | None = None,
-  steps: int = 150,
+  steps: int = 100,
   batch_size: int = 32,
   seed: int = 0,
   **options: object,
 ) -> Plan:
-  """Learns how many tokens each layer of a model prunes and merges, under a budget.
+  """Learns how many tokens, and what widths, each layer of a model keeps, under a budget.
 
   Args:
     model: Dense model, from `vc.load`.
@@ -49,16 +49,18 @@ def search(
     macs: The budget as a fraction of the dense model's multiply-accumulates, in (0, 1].
     gmacs: The budget in 1e9 multiply-accumulates per image.
     latency_ms: The budget as the latency of one image on this device, in milliseconds.
-    what: `tokens`; widths are learnt together with weights, by a run.
+    what: What layers may lose: `tokens`, by pruning and merging, `widths`, which are hidden units
+      and dimensions of heads, or `both`.
     loss: `labels` (cross-entropy), `logits` or `features` (divergence from the dense model's);
-      None: the first that data and model allow.
+      None: `logits`, or `features` where there is no classifier.
     steps: Optimizer steps.
     batch_size: Images per step if the data are arrays.
     seed: Random seed.
-    **options: Other keys of `config.search`, such as `granularity` or `learning_rate`.
+    **options: Other keys of `config.search`, such as `tile` or `learning_rate`.
 
   Returns:
-    The plan, adjusted to the budget. Its `history` holds the plans that the search passed through.
+    The plan, adjusted to the budget, with its weights if widths were searched. Its `history` holds
+    the plans that the search passed through.
 
   Raises:
     UserError: For data, a budget or an option that does not fit, or a loss that is not finite.
@@ -77,16 +79,15 @@ def search(
     0.7
   """
   spec, layout = model.spec, Layout()
-  _check_model(model, what)
+  _check_model(model)
   check_params(model, params)
   asked = {"macs": macs, "gmacs": gmacs, "latency_ms": latency_ms}
   budgets.check(asked)
-  config = _config(loss, steps, batch_size, seed, options)
+  config = _config(loss, steps, batch_size, seed, {"what": what, **options})
   batches, has_labels = endless_batches(data, batch_size, seed)
   first = next(batches)
   batches = _checked(itertools.chain([first], batches), spec, has_labels, layout)
-  if config.loss == "auto":
-    config = dataclasses.replace(config, loss=best_loss(spec, has_labels))
+  config = dataclasses.replace(config, loss=best_loss(config, spec))
   check_loss(config.loss, spec, has_labels, "loss")
   cost = MACS if latency_ms is None else _latency(spec, config)
   target = budgets.target(spec, cost, asked)
@@ -96,8 +97,12 @@ def search(
   size = len(first["image"])
   # Drawn before the others, so that an iterable that ends early has not cost a search.
   held_back = list(itertools.islice(batches, math.ceil(config.choose_images / size)))
-  task = trainer.task("search", params, lambda _: batches, config.epoch_steps or config.steps)
-  found = trainer.choose(loop.run(task, layout), params, held_back)
+  count = 0 if config.what == "tokens" else math.ceil(config.calibration_images / size)
+  factors = trainer.factors(params, list(itertools.islice(batches, count)))
+  arch = trainer.start(params, factors, held_back)
+  epoch_steps = config.epoch_steps or config.steps
+  task = trainer.task("search", params, lambda _: batches, epoch_steps, arch, factors)
+  found = trainer.choose(loop.run(task, layout), params, factors, held_back)
   made_by = {
     "method": config.method,
     "loss": config.loss,
@@ -106,17 +111,14 @@ def search(
     "seed": seed,
   }
   passed = [PassedPlan(p.step, p.loss, make_plan(spec, p.layers, made_by)) for p in found.passed]
-  return dataclasses.replace(make_plan(spec, found.layers, made_by), history=tuple(passed))
+  plan = make_plan(spec, found.layers, made_by, params=found.params)
+  return dataclasses.replace(plan, history=tuple(passed))
 
 
-def _check_model(model: Backbone, what: str) -> None:
+def _check_model(model: Backbone) -> None:
   """Refuses what cannot be searched here."""
   if model.layers != model.spec.dense_layers:
     raise UserError("model: expected a dense one to search on, got one that is compressed already.")
-  if what != "tokens":
-    raise UserError(
-      f"what: expected tokens, got {what!r}; widths are learnt by the stage slim of a run."
-    )
   if jax.process_count() > 1:
     raise UserError(
       f"search: expected one process, got {jax.process_count()}; run the stage search in several."

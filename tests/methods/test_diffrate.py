@@ -16,10 +16,11 @@ from vitcomp_jax.cost import macs
 from vitcomp_jax.data.transforms import Preprocess
 from vitcomp_jax.errors import UserError
 from vitcomp_jax.methods.diffrate import PruneMerge
-from vitcomp_jax.methods.diffrate.masking import candidates, expected_count, kept_count
+from vitcomp_jax.methods.diffrate import recipe as recipes
+from vitcomp_jax.methods.diffrate.counts import candidates, expected_count, kept_count
 from vitcomp_jax.methods.diffrate.search import DiffRate
 from vitcomp_jax.models.caformer import caformer
-from vitcomp_jax.models.layer_trees import to_tree
+from vitcomp_jax.models.layer_trees import of_layer, to_tree
 from vitcomp_jax.models.vit import ViT
 from vitcomp_jax.parallel import Layout
 from vitcomp_jax.training.search import SearchTrainer
@@ -54,8 +55,16 @@ def _random_plan(spec, seed):
   )
 
 
-def _arch_of(spec, layers):
-  """Rates that are sure of a static plan's counts."""
+def _random_rates(method, seed):
+  """Counts that layers can keep, with their fractions: rates, and the plan they stand for."""
+  rng = np.random.default_rng(seed)
+  lengths = method.rates.lengths
+  table = method.rates.clipped(lengths * rng.uniform(0.2, 1, lengths.shape))
+  return method.rates.arch(table), method.static_layers(table)
+
+
+def _sure_logits(spec, layers):
+  """The authors' rates, sure of a static plan's counts."""
 
   def sure(layer, count):
     options = candidates(spec.patches_at(layer), 1)
@@ -86,11 +95,37 @@ def _together(source):
 SEEDS = [0, pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow)]
 
 
+_ALL = {"compress_first": True, "compress_last": True}
+
+
 @pytest.mark.parametrize("kind", _kinds("cls", "mean"))
 @pytest.mark.parametrize("seed", SEEDS)
 def test_masked_search_equals_static_plan(kind, seed):
   spec = SPECS[kind]
-  _check_parity(spec, _random_plan(spec, seed), random_params(spec, seed), seed)
+  method = DiffRate(spec, 1.0, DiffRateOptions(**_ALL))
+  arch, layers = _random_rates(method, seed)
+  _check_parity(method, method.layers(), arch, layers, random_params(spec, seed), seed)
+
+
+@pytest.mark.parametrize("kind", _kinds("cls", "mean"))
+@pytest.mark.parametrize("seed", SEEDS)
+def test_a_plan_replayed_by_masking_equals_it(kind, seed):
+  spec = SPECS[kind]
+  method, layers = DiffRate(spec, 1.0), _random_plan(spec, seed)
+  arch = method.replayed_arch(layers)
+  _check_parity(method, method.replayed_layers(), arch, layers, random_params(spec, seed), seed)
+
+
+@pytest.mark.parametrize("kind", _kinds("cls"))
+def test_the_authors_search_equals_its_plan_but_for_their_clamp(kind, monkeypatch):
+  spec = SPECS[kind]
+  for name in ("_PAPER", "_PAPER_CAFORMER"):
+    monkeypatch.setattr(recipes, name, dataclasses.replace(recipes.OURS, learns_shares=False))
+  method = DiffRate(spec, 1.0, DiffRateOptions(recipe="paper", **_ALL))
+  layers = _random_plan(spec, 0)
+  arch = _sure_logits(spec, layers)
+  _check_parity(method, method.layers(), arch, layers, random_params(spec), 0)
+  assert method.static_layers(method.expected_counts(arch)) == layers
 
 
 @pytest.mark.parametrize(
@@ -99,23 +134,20 @@ def test_masked_search_equals_static_plan(kind, seed):
 def test_masked_search_equals_static_plan_on_trained_weights(seed, depth):
   """Trained attention is sharp: a dropped token may outweigh all that are kept."""
   model, params = vc.load("vit_mini_patch3_30", "bundled")
-  spec = dataclasses.replace(model.spec, depth=depth)
-  _check_parity(spec, _random_plan(spec, seed), params, seed)
+  method = DiffRate(dataclasses.replace(model.spec, depth=depth), 1.0, DiffRateOptions(**_ALL))
+  arch, layers = _random_rates(method, seed)
+  _check_parity(method, method.layers(), arch, layers, params, seed)
 
 
-def _check_parity(spec, layers, params, seed):
-  method = DiffRate(spec, 1.0, DiffRateOptions(compress_first=True, compress_last=True))
+def _check_parity(method, masked_layers, arch, layers, params, seed):
+  spec = method.spec
   images = random_images(spec, 3, seed)
-  variables = {"params": params, "arch": _arch_of(spec, layers)}
-  masked = forward(spec, method.layers(), variables, images)
+  masked = forward(spec, masked_layers, {"params": params, "arch": arch}, images)
   static = forward(spec, layers, {"params": params}, images)
   np.testing.assert_allclose(masked.logits, static.logits, rtol=0, atol=1e-5)
-  tried = {"params": params, "arch": method.replayed_arch(layers)}
-  given = forward(spec, method.replayed_layers(), tried, images)
-  np.testing.assert_allclose(given.logits, static.logits, rtol=0, atol=1e-5)
   counts = [int(tokens.num_kept) for tokens in masked.layers]
   assert counts == [n for _, n in macs.static_counts(spec, layers)]
-  spent = method.penalty(variables["arch"], masked, jnp.asarray(0))[1]["gmacs"]
+  spent = method.penalty(arch, masked, jnp.asarray(0))[1]["gmacs"]
   np.testing.assert_allclose(spent * 1e9, macs.static_macs(spec, layers), rtol=1e-6)
   held, expected = np.asarray(masked.tokens.source), np.asarray(static.tokens.source)
   np.testing.assert_array_equal(_together(held), _together(expected))
@@ -133,10 +165,12 @@ def _check_parity(spec, layers, params, seed):
 )
 def test_logits_alone_need_no_more_than_the_head_reads(kind, recipe):
   spec = SPECS[kind]
-  options = DiffRateOptions(recipe=recipe, compress_first=True, compress_last=True)
-  method = DiffRate(spec, 1.0, options)
+  method = DiffRate(spec, 1.0, DiffRateOptions(recipe=recipe, **_ALL))
   params, images = random_params(spec), random_images(spec, 3)
-  arch = jax.tree.map(lambda x: x / 50, _arch_of(spec, _random_plan(spec, 1)))
+  if recipe == "ours":
+    arch = _random_rates(method, 1)[0]
+  else:
+    arch = jax.tree.map(lambda x: x / 50, _sure_logits(spec, _random_plan(spec, 1)))
 
   def figures(arch, layers):
     out = ViT(spec, layers).apply({"params": params, "arch": arch}, images, method="forward")
@@ -155,7 +189,7 @@ def test_authors_clamp_sees_something_else():
   spec = SPECS["cls"]
   layers = _random_plan(spec, 3)
   params, images = random_params(spec), random_images(spec, 3)
-  variables = {"params": params, "arch": _arch_of(spec, layers)}
+  variables = {"params": params, "arch": _sure_logits(spec, layers)}
   method = DiffRate(spec, 1.0, DiffRateOptions(recipe="paper", compress_first=True))
   masked = forward(spec, method.layers(), variables, images)
   static = forward(spec, layers, {"params": params}, images)
@@ -190,7 +224,7 @@ def _step(spec, config):
   "loss", ["labels", "logits", pytest.param("features", marks=pytest.mark.slow)]
 )
 def test_search_trains_rates_only_and_never_recompiles(loss, optax_promotion):
-  state, batch, _, step = _step(SPECS["cls"], SearchConfig(loss=loss, granularity=4))
+  state, batch, _, step = _step(SPECS["cls"], SearchConfig(loss=loss))
   before = jax.device_get((state.params, state.arch))
   for _ in range(3):
     state, figures = step(state, batch, None)
@@ -219,45 +253,49 @@ def test_search_step_has_no_weight_gradients(optax_promotion):
   assert weights_too > 2.6 * forward_only
 
 
-@pytest.mark.parametrize("seed", [*SEEDS, pytest.param(3, marks=pytest.mark.slow)])
-def test_adjusted_plan_meets_the_budget(seed):
+def _learnt(method, seed):
+  """Rates that a search may have come to, some of them out of their range."""
+  rng = np.random.default_rng(seed)
+  full = jax.device_get(method.rates.init())
+  return jax.tree.map(lambda a: a - rng.uniform(-0.2, 0.8), full)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize(
+  "fraction", [0.65, *(pytest.param(share, marks=pytest.mark.slow) for share in (0.4, 0.9))]
+)
+def test_adjusted_plan_meets_the_budget(seed, fraction):
   spec = small_spec(image_size=(56, 56), depth=12)
   dense = macs.static_macs(spec, spec.dense_layers) / 1e9
-  for fraction in (0.4, 0.65, 0.9):
-    method = DiffRate(spec, fraction * dense)
-    arch = method.init()
-    rng = np.random.default_rng(seed)
-    arch = jax.tree.map(lambda a, rng=rng: a + 3 * rng.standard_normal(a.shape), arch)
-    layers, _ = method.deploy_counts(method.expected_counts(jax.device_get(arch)))
-    assert abs(macs.static_macs(spec, layers) / 1e9 / dense - fraction) <= 0.01 * fraction
+  method = DiffRate(spec, fraction * dense)
+  expected = method.expected_counts(_learnt(method, seed))
+  table, offset = method.adjusted(expected)
+  spent = macs.static_macs(spec, method.static_layers(table)) / 1e9
+  assert abs(spent / dense - fraction) <= 0.01 * fraction
+  moved = method.rates.clipped(expected + offset * spec.num_patches)
+  np.testing.assert_allclose(table, moved, rtol=0, atol=2e-3)
 
 
 def test_counts_of_a_plan_are_whole_tiles():
   spec = small_spec(image_size=(56, 56), depth=12)
   target = 0.6 * macs.static_macs(spec, spec.dense_layers) / 1e9
   method = DiffRate(spec, target, DiffRateOptions(tile=8))
-  rng = np.random.default_rng(0)
-  arch = jax.tree.map(lambda a: a + 3 * rng.standard_normal(a.shape), method.init())
-  layers, _ = method.deploy_counts(method.expected_counts(jax.device_get(arch)))
+  layers = method.deploy(_learnt(method, 0))
   counts = {c for layer in layers for c in (layer.reduce.prune_keep, layer.reduce.merge_keep)}
   assert len(counts) > 2 and all(c % 8 == 0 or c == spec.num_tokens for c in counts)
   assert abs(macs.static_macs(spec, layers) / 1e9 / method.target - 1) < 0.02
 
 
-@pytest.mark.parametrize("actions", ["both", "prune", "merge"])
-@pytest.mark.parametrize(
-  "fraction", [0.65, *(pytest.param(share, marks=pytest.mark.slow) for share in (0.4, 0.9))]
-)
-def test_merge_first_starts_on_the_budget(actions, fraction):
-  spec = small_spec(image_size=(56, 56), depth=12)
-  target = fraction * macs.static_macs(spec, spec.dense_layers)
-  method = DiffRate(spec, target / 1e9, DiffRateOptions(actions=actions))
-  layers = method.static_layers(method.expected_counts(jax.device_get(method.init())))
-  # One token more in every layer would be past it.
-  assert 0.97 * target <= macs.static_macs(spec, layers) <= target
-  for layer in layers[1:]:
-    pruned, merged = layer.reduce.prune_keep, layer.reduce.merge_keep
-    assert merged == spec.num_tokens if actions == "prune" else pruned == spec.num_tokens
+@pytest.mark.parametrize("kind", ["cls", "distilled", "mean", "siglip"])
+def test_what_nobody_reads_is_not_kept(kind):
+  """After the last layer only a head that pools patches reads them; one has to stay."""
+  spec = SPECS[kind]
+  method = DiffRate(spec, 1.0, DiffRateOptions(compress_last=True))
+  arch = method.rates.init()
+  assert ("reduce" in of_layer(spec, arch, spec.depth - 1)) == spec.pools_patches
+  last = method.static_layers(method.expected_counts(jax.device_get(arch)))[-1].reduce
+  kept = spec.num_tokens if spec.pools_patches else spec.num_prefix + 1
+  assert (last.prune_keep, last.merge_keep) == (kept, kept)
 
 
 def test_budget_below_the_smallest_plan_is_refused():

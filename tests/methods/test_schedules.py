@@ -38,7 +38,9 @@ def test_hand_made_schedules_compress_what_a_search_does(name, pool):
   dense = macs.static_macs(spec, spec.dense_layers) / 1e9
   found = reducers(within(name, spec, 0.6 * dense))
   changed = [isinstance(reduce, PruneMerge) for reduce in found]
-  assert tuple(changed) == DiffRate(spec, 0.6 * dense).is_compressed
+  method = DiffRate(spec, 0.6 * dense)
+  searched = macs.static_counts(spec, method.static_layers(method.starts()["linear"]))
+  assert changed == [after < before for before, after in searched]
   kept = [reduce for reduce in found if isinstance(reduce, PruneMerge)]
   for reduce in kept:
     prune_keep = spec.num_tokens if name.endswith("merge") else reduce.merge_keep

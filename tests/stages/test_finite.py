@@ -3,6 +3,7 @@
 import itertools
 import math
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import PIL.Image
@@ -22,7 +23,7 @@ from vitcomp_jax.parallel import Layout
 from vitcomp_jax.runs.run import open_run
 from vitcomp_jax.stages import search
 from vitcomp_jax.training import step
-from vitcomp_jax.training.search import Passed, SearchTrainer
+from vitcomp_jax.training.search import SearchTrainer
 from vitcomp_jax.weights import files
 
 
@@ -113,15 +114,29 @@ def test_a_search_never_chooses_it(tmp_path, monkeypatch):
   trainer, trained = search.trainer(run), search.task(run)
 
   def best(losses):
-    passed = [Passed(i, loss, run.inputs.spec.dense_layers) for i, loss in enumerate(losses)]
-    monkeypatch.setattr(SearchTrainer, "_tried", lambda *_: passed)
-    return trainer.choose(trained.state, run.artefacts.params, [])
+    monkeypatch.setattr(SearchTrainer, "_losses", lambda *_: losses)
+    return trainer.choose(trained.state, run.artefacts.params, None, [])
 
-  found = best([3.0, math.nan, 1.0, math.inf, 2.0])
+  found = best([math.inf, math.nan, 1.0, 2.0])
   assert found.step == 2
-  assert [(each.step, each.loss) for each in found.passed] == [(0, 3.0), (2, 1.0), (4, 2.0)]
-  with pytest.raises(vc.UserError, match="expected plans with a finite loss, got 5 of 5"):
-    best([math.nan] * 5)
+  assert [(each.step, each.loss) for each in found.passed] == [(2, 1.0), (4, 2.0)]
+  with pytest.raises(vc.UserError, match="expected plans with a finite loss, got 4 of 4"):
+    best([math.nan] * 4)
+
+
+@pytest.mark.parametrize(
+  ("losses", "best"), [([math.nan, 2.0, 1.0, math.inf, 3.0], 2), ([math.nan] * 5, 0)]
+)
+def test_a_search_does_not_start_from_it(losses, best, tmp_path, monkeypatch):
+  config = tiny_config()
+  config.budget.fraction = 0.8
+  run = open_run(from_config_dict(config), tmp_path)
+  trainer = search.trainer(run)
+  starts = list(trainer.method.starts().values())
+  monkeypatch.setattr(SearchTrainer, "_losses", lambda self, tables, *_: losses[: len(tables)])
+  arch = trainer.start(run.artefacts.params, None, [{}])
+  expected = trainer.method.rates.arch(starts[best])
+  jax.tree.map(np.testing.assert_array_equal, arch, expected)
 
 
 def test_a_plan_with_one_bad_batch_has_no_loss(tmp_path, monkeypatch):
@@ -132,8 +147,8 @@ def test_a_plan_with_one_bad_batch_has_no_loss(tmp_path, monkeypatch):
   monkeypatch.setattr(Layout, "get", lambda self, tree: next(given))
   counts = np.full((run.inputs.spec.depth, 2), 9.0)
   batches = itertools.islice(run.inputs.train_batches(8, 0), 2)
-  bad, good = trainer._tried([(0, counts), (1, counts)], run.artefacts.params, batches)
-  assert math.isnan(bad.loss) and good.loss == 3.0
+  bad, good = trainer._losses([counts, counts], run.artefacts.params, None, batches)
+  assert math.isnan(bad) and good == 3.0
 
 
 def test_no_slimmed_network_gives_it(overflowing, tmp_path):

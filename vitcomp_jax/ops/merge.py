@@ -2,7 +2,7 @@
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from vitcomp_jax.ops import select
 
@@ -51,20 +51,22 @@ def joins(receiver: Int[Array, "b s"], count: int, dtype: jnp.dtype) -> Float[Ar
 
 @jax.custom_vjp
 def join(
-  x: Float[Array, "b n d"], receiver: Int[Array, "b n"], is_joining: Bool[Array, "#b n"]
+  x: Float[Array, "b n d"], receiver: Int[Array, "b n"], share: Float[Array, "b n"]
 ) -> Float[Array, "b n d"]:
-  """Sums the tokens that join each token; its gradient is a gather from the receivers."""
-  joined = joins(receiver, x.shape[1], x.dtype) * is_joining[:, None].astype(x.dtype)
+  """Sums the shares of tokens that join each token; its gradient gathers from the receivers."""
+  joined = joins(receiver, x.shape[1], x.dtype) * share[:, None].astype(x.dtype)
   return jnp.einsum("bts,bsd->btd", joined, x)
 
 
-def _join_forward(x: Array, receiver: Array, is_joining: Array) -> tuple[Array, tuple[Array, ...]]:
-  return join(x, receiver, is_joining), (receiver, is_joining)
+def _join_forward(x: Array, receiver: Array, share: Array) -> tuple[Array, tuple[Array, ...]]:
+  return join(x, receiver, share), (x, receiver, share)
 
 
-def _join_backward(kept: tuple[Array, ...], grad: Array) -> tuple[Array, None, None]:
-  receiver, is_joining = kept
-  return jnp.where(is_joining[..., None], select.take(grad, receiver), 0), None, None
+def _join_backward(kept: tuple[Array, ...], grad: Array) -> tuple[Array, None, Array]:
+  x, receiver, share = kept
+  grad = select.take(grad, receiver)
+  by_share = jnp.sum((grad * x).astype(share.dtype), axis=-1)
+  return grad * share[..., None].astype(grad.dtype), None, by_share
 
 
 join.defvjp(_join_forward, _join_backward)

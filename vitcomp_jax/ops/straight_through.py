@@ -41,3 +41,25 @@ def ste_min(before: Array, prune_count: Array, merge_count: Array) -> Array:
 def _ste_min_jvp(primals, tangents):
   _, prune_tangent, merge_tangent = tangents
   return ste_min(*primals), prune_tangent + merge_tangent
+
+
+@jax.custom_vjp
+def ste_clip(x: Float[Array, ""], low: Array, high: Array) -> Float[Array, ""]:
+  """Clips x, with a gradient of 1 but for one that would push x further out of the range.
+
+  So x neither gets stuck outside nor drifts away from the range in a descent.
+  """
+  return jnp.clip(x, low, high)
+
+
+def _ste_clip_forward(x: Array, low: Array, high: Array) -> tuple[Array, tuple[Array, Array]]:
+  return jnp.clip(x, low, high), (x < low, x > high)
+
+
+def _ste_clip_backward(is_out: tuple[Array, Array], grad: Array) -> tuple[Array, None, None]:
+  is_below, is_above = is_out
+  grad = jnp.where(is_below, jnp.minimum(grad, 0), grad)
+  return jnp.where(is_above, jnp.maximum(grad, 0), grad), None, None
+
+
+ste_clip.defvjp(_ste_clip_forward, _ste_clip_backward)

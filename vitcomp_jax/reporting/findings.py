@@ -100,7 +100,7 @@ def plan_blocks(plan: Plan | None, counts: Counts, search: SearchResult | None) 
   if plan is not None:
     text = f"For `{plan.variant}` with {plan.num_tokens} tokens: {number(plan.gmacs)} GMACs."
     columns |= _own_width_columns(plan) if plan.has_own_widths else _width_columns(plan.layers)
-  if search is not None or not columns or _removes(plan):
+  if not columns or _removes(plan):
     text += " Tokens after pruning and after merging in each layer, prefix included."
     columns |= _token_columns(plan.num_tokens if plan else None, counts, search)
   layers = map(str, range(1, 1 + len(next(iter(columns.values())))))

@@ -79,8 +79,14 @@ class Artefacts:
   def params_before_finetune(self) -> Params:
     """Returns the weights for `layers` that `finetune` starts from: slimmed or dense ones."""
     slimmed = str(self.workdir.path / "slimmed.safetensors")
-    weights = slimmed if self.workdir.is_finished("slim") else self._dense_weights
+    is_slimmed = self.workdir.is_finished("slim") or self._has_searched_widths
+    weights = slimmed if is_slimmed else self._dense_weights
     return self._load(self.layers, weights)
+
+  @property
+  def _has_searched_widths(self) -> bool:
+    is_searched = self.workdir.is_finished("search")
+    return is_searched and self.plan is not None and self.plan.has_own_widths
 
   @functools.cached_property
   def dense_params(self) -> Params:

@@ -8,14 +8,16 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+import jax
+
 from vitcomp_jax.atomic import write_json
-from vitcomp_jax.config import Loss
+from vitcomp_jax.config import Loss, SearchConfig
 from vitcomp_jax.cost.cost_models import MACS, Latency
 from vitcomp_jax.errors import UserError
 from vitcomp_jax.methods.base import Layers
 from vitcomp_jax.methods.diffrate.search import DiffRate
 from vitcomp_jax.models.reducers import StaticReducer
-from vitcomp_jax.models.spec import removes_tokens
+from vitcomp_jax.models.spec import ViTSpec, removes_tokens
 from vitcomp_jax.plans import Plan, load_plan, make_plan, save_plan
 from vitcomp_jax.results import SearchResult
 from vitcomp_jax.runs.run import Run
@@ -37,6 +39,8 @@ def check(run: Run) -> None:
     _check_latency(run)
   for suffix in inputs.targets:
     _method(run, suffix).check()
+  if run.config.search.what != "tokens":
+    _check_widths(run)
   if not steps_of(run):
     raise UserError(
       f"config.search.steps: expected at least one for each of {len(inputs.targets)} budgets, "
@@ -44,10 +48,23 @@ def check(run: Run) -> None:
     )
 
 
+def _check_widths(run: Run) -> None:
+  """Refuses runs that cannot keep the weights of what a search of widths makes."""
+  got = ""
+  if len(run.inputs.targets) > 1:
+    got = f"{len(run.inputs.targets)} budgets, each of which has weights of its own"
+  elif jax.process_count() > 1:
+    got = f"{jax.process_count()} processes"
+  elif "slim" in run.config.stages:
+    got = "the stage slim, which trains other widths"
+  if got:
+    raise UserError(
+      f"config.search.what: expected tokens with {got}, got {run.config.search.what}."
+    )
+
+
 def _loss(run: Run) -> Loss:
-  """Returns the config's loss, with `auto` resolved."""
-  loss, inputs = run.config.search.loss, run.inputs
-  return best_loss(inputs.spec, inputs.train_data.has_labels) if loss == "auto" else loss
+  return best_loss(run.config.search, run.inputs.spec)
 
 
 def _check_latency(run: Run) -> None:
@@ -75,8 +92,11 @@ def run(run: Run) -> SearchResult:
     # A resumed run uses the table it began with.
     write_json(run.workdir.path / "latency.json", run.inputs.cost.to_json())
   learnt, results = None, []
+  begin = time.monotonic()
+  factors = _factors(run)
   for suffix in run.inputs.targets:
-    trained = task(run, suffix, learnt)
+    trained = task(run, suffix, learnt, factors)
+    before = time.monotonic() - begin
     state, seconds = loop.train(
       trained, run.workdir.path, run.inputs.layout, run.config.profile.steps
     )
@@ -85,10 +105,12 @@ def run(run: Run) -> SearchResult:
     result = run.workdir.finished(stage, SearchResult)
     if result is None:
       begin = time.monotonic()
-      found = trainer(run, suffix).choose(state, run.artefacts.params, _held_back(run, suffix))
-      seconds += time.monotonic() - begin
+      search, params = trainer(run, suffix), run.artefacts.params
+      found = search.choose(state, params, factors, _held_back(run, suffix))
+      seconds += before + time.monotonic() - begin
       _save(run, suffix, found)
       result = _result(run, suffix, found, seconds)
+    begin = time.monotonic()
     if suffix:
       run.workdir.finish(stage, result)
     results.append(result)
@@ -116,26 +138,60 @@ def trainer(run: Run, suffix: str | None = None) -> SearchTrainer:
   )
 
 
-def task(run: Run, suffix: str | None = None, learnt: Mapping[str, Any] | None = None) -> loop.Task:
+def task(
+  run: Run,
+  suffix: str | None = None,
+  learnt: Mapping[str, Any] | None = None,
+  factors: Any = None,
+) -> loop.Task:
   """Returns the training task of the search for one budget.
 
   Args:
     run: The run.
     suffix: Suffix of the budget, as in `trainer`.
-    learnt: Rates to continue from; None: the method's initial ones.
+    learnt: Rates to continue from; None: the best of several starts.
+    factors: Sorted lists of the widths, if they are searched.
   """
   suffix = next(iter(run.inputs.targets)) if suffix is None else suffix
-  config, before = run.config.search, _steps_before(run, suffix)
+  config, before, params = run.config.search, _steps_before(run, suffix), run.artefacts.params
   epoch_steps = config.epoch_steps or max(
     1, run.inputs.train_data.num_examples // config.batch_size
   )
-  return trainer(run, suffix).task(
+  search = trainer(run, suffix)
+  if learnt is None and not _is_begun(run, f"search{suffix}"):
+    arch = search.start(params, factors, _held_back(run, suffix))
+  else:  # a checkpoint replaces it
+    arch = search.method.init(learnt)
+  return search.task(
     f"search{suffix}",
-    run.artefacts.params,
+    params,
     lambda done: run.inputs.train_batches(config.batch_size, before + done),
     epoch_steps,
-    learnt,
+    arch,
+    factors,
   )
+
+
+def _is_begun(run: Run, stage: str) -> bool:
+  """Returns whether a stage left a checkpoint, or the start of one, in the workdir."""
+  folder = run.workdir.path / "checkpoints" / stage
+  return any(child.name.isdigit() for child in folder.glob("*"))
+
+
+def _factors(run: Run) -> Any:
+  """Returns the sorted lists of the widths; None if only tokens are searched."""
+  config = run.config.search
+  if config.what == "tokens":
+    return None
+  # Behind the last images that are searched or chosen on.
+  start = steps_of(run) * len(run.inputs.targets) + _batches(config.choose_images, config)
+  batches = run.inputs.train_batches(config.batch_size, start)
+  count = _batches(config.calibration_images, config)
+  return trainer(run).factors(run.artefacts.params, itertools.islice(batches, count))
+
+
+def _batches(images: int, config: SearchConfig) -> int:
+  return math.ceil(images / config.batch_size)
 
 
 def _steps_before(run: Run, suffix: str) -> int:
@@ -148,7 +204,7 @@ def _held_back(run: Run, suffix: str) -> Any:
   config = run.config.search
   start = _steps_before(run, suffix) + steps_of(run)
   batches = run.inputs.train_batches(config.batch_size, start)
-  return itertools.islice(batches, math.ceil(config.choose_images / config.batch_size))
+  return itertools.islice(batches, _batches(config.choose_images, config))
 
 
 def _method(run: Run, suffix: str) -> DiffRate:
@@ -176,6 +232,8 @@ def _save(run: Run, suffix: str, found: Found) -> None:
   if isinstance(cost, Latency):
     made_by |= {cost.key: round(spent, 3), **_where(cost)}
   plan = make_plan(spec, found.layers, made_by, base.indices if base else None)
+  if found.params is not None:
+    run.artefacts.save(found.params, run.workdir.path / "slimmed.safetensors")
   save_plan(plan, run.workdir.path / "plan.json")
   if suffix:
     (run.workdir.path / "plans").mkdir(exist_ok=True)
@@ -216,8 +274,8 @@ def _result(run: Run, suffix: str, found: Found, seconds: float) -> SearchResult
     offset=round(found.offset, 3),
     chosen_step=found.step,
     tried=tuple((each.step, each.loss) for each in found.passed),
-    raw_counts=_counts(found.raw),
-    counts=_counts(found.layers),
+    raw_counts=_counts(spec, found.raw),
+    counts=_counts(spec, found.layers),
     **spent,
   )
 
@@ -244,10 +302,10 @@ def _no_positions() -> UserError:
   )
 
 
-def _counts(layers: Layers) -> tuple[tuple[int, int], ...]:
+def _counts(spec: ViTSpec, layers: Layers) -> tuple[tuple[int, int], ...]:
   """Returns the tokens that each layer keeps after pruning and after merging, as configured."""
   counts = []
   for layer in layers:
     assert isinstance(layer.reduce, StaticReducer)
-    counts.append(layer.reduce.counts(0))
+    counts.append(layer.reduce.counts(spec.num_tokens))
   return tuple(counts)

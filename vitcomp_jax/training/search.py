@@ -1,20 +1,25 @@
 """Searches a plan by gradient: trains rates, and chooses among the plans passed through."""
 
 import dataclasses
+import functools
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from vitcomp_jax.config import Loss, SearchConfig
 from vitcomp_jax.data.mixing import training_inputs
-from vitcomp_jax.data.transforms import Preprocess
+from vitcomp_jax.data.transforms import Preprocess, normalize
 from vitcomp_jax.errors import UserError
 from vitcomp_jax.methods.base import Layers, Metrics
+from vitcomp_jax.methods.diffrate.rates import ShareRates
 from vitcomp_jax.methods.diffrate.search import DiffRate
+from vitcomp_jax.methods.widths.calibration import calibrate
+from vitcomp_jax.methods.widths.factors import LayerFactors, factorise
 from vitcomp_jax.models.backbone import Backbone
 from vitcomp_jax.models.build import build
 from vitcomp_jax.models.spec import ViTSpec, with_drop_path
@@ -32,14 +37,21 @@ from vitcomp_jax.training.step import (
   with_rows,
 )
 
-_KEPT = 7  # plans passed through, besides the last, to try at the end
+_KEPT = 3  # plans passed through, besides the last, to try at the end
 
 Batches = Iterable[Mapping[str, np.ndarray]]
 
 
-def best_loss(spec: ViTSpec, has_labels: bool) -> Loss:
-  """Returns the first loss that a model and its data allow: labels, logits or features."""
-  if has_labels and spec.num_classes:
+def best_loss(config: SearchConfig, spec: ViTSpec) -> Loss:
+  """Returns the loss of a search, with `auto` resolved.
+
+  A plan that follows the dense model's outputs on a thousand images does as well on others as one
+  that follows their labels, and fits these images less; see docs/results.md. The authors' recipe
+  follows labels.
+  """
+  if config.loss != "auto":
+    return config.loss
+  if config.recipe == "paper":
     return "labels"
   return "logits" if spec.num_classes else "features"
 
@@ -65,7 +77,7 @@ def check_loss(loss: str, spec: ViTSpec, has_labels: bool, where: str) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Passed:
-  """A plan that a search passed through.
+  """A plan that a search started from, or passed through.
 
   Attributes:
     step: Number of steps done.
@@ -86,7 +98,8 @@ class Found:
     step: Step of the chosen rates.
     raw: Layers with the learnt counts.
     layers: Layers adjusted to the budget.
-    offset: Tokens that the adjustment adds to every expected count.
+    offset: What the adjustment adds to every expected count, as a share of its list.
+    params: Weights of the slimmed network; None if no widths were searched.
     passed: Tried plans with a finite loss.
   """
 
@@ -94,6 +107,7 @@ class Found:
   raw: Layers
   layers: Layers
   offset: float
+  params: Any = None
   passed: tuple[Passed, ...] = ()
 
 
@@ -115,13 +129,54 @@ class SearchTrainer:
   layout: Layout
   seed: int = 0
 
+  def factors(self, params: Any, batches: Batches) -> Sequence[LayerFactors] | None:
+    """Returns the sorted lists of the model's widths; None if only tokens are searched.
+
+    Args:
+      params: Weights of the model.
+      batches: Images to calibrate on.
+    """
+    if self.config.what == "tokens":
+      return None
+    spec = self.method.spec
+    images = (normalize(jnp.asarray(batch["image"]), self.preprocess) for batch in batches)
+    return factorise(spec, params, calibrate(spec, params, images))
+
+  def start(self, params: Any, factors: Any, batches: Batches) -> Mapping[str, Any]:
+    """Returns the rates of the schedule with the least task loss, out of `DiffRate.starts`.
+
+    What suits one model is the worst for another, so a few are tried on images.
+
+    Args:
+      params: Weights of the model.
+      factors: Result of `factors`.
+      batches: This process's rows of those images; the first start is taken if there are none.
+    """
+    batches = list(batches)
+    if not self._chooses or not batches:
+      return self.method.init()
+    rates = self.method.rates
+    assert isinstance(rates, ShareRates)
+    starts = self.method.starts()
+    losses = self._losses(list(starts.values()), params, factors, batches)
+    for name, loss in zip(starts, losses, strict=True):
+      logging.info("search: the start %s has a loss of %.4f", name, loss)
+    best = min(zip(losses, starts.values(), strict=True), key=lambda pair: _finite(pair[0]))
+    return rates.arch(best[1])
+
+  @property
+  def _chooses(self) -> bool:
+    """Returns whether plans are compared; the authors take zeros first and the last rates."""
+    return self.method.recipe.learns_shares and self.config.choose_images > 0
+
   def task(
     self,
     name: str,
     params: Any,
     batches: Callable[[int], Iterator[Mapping[str, np.ndarray]]],
     epoch_steps: int,
-    learnt: Mapping[str, Any] | None = None,
+    arch: Mapping[str, Any],
+    factors: Any = None,
   ) -> loop.Task:
     """Returns the training task, which trains only the rates.
 
@@ -130,13 +185,13 @@ class SearchTrainer:
       params: Weights of the model.
       batches: Returns this process's rows of the batches from a step on.
       epoch_steps: Steps per epoch, for the authors' schedule.
-      learnt: Rates of a search at another budget to continue from; None: the initial ones.
+      arch: Initial rates.
+      factors: Result of `factors`.
     """
     config, layout = self.config, self.layout
     tx = optimizer.search_optimizer(config, epoch_steps)
     keeps = self._kept_steps()
     step_fn = make_step(self.loss(), tx, ("arch",), layout, parts=config.parts, keeps=keeps)
-    arch = self.method.init(learnt)
     return loop.Task(
       stage=name,
       state=init_state(params, arch, tx, ("arch",), self.seed, keeps=len(keeps)),
@@ -146,11 +201,12 @@ class SearchTrainer:
       log_every=config.log_every,
       checkpoint_every=config.checkpoint_every,
       schedule=optimizer.search_schedule(config, epoch_steps),
+      fixed=factors,
     )
 
   def _kept_steps(self) -> list[int]:
     """Returns the evenly spaced steps whose rates are kept, including the first."""
-    if not self.config.choose_images:
+    if not self._chooses:
       return []
     return sorted({self.config.steps * i // _KEPT for i in range(_KEPT)})
 
@@ -160,8 +216,7 @@ class SearchTrainer:
     model = build(self.method.spec, layers, self.config.remat)
 
     def loss_fn(params, arch, fixed, batch, key, step):
-      del fixed
-      task, out, metrics = self._task_loss(model, {"params": params, "arch": arch}, batch, key)
+      task, out, metrics = self._task_loss(model, params, arch, fixed, batch, key)
       penalty, of_method = self.method.penalty(arch, out, step)
       return task + penalty, {"task_loss": task, **metrics, **of_method}
 
@@ -170,28 +225,32 @@ class SearchTrainer:
   def _task_loss(
     self,
     model: Backbone,
-    variables: Mapping[str, Any],
+    params: Any,
+    arch: Mapping[str, Any],
+    factors: Any,
     batch: Mapping[str, jax.Array],
     key: jax.Array,
   ) -> tuple[jax.Array, Output, Metrics]:
-    """Computes the cross-entropy, or the divergence from the model that keeps all tokens."""
+    """Computes the cross-entropy, or the divergence from the model that keeps all."""
     spec, config = model.spec, self.config
     images, targets = training_inputs(
       batch, self.preprocess, spec.num_classes, config.label_smoothing, key
     )
     rngs = random_streams(key, batch, ("drop_path",))
+    variables = {"params": self.method.masked(params, arch, factors), "arch": arch}
     out = model.apply(variables, images, method="forward", rngs=rngs)
-    if config.loss == "labels":
+    kind = best_loss(config, spec)
+    if kind == "labels":
       score = {"top1": top1(out.logits, targets)}
       return losses.soft_cross_entropy(out.logits, targets), out, score
     whole = build(spec, self.method.dense)
-    teacher = whole.apply({"params": variables["params"]}, images, method="forward")
-    if config.loss == "logits":
+    teacher = whole.apply({"params": params}, images, method="forward")
+    if kind == "logits":
       return losses.logit_divergence(out.logits, teacher.logits), out, {}
-    assert config.loss == "features", config.loss
+    assert kind == "features", kind
     return losses.feature_divergence(out.features, teacher.features), out, {}
 
-  def choose(self, state: TrainState, params: Any, batches: Batches) -> Found:
+  def choose(self, state: TrainState, params: Any, factors: Any, batches: Batches) -> Found:
     """Returns the plan with the least task loss among those that the search passed through.
 
     A gradient measures the effect of one token in a layer, not of many in several layers: a search
@@ -201,58 +260,65 @@ class SearchTrainer:
     Args:
       state: State after the last step.
       params: Weights of the model.
+      factors: Result of `factors`.
       batches: This process's rows of those images; unused if `choose_images` is 0.
 
     Raises:
       UserError: If no plan has a finite loss.
     """
-    rates = self._rates(state)
-    if not self.config.choose_images:
-      return self._found(*rates[-1])
-    passed = self._tried(rates, params, batches)
-    finite = [each for each in passed if math.isfinite(each.loss)]
-    if not finite:
-      raise UserError(
-        f"stage search: expected plans with a finite loss, got {len(passed)} of {len(passed)} "
-        "that have none; start from other weights, or set config.model.dtype=float32."
+    tables = self._tables(state)
+    step: int = self.config.steps
+    passed: tuple[Passed, ...] = ()
+    if self._chooses:
+      adjusted = [self.method.adjusted(table)[0] for table in tables.values()]
+      found = self._losses(adjusted, params, factors, batches)
+      passed = tuple(
+        Passed(step, loss, self.method.static_layers(table))
+        for step, loss, table in zip(tables, found, adjusted, strict=True)
+        if math.isfinite(loss)
       )
-    best = min(finite, key=lambda each: each.loss)
-    found = self._found(best.step, dict(rates)[best.step])
-    return dataclasses.replace(found, passed=tuple(finite))
+      if not passed:
+        raise UserError(
+          f"stage search: expected plans with a finite loss, got {len(found)} of {len(found)} "
+          "that have none; start from other weights, or set config.model.dtype=float32."
+        )
+      step = min(passed, key=lambda each: each.loss).step
+    table, offset = self.method.adjusted(tables[step])
+    layers, small = self.method.slimmed(jax.device_get(params), table, factors)
+    return Found(step, self.method.static_layers(tables[step]), layers, offset, small, passed)
 
-  def _rates(self, state: TrainState) -> list[tuple[int, np.ndarray]]:
-    """Returns the steps whose rates were kept and the last one, with their expected counts."""
-    kept = self.layout.get(state.passed)
-    found = []
+  def _tables(self, state: TrainState) -> dict[int, np.ndarray]:
+    """Returns the expected counts of the steps whose rates were kept, and of the last one."""
+    kept, found = self.layout.get(state.passed), {}
     for i, step in enumerate(self._kept_steps()):
-      arch = jax.tree.map(lambda x, i=i: x[i], kept)
-      found.append((step, self.method.expected_counts(arch)))
-    return [*found, (self.config.steps, self.method.expected_counts(self.layout.get(state.arch)))]
+      found[step] = self.method.expected_counts(jax.tree.map(lambda x, i=i: x[i], kept))
+    found[self.config.steps] = self.method.expected_counts(self.layout.get(state.arch))
+    return found
 
-  def _found(self, step: int, expected: np.ndarray) -> Found:
-    layers, offset = self.method.deploy_counts(expected)
-    return Found(step, self.method.static_layers(expected), layers, offset)
+  @functools.partial(jax.jit, static_argnums=0)
+  def _score(self, params: Any, arch: Any, factors: Any, batch: Mapping[str, Any]) -> jax.Array:
+    """Computes the task loss of a batch; compiled once for starts and for passed plans."""
+    model = build(self.method.spec, self.method.layers(logits_only=True))
+    return self._task_loss(model, params, arch, factors, with_rows(batch), jax.random.key(0))[0]
 
-  def _tried(
-    self, rates: list[tuple[int, np.ndarray]], params: Any, batches: Batches
-  ) -> list[Passed]:
-    """Measures the task loss of the plans, with one compiled program."""
-    model = build(self.method.spec, self.method.replayed_layers())
-
-    @jax.jit
-    def loss(variables: Mapping[str, Any], batch: Mapping[str, jax.Array]) -> jax.Array:
-      return self._task_loss(model, variables, with_rows(batch), jax.random.key(0))[0]
-
-    params = self.layout.put(params)
+  def _losses(
+    self, tables: Sequence[np.ndarray], params: Any, factors: Any, batches: Batches
+  ) -> list[float]:
+    """Measures the task loss of tables of counts, with one compiled program."""
+    params, factors = self.layout.put(params), self.layout.put(factors)
     placed = [self.layout.put_batch(batch) for batch in batches]
-    passed = []
-    for step, expected in rates:
-      layers, _ = self.method.deploy_counts(expected)
-      arch = self.layout.put(self.method.replayed_arch(layers))
+    rates = self.method.rates
+    assert isinstance(rates, ShareRates)
+    found = []
+    for table in tables:
+      # Whole numbers, as those of the plan.
+      arch = self.layout.put(rates.arch(rates.clipped(np.ceil(table - 1e-4))))
       # One at a time, as many concurrent programs may deadlock XLA's CPU devices.
-      found = [
-        float(self.layout.get(loss({"params": params, "arch": arch}, batch))) for batch in placed
-      ]
-      passed.append(Passed(step, float(np.mean(found)), layers))
-      logging.info("search: the plan of step %d has a loss of %.4f", step, passed[-1].loss)
-    return passed
+      parts = [self.layout.get(self._score(params, arch, factors, batch)) for batch in placed]
+      found.append(float(np.mean(parts)))
+      logging.info("search: a plan has a loss of %.4f", found[-1])
+    return found
+
+
+def _finite(loss: float) -> float:
+  return loss if math.isfinite(loss) else math.inf

@@ -19,6 +19,9 @@ class Recipe:
     mask_follows: Whether sorting moves a token's mask with it. If not, values are the same, as
       dropped tokens stay behind the kept ones, but a rate gets the gradient of the dropped token
       that is at its rank later.
+    learns_shares: Whether counts are learnt directly (`LearntCounts`), with the gradient of a
+      merged token's share in its receiver; otherwise by logits of candidates (`LogitCounts`), and
+      to merge a token has the gradient of to prune it.
     mask_eps: Smoothing of the masked softmax.
     relative_budget: Whether the budget term is in units of the dense model's cost / 4.6 (its
       coefficient is for DeiT-S with 4.6 GMACs), so that one coefficient suits every model;
@@ -33,17 +36,25 @@ class Recipe:
   first_receives: bool = True
   clamp_size: bool = False
   mask_follows: bool = True
+  learns_shares: bool = True
   mask_eps: float = 0.0
   relative_budget: bool = True
 
 
 OURS = Recipe()
-_PAPER = Recipe(signed_similarity=True, clamp_size=True, mask_eps=1e-6, relative_budget=False)
+_PAPER = Recipe(
+  signed_similarity=True,
+  clamp_size=True,
+  learns_shares=False,
+  mask_eps=1e-6,
+  relative_budget=False,
+)
 _PAPER_CAFORMER = Recipe(
   signed_similarity=True,
   whole_sizes=True,
   first_receives=False,
   mask_follows=False,
+  learns_shares=False,
   mask_eps=1e-6,
   relative_budget=False,
 )

@@ -2,7 +2,8 @@
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -16,26 +17,24 @@ from vitcomp_jax.errors import UserError
 from vitcomp_jax.methods.base import Layers, Metrics
 from vitcomp_jax.methods.bisection import bracket
 from vitcomp_jax.methods.diffrate import recipe as recipes
-from vitcomp_jax.methods.diffrate.masking import (
-  NOISE,
-  HeadOnlyPruneMerge,
-  MaskedPruneMerge,
-  ReplayedCounts,
-  SearchedCounts,
-  candidates,
-)
+from vitcomp_jax.methods.diffrate.counts import GivenCounts
+from vitcomp_jax.methods.diffrate.masking import HeadOnlyPruneMerge, MaskedPruneMerge
+from vitcomp_jax.methods.diffrate.rates import LogitRates, ShareRates
 from vitcomp_jax.methods.diffrate.recipe import Recipe
 from vitcomp_jax.methods.diffrate.reducer import PruneMerge
-from vitcomp_jax.methods.handmade import compressed_layers
-from vitcomp_jax.models.layer_trees import of_layer, to_tree
+from vitcomp_jax.methods.diffrate.starts import starts
+from vitcomp_jax.methods.proxy import NOISE
+from vitcomp_jax.methods.widths.deployment import slimmed
+from vitcomp_jax.methods.widths.factors import LayerFactors
+from vitcomp_jax.methods.widths.lists import HIDDEN, QK, VALUE, sorted_lists
+from vitcomp_jax.methods.widths.masking import masked_params
+from vitcomp_jax.models.layer_trees import to_tree
 from vitcomp_jax.models.spec import ViTSpec
 from vitcomp_jax.models.tokens import Output
 
+_WIDTH_FIELDS = {HIDDEN: "mlp_dim", QK: "head_dim", VALUE: "value_dim"}
 _REFERENCE_GMACS = 4.6  # of DeiT-S, the model of the paper's coefficient
-# Slope of the initial logits that keep all tokens. Adam moves a logit by the learning rate in each
-# step, however small its gradient: the steeper, the later a count changes.
-_STEEP = 300.0
-_ACTIONS = ("prune", "merge")
+Params = Mapping[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,10 +96,11 @@ class DiffRate:
     """Returns the recipe named by the options."""
     return recipes.recipe(self.options.recipe, self.spec)
 
-  @property
-  def is_compressed(self) -> tuple[bool, ...]:
-    """Returns which layers may lose tokens."""
-    return compressed_layers(self.spec, self.options.compress_first, self.options.compress_last)
+  @functools.cached_property
+  def rates(self) -> LogitRates | ShareRates:
+    """Returns what is learnt."""
+    kind = ShareRates if self.recipe.learns_shares else LogitRates
+    return kind(self.spec, self.options)
 
   @property
   def budget_unit(self) -> float:
@@ -120,15 +120,20 @@ class DiffRate:
       UserError: For a granularity above the model's patches, an unsupported importance metric, a
         budget below the smallest plan, or one in ms with a recipe that counts MACs.
     """
-    patches, granularity = self.spec.num_patches, self.options.granularity
-    if granularity > patches:
-      raise UserError(f"config.search.granularity: expected 1 to {patches}, got {granularity}.")
-    self.spec.importance(self.options.importance, "config.search.importance")  # raises
+    options, patches = self.options, self.spec.num_patches
+    largest = 1 if self.recipe.learns_shares else patches
+    if options.granularity > largest:
+      raise UserError(
+        f"config.search.granularity: expected 1 to {largest} with recipe={options.recipe}, got "
+        f"{options.granularity}; search.tile makes the counts of a plan multiples."
+      )
+    self.spec.importance(options.importance, "config.search.importance")  # raises
     if self.cost is not MACS and not self.recipe.relative_budget:
       raise UserError(
         f"config.search.recipe: expected ours for a budget in {self.cost.unit}, got "
-        f"{self.options.recipe}."
+        f"{options.recipe}."
       )
+    self._check_widths()
     smallest, dense = self._smallest(), self._dense_cost
     if not smallest <= self.target <= dense * (1 + 1e-9):
       raise UserError(
@@ -137,62 +142,81 @@ class DiffRate:
         f"{self.target:.4g} (fraction {self.target / dense:.3g})."
       )
 
+  def _check_widths(self) -> None:
+    """Refuses a search of widths with a recipe, a cost or layers that have none to search."""
+    what, got = self.options.what, ""
+    if what == "tokens":
+      return
+    if not self.recipe.learns_shares:
+      got = f"recipe={self.options.recipe}, which searches tokens only"
+    elif self.cost is not MACS:
+      got = f"a budget in {self.cost.unit}"
+    elif self.base is not None and self.base != self.spec.dense_layers:
+      got = "layers that are slimmed already"
+    if got:
+      raise UserError(f"config.search.what: expected tokens, got {what} with {got}.")
+    if not sorted_lists(self.spec):
+      raise UserError(
+        f"config.search.what: expected tokens for {self.spec.name}, whose norms read all widths "
+        f"together, got {what}."
+      )
+
   def _smallest(self) -> float:
-    """Returns the cost of the cheapest plan: one patch token after each compressed layer."""
-    least = np.where(np.array(self.is_compressed)[:, None], 1, self._patches())
-    return self.cost.static(self.spec, self.static_layers(np.repeat(least, 2, axis=1)))
+    """Returns the cost of the cheapest plan: one element of every list that is learnt."""
+    least = self.rates.shifted(self.rates.table(jax.device_get(self.rates.init())), -1.0)
+    return self._cost(least)
 
   def layers(self, logits_only: bool = False) -> Layers:
-    """Returns layers that learn their counts, each with its own reducer.
+    """Returns layers that learn their token counts, each with its own reducer.
 
     Args:
       logits_only: Whether the last layer computes only the tokens that the head reads. Logits,
         counts and their gradients are the same.
     """
     spec, eps = self.spec, self.recipe.mask_eps
-    importance = spec.importance(self.options.importance)
-    layers = []
-    for i, layer in enumerate(self.dense):
-      reduce = MaskedPruneMerge(self._counts(i), importance, self.recipe)
-      layers.append(dataclasses.replace(layer, reduce=reduce, mask_eps=eps))
-    if logits_only and not spec.pools_patches:
-      reduce = HeadOnlyPruneMerge(self._counts(spec.depth - 1))
-      layers[-1] = dataclasses.replace(layers[-1], reduce=reduce, queries=spec.num_prefix)
+    reads_prefix = logits_only and not spec.pools_patches
+    layers = list(self.dense)
+    if self.options.what != "widths":
+      importance = spec.importance(self.options.importance)
+      for i, layer in enumerate(layers):
+        reduce = MaskedPruneMerge(self.rates.counts(i), importance, self.recipe)
+        layers[i] = dataclasses.replace(layer, reduce=reduce, mask_eps=eps)
+      if reads_prefix:
+        reduce = HeadOnlyPruneMerge(self.rates.counts(spec.depth - 1))
+        layers[-1] = dataclasses.replace(layers[-1], reduce=reduce)
+    if reads_prefix:
+      layers[-1] = dataclasses.replace(layers[-1], queries=spec.num_prefix)
     return tuple(layers)
 
-  def _counts(self, layer: int) -> SearchedCounts:
-    prune, merge = (self._granularity(layer, action) for action in _ACTIONS)
-    return SearchedCounts(self.spec.patches_at(layer), self.spec.num_prefix, (prune, merge))
+  def masked(
+    self, params: Params, arch: Mapping[str, Any], factors: Sequence[LayerFactors] | None
+  ) -> Params:
+    """Returns the weights with which `layers()` compute what the learnt widths leave.
 
-  def _granularity(self, layer: int, action: str) -> int:
-    """Returns the granularity; layers that keep all tokens have a single candidate."""
-    learns = self.is_compressed[layer] and self.options.actions in ("both", action)
-    return self.options.granularity if learns else self.spec.patches_at(layer) + 1
-
-  @functools.cached_property
-  def _candidates(self) -> list[dict[str, np.ndarray]]:
-    """Returns the candidates of each layer, by the name of their logits."""
-    return [
-      {
-        f"{a}_logits": candidates(self.spec.patches_at(i), self._granularity(i, a))
-        for a in _ACTIONS
-      }
-      for i in range(self.spec.depth)
-    ]
+    Args:
+      params: Weights of the dense model.
+      arch: Rates.
+      factors: Sorted lists of its units, see `methods.widths.factorise`; None: widths are not
+        searched.
+    """
+    if factors is None:
+      return params
+    assert isinstance(self.rates, ShareRates), "only shares have widths"
+    return masked_params(params, factors, self.rates.masks(arch)[0])
 
   def replayed_layers(self, limits: Sequence[int | None] | None = None) -> Layers:
-    """Returns layers that run any plan by masking, with its counts as variables.
+    """Returns layers that run any plan by masking, with its token counts as variables.
 
     This compares plans without compiling each of them.
 
     Args:
       limits: Number of tokens that each layer passes on, at least the kept ones; None: all.
     """
-    spec, importance = self.spec, self.spec.importance(self.options.importance)
+    importance = self.spec.importance(self.options.importance)
     layers = []
     for i, layer in enumerate(self.dense):
-      counts = ReplayedCounts(spec.patches_at(i), spec.num_prefix)
-      reduce = MaskedPruneMerge(counts, importance, self.recipe, limits[i] if limits else None)
+      limit = limits[i] if limits else None
+      reduce = MaskedPruneMerge(GivenCounts(), importance, self.recipe, limit)
       layers.append(dataclasses.replace(layer, reduce=reduce))
     return tuple(layers)
 
@@ -209,124 +233,165 @@ class DiffRate:
     """Computes the budget term (Eq. 9): lambda times the squared distance from the target.
 
     Args:
-      arch: Rates; unused, as `out` reflects them.
+      arch: Rates.
       out: Output of the model with `layers()`.
       step: Step, from 0; the warm-up has no budget term.
 
     Returns:
-      The term, and metrics: the cost, and the tokens left by each layer.
+      The term, and metrics: the cost, the tokens left by each layer, and its widths.
     """
-    del arch
-    reached = search_counts(self.spec, out)
-    spent = {c.key: c.count(self.spec, self.dense, reached) for c in (MACS, self.cost)}
+    metrics: Metrics = {}
+    if self.options.what == "tokens":
+      widths = None
+    else:
+      assert isinstance(self.rates, ShareRates), "only shares have widths"
+      widths = self.rates.masks(arch)[1]
+      metrics["widths"] = jnp.stack([jnp.stack(list(each)) for each in widths])
+    counts = search_counts(self.spec, out)
+    spent = {c.key: c.count(self.spec, self.dense, counts, widths) for c in (MACS, self.cost)}
     distance = (spent[self.cost.key] - self.target * self.cost.scale) / self.budget_unit
     weight = jnp.where(step < self.options.warmup_steps, 0.0, self.options.budget_weight)
-    counts = jnp.stack(_kept(out))
-    metrics = {c.key: spent[c.key] / c.scale for c in (MACS, self.cost)}
-    metrics |= {"tokens": counts, "budget_loss": distance**2}
+    metrics |= {c.key: spent[c.key] / c.scale for c in (MACS, self.cost)}
+    metrics |= {"tokens": jnp.stack([after for _, after in counts]), "budget_loss": distance**2}
     return weight * distance**2, metrics
 
   def init(self, learnt: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Returns the initial rates: the collection `arch`.
 
-    With `zeros`, the authors' choice, both pruning and merging keep half of the tokens in every
-    layer. With `merge_first`, almost no token is pruned, and every layer merges as many as the
-    budget requires; if only pruning is learnt, it prunes them instead.
+    They are on the budget: the counts fall linearly with depth, and half of the tokens that a layer
+    removes are merged. `starts` has others. With the authors' recipe all logits are zero, as
+    theirs, which keeps half of the tokens in every layer.
 
     Args:
-      learnt: Rates of a search at another budget to continue from: one slope is added to all
-        logits to meet this budget. None: start afresh.
+      learnt: Rates of a search at another budget to continue from, moved together to this one;
+        None: start afresh.
     """
-    if learnt is None and self.options.init == "zeros":
-      return self._sloped_arch(0.0, 0.0)
+    if learnt is not None:
+      return self.rates.moved(learnt, self._is_above)
+    if isinstance(self.rates, LogitRates):
+      return self.rates.init()
+    return self.rates.arch(next(iter(self.starts().values())))
 
-    def at(slope: float) -> dict[str, Any]:
-      if learnt is not None:
-        return jax.tree.map(jnp.add, dict(learnt), self._sloped_arch(slope, slope))
-      slopes = (slope, _STEEP) if self.options.actions == "prune" else (_STEEP, slope)
-      return self._sloped_arch(*slopes)
+  def starts(self) -> dict[str, np.ndarray]:
+    """Returns schedules to start from by name, as tables of counts on the budget."""
+    assert isinstance(self.rates, ShareRates), "the authors start from zeros"
+    found = {}
+    for name, at in starts(self.rates).items():
+      table = at(bracket(functools.partial(self._is_strength_above, at), 1.0, 0.0)[0])
+      if not self._is_above(table):
+        found[name] = table
+    if not found:  # a budget near that of the smallest plan
+      found["even"] = self.rates.table(self.rates.moved(self.rates.init(), self._is_above))
+    return found
 
-    def is_above(slope: float) -> bool:
-      counts = self.expected_counts(jax.device_get(at(slope)))
-      return self.cost.static(self.spec, self.static_layers(counts)) > self.target
+  def _is_strength_above(self, at: Callable[[float], np.ndarray], strength: float) -> bool:
+    return self._is_above(at(strength))
 
-    return at(bracket(is_above, -_STEEP, _STEEP)[0])
+  def _is_above(self, table: np.ndarray) -> bool:
+    return self._cost(table) > self.target
 
-  def _sloped_arch(self, prune: float, merge: float) -> dict[str, Any]:
-    """Returns logits that rise linearly with the share of tokens kept."""
-    slopes = {"prune_logits": prune, "merge_logits": merge}
-    arch = []
-    for i, layer in enumerate(self._candidates):
-      logits = {name: slopes[name] * c / self.spec.patches_at(i) for name, c in layer.items()}
-      arch.append({"reduce": {k: jnp.asarray(v, jnp.float32) for k, v in logits.items()}})
-    return to_tree(self.spec, arch)
+  def _cost(self, table: np.ndarray) -> float:
+    return self.cost.static(self.spec, self.static_layers(table))
 
   def expected_counts(self, arch: Mapping[str, Any]) -> np.ndarray:
-    """Computes the expected number of patch tokens under learnt rates (Eq. 4), on the host.
+    """Computes the expected counts under learnt rates (Eq. 4), on the host.
 
     Args:
       arch: Learnt rates.
 
     Returns:
-      float64[layers 2], after pruning and after merging.
+      float64[layers lists]: patch tokens after pruning and after merging, unless only widths are
+      searched; then the widths that are searched, out of hidden units, and of the dimensions of
+      each head's queries and values.
     """
-    rows = []
-    for i, layer in enumerate(self._candidates):
-      logits = of_layer(self.spec, arch, i)["reduce"]
-      rows.append([_expectation(logits[k], options) for k, options in layer.items()])
-    return np.array(rows)
+    return self.rates.table(arch)
 
   def deploy(self, arch: Mapping[str, Any]) -> Layers:
     """Returns static layers with the learnt counts, adjusted to the budget."""
-    return self.deploy_counts(self.expected_counts(arch))[0]
+    return self.static_layers(self.adjusted(self.expected_counts(arch))[0])
 
-  def deploy_counts(self, expected: np.ndarray) -> tuple[Layers, float]:
-    """Makes static layers that meet the budget, by one offset to all expected counts.
+  def adjusted(self, expected: np.ndarray) -> tuple[np.ndarray, float]:
+    """Moves expected counts onto the budget, by one offset to all that are learnt.
 
     Args:
       expected: Result of `expected_counts`.
 
     Returns:
-      The layers nearest to the budget, and the offset in tokens.
+      The counts whose plan is nearest to the budget, and the offset as a share of each list.
     """
-    depth = self.spec.depth
     # Equal counts would all step at once, past the budget; a tiny difference separates them.
-    hair = np.linspace(0, 1e-3, 2 * depth).reshape(depth, 2)
-    learnt = [[options.size > 1 for options in o.values()] for o in self._candidates]
+    hair = np.linspace(0, 1e-3, expected.size).reshape(expected.shape)
 
-    def shifted(offset: float) -> Layers:
-      return self.static_layers(np.where(learnt, expected + hair + offset, expected))
+    def shifted(offset: float) -> np.ndarray:
+      return self.rates.shifted(expected + hair, offset)
 
-    def distance(layers: Layers) -> float:
-      return self.cost.static(self.spec, layers) - self.target
-
-    reach = float(self.spec.num_patches)
-    found = bracket(lambda offset: distance(shifted(offset)) > 0, -reach, reach)
-    offset = min(found, key=lambda offset: abs(distance(shifted(offset))))
+    found = bracket(lambda offset: self._is_above(shifted(offset)), -1.0, 1.0)
+    offset = min(found, key=lambda offset: abs(self._cost(shifted(offset)) - self.target))
     return shifted(offset), offset
 
   def static_layers(self, expected: np.ndarray) -> Layers:
-    """Returns static layers that keep the expected counts, rounded up to multiples of the tile."""
-    patches, prefix, tile = self._patches(), self.spec.num_prefix, self.options.tile
-    whole = np.ceil(expected - patches * NOISE)
-    counts = np.clip(whole, 1, patches).astype(int) + prefix
-    counts = np.minimum(-(-counts // tile) * tile, patches + prefix)
+    """Returns static layers that keep the expected counts, rounded up to multiples of the tile.
+
+    With widths, they are those of `slimmed` but for the order of rotated pairs.
+    """
     layers = []
-    for layer, (prune_keep, merge_keep) in zip(self.dense, counts.tolist(), strict=True):
-      reduce = PruneMerge(
-        prune_keep,
-        merge_keep,
-        signed_similarity=self.recipe.signed_similarity,
-        importance=self.spec.importance(self.options.importance),
-        whole_sizes=self.recipe.whole_sizes,
-        first_receives=self.recipe.first_receives,
-      )
-      layers.append(dataclasses.replace(layer, reduce=reduce))
+    for i, (layer, row) in enumerate(zip(self.dense, expected, strict=True)):
+      if self.options.what != "widths":
+        layer = dataclasses.replace(layer, reduce=self._reducer(i, row[:2]))
+      kept = self._units(row)
+      changes: dict[str, Any] = {_WIDTH_FIELDS[name]: count for name, count in kept.items()}
+      layers.append(dataclasses.replace(layer, **changes))
     return tuple(layers)
 
-  def _patches(self) -> np.ndarray:
-    """Returns the patch tokens of each layer if none is removed, [layers 1]."""
-    return np.array([[self.spec.patches_at(i)] for i in range(self.spec.depth)])
+  def _reducer(self, layer: int, expected: np.ndarray) -> PruneMerge:
+    patches, prefix = self.spec.patches_at(layer), self.spec.num_prefix
+    prune_keep, merge_keep = (_rounded(n, patches, self.options.tile, prefix) for n in expected)
+    return PruneMerge(
+      prune_keep,
+      merge_keep,
+      signed_similarity=self.recipe.signed_similarity,
+      importance=self.spec.importance(self.options.importance),
+      whole_sizes=self.recipe.whole_sizes,
+      first_receives=self.recipe.first_receives,
+    )
+
+  def _units(self, row: np.ndarray) -> dict[str, int]:
+    """Returns the units that a layer keeps of each list of widths."""
+    if not isinstance(self.rates, ShareRates):
+      return {}
+    lists = self.rates.widths
+    expected = row[len(row) - len(lists) :]
+    return {
+      name: _rounded(n, units.length, math.lcm(self.options.tile, units.step))
+      for (name, units), n in zip(lists.items(), expected, strict=True)
+    }
+
+  def slimmed(
+    self, params: Params, expected: np.ndarray, factors: Sequence[LayerFactors] | None
+  ) -> tuple[Layers, Params | None]:
+    """Returns the static layers that keep the expected counts, and their weights.
+
+    Args:
+      params: Weights of the dense model.
+      expected: Counts, see `expected_counts`.
+      factors: As in `masked`.
+
+    Returns:
+      The layers, and the weights; None without widths, as those of the dense model serve.
+    """
+    layers = self.static_layers(expected)
+    if factors is None:
+      return layers, None
+    units = [self._units(row) for row in expected]
+    narrow, small = slimmed(self.spec, params, factors, units)
+    pairs = zip(narrow, layers, strict=True)
+    return tuple(dataclasses.replace(new, reduce=layer.reduce) for new, layer in pairs), small
+
+
+def _rounded(expected: float, length: int, tile: int, prefix: int = 0) -> int:
+  """Rounds a count up to a whole tile, prefix included."""
+  count = min(max(math.ceil(expected - length * NOISE), 1), length) + prefix
+  return min(-(-count // tile) * tile, length + prefix)
 
 
 def search_counts(spec: ViTSpec, out: Output) -> list[tuple[Array, Array]]:
@@ -334,17 +399,8 @@ def search_counts(spec: ViTSpec, out: Output) -> list[tuple[Array, Array]]:
 
   Each layer's count takes the gradient of its own MLP and of the next layer's attention.
   """
-  after = _kept(out)
-  starts = {i: jnp.asarray(float(n)) for i, n in spec.starts.items()}
-  return [(starts[i] if i in starts else after[i - 1], n) for i, n in enumerate(after)]
-
-
-def _kept(out: Output) -> list[Array]:
-  """Returns the number of tokens left by each layer of a search."""
-  return [tokens.num_kept for tokens in out.layers if tokens.num_kept is not None]
-
-
-def _expectation(logits: Array | np.ndarray, options: np.ndarray) -> float:
-  values = np.asarray(logits, np.float64)
-  weights = np.exp(values - values.max())
-  return float(options @ weights / weights.sum())
+  counts: list[tuple[Array, Array]] = []
+  for i, tokens in enumerate(out.layers):
+    before = jnp.asarray(float(spec.starts[i])) if i in spec.starts else counts[-1][1]
+    counts.append((before, before if tokens.num_kept is None else tokens.num_kept))
+  return counts
