@@ -4,9 +4,11 @@ import dataclasses
 import functools
 
 import jax
+import jax.numpy as jnp
 
-from vitcomp_jax.config import TrainConfig
+from vitcomp_jax.config import FinetuneConfig, TrainConfig
 from vitcomp_jax.data.mixing import training_inputs
+from vitcomp_jax.errors import UserError
 from vitcomp_jax.methods import dynamicvit, evit
 from vitcomp_jax.models.build import build
 from vitcomp_jax.models.spec import LayerSpec, with_drop_path
@@ -28,7 +30,14 @@ from vitcomp_jax.weights.loading import Params
 
 def check(run: Run) -> None:
   """Refuses data, a model or a batch size that cannot be trained with."""
-  run.inputs.check_trainable("finetune")
+  distill = run.config.distill
+  if distill.kind == "none" or distill.weight < 1:
+    run.inputs.check_trainable("finetune")
+  elif distill.kind != "features" and not run.inputs.spec.num_classes:
+    raise UserError(
+      f"config.distill.kind: expected features for {run.inputs.spec.name}, which has no "
+      f"classifier, got {distill.kind}."
+    )
   run.inputs.check_batches("finetune")
 
 
@@ -90,6 +99,8 @@ def weights_task(
   inputs = run.inputs
   count = inputs.train_data.num_examples
   tx = optimizer.train_optimizer(config, count)
+  if isinstance(config, FinetuneConfig) and config.trains == "norms":
+    tx = optimizer.per_group(_group, {"norms": tx})
 
   @functools.cache
   def step_fn(phase: tuple[LayerSpec, ...]) -> StepFn:
@@ -113,6 +124,12 @@ def weights_task(
   )
 
 
+def _group(path: tuple[str, ...]) -> str:
+  """Returns the optimizer's group of a weight where only norms and biases are trained."""
+  is_small = "bias" in path[-1] or any("norm" in name for name in path)
+  return "norms" if is_small else optimizer.FROZEN
+
+
 def _loss(
   run: Run, config: TrainConfig, layers: tuple[LayerSpec, ...], has_teacher: bool
 ) -> LossFn:
@@ -128,12 +145,17 @@ def _loss(
     )
     rngs = random_streams(key, batch, ("drop_path", "gumbel"))
     out = model.apply({"params": params}, images, method="forward", rngs=rngs)
-    loss = losses.soft_cross_entropy(out.logits, targets)
-    metrics = {"top1": top1(out.logits, targets)}
+    learns_labels = not has_teacher or distill.weight < 1
+    loss, metrics = jnp.zeros(()), {}
+    if learns_labels:
+      loss = losses.soft_cross_entropy(out.logits, targets)
+      metrics["top1"] = top1(out.logits, targets)
     if has_teacher:
-      whole = dense.apply({"params": fixed}, images, method="forward")
-      target = jax.lax.stop_gradient(whole.logits)
-      learnt = losses.distillation(out.logits, target, distill.kind, distill.temperature)
+      whole = jax.lax.stop_gradient(dense.apply({"params": fixed}, images, method="forward"))
+      if distill.kind == "features":
+        learnt = losses.feature_divergence(out.features, whole.features)
+      else:
+        learnt = losses.distillation(out.logits, whole.logits, distill.kind, distill.temperature)
       loss = (1 - distill.weight) * loss + distill.weight * learnt
       if places:
         # Masked tokens stay in place, so they correspond to the teacher's.
