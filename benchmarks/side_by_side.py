@@ -119,7 +119,7 @@ class Search:
 
   def _mean_gradient(self) -> np.ndarray:
     mean = optax.tree.get(self._state.opt_state, "mu")["arch"]
-    return np.concatenate(list(_rates(mean).values()))
+    return np.stack(list(_rates(mean).values()))
 
 
 class Peer:
@@ -356,13 +356,11 @@ def threads() -> int:
 
 
 def _rates(arch: Mapping[str, Any]) -> dict[str, np.ndarray]:
-  """Returns the rates (or their gradients) by name, without layers that have only one candidate."""
+  """Returns the rates (or their gradients) by name, of the layers that have some."""
   found = {}
   for i in range(len(arch)):
-    for action in ("prune", "merge"):
-      rate = np.asarray(arch[f"blocks_{i}"]["reduce"][f"{action}_logits"])
-      if rate.size > 1:
-        found[f"rates.{i}.{action}"] = rate
+    for action, rate in sorted(arch[f"blocks_{i}"].get("reduce", {}).items(), reverse=True):
+      found[f"rates.{i}.{action}"] = np.asarray(rate)
   return found
 
 

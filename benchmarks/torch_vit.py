@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 _NOISE = 2.0**-22  # of an expected count, relative to the patches
+_SPREAD = 0.03  # of the distribution around a count, likewise
 
 
 class Block(nn.Module):
@@ -63,11 +64,17 @@ class Block(nn.Module):
       x, size = merged(x, size, merge, prune)
     return self.feed(x), size
 
-  def searched(self, tokens: "Masked", rates: tuple[Tensor, Tensor]) -> "Masked":
-    """Applies the layer with learnable counts, masking tokens instead of removing them."""
+  def searched(self, tokens: "Masked", rates: tuple[Tensor, Tensor] | None) -> "Masked":
+    """Applies the layer with learnable counts, masking tokens instead of removing them.
+
+    Args:
+      tokens: The tokens.
+      rates: Shares of the patches left after pruning and after merging; None: in the last layer,
+        which keeps one patch, as nobody reads the others.
+    """
     x, size, keep, count = tokens
     q, k, v = self.project(x)
-    before = int(count)
+    before = float(count.detach())
     if keep is None or size is None:
       y, importance = functional.scaled_dot_product_attention(q, k, v), cls_attention(q, k)
       size, keep = torch.ones_like(x[:, :, 0]), torch.ones_like(x[:, :, 0])
@@ -75,18 +82,16 @@ class Block(nn.Module):
       bias = size.log()[:, None, None]
       y, importance = masked_attention(q, k, v, bias, keep), cls_attention(q, k, bias, keep)
     x = self.add(x, y)
+    if rates is None:
+      return self.feed(x), size, keep, torch.tensor(2.0)
     order = most_important(importance, x.shape[1])
     x, size, keep = take(x, order), size.gather(1, order), keep.gather(1, order)
-    (prune_probability, prune), (merge_probability, merge) = map(choice, rates)
-    pruned, start = min(before, int(prune)), int(merge)
-    if start < pruned:
-      head, head_size = merged(x, size, start, pruned)
-      x, size = torch.cat([head, x[:, start:]], 1), torch.cat([head_size, size[:, start:]], 1)
-    keep = masked(keep, prune_probability, int(prune), before)
-    keep = masked(keep, merge_probability, start, pruned)
-    # Each count receives the whole gradient of the smallest.
-    count = min(pruned, start) + (prune - prune.detach()) + (merge - merge.detach())
-    return self.feed(x), size.detach(), keep, count
+    n = x.shape[1]
+    merge_mask, merge = choice(rates[1], n, 2.0, before)
+    prune_mask, _ = choice(rates[0], n, float(merge.detach()), before)
+    keep = keep * prune_mask
+    x, size = joined(x, size, keep * (1 - merge_mask), int(merge.detach()))
+    return self.feed(x), size, keep * merge_mask, merge
 
   def project(self, x: Tensor) -> tuple[Tensor, ...]:
     """Returns queries, keys and values, [b h n k] each."""
@@ -151,10 +156,10 @@ class ViT(nn.Module):
     macs = self.patch_embed["proj"].weight.numel() * tokens[3] + self.head.weight.numel()
     for i, block in enumerate(self.blocks):
       before = tokens[3]
-      if i in rates:
-        tokens = block.searched(tokens, rates[i])
+      if i in rates or i == len(self.blocks) - 1:
+        tokens = block.searched(tokens, rates.get(i))
       else:
-        assert tokens[2] is None, "only layers ahead of those with rates may have none"
+        assert tokens[2] is None, "only layers ahead of those with rates, and the last, have none"
         tokens = block(tokens[0]), *tokens[1:]
       macs = macs + before * 4 * width**2 + before**2 * 2 * width + tokens[3] * 2 * width * hidden
     return self.classify(tokens[0]), macs
@@ -204,26 +209,41 @@ def masked_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, keep: Tensor
   return (weights @ v) / weights.sum(-1, keepdim=True)
 
 
-def choice(logits: Tensor) -> tuple[Tensor, Tensor]:
-  """Returns the probability that each rank is kept, and the kept count, both with CLS.
+def choice(share: Tensor, n: int, low: float, high: float) -> tuple[Tensor, Tensor]:
+  """Returns which ranks are kept, and how many, both with CLS.
 
   Args:
-    logits: Logits of keeping n, n - 1, ... 1 of n patches.
+    share: Share of the patches to keep.
+    n: Tokens.
+    low: Least count.
+    high: Largest count; ranks from there on are another mask's.
   """
-  n = len(logits)
-  p = logits.softmax(0)
-  expected = p @ torch.arange(n, 0, -1.0)
-  whole = expected + (torch.ceil(expected - n * _NOISE) - expected).detach()
-  return torch.cat([torch.ones(1), p.cumsum(0).flip(0)]), whole + 1
+  raw = share * (n - 1) + 1
+  if raw < low:  # no descent pushes it further out
+    raw.register_hook(lambda grad: grad.clamp(max=0))
+  if raw > high:
+    raw.register_hook(lambda grad: grad.clamp(min=0))
+  expected = raw + (raw.clamp(low, high) - raw).detach()
+  count = expected + (torch.ceil(expected - (n - 1) * _NOISE) - expected).detach()
+  rank = torch.arange(float(n))
+  probability = ((expected - rank - 0.5) / (_SPREAD * (n - 1))).sigmoid()
+  probability = torch.where(rank < low, 1.0, probability)
+  hard = ((rank < count) | (rank >= high)).float()
+  return hard - probability.detach() + probability, count
 
 
-def masked(keep: Tensor, probability: Tensor, start: int, stop: int) -> Tensor:
-  """Masks ranks [start, stop), with the gradient of the probability."""
-  if start >= stop:
-    return keep
-  hard = torch.ones_like(probability)
-  hard[start:stop] = 0
-  return keep * (hard - probability.detach() + probability)
+def joined(x: Tensor, size: Tensor, joining: Tensor, start: int) -> tuple[Tensor, Tensor]:
+  """Merges shares of tokens into the most similar of the first `start` tokens, all in place."""
+  unit = functional.normalize(x.detach(), dim=-1)
+  score = unit @ unit[:, 1:start].mT
+  score[:, torch.arange(1, start), torch.arange(start - 1)] = -2
+  score, receiver = score.max(dim=-1)
+  receiver = receiver + 1
+  place = receiver[:, :, None].expand(-1, -1, x.shape[2])
+  total = x.scatter_add(1, place, x * joining[:, :, None])
+  count = torch.ones_like(joining).scatter_add(1, receiver, joining)
+  size = size.scatter_add(1, receiver, size * score.clamp(min=0) * joining)
+  return total / count[:, :, None], size
 
 
 class Search:
@@ -245,7 +265,7 @@ class Search:
     for i in range(len(model.blocks)):
       if f"rates.{i}.prune" in arrays:
         pair = (arrays[f"rates.{i}.{action}"].clone() for action in ("prune", "merge"))
-        prune, merge = (logits.requires_grad_() for logits in pair)
+        prune, merge = (share.requires_grad_() for share in pair)
         self.rates[i] = prune, merge
     self.trained = list(itertools.chain(*self.rates.values()))
     rate, betas = options["learning_rate"], tuple(options["betas"])
@@ -260,7 +280,7 @@ class Search:
     task = functional.cross_entropy(logits, self.labels)
     (task + self.options["weight"] * distance**2).backward()
     self.adam.step()
-    return torch.cat([rate.grad for rate in self.trained])
+    return torch.stack([rate.grad for rate in self.trained])
 
 
 class Side:

@@ -18,10 +18,10 @@ TOOL = runpy.run_path(str(pathlib.Path(__file__).parents[1] / "benchmarks/side_b
 
 @pytest.fixture
 def command(tmp_path, monkeypatch):
-  """Quick options for a tiny model of two layers, under a plan of its own."""
-  monkeypatch.setitem(VARIANTS, TINY, dataclasses.replace(VARIANTS[TINY], depth=2))
+  """Quick options for a tiny model of three layers, under a plan of its own."""
+  monkeypatch.setitem(VARIANTS, TINY, dataclasses.replace(VARIANTS[TINY], depth=3))
   spec = get_spec(TINY)
-  reducers = PruneMerge(spec.num_tokens, spec.num_tokens), PruneMerge(20, 16)
+  reducers = PruneMerge(spec.num_tokens, spec.num_tokens), PruneMerge(20, 16), PruneMerge(9, 2)
   pairs = zip(spec.dense_layers, reducers, strict=True)
   layers = tuple(dataclasses.replace(layer, reduce=reducer) for layer, reducer in pairs)
   save_plan(make_plan(spec, layers, {"method": "diffrate"}), tmp_path / "plan.json")
