@@ -5,6 +5,7 @@ operations. The folder is docs/figures unless given.
 """
 
 import dataclasses
+import json
 import pathlib
 import sys
 import textwrap
@@ -21,7 +22,8 @@ import vitcomp_jax as vc
 from vitcomp_jax.cost.macs import static_counts
 from vitcomp_jax.data import sources
 from vitcomp_jax.data.transforms import evaluation_image, normalize
-from vitcomp_jax.methods.diffrate import masking as diffrate
+from vitcomp_jax.methods import proxy
+from vitcomp_jax.methods.diffrate import counts as diffrate
 from vitcomp_jax.methods.vit_slim import search as vit_slim
 from vitcomp_jax.models.attention import Attention
 from vitcomp_jax.models.importance import cls_attention
@@ -35,6 +37,7 @@ DEIT = vc.get_spec("deit_small_patch16_224")
 MINI = vc.get_spec("vit_mini_patch3_30")
 PLAN = vc.load_plan("diffrate/deit_small@2.9")
 PALE = "#D9D9D9"
+RESULTS = pathlib.Path(__file__).with_name("results")
 
 
 def main(folder: pathlib.Path) -> None:
@@ -117,6 +120,52 @@ def diffrate_figure(figure: Figure) -> None:
   right.set(xticks=numbers[::2], ylim=(0, 210))
   right.legend(fontsize=8, frameon=False, loc="upper right")
   _plain(right, "3. The plan diffrate/deit_small@2.9", "layer", "tokens")
+
+
+def one_proxy_figure(figure: Figure) -> None:
+  figure.set_size_inches(9.2, 3.4)
+  left, right = figure.subplots(1, 2, width_ratios=[1, 1.7])
+  length, share = DEIT.num_patches, jnp.asarray(0.605)
+  least, most = jnp.asarray(1.0), jnp.asarray(float(length))
+  mask, kept = proxy.learnt_count(share, length, least, most)
+  slope, _ = jax.jacrev(proxy.learnt_count)(share, length, least, most)
+  ranks = np.arange(length)
+  left.bar(ranks, slope / slope.max(), width=1.0, color=BLUE, label="distribution: gradient")
+  left.step(ranks, mask, where="mid", color=VERMILION, linestyle="--", label="mask: forward pass")
+  left.axvline(float(share * length), color=GRAY, linewidth=0.9)
+  words = dict(fontsize=8, ha="right")
+  left.text(float(share * length) - 4, 1.05, f"share {share:.3f}: keeps {kept:.0f}", **words)
+  left.set(ylim=(-0.03, 1.5), yticks=(0, 0.5, 1))
+  left.legend(fontsize=8, frameon=False, loc="upper left")
+  _plain(left, f"A list of {length} elements", "rank", "kept")
+
+  measured = json.loads((RESULTS / "marginal_costs.json").read_text())
+  styles = {
+    "pruned": ("tokens pruned", VERMILION, "s"),
+    "merged": ("tokens merged", ORANGE, "D"),
+    "hidden": ("hidden units", BLUE, "o"),
+    "qk": ("queries and keys", PURPLE, "v"),
+    "value": ("values", GREEN, "^"),
+  }
+  bounds = (-5, 8)  # costs beyond are written out
+  for place, (kind, (name, color, marker)) in enumerate(styles.items()):
+    for row in (row for row in measured["rows"] if row["kind"] == kind):
+      face = "white" if row["kept"] == row["of"] else color
+      x, y = row["layer"] + 0.15 * (place - 2), np.clip(row["cost"], *bounds)
+      style = dict(color=color, marker=marker, markersize=4.5, markerfacecolor=face)
+      right.errorbar(x, y, row["se"] if y == row["cost"] else None, elinewidth=0.9, **style)
+      if y != row["cost"]:
+        right.text(x - 0.15, y, f"{row['cost']:.0f}", fontsize=8, ha="right", va="center")
+    right.plot([], [], color=color, marker=marker, markersize=4.5, linestyle="", label=name)
+  right.axhline(0, color=GRAY, linewidth=0.9)
+  right.set(xticks=range(1, DEIT.depth + 1), ylim=(-5.4, 8.4))
+  right.legend(fontsize=7.5, frameon=False, loc="lower left")
+  _plain(
+    right,
+    f"DeiT-Tiny at {measured['gmacs']:.2f} GMACs",
+    "layer",
+    "rise of the loss for each GMAC taken",
+  )
 
 
 def vit_slim_figure(figure: Figure) -> None:
@@ -327,6 +376,7 @@ def _colours(reference: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
 FIGURES: dict[str, Callable[[Figure], None]] = {
   "overview": overview,
   "diffrate": diffrate_figure,
+  "one_proxy": one_proxy_figure,
   "vit_slim": vit_slim_figure,
   "tome": tome_figure,
   "evit": evit_figure,
