@@ -339,7 +339,9 @@ class DiffRate:
       if self.options.what != "widths":
         layer = dataclasses.replace(layer, reduce=self._reducer(i, row[:2]))
       kept = self._units(row)
-      changes: dict[str, Any] = {_WIDTH_FIELDS[name]: count for name, count in kept.items()}
+      # Values that are not searched stay as wide as they are, whatever the keys become.
+      changes: dict[str, Any] = {"value_dim": layer.value_dim or layer.head_dim}
+      changes |= {_WIDTH_FIELDS[name]: count for name, count in kept.items()}
       layers.append(dataclasses.replace(layer, **changes))
     return tuple(layers)
 
