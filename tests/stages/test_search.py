@@ -107,7 +107,7 @@ def test_a_front_goes_on_where_it_was_cut_off(tmp_path, monkeypatch):
 
   def cut_off(self, batch_size, start_step):
     for batch in batches(self, batch_size, start_step):
-      if next(given) == 6:  # after three steps, a batch to choose by, and two steps
+      if next(given) == 7:  # after a batch to start by, three steps, one to choose by, two steps
         raise KeyboardInterrupt
       yield batch
 
