@@ -143,7 +143,8 @@ def _initialize(known: argparse.Namespace) -> None:
       "--distributed alone where a cluster can be asked for them."
     )
   try:
-    jax.distributed.initialize(*explicit)
+    # A machine that is paused for a while, or swaps, has not crashed.
+    jax.distributed.initialize(*explicit, heartbeat_timeout_seconds=300)
   except (ValueError, RuntimeError) as error:
     raise UserError(
       f"command line: the other processes cannot be joined ({_first_line(error)}); expected "
