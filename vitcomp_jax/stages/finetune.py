@@ -126,7 +126,7 @@ def weights_task(
 
 def _group(path: tuple[str, ...]) -> str:
   """Returns the optimizer's group of a weight where only norms and biases are trained."""
-  is_small = "bias" in path[-1] or any("norm" in name for name in path)
+  is_small = "bias" in path[-1] or optimizer.is_of_norm(path)
   return "norms" if is_small else optimizer.FROZEN
 
 

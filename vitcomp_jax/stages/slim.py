@@ -192,7 +192,7 @@ def task(run: Run) -> loop.Task:
   def group_of(path: tuple[str, ...]) -> str:
     if path[0] == "arch":
       return "masks" if method.searches(path[-2]) else optimizer.FROZEN
-    is_trained = not config.freeze_weights or any("norm" in name for name in path)
+    is_trained = not config.freeze_weights or optimizer.is_of_norm(path)
     return "weights" if is_trained else optimizer.FROZEN
 
   groups = {

@@ -47,6 +47,11 @@ def per_group(
   return optax.partition({**groups, FROZEN: optax.set_to_zero()}, labels)
 
 
+def is_of_norm(path: tuple[str, ...]) -> bool:
+  """Returns whether a variable is a norm's weight or bias."""
+  return any("norm" in name for name in path)
+
+
 def train_optimizer(config: TrainConfig, num_examples: int) -> optax.GradientTransformation:
   """Returns AdamW; only kernels decay, not biases, norms, tokens or positions."""
   return _clipped(config, num_examples, _is_kernel)
