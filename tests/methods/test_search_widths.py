@@ -51,7 +51,7 @@ def test_the_slimmed_network_equals_the_masked_one(name, what):
   arch, images = method.rates.arch(table), random_images(spec, 2, seed=1)
   variables = {"params": method.masked(params, arch, factors), "arch": arch}
   masked = forward(spec, method.layers(), variables, images)
-  layers, small = method.slimmed(params, table, factors)
+  layers, small = method.deployment.slimmed(params, table, factors)
   slim = forward(spec, layers, {"params": small}, images)
   np.testing.assert_allclose(masked.logits, slim.logits, rtol=0, atol=1e-5)
   removes = [isinstance(layer.reduce, PruneMerge) for layer in layers]
@@ -141,7 +141,7 @@ def test_counts_of_widths_are_whole_tiles_and_pairs():
   target = 0.6 * macs.static_macs(spec, spec.dense_layers) / 1e9
   plain, tiled = (DiffRate(spec, target, DiffRateOptions(what="both", tile=n)) for n in (1, 4))
   for method, tile, pair in ((plain, 1, 2), (tiled, 4, 4)):
-    layers = method.slimmed(params, _random_table(method), factors)[0]
+    layers = method.deployment.slimmed(params, _random_table(method), factors)[0]
     assert all(layer.head_dim % pair == 0 for layer in layers)
     assert all(layer.mlp_dim % tile == layer.widths.value // 4 % tile == 0 for layer in layers)
 

@@ -79,10 +79,15 @@ class LayerSpec:
       object.__setattr__(self, "value_dim", None)
 
   @property
+  def value_width(self) -> int:
+    """Returns the channels of each head's values."""
+    return self.head_dim if self.value_dim is None else self.value_dim
+
+  @property
   def widths(self) -> Widths:
     """Returns the widths over all heads."""
-    value_dim = self.head_dim if self.value_dim is None else self.value_dim
-    return Widths(self.num_heads * self.head_dim, self.num_heads * value_dim, self.mlp_dim)
+    value = self.num_heads * self.value_width
+    return Widths(self.num_heads * self.head_dim, value, self.mlp_dim)
 
   @property
   def is_reordered(self) -> bool:

@@ -8,7 +8,7 @@ widths (`methods.widths.sorted_lists`).
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -36,8 +36,19 @@ ACTIONS = ("prune", "merge")
 _STEEP = 300.0  # slope of logits that are sure to keep all tokens
 
 
+@runtime_checkable
 class Rates(Protocol):
   """Learns counts under a budget."""
+
+  @property
+  def tokens(self) -> tuple[str, ...]:
+    """Returns the lists of tokens that are searched."""
+    ...
+
+  @property
+  def widths(self) -> dict[str, SortedList]:
+    """Returns the lists of widths that are searched, by name."""
+    ...
 
   def counts(self, layer: int) -> Counts:
     """Returns the module that computes a layer's token counts."""
@@ -71,6 +82,11 @@ class LogitRates:
 
   spec: ViTSpec
   options: DiffRateOptions
+  tokens: ClassVar[tuple[str, ...]] = ACTIONS
+
+  @property
+  def widths(self) -> dict[str, SortedList]:
+    return {}  # the authors search tokens only
 
   def counts(self, layer: int) -> LogitCounts:
     prune, merge = (self._granularity(layer, action) for action in ACTIONS)

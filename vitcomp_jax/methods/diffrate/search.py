@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -18,21 +17,19 @@ from vitcomp_jax.methods.base import Layers, Metrics
 from vitcomp_jax.methods.bisection import bracket
 from vitcomp_jax.methods.diffrate import recipe as recipes
 from vitcomp_jax.methods.diffrate.counts import GivenCounts
+from vitcomp_jax.methods.diffrate.deployment import Deployment
 from vitcomp_jax.methods.diffrate.masking import HeadOnlyPruneMerge, MaskedPruneMerge
 from vitcomp_jax.methods.diffrate.rates import LogitRates, ShareRates
 from vitcomp_jax.methods.diffrate.recipe import Recipe
 from vitcomp_jax.methods.diffrate.reducer import PruneMerge
 from vitcomp_jax.methods.diffrate.starts import starts
-from vitcomp_jax.methods.proxy import NOISE
-from vitcomp_jax.methods.widths.deployment import slimmed
 from vitcomp_jax.methods.widths.factors import LayerFactors
-from vitcomp_jax.methods.widths.lists import HIDDEN, QK, VALUE, sorted_lists
+from vitcomp_jax.methods.widths.lists import sorted_lists
 from vitcomp_jax.methods.widths.masking import masked_params
 from vitcomp_jax.models.layer_trees import to_tree
 from vitcomp_jax.models.spec import ViTSpec
 from vitcomp_jax.models.tokens import Output
 
-_WIDTH_FIELDS = {HIDDEN: "mlp_dim", QK: "head_dim", VALUE: "value_dim"}
 _REFERENCE_GMACS = 4.6  # of DeiT-S, the model of the paper's coefficient
 Params = Mapping[str, Any]
 
@@ -101,6 +98,11 @@ class DiffRate:
     """Returns what is learnt."""
     kind = ShareRates if self.recipe.learns_shares else LogitRates
     return kind(self.spec, self.options)
+
+  @functools.cached_property
+  def deployment(self) -> Deployment:
+    """Returns what turns tables of counts into static layers."""
+    return Deployment(self.spec, self.options, self.rates, self.dense)
 
   @property
   def budget_unit(self) -> float:
@@ -330,70 +332,8 @@ class DiffRate:
     return shifted(offset), offset
 
   def static_layers(self, expected: np.ndarray) -> Layers:
-    """Returns static layers that keep the expected counts, rounded up to multiples of the tile.
-
-    With widths, they are those of `slimmed` but for the order of rotated pairs.
-    """
-    layers = []
-    for i, (layer, row) in enumerate(zip(self.dense, expected, strict=True)):
-      if self.options.what != "widths":
-        layer = dataclasses.replace(layer, reduce=self._reducer(i, row[:2]))
-      kept = self._units(row)
-      # Values that are not searched stay as wide as they are, whatever the keys become.
-      changes: dict[str, Any] = {"value_dim": layer.value_dim or layer.head_dim}
-      changes |= {_WIDTH_FIELDS[name]: count for name, count in kept.items()}
-      layers.append(dataclasses.replace(layer, **changes))
-    return tuple(layers)
-
-  def _reducer(self, layer: int, expected: np.ndarray) -> PruneMerge:
-    patches, prefix = self.spec.patches_at(layer), self.spec.num_prefix
-    prune_keep, merge_keep = (_rounded(n, patches, self.options.tile, prefix) for n in expected)
-    return PruneMerge(
-      prune_keep,
-      merge_keep,
-      signed_similarity=self.recipe.signed_similarity,
-      importance=self.spec.importance(self.options.importance),
-      whole_sizes=self.recipe.whole_sizes,
-      first_receives=self.recipe.first_receives,
-    )
-
-  def _units(self, row: np.ndarray) -> dict[str, int]:
-    """Returns the units that a layer keeps of each list of widths."""
-    if not isinstance(self.rates, ShareRates):
-      return {}
-    lists = self.rates.widths
-    expected = row[len(row) - len(lists) :]
-    return {
-      name: _rounded(n, units.length, math.lcm(self.options.tile, units.step))
-      for (name, units), n in zip(lists.items(), expected, strict=True)
-    }
-
-  def slimmed(
-    self, params: Params, expected: np.ndarray, factors: Sequence[LayerFactors] | None
-  ) -> tuple[Layers, Params | None]:
-    """Returns the static layers that keep the expected counts, and their weights.
-
-    Args:
-      params: Weights of the dense model.
-      expected: Counts, see `expected_counts`.
-      factors: As in `masked`.
-
-    Returns:
-      The layers, and the weights; None without widths, as those of the dense model serve.
-    """
-    layers = self.static_layers(expected)
-    if factors is None:
-      return layers, None
-    units = [self._units(row) for row in expected]
-    narrow, small = slimmed(self.spec, params, factors, units)
-    pairs = zip(narrow, layers, strict=True)
-    return tuple(dataclasses.replace(new, reduce=layer.reduce) for new, layer in pairs), small
-
-
-def _rounded(expected: float, length: int, tile: int, prefix: int = 0) -> int:
-  """Rounds a count up to a whole tile, prefix included."""
-  count = min(max(math.ceil(expected - length * NOISE), 1), length) + prefix
-  return min(-(-count // tile) * tile, length + prefix)
+    """Returns static layers that keep the expected counts, rounded up to multiples of the tile."""
+    return self.deployment.layers(expected)
 
 
 def search_counts(spec: ViTSpec, out: Output) -> list[tuple[Array, Array]]:
