@@ -15,12 +15,11 @@ from vitcomp_jax.config import Loss, SearchConfig
 from vitcomp_jax.data.mixing import training_inputs
 from vitcomp_jax.data.transforms import Preprocess, normalize
 from vitcomp_jax.errors import UserError
-from vitcomp_jax.methods.base import Layers, Metrics
+from vitcomp_jax.methods.base import Layers
 from vitcomp_jax.methods.diffrate.rates import ShareRates
 from vitcomp_jax.methods.diffrate.search import DiffRate
 from vitcomp_jax.methods.widths.calibration import calibrate
 from vitcomp_jax.methods.widths.factors import LayerFactors, factorise
-from vitcomp_jax.models.backbone import Backbone
 from vitcomp_jax.models.build import build
 from vitcomp_jax.models.spec import ViTSpec, with_drop_path
 from vitcomp_jax.models.tokens import Output
@@ -158,6 +157,8 @@ class SearchTrainer:
     rates = self.method.rates
     assert isinstance(rates, ShareRates)
     starts = self.method.starts()
+    # They differ more than the plans that a search passes through: half of the images tell.
+    batches = batches[: -(-len(batches) // 2)]
     losses = self._losses(list(starts.values()), params, factors, batches)
     for name, loss in zip(starts, losses, strict=True):
       logging.info("search: the start %s has a loss of %.4f", name, loss)
@@ -216,39 +217,44 @@ class SearchTrainer:
     model = build(self.method.spec, layers, self.config.remat)
 
     def loss_fn(params, arch, fixed, batch, key, step):
-      task, out, metrics = self._task_loss(model, params, arch, fixed, batch, key)
+      images, labels = self._inputs(batch, key)
+      aim = self._dense_output(params, images)
+      variables = {"params": self.method.masked(params, arch, fixed), "arch": arch}
+      rngs = random_streams(key, batch, ("drop_path",))
+      out = model.apply(variables, images, method="forward", rngs=rngs)
+      task = self._distance(out, labels, aim)
       penalty, of_method = self.method.penalty(arch, out, step)
-      return task + penalty, {"task_loss": task, **metrics, **of_method}
+      metrics = {"task_loss": task, **of_method}
+      if aim is None:
+        metrics["top1"] = top1(out.logits, labels)
+      return task + penalty, metrics
 
     return loss_fn
 
-  def _task_loss(
-    self,
-    model: Backbone,
-    params: Any,
-    arch: Mapping[str, Any],
-    factors: Any,
-    batch: Mapping[str, jax.Array],
-    key: jax.Array,
-  ) -> tuple[jax.Array, Output, Metrics]:
+  @property
+  def _kind(self) -> Loss:
+    return best_loss(self.config, self.method.spec)
+
+  def _inputs(self, batch: Mapping[str, jax.Array], key: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns a batch's images and the probabilities of its labels."""
+    classes, smoothing = self.method.spec.num_classes, self.config.label_smoothing
+    return training_inputs(batch, self.preprocess, classes, smoothing, key)
+
+  def _dense_output(self, params: Any, images: jax.Array) -> jax.Array | None:
+    """Returns what the loss compares with of the model that keeps all; None: it needs labels."""
+    if self._kind == "labels":
+      return None
+    whole = build(self.method.spec, self.method.dense)
+    out = whole.apply({"params": params}, images, method="forward")
+    return out.logits if self._kind == "logits" else out.features
+
+  def _distance(self, out: Output, labels: jax.Array, aim: jax.Array | None) -> jax.Array:
     """Computes the cross-entropy, or the divergence from the model that keeps all."""
-    spec, config = model.spec, self.config
-    images, targets = training_inputs(
-      batch, self.preprocess, spec.num_classes, config.label_smoothing, key
-    )
-    rngs = random_streams(key, batch, ("drop_path",))
-    variables = {"params": self.method.masked(params, arch, factors), "arch": arch}
-    out = model.apply(variables, images, method="forward", rngs=rngs)
-    kind = best_loss(config, spec)
-    if kind == "labels":
-      score = {"top1": top1(out.logits, targets)}
-      return losses.soft_cross_entropy(out.logits, targets), out, score
-    whole = build(spec, self.method.dense)
-    teacher = whole.apply({"params": params}, images, method="forward")
-    if kind == "logits":
-      return losses.logit_divergence(out.logits, teacher.logits), out, {}
-    assert kind == "features", kind
-    return losses.feature_divergence(out.features, teacher.features), out, {}
+    if aim is None:
+      return losses.soft_cross_entropy(out.logits, labels)
+    if self._kind == "logits":
+      return losses.logit_divergence(out.logits, aim)
+    return losses.feature_divergence(out.features, aim)
 
   def choose(self, state: TrainState, params: Any, factors: Any, batches: Batches) -> Found:
     """Returns the plan with the least task loss among those that the search passed through.
@@ -284,7 +290,7 @@ class SearchTrainer:
         )
       step = min(passed, key=lambda each: each.loss).step
     table, offset = self.method.adjusted(tables[step])
-    layers, small = self.method.slimmed(jax.device_get(params), table, factors)
+    layers, small = self.method.deployment.slimmed(jax.device_get(params), table, factors)
     return Found(step, self.method.static_layers(tables[step]), layers, offset, small, passed)
 
   def _tables(self, state: TrainState) -> dict[int, np.ndarray]:
@@ -296,25 +302,36 @@ class SearchTrainer:
     return found
 
   @functools.partial(jax.jit, static_argnums=0)
-  def _score(self, params: Any, arch: Any, factors: Any, batch: Mapping[str, Any]) -> jax.Array:
+  def _aim(self, params: Any, batch: Mapping[str, Any]) -> jax.Array | None:
+    """Computes `_dense_output` of a batch, once for all plans that are tried on it."""
+    return self._dense_output(params, self._inputs(with_rows(batch), jax.random.key(0))[0])
+
+  @functools.partial(jax.jit, static_argnums=0)
+  def _score(
+    self, params: Any, arch: Any, factors: Any, batch: Mapping[str, Any], aim: jax.Array | None
+  ) -> jax.Array:
     """Computes the task loss of a batch; compiled once for starts and for passed plans."""
+    images, labels = self._inputs(with_rows(batch), jax.random.key(0))
     model = build(self.method.spec, self.method.layers(logits_only=True))
-    return self._task_loss(model, params, arch, factors, with_rows(batch), jax.random.key(0))[0]
+    variables = {"params": self.method.masked(params, arch, factors), "arch": arch}
+    return self._distance(model.apply(variables, images, method="forward"), labels, aim)
 
   def _losses(
     self, tables: Sequence[np.ndarray], params: Any, factors: Any, batches: Batches
   ) -> list[float]:
     """Measures the task loss of tables of counts, with one compiled program."""
     params, factors = self.layout.put(params), self.layout.put(factors)
-    placed = [self.layout.put_batch(batch) for batch in batches]
+    placed = []
+    for batch in batches:
+      inputs = self.layout.put_batch(batch)
+      placed.append((inputs, jax.block_until_ready(self._aim(params, inputs))))
     rates = self.method.rates
     assert isinstance(rates, ShareRates)
     found = []
     for table in tables:
-      # Whole numbers, as those of the plan.
-      arch = self.layout.put(rates.arch(rates.clipped(np.ceil(table - 1e-4))))
+      arch = self.layout.put(rates.arch(rates.clipped(self.method.deployment.whole(table))))
       # One at a time, as many concurrent programs may deadlock XLA's CPU devices.
-      parts = [self.layout.get(self._score(params, arch, factors, batch)) for batch in placed]
+      parts = [self.layout.get(self._score(params, arch, factors, *each)) for each in placed]
       found.append(float(np.mean(parts)))
       logging.info("search: a plan has a loss of %.4f", found[-1])
     return found
