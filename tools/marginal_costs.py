@@ -22,7 +22,7 @@ import numpy as np
 
 from vitcomp_jax import strict_json
 from vitcomp_jax.atomic import write_json
-from vitcomp_jax.config import SearchConfig, from_config_dict
+from vitcomp_jax.config import from_config_dict
 from vitcomp_jax.errors import UserError
 from vitcomp_jax.methods.diffrate.rates import Arch, ShareRates
 from vitcomp_jax.methods.widths.lists import HIDDEN, QK, VALUE
@@ -75,17 +75,13 @@ def measure(run: Run, images: int) -> dict[str, Any]:
     images: Number of images, in batches of the search's size.
   """
   config, spec, layout = run.config.search, run.inputs.spec, run.inputs.layout
-  trainer, params = search.trainer(run), run.artefacts.dense_params
-  searched = search.steps_of(run) * len(run.inputs.targets) + _batches(config.choose_images, config)
-  batches = run.inputs.train_batches(config.batch_size, searched)
-  # Those of the search, so that masks stand for the weights that it made.
-  calibration = itertools.islice(batches, _batches(config.calibration_images, config))
-  factors = trainer.factors(params, calibration)
+  trainer = search.trainer(run)
   rates = trainer.method.rates
   table = rates.clipped(plan_table(spec, run.artefacts.plan.layers_for(spec), rates))
-  fixed = layout.put((params, rates.arch(table), factors))
+  fixed = layout.put((run.artefacts.dense_params, rates.arch(table), search.factors(run)))
   gradients, found = _gradients(trainer.loss()), []
-  for batch in itertools.islice(batches, _batches(images, config)):
+  count = math.ceil(images / config.batch_size)
+  for batch in itertools.islice(search.unused_batches(run), count):
     found.append(layout.get(gradients(*fixed, layout.put_batch(batch))))
   return {
     "variant": spec.name,
@@ -100,16 +96,12 @@ def measure(run: Run, images: int) -> dict[str, Any]:
   }
 
 
-def _batches(images: int, config: SearchConfig) -> int:
-  return math.ceil(images / config.batch_size)
-
-
 def plan_table(spec: ViTSpec, layers: Sequence[LayerSpec], rates: ShareRates) -> np.ndarray:
   """Returns the counts of a plan's layers as a table, see `methods.diffrate.rates`."""
   table = []
   for layer in layers:
-    reduce, value = layer.reduce, layer.value_dim or layer.head_dim
-    counts = {HIDDEN: layer.mlp_dim, QK: layer.head_dim, VALUE: value}
+    reduce = layer.reduce
+    counts = {HIDDEN: layer.mlp_dim, QK: layer.head_dim, VALUE: layer.value_width}
     if rates.tokens:
       counts["prune"] = reduce.prune_keep - spec.num_prefix
       counts["merge"] = reduce.merge_keep - spec.num_prefix

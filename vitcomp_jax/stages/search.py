@@ -5,7 +5,7 @@ import itertools
 import logging
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -92,30 +92,41 @@ def run(run: Run) -> SearchResult:
     # A resumed run uses the table it began with.
     write_json(run.workdir.path / "latency.json", run.inputs.cost.to_json())
   learnt, results = None, []
-  begin = time.monotonic()
-  factors = _factors(run)
   for suffix in run.inputs.targets:
-    trained = task(run, suffix, learnt, factors)
-    before = time.monotonic() - begin
-    state, seconds = loop.train(
-      trained, run.workdir.path, run.inputs.layout, run.config.profile.steps
-    )
-    learnt = run.inputs.layout.get(state.arch)
-    stage = f"search{suffix}"
-    result = run.workdir.finished(stage, SearchResult)
-    if result is None:
-      begin = time.monotonic()
-      search, params = trainer(run, suffix), run.artefacts.params
-      found = search.choose(state, params, factors, _held_back(run, suffix))
-      seconds += before + time.monotonic() - begin
-      _save(run, suffix, found)
-      result = _result(run, suffix, found, seconds)
-    begin = time.monotonic()
+    learnt, result = _searched(run, suffix, learnt)
     if suffix:
-      run.workdir.finish(stage, result)
+      run.workdir.finish(f"search{suffix}", result)
     results.append(result)
   front = None if "" in run.inputs.targets else tuple(results)
   return dataclasses.replace(results[-1], front=front)
+
+
+def _searched(
+  run: Run, suffix: str, learnt: Mapping[str, Any] | None
+) -> tuple[Mapping[str, Any], SearchResult]:
+  """Returns the learnt rates and the result for one budget, whose plan is saved.
+
+  Args:
+    run: The run.
+    suffix: Suffix of the budget, see `Inputs.targets`.
+    learnt: Rates to continue from; None: the best of several starts.
+  """
+  begin = time.monotonic()
+  sorted_widths = factors(run)
+  trained = task(run, suffix, learnt, sorted_widths)
+  preparing = time.monotonic() - begin
+  state, seconds = loop.train(
+    trained, run.workdir.path, run.inputs.layout, run.config.profile.steps
+  )
+  result = run.workdir.finished(trained.stage, SearchResult)
+  if result is None:
+    begin = time.monotonic()
+    params, images = run.artefacts.params, _held_back(run, suffix)
+    found = trainer(run, suffix).choose(state, params, sorted_widths, images)
+    seconds += preparing + time.monotonic() - begin
+    _save(run, suffix, found)
+    result = _result(run, suffix, found, seconds)
+  return run.inputs.layout.get(state.arch), result
 
 
 def steps_of(run: Run) -> int:
@@ -178,16 +189,20 @@ def _is_begun(run: Run, stage: str) -> bool:
   return any(child.name.isdigit() for child in folder.glob("*"))
 
 
-def _factors(run: Run) -> Any:
-  """Returns the sorted lists of the widths; None if only tokens are searched."""
+def factors(run: Run) -> Any:
+  """Returns the sorted lists of the model's widths; None if only tokens are searched."""
   config = run.config.search
   if config.what == "tokens":
     return None
-  # Behind the last images that are searched or chosen on.
-  start = steps_of(run) * len(run.inputs.targets) + _batches(config.choose_images, config)
-  batches = run.inputs.train_batches(config.batch_size, start)
-  count = _batches(config.calibration_images, config)
-  return trainer(run).factors(run.artefacts.params, itertools.islice(batches, count))
+  images = itertools.islice(unused_batches(run), _batches(config.calibration_images, config))
+  return trainer(run).factors(run.artefacts.dense_params, images)
+
+
+def unused_batches(run: Run) -> Iterator[Mapping[str, Any]]:
+  """Returns the batches behind those that are searched or chosen on, in training order."""
+  config = run.config.search
+  used = steps_of(run) * len(run.inputs.targets) + _batches(config.choose_images, config)
+  return run.inputs.train_batches(config.batch_size, used)
 
 
 def _batches(images: int, config: SearchConfig) -> int:
