@@ -82,7 +82,8 @@ def _shorten(config):
   config.visualize.images = 1
   config.benchmark.seconds, config.benchmark.rounds = 0.1, 1
   compare = config.compare
-  compare.budgets, compare.finetune_budget = (0.8,) if compare.budgets else (), 0.8
+  compare.budgets = (0.8,) if compare.budgets else ()
+  compare.finetune_budgets = (0.8,)
   compare.searched, compare.seeds, compare.random_examples = None, 1, 4
   compare.random_schedules = min(2, compare.random_schedules)
   # An ablation's data and steps are not a shrunken config's.

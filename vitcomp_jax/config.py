@@ -252,7 +252,7 @@ class CompareConfig:
   seeds: Count = 1  # of each search
   searched: str | None = None  # folder with an earlier comparison's plans; none: searches
   finetuned: tuple[str, ...] = ()  # methods to train, including `vit_slim` and `dynamicvit`
-  finetune_budget: Share = 0.65  # of the dense model's MACs
+  finetune_budgets: tuple[Share, ...] = (0.65,)  # of the dense model's MACs
   random_schedules: CountOrZero = 0  # for each budget
   random_examples: Count = 2000  # number of first examples on which these are measured
 

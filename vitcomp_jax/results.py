@@ -32,6 +32,7 @@ class Row(Record):
     gmacs: 1e9 multiply-accumulates per image.
     params_m: 1e6 parameters.
     images_per_second: Throughput by batch size.
+    minutes: Time of the search and the training, if any; the mean over the seeds.
     top1_se: Standard error of `top1` over the examples; likewise all that end in `_se`.
     top1_of_seeds: Top-1 accuracy of each seed, if the row is a mean.
     reference: Name of the row that paired differences are taken from.
@@ -51,6 +52,7 @@ class Row(Record):
   gmacs: float | None = None
   params_m: float | None = None
   images_per_second: Mapping[str, float] | None = None
+  minutes: float | None = None
   top1_se: float | None = None
   loss_se: float | None = None
   top1_of_seeds: tuple[float, ...] | None = None

@@ -30,7 +30,7 @@ def test_a_comparison(finetuned, tmp_path):
   config.model.weights = str(start)
   compare = config.compare
   compare.methods, compare.budgets, compare.seeds = _METHODS, (0.7,), 2
-  compare.finetuned, compare.finetune_budget = finetuned, 0.7
+  compare.finetuned, compare.finetune_budgets = finetuned, (0.7,)
   compare.random_schedules, compare.random_examples = 3, 30
   config.finetune.keep_rate_epochs = 0.0
   config.distill.kind, config.distill.tokens = "soft", 0.5

@@ -33,10 +33,16 @@ def rows_table(rows: Sequence[Row]) -> Block:
   heads = ["model", *_METRICS.values(), "GMACs", "of dense", "params (M)"]
   heads += [f"images/s, batch {batch}" for batch in batches]
   cells = [_row_cells(row, dense, batches) for row in rows]
-  columns = [c for c in zip(heads, *cells, strict=True) if set(c[1:]) != {MISSING}]
-  shown, *lines = zip(*columns, strict=True)
   caption = "Measured in this run; nothing in it is copied from elsewhere."
-  return Table(caption, shown, lines)
+  return _without_empty_columns(caption, heads, cells)
+
+
+def _without_empty_columns(
+  caption: str, heads: Sequence[str], lines: Sequence[Sequence[str]]
+) -> Table:
+  columns = [c for c in zip(heads, *lines, strict=True) if set(c[1:]) != {MISSING}]
+  shown, *cells = zip(*columns, strict=True)
+  return Table(caption, shown, cells)
 
 
 def _row_cells(row: Row, dense: float | None, batches: Sequence[str]) -> list[str]:
@@ -64,15 +70,15 @@ def comparison_blocks(result: Result) -> list[Block]:
   rows, dense = result.rows, _dense_gmacs(result.rows)
   heads = ["model", "top-1 (%)", "cross-entropy"]
   heads += ["top-1 over reference", "cross-entropy over reference"]
-  heads += ["GMACs", "of dense", "params (M)"]
+  heads += ["GMACs", "of dense", "params (M)", "minutes"]
   lines = []
   for row in rows:
     errors = [_with_error(row.top1, row.top1_se, ".2f"), _with_error(row.loss, row.loss_se, ".4f")]
     errors.append(_with_error(row.top1_over_reference, row.top1_over_reference_se, "+.2f"))
     errors.append(_with_error(row.loss_over_reference, row.loss_over_reference_se, "+.4f"))
     cost = [*_gmacs_cells(row.gmacs, dense), formatted(row.params_m, ".4g")]
-    lines.append([row.name, *errors, *cost])
-  blocks: list[Block] = [Table(_comparison_caption(rows), heads, lines)]
+    lines.append([row.name, *errors, *cost, formatted(row.minutes, ".1f")])
+  blocks: list[Block] = [_without_empty_columns(_comparison_caption(rows), heads, lines)]
   for budget, schedules in (result.random or {}).items():
     blocks.append(Text(_random_text(budget, schedules)))
   return blocks

@@ -5,6 +5,7 @@ A method that has to learn does so in its own run, in `compare/NAME` of the work
 
 import dataclasses
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -12,13 +13,12 @@ import jax
 from vitcomp_jax import strict_json
 from vitcomp_jax.comparison import random_schedules, rows
 from vitcomp_jax.comparison.methods import SEARCHED, SLIMMED, check_methods, parse, searched_before
-from vitcomp_jax.comparison.rows import Model
 from vitcomp_jax.config import BudgetConfig, Config, Stage
 from vitcomp_jax.errors import UserError
 from vitcomp_jax.methods.registry import schedules, within
-from vitcomp_jax.plans import Plan, load_plan, make_plan, save_plan
+from vitcomp_jax.plans import load_plan, make_plan, save_plan
 from vitcomp_jax.reporting import plots, report
-from vitcomp_jax.results import Result, Row
+from vitcomp_jax.results import Result, Row, SearchResult, SlimResult, TrainResult
 from vitcomp_jax.runs import table
 from vitcomp_jax.runs.child import finished_child
 from vitcomp_jax.runs.run import Run
@@ -43,7 +43,12 @@ def check(run: Run) -> None:
     load_plan(name).layers_for(spec)
   for budget in config.budgets if config.searched else ():
     for text in config.methods:
-      searched_before(run.config, text, budget)
+      for path in searched_before(run.config, text, budget):
+        if load_plan(str(path)).has_own_widths:
+          raise UserError(
+            f"config.compare.searched: expected plans of tokens, got {path}, whose widths need "
+            "weights of their own; leave it out to search."
+          )
 
 
 def run(run: Run) -> Result:
@@ -55,10 +60,14 @@ def run(run: Run) -> Result:
   config, path = run.config.compare, run.workdir.path
   dense = run.inputs.spec.dense_layers, run.artefacts.dense_params
   found = [rows.measured(run, Row(method="dense"), [dense])]
-  found += [_plan_row(run, name) for name in config.plans]
+  of_plans = [_plan_row(run, name) for name in config.plans]  # may be the reference
   for budget in config.budgets:
     found += [_method_row(run, text, budget) for text in config.methods]
-  found += [_trained_row(run, text) for text in config.finetuned]
+  for budget in config.finetune_budgets:
+    found += [_trained_row(run, text, budget) for text in config.finetuned]
+  if SEARCHED in config.methods:  # which is the reference, now that it is measured
+    of_plans = [_plan_row(run, name) for name in config.plans]
+  found[1:1] = of_plans
   cloud, random = [], {}
   for budget in config.budgets if config.random_schedules else ():
     points = random_schedules.points(run, budget)
@@ -77,24 +86,35 @@ def made(run: Run) -> dict[str, Any]:
 
 
 def _plan_row(run: Run, name: str) -> Row:
-  """Measures a plan that the config names."""
+  """Measures a plan that the config names, against the search at its budget, if there is one."""
   plan = load_plan(name)
   row = Row(method=table.method_of(plan), plan=name)
   model = plan.layers_for(run.inputs.spec), run.artefacts.dense_params
-  return rows.measured(run, row, [model])
+  reference = None
+  for budget in run.config.compare.budgets if SEARCHED in run.config.compare.methods else ():
+    if abs(plan.gmacs / run.inputs.gmacs_of(budget) - 1) < 0.01:
+      reference = Row(method=SEARCHED, budget=budget)
+  return rows.measured(run, row, [model], reference)
 
 
 def _method_row(run: Run, text: str, budget: float) -> Row:
   """Measures a method with the run's weights; a search as the mean over its seeds."""
-  (method, config), spec, seed = parse(text, run.config), run.inputs.spec, None
+  method, config = parse(text, run.config)
+  row, reference = Row(method=text, budget=budget), _reference(run, budget)
   if method in schedules():
-    layers = [within(method, spec, run.inputs.gmacs_of(budget), config.search.importance)]
-  else:
-    plans = _plans(run, text, config, budget)
-    layers, seed = [plan.layers_for(spec) for plan in plans], table.seed_of(plans[0])
-  row = Row(method=text, budget=budget, seed=seed)
-  models = [(of_plan, run.artefacts.dense_params) for of_plan in layers]
-  return rows.measured(run, row, models, _reference(run, budget))
+    spec, importance = run.inputs.spec, config.search.importance
+    layers = within(method, spec, run.inputs.gmacs_of(budget), importance)
+    return rows.measured(run, row, [(layers, run.artefacts.dense_params)], reference)
+  if config.compare.searched:
+    plans = [load_plan(str(path)) for path in searched_before(run.config, text, budget)]
+    row = dataclasses.replace(row, seed=table.seed_of(plans[0]))
+    models = [(plan.layers_for(run.inputs.spec), run.artefacts.dense_params) for plan in plans]
+    return rows.measured(run, row, models, reference)
+  seeds = range(config.seed, config.seed + config.compare.seeds)
+  children = [_searched(run, text, budget, seed) for seed in seeds]
+  row = dataclasses.replace(row, seed=config.seed, minutes=_mean_minutes(children))
+  models = [(each.artefacts.layers, each.artefacts.params_before_finetune) for each in children]
+  return rows.measured(run, row, models, reference)
 
 
 def _reference(run: Run, budget: float) -> Row:
@@ -105,39 +125,45 @@ def _reference(run: Run, budget: float) -> Row:
   return Row(method=SEARCHED, plan=config.plans[0])
 
 
-def _plans(run: Run, text: str, config: Config, budget: float) -> list[Plan]:
-  """Returns the plans of a search, one per seed: from an earlier comparison, or searched now."""
-  if config.compare.searched:
-    return [load_plan(str(path)) for path in searched_before(run.config, text, budget)]
+def _searched(
+  run: Run, text: str, budget: float, seed: int, stages: tuple[Stage, ...] = ("search",)
+) -> Run:
+  """Returns the finished search of a method with one seed, whose plan is saved among all plans."""
+  config = dataclasses.replace(parse(text, run.config)[1], seed=seed)
+  name = f"{text}@{budget:g}-seed{seed}"
+  child = _child(run, name, config, stages, budget)
+  save_plan(search.made(child), _plan_path(run, name))
+  return child
+
+
+def _mean_minutes(children: Sequence[Run]) -> float | None:
+  """Returns what the runs took on average; None if they neither searched nor trained."""
   found = []
-  for seed in range(config.seed, config.seed + config.compare.seeds):
-    name = f"{text}@{budget:g}-seed{seed}"
-    child = _child(run, name, dataclasses.replace(config, seed=seed), ("search",), budget)
-    plan = search.made(child)
-    save_plan(plan, _plan_path(run, name))
-    found.append(plan)
-  return found
+  for child in children:
+    kinds: dict[str, type[SearchResult | SlimResult | TrainResult]]
+    kinds = {"search": SearchResult, "slim": SlimResult, "finetune": TrainResult}
+    done = [child.workdir.finished(stage, kinds[stage]) for stage in child.config.stages]
+    found.append(sum(result.minutes for result in done if result))
+  return round(sum(found) / len(found), 2)
 
 
-def _trained_row(run: Run, text: str) -> Row:
-  """Measures a method with weights trained under its layers."""
-  budget = run.config.compare.finetune_budget
+def _trained_row(run: Run, text: str, budget: float) -> Row:
+  """Measures a method with weights trained under its layers, with the first seed."""
+  method, config = parse(text, run.config)
   row = Row(method=text, budget=budget, variant="finetune")
   reference = dataclasses.replace(row, method=SEARCHED)
-  return rows.measured(run, row, [_trained(run, row)], reference)
-
-
-def _trained(run: Run, row: Row) -> Model:
-  (method, config), budget = parse(row.method, run.config), run.config.compare.finetune_budget
-  first: Stage = "slim" if method == SLIMMED else "search"
-  stages: tuple[Stage, ...] = (first, "finetune")
-  if method in schedules():
-    path, stages, spec = _plan_path(run, row.name), ("finetune",), run.inputs.spec
+  if method == SEARCHED:
+    child = _searched(run, text, budget, config.seed, ("search", "finetune"))
+  elif method == SLIMMED:
+    child = _child(run, row.name, config, ("slim", "finetune"), budget)
+  else:
+    path, spec = _plan_path(run, row.name), run.inputs.spec
     layers = within(method, spec, run.inputs.gmacs_of(budget), config.search.importance)
     save_plan(make_plan(spec, layers, {"method": method}), path)
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, plan=str(path)))
-  child = _child(run, row.name, config, stages, budget)
-  return child.artefacts.layers, child.artefacts.params
+    child = _child(run, row.name, config, ("finetune",), budget)
+  row = dataclasses.replace(row, minutes=_mean_minutes([child]))
+  return rows.measured(run, row, [(child.artefacts.layers, child.artefacts.params)], reference)
 
 
 def _child(run: Run, name: str, config: Config, stages: tuple[Stage, ...], budget: float) -> Run:
