@@ -8,7 +8,7 @@ import pytest
 
 from vitcomp_jax import configs
 from vitcomp_jax.config import from_config_dict
-from vitcomp_jax.configs import compare_fashion_mnist, compare_imagenet
+from vitcomp_jax.configs import compare_fashion_mnist, compare_imagenet, compare_photos
 from vitcomp_jax.errors import UserError
 from vitcomp_jax.methods.diffrate import PruneMerge
 from vitcomp_jax.models.variants import VARIANTS, get_spec
@@ -40,7 +40,7 @@ def test_a_model_of_the_comparison(model):
   assert len(config.compare.plans) == len(config.compare.budgets) >= 3
 
 
-@pytest.mark.parametrize("name", ["compare_fashion_mnist", "compare_imagenet"])
+@pytest.mark.parametrize("name", ["compare_fashion_mnist", "compare_imagenet", "compare_photos"])
 def test_an_unknown_part(name):
   module = importlib.import_module(f"vitcomp_jax.configs.{name}")
   with pytest.raises(UserError, match="behind the colon, got nothing"):
@@ -92,6 +92,7 @@ def _shorten(config):
 
 PARTS = [(name, None) for name in NAMES if not name.startswith("compare")]
 PARTS += [("compare_fashion_mnist", part) for part in compare_fashion_mnist.PARTS]
+PARTS += [("compare_photos", part) for part in compare_photos.PARTS]
 PARTS += [("compare_imagenet", model) for model in compare_imagenet.MODELS]
 
 

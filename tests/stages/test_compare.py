@@ -72,6 +72,40 @@ def _check_again(config, tmp_path, result):
   assert not list((tmp_path / "again/compare").glob("*/config.json"))
 
 
+@pytest.mark.slow
+def test_searched_widths_are_compared_and_tuned(tmp_path):
+  config = tiny_config()
+  spec = get_spec(config.model.variant, num_classes=10)
+  config.model.weights, compare = str(tmp_path / "w.safetensors"), config.compare
+  files.write(random_params(spec), config.model.weights)
+  target = 0.7 * macs.static_macs(spec, spec.dense_layers) / 1e9
+  plan = tmp_path / "mine.json"
+  save_plan(make_plan(spec, methods.within("uniform", spec, target), {"method": "uniform"}), plan)
+  compare.methods, compare.budgets = ("diffrate", "diffrate[what=both]"), (0.7,)
+  compare.plans, compare.random_schedules = (str(plan),), 0
+  compare.finetuned, compare.finetune_budgets = compare.methods, (0.7,)
+  config.finetune.trains, config.distill.kind, config.distill.weight = "norms", "features", 1.0
+  result = vc.run_stage("compare", config, tmp_path / "run")
+  rows = {row["name"]: row for row in result["rows"]}
+  searched = [f"{name}@0.7" for name in compare.methods]
+  trained = [f"{name}+finetune@0.7" for name in compare.methods]
+  assert list(rows) == ["dense", str(plan), *searched, *trained]
+  assert rows[str(plan)]["reference"] == searched[0]
+  assert rows[trained[1]]["reference"] == trained[0]
+  params = [rows[name]["params_m"] for name in ("dense", *searched, *trained)]
+  assert params[0] == params[1] == params[3] > params[2] == params[4]
+  for name, before in zip(trained, searched, strict=True):
+    assert rows[name]["loss"] != rows[before]["loss"]
+    assert rows[name]["minutes"] >= rows[before]["minutes"]
+  # What was found is trained, not searched again.
+  folders = {path.parent.name for path in (tmp_path / "run/compare").glob("*/config.json")}
+  assert folders == {f"{name}-seed0" for name in searched}
+
+  compare.searched = str(tmp_path / "run/plans")
+  with pytest.raises(vc.UserError, match="expected plans of tokens, got .*what=both"):
+    vc.run_stage("compare", config, tmp_path / "again")
+
+
 def test_without_a_search_the_first_plan_is_the_reference(tmp_path):
   config = tiny_config()
   spec = get_spec(config.model.variant, num_classes=10)
