@@ -26,8 +26,6 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   config.data.name = "fashion_mnist"
   config.data.pad = 1  # 28 pixels to 30, which patches of 3 divide
   config.budget.fraction = common.budget(arg, 0.65)
-  # This small model's CLS attention is no good importance metric; see docs/results.md.
-  config.search.importance = "mean_attention"
   config.search.steps = 1000
   config.search.checkpoint_every = 100
   config.evaluate.baselines = ("uniform", "uniform_merge")

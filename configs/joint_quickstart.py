@@ -17,8 +17,6 @@ def get_config() -> ml_collections.ConfigDict:
   config.stages = ("slim", "search", "finetune", "evaluate", "visualize")
   config.slim.budgets = (0.6, 0.6, 1.0)
   config.budget.fraction = 0.4
-  # This small model's CLS attention is no good importance metric; see docs/results.md.
-  config.search.importance = "mean_attention"
   config.search.steps = 100
   config.search.batch_size = 64
   return config

@@ -21,8 +21,6 @@ def get_config() -> ml_collections.ConfigDict:
   config.data.name = "bundled"
   config.data.pad = 1
   config.budget.fraction = 0.65
-  # This small model's CLS attention is no good importance metric; see docs/results.md.
-  config.search.importance = "mean_attention"
   config.search.steps = 150
   config.search.batch_size = 64
   config.evaluate.baselines = ("uniform", "uniform_merge")

@@ -20,7 +20,8 @@ from vitcomp_jax.models.spec import ViTSpec
 from vitcomp_jax.parallel import Layout
 from vitcomp_jax.plans import PassedPlan, Plan, make_plan
 from vitcomp_jax.training import loop
-from vitcomp_jax.training.search import SearchTrainer, best_loss, check_loss
+from vitcomp_jax.training.search import SearchTrainer
+from vitcomp_jax.training.search_loss import best_loss, check_loss
 from vitcomp_jax.weights.loading import Params, check_params
 
 
@@ -99,7 +100,7 @@ def search(
   held_back = list(itertools.islice(batches, math.ceil(config.choose_images / size)))
   count = 0 if config.what == "tokens" else math.ceil(config.calibration_images / size)
   factors = trainer.factors(params, list(itertools.islice(batches, count)))
-  arch = trainer.start(params, factors, held_back)
+  trainer, arch = trainer.start(params, factors, held_back)
   epoch_steps = config.epoch_steps or config.steps
   task = trainer.task("search", params, lambda _: batches, epoch_steps, arch, factors)
   found = trainer.choose(loop.run(task, layout), params, factors, held_back)

@@ -134,7 +134,7 @@ def test_a_search_does_not_start_from_it(losses, best, tmp_path, monkeypatch):
   trainer = search.trainer(run)
   starts = list(trainer.method.starts().values())
   monkeypatch.setattr(SearchTrainer, "_losses", lambda self, tables, *_: losses[: len(tables)])
-  arch = trainer.start(run.artefacts.params, None, [{}])
+  _, arch = trainer.start(run.artefacts.params, None, [{}])
   expected = trainer.method.rates.arch(starts[best])
   jax.tree.map(np.testing.assert_array_equal, arch, expected)
 

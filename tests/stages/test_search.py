@@ -14,7 +14,8 @@ from vitcomp_jax.methods.diffrate import PruneMerge
 from vitcomp_jax.metrics import read_metrics
 from vitcomp_jax.runs.inputs import Inputs
 from vitcomp_jax.runs.run import make_run, open_run
-from vitcomp_jax.stages import run_stages
+from vitcomp_jax.stages import run_stages, search
+from vitcomp_jax.training.search import SearchTrainer
 
 
 @pytest.fixture
@@ -159,3 +160,26 @@ def test_only_a_search_meets_them(key, tmp_path):
   config.budget[key] = (0.9, 0.7) if key == "fractions" else 1.0
   with pytest.raises(vc.UserError, match=f"config.budget.{key}: expected fraction or gmacs here"):
     vc.run_stage("slim", config, tmp_path)
+
+
+@pytest.mark.parametrize(
+  ("asked", "loss", "chosen"),
+  [
+    ("auto", 0.85, "mean_attention"),
+    ("auto", 0.95, "cls"),
+    ("auto", float("nan"), "cls"),
+    ("value_norm", 0.85, "value_norm"),
+  ],
+)
+def test_a_search_chooses_what_tokens_are_sorted_by(asked, loss, chosen, tmp_path, monkeypatch):
+  """The mean attention only where it loses clearly less; a run that goes on knows what it chose."""
+
+  def losses(self, tables, *_):
+    return [loss if self.importance == "mean_attention" else 1.0] * len(tables)
+
+  monkeypatch.setattr(SearchTrainer, "_losses", losses)
+  config = tiny_config()
+  config.search.importance, config.budget.fraction = asked, 0.8
+  run = run_stages(from_config_dict(config), tmp_path, ("search",))
+  assert {layer.reduce.importance for layer in run.artefacts.layers} == {chosen}
+  assert search.trainer(open_run(from_config_dict(config), tmp_path)).importance == chosen

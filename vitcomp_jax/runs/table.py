@@ -4,6 +4,7 @@ import dataclasses
 import math
 
 from vitcomp_jax import scoring
+from vitcomp_jax.methods.diffrate import PruneMerge
 from vitcomp_jax.methods.registry import within
 from vitcomp_jax.metrics import progress
 from vitcomp_jax.models.backbone import Backbone
@@ -126,9 +127,17 @@ def _baselines(run: Run) -> list[Candidate]:
   found = []
   for name in names:
     for share, gmacs in budgets.items():
-      layers = within(name, spec, gmacs, run.config.search.importance)
+      layers = within(name, spec, gmacs, _importance(run))
       found.append(Candidate(Row(method=name, budget=share), layers, artefacts.dense_params))
   return found
+
+
+def _importance(run: Run) -> str:
+  """Returns the importance metric of hand-made schedules: that of the searched plan, if any."""
+  for layer in run.artefacts.layers:
+    if isinstance(layer.reduce, PruneMerge):
+      return layer.reduce.importance
+  return run.config.search.importance
 
 
 def outcomes(run: Run, model: Backbone, params: Params, name: str) -> Outcomes:

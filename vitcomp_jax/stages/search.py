@@ -4,12 +4,14 @@ import dataclasses
 import itertools
 import logging
 import math
+import pathlib
 import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
 
+from vitcomp_jax import multihost, strict_json
 from vitcomp_jax.atomic import write_json
 from vitcomp_jax.config import Loss, SearchConfig
 from vitcomp_jax.cost.cost_models import MACS, Latency
@@ -22,7 +24,8 @@ from vitcomp_jax.plans import Plan, load_plan, make_plan, save_plan
 from vitcomp_jax.results import SearchResult
 from vitcomp_jax.runs.run import Run
 from vitcomp_jax.training import loop
-from vitcomp_jax.training.search import Found, SearchTrainer, best_loss, check_loss
+from vitcomp_jax.training.search import Found, SearchTrainer
+from vitcomp_jax.training.search_loss import best_loss, check_loss
 
 
 def check(run: Run) -> None:
@@ -136,17 +139,27 @@ def steps_of(run: Run) -> int:
 
 
 def trainer(run: Run, suffix: str | None = None) -> SearchTrainer:
-  """Returns the search for one budget.
+  """Returns the search for one budget, once it has begun with the importance that it chose.
 
   Args:
     run: The run.
     suffix: Suffix of the budget, see `Inputs.targets`; None: the first.
   """
+  search, path = _configured(run, suffix), _choice_file(run)
+  return search.with_importance(strict_json.read(path)["importance"]) if path.exists() else search
+
+
+def _configured(run: Run, suffix: str | None) -> SearchTrainer:
   suffix = next(iter(run.inputs.targets)) if suffix is None else suffix
   config = dataclasses.replace(run.config.search, steps=steps_of(run), loss=_loss(run))
   return SearchTrainer(
     _method(run, suffix), config, run.inputs.preprocess, run.inputs.layout, run.config.seed
   )
+
+
+def _choice_file(run: Run) -> pathlib.Path:
+  """Returns the file of what a search has chosen before its first step."""
+  return run.workdir.path / "search_start.json"
 
 
 def task(
@@ -168,10 +181,13 @@ def task(
   epoch_steps = config.epoch_steps or max(
     1, run.inputs.train_data.num_examples // config.batch_size
   )
-  search = trainer(run, suffix)
   if learnt is None and not _is_begun(run, f"search{suffix}"):
-    arch = search.start(params, factors, _held_back(run, suffix))
+    search, arch = _configured(run, suffix).start(params, factors, _held_back(run, suffix))
+    if multihost.is_first():
+      write_json(_choice_file(run), {"importance": search.importance})
+    multihost.meet("importance")
   else:  # a checkpoint replaces it
+    search = trainer(run, suffix)
     arch = search.method.init(learnt)
   return search.task(
     f"search{suffix}",

@@ -11,8 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vitcomp_jax.config import Loss, SearchConfig
-from vitcomp_jax.data.mixing import training_inputs
+from vitcomp_jax.config import Importance, SearchConfig
 from vitcomp_jax.data.transforms import Preprocess, normalize
 from vitcomp_jax.errors import UserError
 from vitcomp_jax.methods.base import Layers
@@ -21,11 +20,10 @@ from vitcomp_jax.methods.diffrate.search import DiffRate
 from vitcomp_jax.methods.widths.calibration import calibrate
 from vitcomp_jax.methods.widths.factors import LayerFactors, factorise
 from vitcomp_jax.models.build import build
-from vitcomp_jax.models.spec import ViTSpec, with_drop_path
-from vitcomp_jax.models.tokens import Output
-from vitcomp_jax.ops import losses
+from vitcomp_jax.models.spec import with_drop_path
 from vitcomp_jax.parallel import Layout
 from vitcomp_jax.training import loop, optimizer
+from vitcomp_jax.training.search_loss import TaskLoss
 from vitcomp_jax.training.step import (
   LossFn,
   TrainState,
@@ -37,41 +35,11 @@ from vitcomp_jax.training.step import (
 )
 
 _KEPT = 3  # plans passed through, besides the last, to try at the end
+# Share of the loss below which mean attention is chosen over the first importance that a model
+# supports: it needs the map of all pairs of tokens, which fused attention does not give.
+_CLEARLY = 0.9
 
 Batches = Iterable[Mapping[str, np.ndarray]]
-
-
-def best_loss(config: SearchConfig, spec: ViTSpec) -> Loss:
-  """Returns the loss of a search, with `auto` resolved.
-
-  A plan that follows the dense model's outputs on a thousand images does as well on others as one
-  that follows their labels, and fits these images less; see docs/results.md. The authors' recipe
-  follows labels.
-  """
-  if config.loss != "auto":
-    return config.loss
-  if config.recipe == "paper":
-    return "labels"
-  return "logits" if spec.num_classes else "features"
-
-
-def check_loss(loss: str, spec: ViTSpec, has_labels: bool, where: str) -> None:
-  """Refuses a loss that a model or its data do not allow.
-
-  Args:
-    loss: The loss, not `auto`.
-    spec: The model.
-    has_labels: Whether the data have labels.
-    where: Name of the option, for the error.
-  """
-  if loss != "features" and not spec.num_classes:
-    raise UserError(
-      f"{where}: expected features for {spec.name}, which has no classifier, got {loss}."
-    )
-  if loss == "labels" and not has_labels:
-    raise UserError(
-      f"{where}: expected logits or features for data that have no labels, got labels."
-    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,10 +109,14 @@ class SearchTrainer:
     images = (normalize(jnp.asarray(batch["image"]), self.preprocess) for batch in batches)
     return factorise(spec, params, calibrate(spec, params, images))
 
-  def start(self, params: Any, factors: Any, batches: Batches) -> Mapping[str, Any]:
-    """Returns the rates of the schedule with the least task loss, out of `DiffRate.starts`.
+  def start(
+    self, params: Any, factors: Any, batches: Batches
+  ) -> tuple["SearchTrainer", Mapping[str, Any]]:
+    """Returns this search with its importance metric chosen, and the rates to start from.
 
-    What suits one model is the worst for another, so a few are tried on images.
+    What suits one model is the worst for another. So the schedules of `DiffRate.starts` are tried
+    on images, and that of least task loss is taken. With `importance=auto` it is then tried by mean
+    attention received too.
 
     Args:
       params: Weights of the model.
@@ -153,7 +125,7 @@ class SearchTrainer:
     """
     batches = list(batches)
     if not self._chooses or not batches:
-      return self.method.init()
+      return self, self.method.init()
     rates = self.method.rates
     assert isinstance(rates, ShareRates)
     starts = self.method.starts()
@@ -162,8 +134,30 @@ class SearchTrainer:
     losses = self._losses(list(starts.values()), params, factors, batches)
     for name, loss in zip(starts, losses, strict=True):
       logging.info("search: the start %s has a loss of %.4f", name, loss)
-    best = min(zip(losses, starts.values(), strict=True), key=lambda pair: _finite(pair[0]))
-    return rates.arch(best[1])
+    least, table = min(zip(losses, starts.values(), strict=True), key=lambda x: _finite(x[0]))
+    if self._tries_importance:
+      other = self.with_importance("mean_attention")
+      if _finite(other._losses([table], params, factors, batches)[0]) < _CLEARLY * least:
+        logging.info("search: tokens are sorted by mean_attention, which loses clearly less")
+        return other, rates.arch(table)
+    return self, rates.arch(table)
+
+  @property
+  def _tries_importance(self) -> bool:
+    is_free = self.config.importance == "auto" and self.config.what != "widths"
+    return is_free and self.method.spec.importance() != "mean_attention"
+
+  def with_importance(self, name: Importance) -> "SearchTrainer":
+    """Returns the same search with tokens sorted by another importance metric."""
+    config = dataclasses.replace(self.config, importance=name)
+    return dataclasses.replace(
+      self, config=config, method=dataclasses.replace(self.method, options=config)
+    )
+
+  @property
+  def importance(self) -> str:
+    """Returns the importance metric that tokens are sorted by."""
+    return self.method.spec.importance(self.method.options.importance)
 
   @property
   def _chooses(self) -> bool:
@@ -211,18 +205,23 @@ class SearchTrainer:
       return []
     return sorted({self.config.steps * i // _KEPT for i in range(_KEPT)})
 
+  @property
+  def _task_loss(self) -> TaskLoss:
+    return TaskLoss(self.method.spec, self.method.dense, self.config, self.preprocess)
+
   def loss(self) -> LossFn:
     """Returns the task loss of the masked model plus the method's penalty."""
     layers = with_drop_path(self.method.layers(logits_only=True), self.config.drop_path)
     model = build(self.method.spec, layers, self.config.remat)
+    task_loss = self._task_loss
 
     def loss_fn(params, arch, fixed, batch, key, step):
-      images, labels = self._inputs(batch, key)
-      aim = self._dense_output(params, images)
+      images, labels = task_loss.inputs(batch, key)
+      aim = task_loss.aim(params, images)
       variables = {"params": self.method.masked(params, arch, fixed), "arch": arch}
       rngs = random_streams(key, batch, ("drop_path",))
       out = model.apply(variables, images, method="forward", rngs=rngs)
-      task = self._distance(out, labels, aim)
+      task = task_loss(out, labels, aim)
       penalty, of_method = self.method.penalty(arch, out, step)
       metrics = {"task_loss": task, **of_method}
       if aim is None:
@@ -230,31 +229,6 @@ class SearchTrainer:
       return task + penalty, metrics
 
     return loss_fn
-
-  @property
-  def _kind(self) -> Loss:
-    return best_loss(self.config, self.method.spec)
-
-  def _inputs(self, batch: Mapping[str, jax.Array], key: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Returns a batch's images and the probabilities of its labels."""
-    classes, smoothing = self.method.spec.num_classes, self.config.label_smoothing
-    return training_inputs(batch, self.preprocess, classes, smoothing, key)
-
-  def _dense_output(self, params: Any, images: jax.Array) -> jax.Array | None:
-    """Returns what the loss compares with of the model that keeps all; None: it needs labels."""
-    if self._kind == "labels":
-      return None
-    whole = build(self.method.spec, self.method.dense)
-    out = whole.apply({"params": params}, images, method="forward")
-    return out.logits if self._kind == "logits" else out.features
-
-  def _distance(self, out: Output, labels: jax.Array, aim: jax.Array | None) -> jax.Array:
-    """Computes the cross-entropy, or the divergence from the model that keeps all."""
-    if aim is None:
-      return losses.soft_cross_entropy(out.logits, labels)
-    if self._kind == "logits":
-      return losses.logit_divergence(out.logits, aim)
-    return losses.feature_divergence(out.features, aim)
 
   def choose(self, state: TrainState, params: Any, factors: Any, batches: Batches) -> Found:
     """Returns the plan with the least task loss among those that the search passed through.
@@ -303,18 +277,19 @@ class SearchTrainer:
 
   @functools.partial(jax.jit, static_argnums=0)
   def _aim(self, params: Any, batch: Mapping[str, Any]) -> jax.Array | None:
-    """Computes `_dense_output` of a batch, once for all plans that are tried on it."""
-    return self._dense_output(params, self._inputs(with_rows(batch), jax.random.key(0))[0])
+    """Computes the aim of a batch, once for all plans that are tried on it."""
+    images, _ = self._task_loss.inputs(with_rows(batch), jax.random.key(0))
+    return self._task_loss.aim(params, images)
 
   @functools.partial(jax.jit, static_argnums=0)
   def _score(
     self, params: Any, arch: Any, factors: Any, batch: Mapping[str, Any], aim: jax.Array | None
   ) -> jax.Array:
     """Computes the task loss of a batch; compiled once for starts and for passed plans."""
-    images, labels = self._inputs(with_rows(batch), jax.random.key(0))
+    images, labels = self._task_loss.inputs(with_rows(batch), jax.random.key(0))
     model = build(self.method.spec, self.method.layers(logits_only=True))
     variables = {"params": self.method.masked(params, arch, factors), "arch": arch}
-    return self._distance(model.apply(variables, images, method="forward"), labels, aim)
+    return self._task_loss(model.apply(variables, images, method="forward"), labels, aim)
 
   def _losses(
     self, tables: Sequence[np.ndarray], params: Any, factors: Any, batches: Batches
