@@ -26,7 +26,5 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   config.data.name = "fashion_mnist"
   config.data.pad = 1  # 28 pixels to 30, which patches of 3 divide
   config.budget.fraction = common.budget(arg, 0.65)
-  config.search.steps = 1000
-  config.search.checkpoint_every = 100
   config.evaluate.baselines = ("uniform", "uniform_merge")
   return config

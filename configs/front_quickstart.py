@@ -21,7 +21,8 @@ def get_config() -> ml_collections.ConfigDict:
   config = quickstart.get_config()
   config.budget.fraction = None
   config.budget.fractions = (0.9, 0.8, 0.65, 0.5)
-  # With a third of the steps of a single search, the choice among its plans matters more.
-  config.search.choose_images = 3072
+  config.search.steps = 120
+  # With fewer steps for each budget, the choice among its plans matters more.
+  config.search.choose_images = 1024
   config.evaluate.baselines = ("uniform_merge",)
   return config

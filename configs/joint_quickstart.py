@@ -17,6 +17,4 @@ def get_config() -> ml_collections.ConfigDict:
   config.stages = ("slim", "search", "finetune", "evaluate", "visualize")
   config.slim.budgets = (0.6, 0.6, 1.0)
   config.budget.fraction = 0.4
-  config.search.steps = 100
-  config.search.batch_size = 64
   return config

@@ -21,7 +21,5 @@ def get_config() -> ml_collections.ConfigDict:
   config.data.name = "bundled"
   config.data.pad = 1
   config.budget.fraction = 0.65
-  config.search.steps = 150
-  config.search.batch_size = 64
   config.evaluate.baselines = ("uniform", "uniform_merge")
   return config

@@ -196,7 +196,7 @@ class DiffRateOptions:
 @dataclasses.dataclass(frozen=True)
 class SearchConfig(DiffRateOptions):
   method: Literal["diffrate"] = "diffrate"  # search method
-  steps: Count = 100  # optimizer steps
+  steps: Count = 60  # optimizer steps
   batch_size: Count = 32  # images per step
   learning_rate: Positive = 0.02  # of the rates (Adam), which are shares of tokens or widths
   min_learning_rate: PositiveOrZero = 0.002  # at the end of the schedule

@@ -35,7 +35,7 @@ def search(
   latency_ms: float | None = None,
   what: str = "tokens",
   loss: str | None = None,
-  steps: int = 100,
+  steps: int = 60,
   batch_size: int = 32,
   seed: int = 0,
   **options: object,
