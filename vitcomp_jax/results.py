@@ -174,7 +174,7 @@ class SearchResult(Record):
   Attributes:
     plan: Name of the plan.
     steps: Optimizer steps.
-    images: Images seen in all steps, and to choose the plan.
+    images: Images seen in all steps, to choose the plan, and to sort the widths.
     minutes: Search time, including interrupted starts.
     chosen_step: Step of the chosen plan.
     raw_counts: Tokens after pruning and after merging, by layer; likewise `counts`.

@@ -108,7 +108,7 @@ def search(
     "method": config.method,
     "loss": config.loss,
     "steps": config.steps,
-    "images": (config.steps + len(held_back)) * size,
+    "images": (config.steps + len(held_back) + count) * size,
     "seed": seed,
   }
   passed = [PassedPlan(p.step, p.loss, make_plan(spec, p.layers, made_by)) for p in found.passed]

@@ -101,6 +101,14 @@ def test_searched_widths_are_compared_and_tuned(tmp_path):
   folders = {path.parent.name for path in (tmp_path / "run/compare").glob("*/config.json")}
   assert folders == {f"{name}-seed0" for name in searched}
 
+  # Rows can be added later, and measured ones are kept.
+  compare.methods += ("tome",)
+  more = {row["name"]: row for row in vc.run_stage("compare", config, tmp_path / "run")["rows"]}
+  assert {name: more[name] for name in rows} == rows and set(more) - set(rows) == {"tome@0.7"}
+  config.compare.seeds = 2
+  with pytest.raises(vc.UserError, match="made with another config .config.compare.seeds"):
+    vc.run_stage("compare", config, tmp_path / "run")
+
   compare.searched = str(tmp_path / "run/plans")
   with pytest.raises(vc.UserError, match="expected plans of tokens, got .*what=both"):
     vc.run_stage("compare", config, tmp_path / "again")

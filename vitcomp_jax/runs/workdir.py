@@ -19,6 +19,8 @@ R = TypeVar("R", bound=Record)
 
 # Keys that do not affect a run's outcome, and so may change between its starts.
 _FREE = ("parallel", "profile", "data.workers", "data.on_error", "compilation_cache")
+# Keys of a comparison that say which rows it has; each is measured by itself, and kept.
+_ROWS = ("methods", "plans", "budgets", "finetuned", "finetune_budgets")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,9 +84,22 @@ class Workdir:
         f"{self.path} was begun {before} labels, and the class folders now are such that it would "
         f"go on {now} them; give another --workdir, or the class folders that it was begun with."
       )
-    if len(found["config"]["stages"]) < len(config.stages):
-      found["config"]["stages"] = list(config.stages)
-      write_json(self.config_file, found)
+    there, has_other_rows = found["config"], self.has_other_rows(config)
+    if len(there["stages"]) < len(config.stages):
+      there["stages"] = list(config.stages)
+    elif not has_other_rows:
+      return
+    there = _with_rows(there, config_parsing.to_dict(config))
+    write_json(self.config_file, found | {"config": there})
+    if has_other_rows:
+      self._marker("compare").unlink(missing_ok=True)
+
+  def has_other_rows(self, config: Config) -> bool:
+    """Returns whether the run began with other rows of a comparison than it is to have now."""
+    if not self.config_file.exists():
+      return False
+    there = strict_json.read(self.config_file)["config"]
+    return _with_rows(there, config_parsing.to_dict(config)) != there
 
   def is_finished(self, stage: str) -> bool:
     """Returns whether a stage has run to its end."""
@@ -127,6 +142,15 @@ def check_resumable(workdir: Workdir, config: Config) -> None:
     )
 
 
+def _with_rows(made_with: Mapping[str, Any], asked: Mapping[str, Any]) -> dict[str, Any]:
+  """Returns a run's config with the rows of a comparison that are asked for now."""
+  before = made_with.get("compare")
+  if not isinstance(before, dict):
+    return dict(made_with)
+  rows = {key: asked["compare"][key] for key in _ROWS}
+  return {**made_with, "compare": {**before, **rows}}
+
+
 def _check_config(workdir: Workdir, config: Config) -> None:
   made_with = strict_json.read(workdir.config_file).get("config")
   if not isinstance(made_with, dict):
@@ -135,6 +159,7 @@ def _check_config(workdir: Workdir, config: Config) -> None:
     )
   values = config_parsing.to_dict(config)
   # A run may be extended by further stages, and then resumed with the old config.
+  made_with = _with_rows(made_with, values)
   before = made_with.get("stages")
   if before and all(map(operator.eq, before, values["stages"])):
     made_with = made_with | {"stages": values["stages"]}

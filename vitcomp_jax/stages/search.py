@@ -278,9 +278,10 @@ def _name(run: Run) -> str:
 
 
 def _images(run: Run) -> int:
-  """Returns the number of images in the search for one budget, including those to choose a plan."""
+  """Returns the number of images that the search for one budget has seen, for whatever purpose."""
   config = run.config.search
-  return steps_of(run) * config.batch_size + config.choose_images
+  calibration = 0 if config.what == "tokens" else config.calibration_images
+  return steps_of(run) * config.batch_size + config.choose_images + calibration
 
 
 def _where(cost: Latency) -> dict[str, Any]:
