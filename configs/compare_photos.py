@@ -15,7 +15,8 @@ from the Hugging Face hub. The part after the colon is one of
 - `ablation`: importance, actions, loss, steps and number of photos, at 65 % of the MACs;
 - `tuning`: what the settings were chosen on: 800 photos of `train` to search on, the others judge.
 
-An interrupted comparison is resumed, and rows can be added to a finished one. The results are in `docs/results.md`.
+An interrupted comparison is resumed, and rows can be added to a finished one. The results are in
+`docs/results.md`.
 """
 
 import ml_collections

@@ -22,7 +22,7 @@ from vitcomp_jax.methods.diffrate.masking import HeadOnlyPruneMerge, MaskedPrune
 from vitcomp_jax.methods.diffrate.rates import LogitRates, ShareRates
 from vitcomp_jax.methods.diffrate.recipe import Recipe
 from vitcomp_jax.methods.diffrate.reducer import PruneMerge
-from vitcomp_jax.methods.diffrate.starts import starts
+from vitcomp_jax.methods.diffrate.starts import STRONGEST, starts
 from vitcomp_jax.methods.widths.factors import LayerFactors
 from vitcomp_jax.methods.widths.lists import sorted_lists
 from vitcomp_jax.methods.widths.masking import masked_params
@@ -277,13 +277,11 @@ class DiffRate:
   def starts(self) -> dict[str, np.ndarray]:
     """Returns schedules to start from by name, as tables of counts on the budget."""
     assert isinstance(self.rates, ShareRates), "the authors start from zeros"
-    found = {}
+    found, strongest = {}, STRONGEST * self.spec.depth
     for name, at in starts(self.rates).items():
-      table = at(bracket(functools.partial(self._is_strength_above, at), 1.0, 0.0)[0])
+      table = at(bracket(functools.partial(self._is_strength_above, at), strongest, 0.0)[0])
       if not self._is_above(table):
         found[name] = table
-    if not found:  # a budget near that of the smallest plan
-      found["even"] = self.rates.table(self.rates.moved(self.rates.init(), self._is_above))
     return found
 
   def _is_strength_above(self, at: Callable[[float], np.ndarray], strength: float) -> bool:

@@ -7,7 +7,8 @@ import numpy as np
 
 from vitcomp_jax.methods.diffrate.rates import ShareRates
 
-# Share of its patch tokens that a layer loses at full strength, by the share of the depth done.
+# Share of its patch tokens that a layer loses at strength 1, by the share of the depth done.
+# Stronger ones leave a single token from some layer on.
 _SHAPES: Mapping[str, Callable[[np.ndarray], np.ndarray]] = {
   "linear": lambda depth: depth,
   "flat": lambda depth: np.ones_like(depth),
@@ -15,16 +16,23 @@ _SHAPES: Mapping[str, Callable[[np.ndarray], np.ndarray]] = {
   "late": np.square,
   "s_shaped": lambda depth: depth**2 * (3 - 2 * depth),  # as the published schedules
 }
+# Strength at which all of them keep next to nothing, for each layer of the model.
+STRONGEST = 4.0
 _MERGED = 0.5  # of the tokens that a layer removes
-# What the widths lose, relative to what the tokens lose.
-_WIDTHS = {"tokens": (0.0,), "widths": (1.0,), "both": (0.0, 0.3, 0.8)}
+# By what is searched: the shapes, and what widths lose relative to what the tokens lose.
+_TRIED: Mapping[str, tuple[tuple[str, ...], tuple[float, ...]]] = {
+  "tokens": (tuple(_SHAPES), (0.0,)),
+  "widths": (("flat",), (1.0,)),
+  "both": (("linear", "s_shaped"), (0.0, 0.3, 0.8)),
+}
 
 
 def starts(rates: ShareRates) -> dict[str, Callable[[float], np.ndarray]]:
-  """Returns tables of counts by name, each a function of a strength from 0 to 1."""
+  """Returns tables of counts by name, each a function of a strength from 0 on."""
   found: dict[str, Callable[[float], np.ndarray]] = {}
-  for share in _WIDTHS[rates.options.what]:
-    for name in _SHAPES if rates.options.what == "tokens" else ("linear", "s_shaped"):
+  names, shares = _TRIED[rates.options.what]
+  for share in shares:
+    for name in names:
       label = f"{name}, widths {share:g}" if rates.widths else name
       found[label] = functools.partial(_table, rates, _SHAPES[name], share)
   return found
