@@ -10,30 +10,34 @@ docs/performance.md.
 
 import argparse
 import contextlib
-import dataclasses
-import json
 import os
 import pathlib
 import platform
 import statistics
-import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 import optax
+from common import (
+  Peer,
+  SearchSteps,
+  Subject,
+  check_torch,
+  entry,
+  plan_counts,
+  threads,
+  to_torch,
+  without_choice,
+)
 
 import vitcomp_jax as vc
 from vitcomp_jax.atomic import write_json
 from vitcomp_jax.config import from_config_dict
 from vitcomp_jax.cost import timing
 from vitcomp_jax.data.transforms import normalize
-from vitcomp_jax.methods.diffrate import PruneMerge
-from vitcomp_jax.models.tokens import AttentionStats, TokenReducer, Tokens
 from vitcomp_jax.models.vit import ViT
 from vitcomp_jax.paths import expand
 from vitcomp_jax.results import environment
@@ -58,35 +62,7 @@ _ALIKE = 1e-2  # the largest relative distance of PyTorch's outputs from ours
 _ADAM_B1 = 0.9
 
 
-@dataclasses.dataclass(frozen=True)
-class FirstTokens:
-  """Keeps the first tokens, as many as another reducer, to measure the cost of the latter."""
-
-  like: TokenReducer
-
-  def __call__(self, tokens: Tokens, stats: AttentionStats | None) -> Tokens:
-    n, keep = tokens.x.shape[1], self.count(tokens.x.shape[1])
-    if keep == n:
-      return tokens
-    x = tokens.x[:, :keep]
-    # Sizes that XLA cannot predict, so that attention accounts for them as under the plan.
-    return Tokens.begin(x, tokens.num_prefix, size=1 + abs(x[..., 0]))
-
-  def count(self, n: int) -> int:
-    return self.like.count(n)
-
-
-@dataclasses.dataclass
-class Subject:
-  """Holds a function to time, beside the models of `timing.compiled`."""
-
-  name: str
-  batch: int
-  time_once: Callable[[], float]
-  seconds: list[float] = dataclasses.field(default_factory=list)
-
-
-class Search:
+class Search(SearchSteps):
   """Runs steps of the stage `search` on one batch.
 
   Attributes:
@@ -97,19 +73,12 @@ class Search:
     task = search.task(run)
     batch = next(task.batches(0))
     batch.pop("index")
-    self._step, self._batch = task.step_at(0), run.inputs.layout.put_batch(batch)
-    self._state = run.inputs.layout.put_state(task.state)
+    super().__init__(task, run.inputs.layout, batch)
     # The initial rates give exactly whole counts, which rounding errors may change.
     self.time_once()
     images = normalize(batch["image"], run.inputs.preprocess)
-    self.arrays = {"search_images": _to_torch(images), "labels": batch["label"].astype(np.int64)}
-    self.arrays |= _rates(self._state.arch)
-
-  def time_once(self) -> float:
-    begin = time.perf_counter()
-    self._state, _ = self._step(self._state, self._batch, None)
-    jax.block_until_ready(self._state)
-    return time.perf_counter() - begin
+    self.arrays = {"search_images": to_torch(images), "labels": batch["label"].astype(np.int64)}
+    self.arrays |= _rates(self.state.arch)
 
   def gradient(self) -> np.ndarray:
     """Runs a step and returns its gradient of all rates, computed from Adam's first moment."""
@@ -118,34 +87,8 @@ class Search:
     return (self._mean_gradient() - _ADAM_B1 * before) / (1 - _ADAM_B1)
 
   def _mean_gradient(self) -> np.ndarray:
-    mean = optax.tree.get(self._state.opt_state, "mu")["arch"]
+    mean = optax.tree.get(self.state.opt_state, "mu")["arch"]
     return np.stack(list(_rates(mean).values()))
-
-
-class Peer:
-  """Runs a process that answers each line of JSON by a line of JSON."""
-
-  def __init__(self, command: Sequence[str]) -> None:
-    pipe = subprocess.PIPE
-    self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True)
-
-  def ask(self, *question: Any) -> dict[str, Any]:
-    """Returns the answer to a question.
-
-    Raises:
-      RuntimeError: If there is none; standard error has the process's messages.
-    """
-    assert self._process.stdin and self._process.stdout
-    try:
-      print(json.dumps(question), file=self._process.stdin, flush=True)
-      return json.loads(self._process.stdout.readline())
-    except (BrokenPipeError, json.JSONDecodeError) as error:
-      raise RuntimeError(f"no answer to {question!r}") from error
-
-  def close(self) -> None:
-    """Closes the input, which ends the process."""
-    with contextlib.suppress(BrokenPipeError):
-      self._process.communicate()
 
 
 def make_run(variant: str, plan: vc.Plan) -> Run:
@@ -156,39 +99,20 @@ def make_run(variant: str, plan: vc.Plan) -> Run:
   return open_run(from_config_dict(config), pathlib.Path("nowhere"))
 
 
-def plan_counts(run: Run, plan: vc.Plan) -> list[tuple[int, int]]:
+def checked_counts(run: Run, plan: vc.Plan) -> list[tuple[int, int]]:
   """Returns the pruned and the merged count of every layer.
 
   Raises:
     vc.UserError: If the PyTorch side does not support the model or the plan.
   """
-  spec, layers = run.inputs.spec, plan.layers_for(run.inputs.spec)
-  reducers = [layer.reduce for layer in layers]
-  counts = [(r.prune_keep, r.merge_keep) for r in reducers if isinstance(r, PruneMerge)]
-  pairs = zip(spec.dense_layers, counts, strict=False)
-  known = tuple(dataclasses.replace(dense, reduce=PruneMerge(*pair)) for dense, pair in pairs)
-  if known != layers or spec.pool != "cls" or spec.num_prefix > 1 or spec.layer_scale:
+  spec = run.inputs.spec
+  counts = plan_counts(spec, plan.layers_for(spec))
+  if counts is None:
     raise vc.UserError(
       "--variant and --plan: expected a ViT that classifies CLS, its only prefix, and a plan of "
       f"DiffRate, got {spec.name} and a plan made by {plan.made_by}."
     )
   return counts
-
-
-def check_torch(python: str) -> None:
-  """Raises a UserError if a Python interpreter cannot import PyTorch."""
-  command = [python, "-c", "import torch, numpy"]
-  try:
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode == 0:
-      return
-    reason = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
-  except OSError as error:
-    reason = str(error.strerror)
-  raise vc.UserError(
-    f"--torch-python: expected an interpreter that can import torch and numpy, got {python} "
-    f"({reason}); name another, or none to leave PyTorch out."
-  )
 
 
 @contextlib.contextmanager
@@ -232,12 +156,11 @@ def compare(
     The subjects; and PyTorch's version (`torch`), the subjects that it failed on, with reasons
     (`left_out`), and the relative distances of its first outputs from ours (`distances`).
   """
-  counts = plan_counts(run, plan)
+  counts = checked_counts(run, plan)
   spec, params = run.inputs.spec, run.artefacts.params
   dense, planned = spec.dense_layers, plan.layers_for(spec)
-  sliced = tuple(dataclasses.replace(p, reduce=FirstTokens(p.reduce)) for p in planned)
-  models = {"dense": dense, "plan": planned, "sliced": sliced}
-  arrays = {"images": _to_torch(timing.noise(spec, BATCH))}
+  models = {"dense": dense, "plan": planned, "sliced": without_choice(planned)}
+  arrays = {"images": to_torch(timing.noise(spec, BATCH))}
   if "search" in parts:
     steps = Search(run)
     arrays |= steps.arrays
@@ -317,19 +240,6 @@ def ratios(subjects: Sequence[Any]) -> dict[str, float | None]:
   }
 
 
-def entry(subject: Any) -> dict[str, Any]:
-  """Returns one row of the table and of the JSON file."""
-  low, median, high = (float(s) for s in np.percentile(subject.seconds, (25, 50, 75)))
-  return {
-    "name": subject.name,
-    "batch": subject.batch,
-    "median_ms": round(1e3 * median, 3),
-    "iqr_ms": round(1e3 * (high - low), 3),
-    "images_per_second": round(subject.batch / median, 3),
-    "timings": len(subject.seconds),
-  }
-
-
 def table(result: Mapping[str, Any]) -> str:
   """Formats the rows, the left-out parts and the ratios."""
   lines = [f"{'':40} {'batch':>5} {'median ms':>10} {'IQR ms':>8} {'images/s':>9}"]
@@ -350,11 +260,6 @@ def machine(torch: str | None) -> dict[str, Any]:
   return {"cpu": next(iter(names), platform.machine()), "cores": threads(), "versions": versions}
 
 
-def threads() -> int:
-  """Returns the number of cores that XLA uses, and PyTorch's number of threads."""
-  return len(os.sched_getaffinity(0))
-
-
 def _rates(arch: Mapping[str, Any]) -> dict[str, np.ndarray]:
   """Returns the rates (or their gradients) by name, of the layers that have some."""
   found = {}
@@ -362,11 +267,6 @@ def _rates(arch: Mapping[str, Any]) -> dict[str, np.ndarray]:
     for action, rate in sorted(arch[f"blocks_{i}"].get("reduce", {}).items(), reverse=True):
       found[f"rates.{i}.{action}"] = np.asarray(rate)
   return found
-
-
-def _to_torch(images: np.ndarray) -> np.ndarray:
-  """Transposes images [b h w 3] to [b 3 h w]."""
-  return np.ascontiguousarray(images.transpose(0, 3, 1, 2))
 
 
 def main(argv: Sequence[str]) -> int:
@@ -392,7 +292,7 @@ def main(argv: Sequence[str]) -> int:
     if file and not file.absolute().parent.is_dir():
       raise vc.UserError(f"--json: expected a file in a folder that is there, got {file}.")
     if python:
-      check_torch(python)
+      check_torch(python, "--torch-python")
     plan = vc.load_plan(known.plan)
     run = make_run(known.variant, plan)
     pair = [part for part in PARTS if part in parts]

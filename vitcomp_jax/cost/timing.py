@@ -71,21 +71,35 @@ def compiled(name: str, model: Backbone, params: Params, batch: int) -> Subject:
     params: Weights of the model.
     batch: Batch size.
   """
-  arguments = jax.device_put(params), jnp.asarray(noise(model.spec, batch))
+  subject = prepared(name, model, jax.device_put(params), jnp.asarray(noise(model.spec, batch)))
+  subject.first_s = subject.time_once()
+  return subject
+
+
+def prepared(name: str, model: Backbone, params: Params, images: jax.Array) -> Subject:
+  """Compiles a model for a batch, and does not run it.
+
+  Args:
+    name: Name of the model, for logs and tables.
+    model: The model.
+    params: Weights of the model, on the device.
+    images: The batch f[b h w 3], on the device.
+
+  Returns:
+    The program to time, whose `first_s` is still 0.
+  """
 
   def forward(params: Params, images: jax.Array) -> jax.Array:
     return model.apply({"params": params}, images)
 
-  begin = time.perf_counter()
-  program = jax.jit(forward).lower(*arguments).compile()
+  begin, batch = time.perf_counter(), images.shape[0]
+  program = jax.jit(forward).lower(params, images).compile()
   compile_s = time.perf_counter() - begin
-  program(*arguments).block_until_ready()
-  first_s = time.perf_counter() - begin - compile_s
   memory = program.memory_analysis()
   assert memory is not None
   peak = memory.temp_size_in_bytes + memory.argument_size_in_bytes + memory.output_size_in_bytes
   logging.info("%s, batch %d: compiled in %.1f s", name, batch, compile_s)
-  return Subject(name, batch, program, *arguments, compile_s, first_s, peak)
+  return Subject(name, batch, program, params, images, compile_s, 0.0, peak)
 
 
 def noise(spec: ViTSpec, batch: int) -> np.ndarray:
