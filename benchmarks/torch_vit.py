@@ -331,16 +331,17 @@ class Side:
     return torch.inference_mode()(forward)
 
 
-def main() -> None:
+def serve(make: Callable[[dict[str, Any]], Any]) -> None:
+  """Answers questions on standard input by the methods of what the first line sets up."""
   # The compiler's output must not be mistaken for an answer.
   answers = os.fdopen(os.dup(1), "w", buffering=1)
   os.dup2(2, 1)
-  side = Side(*json.loads(sys.stdin.readline()))
+  side = make(*json.loads(sys.stdin.readline()))
   print(json.dumps({"version": torch.__version__}), file=answers)
   for line in sys.stdin:
-    what, name, batch = json.loads(line)
-    print(json.dumps(getattr(side, what)(name, batch)), file=answers)
+    what, *arguments = json.loads(line)
+    print(json.dumps(getattr(side, what)(*arguments)), file=answers)
 
 
 if __name__ == "__main__":
-  main()
+  serve(Side)

@@ -108,3 +108,7 @@ def test_a_peer_answers_a_line_for_a_line():
   with pytest.raises(RuntimeError, match="no answer to"):
     silent.ask("time", "dense", 16)
   silent.close()
+  slow = TOOL["Peer"]([sys.executable, "-S", "-c", "import time; time.sleep(60)"])
+  with pytest.raises(TimeoutError, match="no answer within 0 s"):
+    slow.ask("time", timeout=0.05)
+  slow.close()  # at once, as it was ended
