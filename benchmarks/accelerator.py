@@ -10,12 +10,13 @@ runs out of time or memory is left out, and named with the reason. See docs/perf
 import argparse
 import dataclasses
 import functools
+import math
 import os
 import pathlib
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent import futures
 from typing import Any
 
@@ -39,7 +40,7 @@ BATCHES = {"full": (1, 32, 256), "tiny": (1, 2, 3)}
 _SECONDS = {"full": 2.0, "tiny": 0.01}  # of timing for each row
 _ROUNDS = 4
 _LONGEST = 0.25  # share of all the time after which a part's rows are no longer prepared
-_LEAST = 10.0  # seconds that must be left to begin a part
+_LEAST = 20.0  # seconds that must be left to begin a part
 
 
 @dataclasses.dataclass
@@ -103,10 +104,21 @@ class Measuring:
     result: What the JSON file holds.
   """
 
-  def __init__(self, out: pathlib.Path, minutes: float, scale: str, torch: TorchSide) -> None:
+  def __init__(
+    self, out: pathlib.Path, minutes: float, scale: str, torch: TorchSide, begin: float
+  ) -> None:
+    """Prepares the results.
+
+    Args:
+      out: Folder of the results.
+      minutes: Time for all of it.
+      scale: One of `BATCHES`.
+      torch: PyTorch's side.
+      begin: Reading of the monotonic clock from which the time counts.
+    """
     self._out, self._scale, self._torch = out, scale, torch
     self._all = 60 * minutes
-    self._end = time.monotonic() + self._all
+    self._end = begin + self._all
     self._pool = futures.ThreadPoolExecutor(min(8, os.cpu_count() or 1))
     self._subjects: tuple[str, Subjects] | None = None
     lists: dict[str, Any] = {name: [] for name in ("checks", "rows", "ratios", "skipped")}
@@ -152,14 +164,11 @@ class Measuring:
       self._subjects = None  # frees the memory of the last one first
       self._subjects = part.model, Subjects(part.model, self._scale == "tiny")
     subjects = self._subjects[1]
-    timed: list[Any] = []
-    for name, made in self._begun(part, subjects).items():
-      try:
-        subject = made(deadline - time.monotonic())
-        subject.time_once()  # may lack memory
-        timed.append(subject)
-      except Exception as error:
-        self._skip(str(part), name, _reason(error))
+    rows = self._begun(part, subjects)
+    made = self._all_that_work(part, rows, lambda begun: begun(deadline - time.monotonic()))
+    # Only now, as PyTorch's process may have been ended meanwhile; and memory may be lacking.
+    run = {subject.name: subject for subject in made}
+    timed = self._all_that_work(part, run, _run_once)
     seconds = min(_SECONDS[self._scale], max(self._left(), 0) / max(len(timed), 1))
     try:
       timing.take_turns(timed, seconds, _ROUNDS)
@@ -168,6 +177,18 @@ class Measuring:
         if subject.seconds:
           self.result["rows"].append(self._row(part, subjects, subject))
       self._torch.forget()
+
+  def _all_that_work(
+    self, part: Part, rows: Mapping[str, Any], step: Callable[[Any], Any]
+  ) -> list[Any]:
+    """Returns the results of a step for all rows but those that it fails for, which are named."""
+    found = []
+    for name, row in rows.items():
+      try:
+        found.append(step(row))
+      except Exception as error:
+        self._skip(str(part), name, _reason(error))
+    return found
 
   def _begun(self, part: Part, subjects: Subjects) -> dict[str, Callable[[float], Any]]:
     """Begins to compile, and returns what gives each row within a number of seconds.
@@ -220,8 +241,16 @@ class Measuring:
     write_text(self._out / "accelerator.md", markdown(self.result))
 
 
+def _run_once(subject: Any) -> Any:
+  subject.time_once()
+  return subject
+
+
 def _result(future: futures.Future[Any], left: float) -> Any:
-  return future.result(max(left, 0))
+  try:
+    return future.result(max(left, 0))
+  finally:
+    future.cancel()  # if it has not begun
 
 
 def _search(part: Part, subjects: Subjects, left: float) -> Subject:
@@ -253,8 +282,19 @@ def _torch_python(asked: str | None) -> str | None:
   return python
 
 
+def _make(folder: pathlib.Path) -> None:
+  """Makes a folder if it is not there."""
+  try:
+    folder.mkdir(parents=True, exist_ok=True)
+  except OSError as error:
+    raise vc.UserError(
+      f"--out: expected a folder to write to, got {folder} ({error.strerror}); name another."
+    ) from error
+
+
 def main(argv: Sequence[str]) -> int:
   """Measures, and returns 0; 1 if some outputs did not agree; 2 for wrong options."""
+  begin = time.monotonic()
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument(
     "--out", type=pathlib.Path, default=".", help="folder to write the results to"
@@ -265,15 +305,14 @@ def main(argv: Sequence[str]) -> int:
   known = parser.parse_args(argv)
   out = pathlib.Path(expand(known.out))
   try:
-    if not known.minutes > 0:
-      raise vc.UserError(f"--minutes: expected more than 0, got {known.minutes}.")
-    if not out.is_dir():
-      raise vc.UserError(f"--out: expected a folder that is there, got {out}; make it first.")
+    if not 0 < known.minutes < math.inf:
+      raise vc.UserError(f"--minutes: expected a number above 0, got {known.minutes}.")
     torch = TorchSide(_torch_python(known.torch))
+    _make(out)
   except vc.UserError as error:
     print(f"accelerator: {error}", file=sys.stderr)
     return 2
-  measuring = Measuring(out, known.minutes, known.scale, torch)
+  measuring = Measuring(out, known.minutes, known.scale, torch, begin)
   agreed = measuring.run()
   print(markdown(measuring.result))
   if not agreed:

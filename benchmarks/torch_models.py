@@ -52,7 +52,9 @@ class Side:
     return {"outputs": outputs.float().cpu().tolist()} if case["arrays"] else {}
 
   def time(self, way: str) -> dict[str, Any]:
-    """Returns the seconds of another run."""
+    """Returns the seconds of another run; or an `error`."""
+    if way not in self.runs:
+      return {"error": "the process that had it was ended"}
     begin = time.perf_counter()
     self.runs[way]()
     self._wait()

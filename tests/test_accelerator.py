@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 
 import accelerator
 import accelerator_cases as cases
@@ -17,6 +18,7 @@ from common import Subject, plan_counts
 import vitcomp_jax as vc
 from vitcomp_jax.methods.diffrate import PruneMerge
 from vitcomp_jax.models.build import build
+from vitcomp_jax.ops.attention import attend
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 PART = cases.Part("speed", cases._SMALL, 2, "bfloat16")
@@ -24,7 +26,8 @@ PART = cases.Part("speed", cases._SMALL, 2, "bfloat16")
 
 @pytest.fixture
 def measuring(tmp_path):
-  return accelerator.Measuring(tmp_path, 8.0, "tiny", accelerator.TorchSide(None))
+  begin = time.monotonic()
+  return accelerator.Measuring(tmp_path, 8.0, "tiny", accelerator.TorchSide(None), begin)
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +94,11 @@ def test_what_fails_is_left_out_and_named(measuring, subjects, monkeypatch):
     assert 0 < left <= 0.25 * 8 * 60
     raise TimeoutError
 
+  def too_late():
+    raise RuntimeError("the process that had it was ended")
+
   rows = {
+    "torch dense eager": lambda left: Subject("torch dense eager", 2, too_late),
     "dense xla": lambda left: Subject("dense xla", 2, lambda: 0.5),
     "plan xla": too_large,
     "first tokens xla": too_slow,
@@ -106,6 +113,7 @@ def test_what_fails_is_left_out_and_named(measuring, subjects, monkeypatch):
   assert [(each["name"], each["why"]) for each in measuring.result["skipped"]] == [
     ("plan xla", memory),
     ("first tokens xla", "not ready at the part's deadline"),
+    ("torch dense eager", "RuntimeError: the process that had it was ended"),
   ]
 
 
@@ -126,6 +134,18 @@ def test_outputs_that_disagree_end_with_an_error(tmp_path, capsys, monkeypatch):
   assert accelerator.main(options) == 1
   said = capsys.readouterr()
   assert "do not agree" in said.err and "| plan | 0.3 | 0.2 | False |" in said.out
+
+
+def test_attention_that_ignores_sizes_is_found_out(monkeypatch):
+  check = next(cases.checks("cpu", True, None))
+  assert check.to_json()["agrees"]
+
+  def without_sizes(q, k, v, scale, log_size, form):
+    kept = log_size if q.dtype == "float32" else None
+    return attend(q, k, v, scale, kept, form=form)
+
+  monkeypatch.setattr(cases, "attend", without_sizes)
+  assert not next(cases.checks("cpu", True, None)).to_json()["agrees"]
 
 
 def test_ratios():
@@ -160,9 +180,10 @@ def test_ratios():
 
 
 def test_mistakes(tmp_path, capsys):
+  (tmp_path / "file").touch()
   for options, said in (
-    (["--out", str(tmp_path / "no")], "a folder that is there"),
-    (["--minutes", "0"], "more than 0, got 0.0"),
+    (["--out", str(tmp_path / "file" / "results"), "--torch", "none"], "Not a directory"),
+    (["--minutes", "0"], "a number above 0, got 0.0"),
     (["--torch", str(tmp_path / "python")], "import torch and timm, got"),
   ):
     assert accelerator.main(options) == 2
