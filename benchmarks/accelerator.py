@@ -25,7 +25,7 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 import jax
 import numpy as np
-from accelerator_cases import KINDS, TORCH, Part, Subjects, checks, forms, more_parts, parts
+from accelerator_cases import KINDS, TORCH, Check, Part, Subjects, checks, forms, more_parts, parts
 from accelerator_report import markdown, ratios
 from common import Peer, Subject, check_torch, entry, to_torch
 
@@ -131,15 +131,9 @@ class Measuring:
       self._skip("all", "torch", "no interpreter with PyTorch and timm; name one by --torch")
     if platform != "gpu":
       self._skip("all", "cudnn", f"the kernel is for NVIDIA's GPUs, this is a {platform}")
-    has_failed = False
-    try:
-      from_torch = self._torch.logits if self._torch.python else None
-      for check in checks(platform, is_tiny, from_torch):
-        self.result["checks"].append(check.to_json())
-        self._write()
-    except Exception as error:  # one form that fails must not cost the times of the others
-      self._skip("checks", "the rest", _reason(error))
-      has_failed = True
+    from_torch = self._torch.logits if self._torch.python else None
+    named = {check.name: check for check in checks(platform, is_tiny, from_torch)}
+    self.result["checks"] = self._all_that_work("checks", named, Check.result)
     batches = BATCHES[self._scale]
     for part in parts(batches) + ([] if is_tiny else more_parts(batches)):
       if self._left() < _LEAST:
@@ -147,12 +141,13 @@ class Measuring:
         continue
       try:
         self._measure(part)
-      except Exception as error:
+      except Exception as error:  # what a device lacks must not cost the other parts
         self._skip(str(part), "the rest", _reason(error))
       self.result["ratios"] = ratios(self.result["rows"])
       self._write()
     self._torch.close()
-    return not has_failed and all(check["agrees"] for check in self.result["checks"])
+    agreed = [check["name"] for check in self.result["checks"] if check["agrees"]]
+    return agreed == list(named)
 
   def _left(self) -> float:
     return self._end - time.monotonic()
@@ -165,10 +160,10 @@ class Measuring:
       self._subjects = part.model, Subjects(part.model, self._scale == "tiny")
     subjects = self._subjects[1]
     rows = self._begun(part, subjects)
-    made = self._all_that_work(part, rows, lambda begun: begun(deadline - time.monotonic()))
+    made = self._all_that_work(str(part), rows, lambda begun: begun(deadline - time.monotonic()))
     # Only now, as PyTorch's process may have been ended meanwhile; and memory may be lacking.
     run = {subject.name: subject for subject in made}
-    timed = self._all_that_work(part, run, _run_once)
+    timed = self._all_that_work(str(part), run, _run_once)
     seconds = min(_SECONDS[self._scale], max(self._left(), 0) / max(len(timed), 1))
     try:
       timing.take_turns(timed, seconds, _ROUNDS)
@@ -179,7 +174,7 @@ class Measuring:
       self._torch.forget()
 
   def _all_that_work(
-    self, part: Part, rows: Mapping[str, Any], step: Callable[[Any], Any]
+    self, part: str, rows: Mapping[str, Any], step: Callable[[Any], Any]
   ) -> list[Any]:
     """Returns the results of a step for all rows but those that it fails for, which are named."""
     found = []
@@ -187,7 +182,7 @@ class Measuring:
       try:
         found.append(step(row))
       except Exception as error:
-        self._skip(str(part), name, _reason(error))
+        self._skip(part, name, _reason(error))
     return found
 
   def _begun(self, part: Part, subjects: Subjects) -> dict[str, Callable[[float], Any]]:

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import itertools
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -210,40 +210,53 @@ def _tiled(layers: Layers, tile: int, most: int) -> Layers:
 
 @dataclasses.dataclass(frozen=True)
 class Check:
-  """The relative distance of some outputs from those that they should equal, and its limit."""
+  """Outputs that should equal others: what measures their relative distance, and its limit."""
 
   name: str
-  distance: float
   limit: float
+  measure: Callable[[], float]
 
-  def to_json(self) -> dict[str, Any]:
-    return {**vars(self), "agrees": self.distance < self.limit}
+  def result(self) -> dict[str, Any]:
+    """Measures the distance, and returns what the JSON file holds."""
+    distance = self.measure()
+    values = {"name": self.name, "distance": distance, "limit": self.limit}
+    return {**values, "agrees": distance < self.limit}
 
 
-def checks(platform: str, is_tiny: bool, from_torch: FromTorch | None) -> Iterator[Check]:
+def checks(platform: str, is_tiny: bool, from_torch: FromTorch | None) -> list[Check]:
   """Compares all forms of attention, dense and under a plan, with float32, and that with PyTorch.
 
   Args:
     platform: JAX's name of the platform.
     is_tiny: Whether the model is only as large as a test needs.
-    from_torch: PyTorch's logits of a subject, its images and one of `TORCH`; None: no PyTorch.
+    from_torch: PyTorch's side; None: no PyTorch.
   """
-  half = "bfloat16"
-  for form in forms(half, platform):
-    yield Check(f"attention {form}", _attention_distance(form), 0.02)
-  subjects = Subjects(_SMALL, is_tiny, depth=4)
-  exact = {}
-  with jax.default_matmul_precision("highest"):
-    for what in ("dense", "plan"):
-      exact[what] = _logits(subjects, what, "xla", "float32")
-  for form, what in itertools.product(forms(half, platform), exact):
-    found = _logits(subjects, what, form, half)
-    # Tokens of nearly equal importance change places.
-    limit = 0.03 if what == "dense" else 0.06
-    yield Check(f"{what} {form} {half}", _distance(found, exact[what]), limit)
-  for way in TORCH if from_torch else ():
+  half, subjects = "bfloat16", Subjects(_SMALL, is_tiny, depth=4)
+
+  @functools.cache
+  def exact(what: str) -> np.ndarray:
+    with jax.default_matmul_precision("highest"):
+      return _logits(subjects, what, "xla", "float32")
+
+  def half_distance(what: str, form: str) -> float:
+    return _distance(_logits(subjects, what, form, half), exact(what))
+
+  def torch_distance(way: str) -> float:
+    assert from_torch
     found = from_torch(subjects, np.asarray(subjects.images(8, "float32")), way)
-    yield Check(f"torch {way} float32", _distance(found, exact[way.split()[0]]), 1e-3)
+    return _distance(found, exact(way.split()[0]))
+
+  found = []
+  for form in forms(half, platform):
+    found.append(Check(f"attention {form}", 0.02, functools.partial(_attention_distance, form)))
+    # Under a plan, tokens of nearly equal importance change places.
+    for what, limit in (("dense", 0.03), ("plan", 0.06)):
+      measure = functools.partial(half_distance, what, form)
+      found.append(Check(f"{what} {form} {half}", limit, measure))
+  for way in ("dense eager", "plan eager") if from_torch else ():
+    measure = functools.partial(torch_distance, way)
+    found.append(Check(f"torch {way} float32", 1e-3, measure))
+  return found
 
 
 def _logits(subjects: Subjects, what: str, form: str, dtype: str) -> np.ndarray:

@@ -118,7 +118,7 @@ def test_what_fails_is_left_out_and_named(measuring, subjects, monkeypatch):
 
 
 def test_the_time_ends_it(measuring, tmp_path, monkeypatch):
-  monkeypatch.setattr(accelerator, "checks", lambda *_: iter([cases.Check("dense", 0.1, 0.2)]))
+  monkeypatch.setattr(accelerator, "checks", lambda *_: [cases.Check("dense", 0.2, lambda: 0.1)])
   measuring._end = 0.0
   assert measuring.run()
   found = json.loads((tmp_path / "accelerator.json").read_text())
@@ -129,7 +129,7 @@ def test_the_time_ends_it(measuring, tmp_path, monkeypatch):
 
 
 def test_outputs_that_disagree_end_with_an_error(tmp_path, capsys, monkeypatch):
-  monkeypatch.setattr(accelerator, "checks", lambda *_: iter([cases.Check("plan", 0.3, 0.2)]))
+  monkeypatch.setattr(accelerator, "checks", lambda *_: [cases.Check("plan", 0.2, lambda: 0.3)])
   options = ["--out", str(tmp_path), "--minutes", "0.001", "--scale", "tiny", "--torch", "none"]
   assert accelerator.main(options) == 1
   said = capsys.readouterr()
@@ -137,15 +137,29 @@ def test_outputs_that_disagree_end_with_an_error(tmp_path, capsys, monkeypatch):
 
 
 def test_attention_that_ignores_sizes_is_found_out(monkeypatch):
-  check = next(cases.checks("cpu", True, None))
-  assert check.to_json()["agrees"]
+  with jax.numpy_dtype_promotion("standard"):
+    check = cases.checks("cpu", True, None)[0]
+    assert check.name == "attention xla" and check.result()["agrees"]
 
-  def without_sizes(q, k, v, scale, log_size, form):
-    kept = log_size if q.dtype == "float32" else None
-    return attend(q, k, v, scale, kept, form=form)
+    def without_sizes(q, k, v, scale, log_size, form):
+      kept = log_size if q.dtype == "float32" else None
+      return attend(q, k, v, scale, kept, form=form)
 
-  monkeypatch.setattr(cases, "attend", without_sizes)
-  assert not next(cases.checks("cpu", True, None)).to_json()["agrees"]
+    monkeypatch.setattr(cases, "attend", without_sizes)
+    assert not check.result()["agrees"]
+
+
+def test_a_form_that_is_not_there_is_not_said_to_agree(measuring, monkeypatch):
+  def missing():
+    raise RuntimeError("cuDNN is not detected.")
+
+  found = [cases.Check("plan cudnn", 0.2, missing), cases.Check("plan xla", 0.2, lambda: 0.1)]
+  monkeypatch.setattr(accelerator, "checks", lambda *_: found)
+  measuring._end = 0.0
+  assert not measuring.run()
+  assert [check["name"] for check in measuring.result["checks"]] == ["plan xla"]
+  why = "RuntimeError: cuDNN is not detected."
+  assert {"part": "checks", "name": "plan cudnn", "why": why} in measuring.result["skipped"]
 
 
 def test_ratios():
@@ -210,7 +224,7 @@ def test_all_of_it_in_small(tmp_path):
       ways = cases.TORCH if "deit" in part.model else cases.TORCH[:-1]
       expected |= {(str(part), f"torch {way}") for way in ways}
   assert {(row["part"], row["name"]) for row in found["rows"]} == expected
-  assert len(found["checks"]) == (6 if has_torch else 3)
+  assert len(found["checks"]) == (5 if has_torch else 3)
   assert all(check["agrees"] for check in found["checks"])
   assert all(len(each) > 1 for each in found["ratios"])
   assert (tmp_path / "accelerator.md").read_text() in done.stdout
