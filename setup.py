@@ -71,7 +71,7 @@ setuptools.setup(
   package_dir={"vitcomp_jax.configs": "configs"},
   packages=[*PACKAGES, "vitcomp_jax.configs"],
   package_data={
-    "vitcomp_jax": ["py.typed", "bundled/*", "data/bundled/*"],
+    "vitcomp_jax": ["py.typed", "*.pyi", "bundled/*", "data/bundled/*"],
     "vitcomp_jax.configs": ["plans/*/*.json"],
   },
   install_requires=REQUIRES,

@@ -14,57 +14,40 @@ metrics of a run, `vc.published_accuracies` gives what others measured. `vc.meth
 themselves, for training loops of one's own.
 """
 
+import ast
+import importlib
 import importlib.metadata
-
-from vitcomp_jax import methods
-from vitcomp_jax.api import Cost, apply, compress, count_cost, load, preprocess
-from vitcomp_jax.config import default_config
-from vitcomp_jax.errors import UserError
-from vitcomp_jax.exported import Exported, load_exported
-from vitcomp_jax.exporting import export
-from vitcomp_jax.models.tokens import unmerge
-from vitcomp_jax.models.variants import get_spec, list_variants
-from vitcomp_jax.plans import Plan, list_plans, load_plan, make_plan
-from vitcomp_jax.reporting import model_plots, plots
-from vitcomp_jax.reporting.published import accuracies as published_accuracies
-from vitcomp_jax.saved import save
-from vitcomp_jax.schedules import dynamicvit, evit, linear, random, tome, uniform
-from vitcomp_jax.searching import search
-from vitcomp_jax.stages import run, run_stage
+import pathlib
+from typing import Any
 
 __version__ = importlib.metadata.version("vitcomp_jax")
 
-__all__ = [
-  "Cost",
-  "Exported",
-  "Plan",
-  "UserError",
-  "apply",
-  "compress",
-  "count_cost",
-  "default_config",
-  "dynamicvit",
-  "evit",
-  "export",
-  "get_spec",
-  "linear",
-  "list_plans",
-  "list_variants",
-  "load",
-  "load_exported",
-  "load_plan",
-  "make_plan",
-  "methods",
-  "model_plots",
-  "plots",
-  "preprocess",
-  "published_accuracies",
-  "random",
-  "run",
-  "run_stage",
-  "save",
-  "search",
-  "tome",
-  "uniform",
-  "unmerge",
-]
+
+def _homes() -> dict[str, str]:
+  """Returns the module that each public name comes from, as the stub for type checkers says.
+
+  The stub is the only list of names; each is imported when it is first asked for.
+  """
+  stub = pathlib.Path(__file__).with_suffix(".pyi").read_text(encoding="utf-8")
+  homes = {}
+  for statement in ast.parse(stub).body:
+    if isinstance(statement, ast.ImportFrom):
+      homes |= {name.name: str(statement.module) for name in statement.names}
+  return homes
+
+
+_HOMES = _homes()
+__all__ = sorted(_HOMES)
+
+
+def __getattr__(name: str) -> Any:
+  if name not in _HOMES:
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+  members = vars(importlib.import_module(_HOMES[name]))
+  value = members[name] if name in members else importlib.import_module(f"{_HOMES[name]}.{name}")
+  globals()[name] = value
+  return value
+
+
+def __dir__() -> list[str]:
+  return sorted(globals().keys() | _HOMES.keys())

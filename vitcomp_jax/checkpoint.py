@@ -1,4 +1,7 @@
-"""Saves and restores checkpoints with Orbax, which no other module uses."""
+"""Saves and restores checkpoints with Orbax, which no other module uses.
+
+Orbax takes long to import, and nothing else needs it.
+"""
 
 import contextlib
 import functools
@@ -13,7 +16,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import orbax.checkpoint as ocp
 
 from vitcomp_jax.errors import UserError
 
@@ -28,6 +30,8 @@ class Checkpointer:
       directory: `WORKDIR/checkpoints/STAGE`; each checkpoint is a folder named by its step.
       keep: Number of newest checkpoints to keep.
     """
+    import orbax.checkpoint as ocp
+
     _silence_background_threads()
     options = ocp.CheckpointManagerOptions(
       max_to_keep=keep,
@@ -50,6 +54,8 @@ class Checkpointer:
     Raises:
       OSError: If this checkpoint or the previous one cannot be written.
     """
+    import orbax.checkpoint as ocp
+
     state = jax.tree.map(jnp.copy, state)
     with self._write_errors():
       # Forced, because Orbax otherwise silently skips a step below its newest.
@@ -67,6 +73,8 @@ class Checkpointer:
     Raises:
       UserError: If there are checkpoints and none can be read, or one has other shapes.
     """
+    import orbax.checkpoint as ocp
+
     abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
     damaged: list[int] = []
     for step in sorted(self._manager.all_steps(), reverse=True):

@@ -24,16 +24,11 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import absl.logging
-import jax
 import ml_collections
 
 from vitcomp_jax import config as config_lib
-from vitcomp_jax import multihost, paths
+from vitcomp_jax import paths
 from vitcomp_jax.errors import UserError
-from vitcomp_jax.reporting.tables import rows_table
-from vitcomp_jax.results import Result
-from vitcomp_jax.stages import run_stages
-from vitcomp_jax.training.preemption import Preempted
 
 _DISK_FULL = (
   "the disk is full; free some space and run the same command again: it goes on from the last "
@@ -50,44 +45,48 @@ def main(argv: Sequence[str]) -> int:
   logging.getLogger("jax").setLevel(logging.WARNING)
   try:
     config, workdir = _parse(argv[1:])
-    if jax.process_count() == 1:  # with several, JAX synchronises the end
-      signal.signal(signal.SIGTERM, _end)
-    _keep_compiled(config.compilation_cache)
-    run = run_stages(config, workdir, config.stages)
-    _print_table(run.workdir.path)
-    logging.info("done: %s", run.workdir.path)
+    return _run(config, workdir)
   except KeyboardInterrupt as why:
     saved = f"{why}, and is saved" if str(why) else "what has a checkpoint is saved"
     return _say(f"interrupted; {saved}: the same command goes on from there.", 130)
-  except Preempted as why:
-    return _say(f"{why}, as it was asked to; everything is saved, the same command goes on.", 0)
   except Exception as error:
     if "No space left on device" in f"{error} {error.__cause__}":
       return _say(_DISK_FULL, 1)
     if not isinstance(error, UserError):
       raise
     return _say(str(error), 2)
+
+
+def _run(config: config_lib.Config, workdir: pathlib.Path) -> int:
+  """Runs the stages, and prints the table of measured models if there is one."""
+  # Help and mistakes in the command need not wait for JAX and what builds on it.
+  import jax
+
+  from vitcomp_jax import multihost
+  from vitcomp_jax.reporting.tables import rows_table
+  from vitcomp_jax.results import Result
+  from vitcomp_jax.stages import run_stages
+  from vitcomp_jax.training.preemption import Preempted
+
+  def end(number: int, frame: types.FrameType | None) -> NoReturn:
+    """Ends the run outside of training loops, which handle the signal after a step."""
+    del number, frame
+    raise Preempted("the run ended")
+
+  try:
+    if jax.process_count() == 1:  # with several, JAX synchronises the end
+      signal.signal(signal.SIGTERM, end)
+    if config.compilation_cache:
+      jax.config.update("jax_compilation_cache_dir", paths.expand(config.compilation_cache))
+      jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    run = run_stages(config, workdir, config.stages)
+  except Preempted as why:
+    return _say(f"{why}, as it was asked to; everything is saved, the same command goes on.", 0)
+  table = run.workdir.path / "result.json"
+  if table.exists() and multihost.is_first():
+    print(rows_table(Result.read(table).rows).markdown())
+  logging.info("done: %s", run.workdir.path)
   return 0
-
-
-def _print_table(workdir: pathlib.Path) -> None:
-  """Prints the table of measured models, if there is one."""
-  path = workdir / "result.json"
-  if path.exists() and multihost.is_first():
-    print(rows_table(Result.read(path).rows).markdown())
-
-
-def _keep_compiled(folder: str | None) -> None:
-  """Enables the persistent compilation cache."""
-  if folder:
-    jax.config.update("jax_compilation_cache_dir", paths.expand(folder))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
-
-
-def _end(number: int, frame: types.FrameType | None) -> None:
-  """Ends the run outside of training loops, which handle the signal after a step."""
-  del number, frame
-  raise Preempted("the run ended")
 
 
 def _say(line: str, status: int) -> int:
@@ -122,9 +121,9 @@ def _parse(argv: Sequence[str]) -> tuple[config_lib.Config, pathlib.Path]:
   parser.add_argument("--num_processes", type=int, help="how many processes there are")
   parser.add_argument("--process_id", type=int, help="of this one, from 0")
   known, rest = parser.parse_known_args(argv)
-  _initialize(known)
   name, _, arg = known.config.partition(":")
   overrides, file = _overrides(rest), _config_file(name)
+  _initialize(known)
   values = config_lib.with_overrides(_read(file, arg or None), overrides)
   workdir = known.workdir or pathlib.Path("runs", file.stem)
   if workdir == pathlib.Path():
@@ -142,6 +141,8 @@ def _initialize(known: argparse.Namespace) -> None:
       "command line: expected --coordinator, --num_processes and --process_id together, or "
       "--distributed alone where a cluster can be asked for them."
     )
+  import jax
+
   try:
     # A machine that is paused for a while, or swaps, has not crashed.
     jax.distributed.initialize(*explicit, heartbeat_timeout_seconds=300)

@@ -9,7 +9,6 @@ from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
 import tqdm
-from tensorboardX import SummaryWriter
 
 from vitcomp_jax import multihost, strict_json
 from vitcomp_jax.atomic import write_text
@@ -34,6 +33,8 @@ class MetricsWriter:
     multihost.meet("metrics")  # All processes have read the file before it grows.
     self._board = None
     if multihost.is_first():
+      from tensorboardX import SummaryWriter  # slow to import
+
       self._board = SummaryWriter(str(workdir / "tensorboard" / stage), purge_step=start_step + 1)
     self._bar = tqdm.tqdm(
       total=total_steps,

@@ -358,10 +358,10 @@ def test_nothing_imports_tensorflow(tfds_dir: pathlib.Path) -> None:
   code = f"""
 import sys
 from vitcomp_jax.config import DataConfig
-from vitcomp_jax import data
-pre = data.Preprocess((8, 8), (0.5,) * 3, (0.5,) * 3, 1.0, "bicubic")
+from vitcomp_jax.data import loader, transforms
+pre = transforms.Preprocess((8, 8), (0.5,) * 3, (0.5,) * 3, 1.0, "bicubic")
 config = DataConfig(name="tiny_shapes", dir={str(tfds_dir)!r})
-next(data.load(config, "train", pre, 0).train_batches(4))
+next(loader.load(config, "train", pre, 0).train_batches(4))
 assert "tensorflow" not in sys.modules and "torch" not in sys.modules
 """
   subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)

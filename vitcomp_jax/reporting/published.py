@@ -14,7 +14,7 @@ from vitcomp_jax.plans import list_plans, load_plan
 NUM_CLASSES = 1000
 
 
-def accuracies(spec: ViTSpec) -> dict[str, list[tuple[float, float]]]:
+def published_accuracies(spec: ViTSpec) -> dict[str, list[tuple[float, float]]]:
   """Returns published accuracies of a model.
 
   Args:

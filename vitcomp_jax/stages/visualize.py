@@ -12,7 +12,7 @@ from vitcomp_jax.models.build import build
 from vitcomp_jax.models.spec import LayerSpec, ViTSpec, removes_tokens
 from vitcomp_jax.plans import load_plan
 from vitcomp_jax.reporting import model_plots, plots, report, run_plots
-from vitcomp_jax.reporting.published import NUM_CLASSES, accuracies
+from vitcomp_jax.reporting.published import NUM_CLASSES, published_accuracies
 from vitcomp_jax.results import Result, Row, VisualizeResult
 from vitcomp_jax.runs import reports, table
 from vitcomp_jax.runs.run import Run
@@ -99,7 +99,7 @@ def _draw_published(run: Run, rows: Sequence[Row]) -> None:
   """Draws the rows together with published results of the same model and task."""
   data = run.inputs.eval_data
   if run.config.visualize.published and data.name != "fake" and data.num_present == NUM_CLASSES:
-    known = accuracies(run.inputs.spec)
+    known = published_accuracies(run.inputs.spec)
     if known:
       figure = plots.accuracy_against_gmacs(rows, published=known)
       plots.save(figure, run.workdir.path / "figures", "published")
