@@ -11,7 +11,6 @@ PACKAGES = setuptools.find_packages(include=["vitcomp_jax", "vitcomp_jax.*"])
 
 REQUIRES = [
   "absl-py>=2",
-  "array_record>=0.8",
   "filelock>=3.30",  # one run in a workdir; the first that can do without markers in place of locks
   "flatbuffers",  # of jax.export
   "flax>=0.12",
@@ -28,12 +27,14 @@ REQUIRES = [
   "Pillow>=11",
   "safetensors>=0.5",
   "tensorboardX>=2.6",
-  "tensorflow-datasets>=4.9.9",
   "tqdm>=4.66",
 ]
 
+# To read data sets that TFDS prepared; a fifth of all that would be installed.
+TFDS_REQUIRES = ["array_record>=0.8", "tensorflow-datasets>=4.9.9"]
+
 # jax2onnx 0.13 is the last that does not forbid Orbax 0.12, which it never imports.
-EXPORT_REQUIRES = ["jax2onnx>=0.13", "onnxruntime>=1.24"]
+ONNX_REQUIRES = ["jax2onnx>=0.13", "onnxruntime>=1.24"]
 
 # To build the documents in docs/.
 DOCS_REQUIRES = ["furo", "latex2mathml", "myst-parser", "sphinx>=8"]
@@ -46,8 +47,9 @@ PEERS_REQUIRES = ["open_clip_torch>=3.3", "timm>=1.0.31", "torch", "transformers
 
 TEST_REQUIRES = [
   *DOCS_REQUIRES,
-  *EXPORT_REQUIRES,
   *NOTEBOOK_REQUIRES,
+  *ONNX_REQUIRES,
+  *TFDS_REQUIRES,
   "beartype",
   "hypothesis",
   "import-linter",
@@ -78,10 +80,11 @@ setuptools.setup(
   extras_require={
     "cuda": ["jax[cuda12]"],
     "docs": DOCS_REQUIRES,
-    "export": EXPORT_REQUIRES,
     "notebooks": NOTEBOOK_REQUIRES,
+    "onnx": ONNX_REQUIRES,
     "peers": PEERS_REQUIRES,
     "test": TEST_REQUIRES,
+    "tfds": TFDS_REQUIRES,
     "tpu": ["jax[tpu]"],
   },
   classifiers=[

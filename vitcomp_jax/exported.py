@@ -200,7 +200,7 @@ def _run_onnx(path: pathlib.Path) -> Callable[[np.ndarray], np.ndarray]:
     import onnxruntime
   except ImportError as error:
     raise UserError(
-      f"{path} needs ONNX Runtime, which is not installed; run `pip install vitcomp_jax[export]`."
+      f"{path} needs ONNX Runtime, which is not installed; run `pip install vitcomp_jax[onnx]`."
     ) from error
   session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
   name = session.get_inputs()[0].name

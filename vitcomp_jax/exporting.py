@@ -89,7 +89,7 @@ def export(model: Backbone, params: Params, path: str | os.PathLike[str]) -> Non
     model: Result of `load` or `compress`.
     params: Parameters of the model.
     path: Path whose ending selects the format: `.stablehlo` (any plan; for CPU, CUDA and TPU),
-      `.onnx` (any plan, in float32; needs `vitcomp_jax[export]`), `.safetensors` (weights for
+      `.onnx` (any plan, in float32; needs `vitcomp_jax[onnx]`), `.safetensors` (weights for
       timm's model, which may be slimmed to equal widths), or none (a folder for Hugging Face's
       transformers, of a model that came from there). The first two include the weights, and take
       any number of images, normalised as by `preprocess`.
@@ -264,7 +264,7 @@ def _check_onnx(model: Backbone) -> None:
   missing = [name for name in ("jax2onnx", "onnxruntime") if not importlib.util.find_spec(name)]
   if missing:
     raise UserError(
-      f"onnx needs {' and '.join(missing)}, not installed; run `pip install vitcomp_jax[export]`."
+      f"onnx needs {' and '.join(missing)}, not installed; run `pip install vitcomp_jax[onnx]`."
     )
   if model.spec.dtype not in (None, "float32"):
     raise UserError(

@@ -354,6 +354,12 @@ def test_tfds_set_in_tfrecord_form_is_refused(
     open_source("tiny_shapes", tmp_path)
 
 
+def test_tfds_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+  monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)  # as if it were not installed
+  with pytest.raises(UserError, match=r"got 'tiny_shapes'; .* `pip install vitcomp_jax\[tfds\]`"):
+    open_source("tiny_shapes", None)
+
+
 def test_nothing_imports_tensorflow(tfds_dir: pathlib.Path) -> None:
   code = f"""
 import sys

@@ -305,8 +305,13 @@ def _tfds(name: str, directory: str | None, split: str | None) -> Source:
 
 def _tfds_builder(name: str, directory: str | None) -> Any:
   """Returns TFDS's builder, made from the prepared files without network or TensorFlow."""
-  import tensorflow_datasets as tfds
-
+  try:
+    import tensorflow_datasets as tfds
+  except ImportError as error:
+    raise UserError(
+      f"config.data.name: expected bundled, folder or fake, got {name!r}; to read it as a data set "
+      "of TFDS, run `pip install vitcomp_jax[tfds]`."
+    ) from error
   try:
     builder = tfds.core.read_only_builder.builder_from_files(name, data_dir=directory)
     if builder.info.splits:
