@@ -1,6 +1,7 @@
 """Predicts the latency of random plans from a latency table, and measures it.
 
-    python benchmarks/latency_model.py [--variant NAME] [--batch N] [--plans N] [--json FILE]
+    python benchmarks/latency_model.py [--variant NAME] [--batch N] [--runtime NAME] [--plans N]
+      [--json FILE]
 
 The plans have sorted uniform counts of pruning and merging. They are timed in turns with the
 programs of the table, so that other load on the machine affects all alike; medians are compared. A
@@ -42,6 +43,7 @@ def main(argv: Sequence[str]) -> None:
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument("--variant", default="deit_small_patch16_224")
   parser.add_argument("--batch", type=int, default=16, help="batch size")
+  parser.add_argument("--runtime", default="jax", choices=timing.RUNTIMES)
   parser.add_argument("--plans", type=int, default=10)
   parser.add_argument("--rounds", type=int, default=7)
   parser.add_argument("--seed", type=int, default=0)
@@ -51,17 +53,17 @@ def main(argv: Sequence[str]) -> None:
     parser.error("--batch, --plans and --rounds: expected at least 1.")
   try:
     spec = vc.get_spec(known.variant)
-    spec.check_plain("--variant")
+    latency.check(spec, known.runtime, "--variant")
     file = known.json and pathlib.Path(expand(known.json))
   except vc.UserError as error:
     parser.error(str(error))
   rng = np.random.default_rng(known.seed)
   params = vc.load(known.variant)[1]
-  parts = latency.programs(spec, known.batch, PruneMerge)
+  parts = latency.programs(spec, known.batch, PruneMerge, known.runtime)
   layers = {"dense": spec.dense_layers}
   layers |= {f"plan {i}": random_plan(spec, rng) for i in range(1, known.plans + 1)}
   plans = {
-    name: timing.compiled(name, ViT(spec, each), params, known.batch)
+    name: timing.compiled(name, ViT(spec, each), params, known.batch, known.runtime)
     for name, each in layers.items()
   }
   timing.take_turns([*parts.values(), *plans.values()], 0.0, known.rounds)
@@ -81,8 +83,9 @@ def main(argv: Sequence[str]) -> None:
   median, worst = statistics.median(errors), max(errors)
   print(f"error: median {100 * median:.1f} %, worst {100 * worst:.1f} %")
   if file:
-    about = {"variant": known.variant, "batch": known.batch, "device": latency.device_name()}
-    about |= {"jax": jax.__version__, "median_error": median, "worst_error": worst}
+    about = {"variant": known.variant, "batch": known.batch, "runtime": known.runtime}
+    about |= {"device": latency.device_name(known.runtime), "jax": jax.__version__}
+    about |= {"median_error": median, "worst_error": worst}
     result = about | {"plans": rows, "table": table.to_json()}
     write_json(file, result)
 

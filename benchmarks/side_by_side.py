@@ -179,7 +179,7 @@ def compare(
       else:
         mine = timing.compiled(f"jax {part}", ViT(spec, models[part]), params, batch)
         subjects.append(mine)
-        expected = np.asarray(mine.forward(params, mine.images)).ravel()
+        expected = np.asarray(mine.run()).ravel()
       for way in PARTS[part][batch] if python else ():
         answer, row = peer.ask("prepare", way, batch), f"torch {way}"
         if "error" in answer:

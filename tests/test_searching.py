@@ -132,6 +132,11 @@ def test_an_epoch_holds_every_image_once():
     ([], {}, "expected more batches than 0"),
     (IMAGES, {"macs": None}, "expected one of macs, gmacs and latency_ms, got none"),
     (IMAGES, {"gmacs": 1.0}, "expected one of macs, gmacs and latency_ms, got macs and gmacs"),
+    (
+      IMAGES,
+      {"macs": None, "latency_ms": 1.0, "runtime": "tflite"},
+      "expected jax or onnxruntime, got 'tflite'",
+    ),
     (IMAGES, {"macs": 1.5}, "macs: expected more than 0 and at most 1"),
     (IMAGES, {"macs": 1e-4}, "smallest plan"),
     (IMAGES, {"stepz": 3}, "config.search.stepz does not exist"),

@@ -112,6 +112,7 @@ class BudgetConfig:
   gmacs: Positive | None = None  # in 1e9 multiply-accumulates per image
   latency_ms: Positive | None = None  # of a batch on the searching device; for `search` only
   latency_batch: Count = 1  # images in the batch of `latency_ms`
+  runtime: Literal["jax", "onnxruntime"] = "jax"  # that `latency_ms` is measured with
 
 
 @dataclasses.dataclass(frozen=True)
@@ -265,11 +266,8 @@ class VisualizeConfig:
 @dataclasses.dataclass(frozen=True)
 class ExportConfig:
   formats: tuple[Literal["stablehlo", "onnx", "timm"], ...] = ("stablehlo",)  # formats to write
-  platforms: tuple[Literal["cpu", "cuda", "rocm", "tpu"], ...] = (
-    "cpu",
-    "cuda",
-    "tpu",
-  )  # StableHLO's platforms
+  # StableHLO's platforms
+  platforms: tuple[Literal["cpu", "cuda", "rocm", "tpu"], ...] = ("cpu", "cuda", "tpu")
   # Whether the model takes uint8 pixels and normalises them itself, or takes normalised floats.
   normalize: bool = True
 

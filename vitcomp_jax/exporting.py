@@ -1,8 +1,6 @@
 """Writes a model in formats that run without this library, and compares each with the model."""
 
 import dataclasses
-import importlib.metadata
-import importlib.util
 import logging
 import os
 import pathlib
@@ -15,13 +13,13 @@ import numpy as np
 from jax import export as jax_export
 from jaxtyping import Array
 
-from vitcomp_jax import api, exported, multihost, paths, scoring
+from vitcomp_jax import api, exported, multihost, onnx_conversion, paths, scoring
 from vitcomp_jax.atomic import replacing, write_json
 from vitcomp_jax.data import class_names
 from vitcomp_jax.data.transforms import normalize
 from vitcomp_jax.errors import UserError
 from vitcomp_jax.models.backbone import Backbone
-from vitcomp_jax.models.build import build
+from vitcomp_jax.models.build import build, portable
 from vitcomp_jax.models.reducers import StaticReducer
 from vitcomp_jax.plans import Plan, plan_of
 from vitcomp_jax.weights import loading, timm_slimmed, writing_back
@@ -72,10 +70,8 @@ class Program:
 
   def __call__(self, images: Array) -> Array:
     """Computes the outputs, f32[b c], with the weights as constants."""
-    # cuDNN's kernel is a custom call, which other platforms and formats lack.
-    spec = dataclasses.replace(self.model.spec, attention="xla")
-    images = normalize(images, spec.preprocess) if self.normalize else images
-    outputs = build(spec, self.model.layers).apply({"params": self.params}, images)
+    images = normalize(images, self.model.spec.preprocess) if self.normalize else images
+    outputs = portable(self.model).apply({"params": self.params}, images)
     return outputs.astype(jnp.float32)
 
 
@@ -220,27 +216,11 @@ def _write_stablehlo(program: Program, path: pathlib.Path) -> dict[str, Any]:
 
 
 def _write_onnx(program: Program, path: pathlib.Path) -> dict[str, Any]:
-  import jax2onnx
-
-  before = logging.root.manager.disable
-  # jax2onnx logs its arguments and missing plugins.
-  logging.disable(logging.WARNING)
-  try:
-    made = jax2onnx.to_onnx(
-      program.__call__,
-      [program.abstract_images],
-      input_names=["images"],
-      output_names=[program.output_name],
-    )
-  except Exception as error:  # many unrelated types for unsupported programs
-    what = str(error).strip().splitlines()[0]
-    raise UserError(f"onnx: jax2onnx cannot convert it: {what}") from error
-  finally:
-    logging.disable(before)
+  made = onnx_conversion.convert(program.__call__, program.abstract_images, program.output_name)
   with replacing(path) as temporary:
     temporary.write_bytes(made.SerializeToString())
-  versions = {name: importlib.metadata.version(name) for name in ("jax2onnx", "onnxruntime")}
-  return {"opset": {o.domain or "ai.onnx": o.version for o in made.opset_import}, **versions}
+  opset = {o.domain or "ai.onnx": o.version for o in made.opset_import}
+  return {"opset": opset, **onnx_conversion.versions()}
 
 
 def _for_timm(model: Backbone, params: Params) -> tuple[Params, str]:
@@ -261,16 +241,7 @@ WRITERS: dict[str, Callable[[Program, pathlib.Path], dict[str, Any]]] = {
 
 
 def _check_onnx(model: Backbone) -> None:
-  missing = [name for name in ("jax2onnx", "onnxruntime") if not importlib.util.find_spec(name)]
-  if missing:
-    raise UserError(
-      f"onnx needs {' and '.join(missing)}, not installed; run `pip install vitcomp_jax[onnx]`."
-    )
-  if model.spec.dtype not in (None, "float32"):
-    raise UserError(
-      "onnx: expected a model that computes in float32, which ONNX Runtime has on every platform, "
-      f"got {model.spec.dtype}; in a run, set config.model.dtype=float32."
-    )
+  onnx_conversion.check(model.spec.dtype)
   size = 4 * api.count_cost(model).params
   if size > _LARGEST_ONNX:
     raise UserError(

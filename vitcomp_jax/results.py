@@ -181,8 +181,8 @@ class SearchResult(Record):
     raw_gmacs: 1e9 multiply-accumulates per image; likewise `gmacs`.
     budget_gmacs: Requested budget; None if it is a latency.
     budget_latency_ms: Requested budget; None if it is in MACs.
-    raw_latency_ms: Latency of `batch` images on `device`, by the latency table; likewise
-      `latency_ms`.
+    raw_latency_ms: Latency of `batch` images on `device`, by the latency table of `runtime`;
+      likewise `latency_ms`.
     offset: Offset on the expected counts that meets the budget, as a share of each list.
     tried: Step and loss of each tried plan.
     front: Results for all budgets, if there are several.
@@ -201,6 +201,7 @@ class SearchResult(Record):
   budget_latency_ms: float | None = None
   raw_latency_ms: float | None = None
   latency_ms: float | None = None
+  runtime: str | None = None
   device: str | None = None
   batch: int | None = None
   offset: float | None = None
@@ -255,13 +256,14 @@ class Timing(Record):
     timings: Number of timed batches.
     compile_s: Compilation time in seconds.
     first_step_s: Time of the first batch in seconds.
-    memory_mb: Peak memory.
     gmacs: 1e9 multiply-accumulates per image.
     share_of_peak: Share of the device's matrix-product peak.
     promised: Ratio of the dense model's MACs to this model's.
     speed_up: Ratio of the dense model's time to this model's.
     share_of_promise: `speed_up` relative to `promised`.
     predicted_ms: Latency predicted by a search's latency table.
+    memory_mb: Peak memory; None if the runtime does not tell.
+    runtime: What ran the model.
   """
 
   name: str
@@ -272,13 +274,14 @@ class Timing(Record):
   timings: int
   compile_s: float
   first_step_s: float
-  memory_mb: float
   gmacs: float
   share_of_peak: float
   promised: float | None = None
   speed_up: float | None = None
   share_of_promise: float | None = None
   predicted_ms: float | None = None
+  memory_mb: float | None = None
+  runtime: str = "jax"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -33,6 +33,7 @@ def search(
   *,
   gmacs: float | None = None,
   latency_ms: float | None = None,
+  runtime: str = "jax",
   what: str = "tokens",
   loss: str | None = None,
   steps: int = 60,
@@ -50,6 +51,8 @@ def search(
     macs: The budget as a fraction of the dense model's multiply-accumulates, in (0, 1].
     gmacs: The budget in 1e9 multiply-accumulates per image.
     latency_ms: The budget as the latency of one image on this device, in milliseconds.
+    runtime: What `latency_ms` is measured with: `jax`, or `onnxruntime` on what `vc.export` writes
+      for it (needs `vitcomp_jax[onnx]`).
     what: What layers may lose: `tokens`, by pruning and merging, `widths`, which are hidden units
       and dimensions of heads, or `both`.
     loss: `labels` (cross-entropy), `logits` or `features` (divergence from the dense model's);
@@ -84,13 +87,15 @@ def search(
   check_params(model, params)
   asked = {"macs": macs, "gmacs": gmacs, "latency_ms": latency_ms}
   budgets.check(asked)
+  if latency_ms is not None:
+    latency.check(spec, runtime, "latency_ms")
   config = _config(loss, steps, batch_size, seed, {"what": what, **options})
   batches, has_labels = endless_batches(data, batch_size, seed)
   first = next(batches)
   batches = _checked(itertools.chain([first], batches), spec, has_labels, layout)
   config = dataclasses.replace(config, loss=best_loss(config, spec))
   check_loss(config.loss, spec, has_labels, "loss")
-  cost = MACS if latency_ms is None else _latency(spec, config)
+  cost = MACS if latency_ms is None else _latency(spec, config, runtime)
   target = budgets.target(spec, cost, asked)
   method = DiffRate(spec, target, config, cost=cost)
   method.check()
@@ -141,9 +146,8 @@ def _config(
   return from_config_dict({"seed": seed, "search": values}).search
 
 
-def _latency(spec: ViTSpec, config: SearchConfig) -> CostModel:
-  spec.check_plain("latency_ms")
-  return latency.table(spec, 1, reduction(spec, config.importance), None)
+def _latency(spec: ViTSpec, config: SearchConfig, runtime: str) -> CostModel:
+  return latency.table(spec, 1, reduction(spec, config.importance), None, runtime)
 
 
 def _checked(

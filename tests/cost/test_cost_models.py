@@ -11,7 +11,7 @@ import pytest
 
 from tests.models import small_spec
 from vitcomp_jax.config import DiffRateOptions
-from vitcomp_jax.cost import latency, macs
+from vitcomp_jax.cost import latency, macs, timing
 from vitcomp_jax.cost.cost_models import MACS, Latency, never_falling, parse_latency
 from vitcomp_jax.errors import UserError
 from vitcomp_jax.methods.diffrate import PruneMerge
@@ -130,7 +130,43 @@ def test_a_table_and_its_file(tmp_path):
   table = dataclasses.replace(TABLE, about={"device": "this one", "batch": 4})
   path = tmp_path / "latency.json"
   path.write_text(json.dumps(table.to_json()))
-  assert latency.read(path) == table
+  assert latency.read(path, "jax") == table and table.runtime == "jax"
+
+
+@pytest.mark.parametrize(("asked", "there"), [("onnxruntime", "jax"), ("jax", "onnxruntime")])
+def test_a_table_of_one_runtime_is_never_used_for_another(asked, there, tmp_path, monkeypatch):
+  ran = []
+  monkeypatch.setattr(latency, "programs", lambda *given: ran.append(given[-1]) or {})
+  monkeypatch.setattr(latency, "tabulate", lambda *_: TABLE)
+  for runtime in (there, asked, there, asked):
+    table = latency.table(SPEC, 2, PruneMerge, tmp_path, runtime)
+    assert table.runtime == table.about["runtime"] == runtime
+  assert ran == [there, asked]  # then they are in the cache
+  first, second = sorted(tmp_path.iterdir(), key=lambda path: asked in path.name)
+  assert latency.read(first, there).runtime == there
+  with pytest.raises(UserError, match=f"expected a table of {asked}, got one of {there}; remove"):
+    latency.read(first, asked)
+  second.write_bytes(first.read_bytes())
+  with pytest.raises(UserError, match=f"expected a table of {asked}, got one of {there}"):
+    latency.table(SPEC, 2, PruneMerge, tmp_path, asked)
+
+
+@pytest.mark.parametrize(
+  ("runtime", "dtype", "said"),
+  [
+    ("tflite", None, "runtime: expected jax or onnxruntime, got 'tflite'"),
+    ("onnxruntime", "bfloat16", "onnx: expected a model that computes in float32"),
+  ],
+)
+def test_a_runtime_that_cannot_run_the_model_is_refused(runtime, dtype, said):
+  with pytest.raises(UserError, match=said):
+    latency.check(dataclasses.replace(SPEC, dtype=dtype), runtime, "latency_ms")
+
+
+def test_a_runtime_that_is_not_installed_is_named(monkeypatch):
+  monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+  with pytest.raises(UserError, match=r"needs jax2onnx and onnxruntime, .* vitcomp_jax\[onnx\]"):
+    latency.check(SPEC, "onnxruntime", "latency_ms")
 
 
 @pytest.mark.parametrize(
@@ -157,7 +193,22 @@ def test_a_broken_table_is_refused(changes, said):
 def test_a_file_that_is_no_json_is_refused(tmp_path):
   (tmp_path / "latency.json").write_text("{")
   with pytest.raises(UserError, match="remove it to measure anew"):
-    latency.read(tmp_path / "latency.json")
+    latency.read(tmp_path / "latency.json", "jax")
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("default")  # of what jax2onnx imports
+def test_onnx_runtime_times_what_jax_would(monkeypatch):
+  monkeypatch.setattr(latency, "_COUNTS", 3)  # instead of 11
+  spec = small_spec()
+  timed = {name: latency.programs(spec, 2, PruneMerge, name) for name in timing.RUNTIMES}
+  assert timed["jax"].keys() == timed["onnxruntime"].keys()
+  for key, expected in timed["jax"].items():
+    found = timed["onnxruntime"][key]
+    assert (found.runtime, found.batch) == ("onnxruntime", 2) and found.time_once() > 0
+    np.testing.assert_allclose(found.run(), expected.run(), atol=1e-5)
+  timing.take_turns(list(timed["onnxruntime"].values()), 0.0, 1)
+  assert latency.tabulate(spec, timed["onnxruntime"], PruneMerge).fixed_ms > 0
 
 
 @pytest.mark.parametrize("changes", [{}, {"num_registers": 3}, {"pool": "size_mean"}])

@@ -27,33 +27,39 @@ def given_table(monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_search_by_latency(tmp_path, monkeypatch, given_table):
+@pytest.mark.filterwarnings("default")  # of what jax2onnx imports
+@pytest.mark.parametrize(("runtime", "other"), [("jax", "onnxruntime"), ("onnxruntime", "jax")])
+def test_a_search_by_latency(runtime, other, tmp_path, monkeypatch, given_table):
   config = tiny_config()
   config.compilation_cache = str(tmp_path / "cache/xla")
   config.budget.fraction, config.budget.latency_ms, config.budget.latency_batch = None, 1.0, 2
+  config.budget.runtime = runtime
   config.benchmark.batch_sizes, config.benchmark.seconds, config.benchmark.rounds = (), 0.01, 1
   config.stages = ("search", "benchmark")
   spec = open_run(from_config_dict(config), tmp_path / "none").inputs.spec
-  cost = latency.table(spec, 2, PruneMerge, tmp_path / "cache/latency")
+  cost = latency.table(spec, 2, PruneMerge, tmp_path / "cache/latency", runtime)
   dense = cost.static(spec, spec.dense_layers)
   assert dense == 0.5 + 3 * 9.0
   config.budget.latency_ms = 20.0
   # From here on the table is in the cache, and nothing is measured again.
   monkeypatch.setattr(latency, "programs", None)
   run = run_stages(from_config_dict(config), tmp_path / "run", config.stages)
-  assert latency.read(tmp_path / "run/latency.json") == cost == run.inputs.cost
+  assert latency.read(tmp_path / "run/latency.json", runtime) == cost == run.inputs.cost
   made_by = run.artefacts.plan.made_by
   assert made_by["device"] == latency.device_name() and made_by["batch"] == 2
+  assert made_by["runtime"] == runtime
   assert made_by["latency_ms"] == pytest.approx(cost.static(spec, run.artefacts.layers), abs=1e-3)
   assert made_by["latency_ms"] == pytest.approx(20, rel=0.03)
   records = read_metrics(tmp_path / "run", "search")
   assert all(record["latency_ms"] > 0 and record["gmacs"] > 0 for record in records)
   entries = json.loads((tmp_path / "run/benchmark.json").read_text())["entries"]
+  assert {entry["runtime"] for entry in entries} == {runtime}
   foretold = {(entry["name"], entry["batch"]): entry["predicted_ms"] for entry in entries}
   assert foretold["dense", 2] == pytest.approx(dense, abs=1e-3)
   assert foretold["diffrate", 2] == pytest.approx(made_by["latency_ms"], abs=1e-3)
   report = (tmp_path / "run/report.md").read_text()
   assert "predicted (ms)" in report and f"on {made_by['device']}" in report
+  assert ("of ONNX Runtime" in report) == ("dense, onnxruntime" in report) == (runtime != "jax")
 
   # Without a cache a workdir's own table stands, so that a run goes on as it began.
   config.compilation_cache = None
@@ -61,6 +67,9 @@ def test_a_search_by_latency(tmp_path, monkeypatch, given_table):
   config.budget.latency_ms = 2 * dense
   with pytest.raises(vc.UserError, match="at most .* ms, what the dense model takes, got"):
     _ = make_run(from_config_dict(config), tmp_path / "run").inputs.targets
+  config.budget.runtime = other
+  with pytest.raises(vc.UserError, match=f"expected a table of {other}, got one of {runtime}"):
+    _ = make_run(from_config_dict(config), tmp_path / "run").inputs.cost
 
 
 _SHARES = (0.9, 0.7)

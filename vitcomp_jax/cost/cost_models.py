@@ -98,7 +98,7 @@ class Latency(CostModel):
     reduction_ms: Latency of pruning and merging in a layer that so many tokens enter.
     mlp_ms: Latency of one layer's MLP at each count.
     fixed_ms: Latency of everything outside of the layers.
-    about: Describes the measurement: the device, the batch size, the model.
+    about: Describes the measurement: the runtime, the device, the batch size, the model.
   """
 
   key, unit = "latency_ms", "ms"
@@ -109,6 +109,11 @@ class Latency(CostModel):
   mlp_ms: tuple[float, ...]
   fixed_ms: float
   about: Mapping[str, Any] = dataclasses.field(default_factory=dict, hash=False)
+
+  @property
+  def runtime(self) -> str:
+    """Returns what ran the model."""
+    return str(self.about.get("runtime", "jax"))
 
   def count(
     self,

@@ -1,4 +1,7 @@
-"""Measures the latency table of a model on this device, from which a search predicts latency."""
+"""Measures the latency table of a model on this device, from which a search predicts latency.
+
+What is timed are stacks of layers, compiled by JAX or exported to ONNX and run by ONNX Runtime.
+"""
 
 import dataclasses
 import hashlib
@@ -14,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vitcomp_jax import multihost, strict_json
+from vitcomp_jax import multihost, onnx_conversion, strict_json
 from vitcomp_jax.atomic import write_json
 from vitcomp_jax.cost import macs, timing
 from vitcomp_jax.cost.cost_models import Latency, never_falling, parse_latency
@@ -63,7 +66,31 @@ class _Resize:
     return self.num_tokens
 
 
-def table(spec: ViTSpec, batch: int, reduce: Reduction, cache: pathlib.Path | None) -> Latency:
+def check(spec: ViTSpec, runtime: str, key: str) -> None:
+  """Refuses models and runtimes of which no table can be measured.
+
+  Args:
+    spec: Spec of the model.
+    runtime: What runs the model.
+    key: Name of the budget, for error messages.
+
+  Raises:
+    UserError: If there is no such runtime, it is not installed, or it cannot run the model.
+  """
+  spec.check_plain(key)
+  if runtime not in timing.RUNTIMES:
+    raise UserError(f"runtime: expected {' or '.join(timing.RUNTIMES)}, got {runtime!r}.")
+  if runtime == "onnxruntime":
+    onnx_conversion.check(spec.dtype)
+
+
+def table(
+  spec: ViTSpec,
+  batch: int,
+  reduce: Reduction,
+  cache: pathlib.Path | None,
+  runtime: str = "jax",
+) -> Latency:
   """Returns the latency table of a model on this device, from the cache if it is there.
 
   Args:
@@ -71,26 +98,32 @@ def table(spec: ViTSpec, batch: int, reduce: Reduction, cache: pathlib.Path | No
     batch: Batch size.
     reduce: Maker of the reduction from the counts after pruning and after merging.
     cache: Folder of measured tables; None for no cache.
+    runtime: What runs the model, one of `timing.RUNTIMES`.
 
   Raises:
     UserError: If the cached table is damaged.
   """
   about = {
-    "device": device_name(),
+    "runtime": runtime,
+    "device": device_name(runtime),
     "batch": batch,
     "model": repr(spec),
     "layer": repr(spec.dense_layers[0]),
     "reduction": repr(reduce(2, 1)),
     "jax": jax.__version__,
-    "xla_flags": os.environ.get("XLA_FLAGS", ""),
   }
-  digest = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]
-  path = cache / f"{spec.name}-batch{batch}-{digest}.json" if cache else None
-  if path and path.exists():
-    found = read(path)
+  if runtime == "onnxruntime":
+    about |= onnx_conversion.versions()
   else:
-    logging.info("measuring the latency of %s, batch %d, a few minutes", spec.name, batch)
-    subjects = programs(spec, batch, reduce)
+    about["xla_flags"] = os.environ.get("XLA_FLAGS", "")
+  digest = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]
+  path = cache / f"{spec.name}-batch{batch}-{runtime}-{digest}.json" if cache else None
+  if path and path.exists():
+    found = read(path, runtime)
+  else:
+    what = spec.name, batch, runtime
+    logging.info("measuring the latency of %s, batch %d, by %s, a few minutes", *what)
+    subjects = programs(spec, batch, reduce, runtime)
     timing.take_turns(list(subjects.values()), _SECONDS, _ROUNDS)
     found = dataclasses.replace(tabulate(spec, subjects, reduce), about=about)
     if path:
@@ -103,23 +136,29 @@ def table(spec: ViTSpec, batch: int, reduce: Reduction, cache: pathlib.Path | No
   return Latency(found.counts, attention, reduction, mlp, fixed[0], about)
 
 
-def read(path: pathlib.Path) -> Latency:
-  """Reads a latency table from its file.
+def read(path: pathlib.Path, runtime: str) -> Latency:
+  """Reads the latency table of a runtime from its file.
 
   Raises:
-    UserError: If the file cannot be read or holds something else.
+    UserError: If the file cannot be read, or holds something else or the table of another runtime.
   """
   try:
     values = strict_json.loads(path.read_text())
   except (OSError, ValueError) as error:
     raise UserError(f"{path} cannot be read ({error}); remove it to measure anew.") from error
-  return parse_latency(values, str(path))
+  found = parse_latency(values, str(path))
+  if found.runtime != runtime:
+    raise UserError(
+      f"{path}: expected a table of {runtime}, got one of {found.runtime}; remove it to measure "
+      "anew."
+    )
+  return found
 
 
-def device_name() -> str:
-  """Returns the name of the device: the accelerator's kind, or the processor and its cores."""
+def device_name(runtime: str = "jax") -> str:
+  """Returns the name of a runtime's device: the accelerator, or the processor and its cores."""
   kind = jax.devices()[0].device_kind
-  if jax.default_backend() != "cpu":
+  if runtime == "jax" and jax.default_backend() != "cpu":
     return kind
   info = pathlib.Path("/proc/cpuinfo")
   lines = info.read_text().splitlines() if info.exists() else []
@@ -128,13 +167,16 @@ def device_name() -> str:
   return f"{next(iter(names), platform.processor() or kind)}, {cores} cores"
 
 
-def programs(spec: ViTSpec, batch: int, reduce: Reduction) -> dict[tuple[str, int], timing.Subject]:
+def programs(
+  spec: ViTSpec, batch: int, reduce: Reduction, runtime: str = "jax"
+) -> dict[tuple[str, int], timing.Subject]:
   """Compiles the short stacks of layers that are timed for a table.
 
   Args:
     spec: Spec of the model.
     batch: Batch size.
     reduce: Maker of the reduction from the counts after pruning and after merging.
+    runtime: What runs them, one of `timing.RUNTIMES`.
 
   Returns:
     The programs by kind and token count. The kinds are `none`, without layers; `whole` layers;
@@ -142,10 +184,11 @@ def programs(spec: ViTSpec, batch: int, reduce: Reduction) -> dict[tuple[str, in
   """
   short = dataclasses.replace(spec, depth=_DEPTH)
   params = loading.load_params(short, short.dense_layers, None)
-  return {
-    key: timing.compiled(f"{key[0]} of {key[1]} tokens", ViT(short, layers), params, batch)
-    for key, layers in _stacks(spec, reduce).items()
-  }
+  found = {}
+  for (kind, n), layers in _stacks(spec, reduce).items():
+    model = ViT(short, layers)
+    found[kind, n] = timing.compiled(f"{kind} of {n} tokens", model, params, batch, runtime)
+  return found
 
 
 def tabulate(

@@ -2,17 +2,25 @@
 
 import dataclasses
 import logging
+import pathlib
+import tempfile
 import time
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import export as jax_export
 
+from vitcomp_jax import exported, onnx_conversion
 from vitcomp_jax.models.backbone import Backbone
+from vitcomp_jax.models.build import portable
 from vitcomp_jax.models.spec import ViTSpec
 from vitcomp_jax.weights.loading import Params
+
+Run = Callable[[], Any]
+Images = np.ndarray | jax.Array
 
 
 class Timed(Protocol):
@@ -36,33 +44,33 @@ class Subject:
   Attributes:
     name: Name of the model.
     batch: Batch size.
-    forward: The compiled forward pass, of weights and images.
-    params: The weights.
-    images: The input, f32[b h w 3].
+    runtime: What runs it, one of `RUNTIMES`.
+    run: Runs a forward pass to its end, and returns the outputs.
     compile_s: Seconds that compilation took.
     first_s: Seconds that the first run took.
-    peak_bytes: Memory of the program, with arguments and results.
+    peak_bytes: Memory of the program, with arguments and results; None if it is not known.
     seconds: Timings of a forward pass, in seconds.
   """
 
   name: str
   batch: int
-  forward: Callable[[Params, jax.Array], jax.Array]
-  params: Params
-  images: jax.Array
+  runtime: str
+  run: Run
   compile_s: float
   first_s: float
-  peak_bytes: int
+  peak_bytes: int | None
   seconds: list[float] = dataclasses.field(default_factory=list)
 
   def time_once(self) -> float:
     """Runs a forward pass, and returns the seconds that it took."""
     begin = time.perf_counter()
-    self.forward(self.params, self.images).block_until_ready()
+    self.run()
     return time.perf_counter() - begin
 
 
-def compiled(name: str, model: Backbone, params: Params, batch: int) -> Subject:
+def compiled(
+  name: str, model: Backbone, params: Params, batch: int, runtime: str = "jax"
+) -> Subject:
   """Compiles a model for a batch size, and runs it once on noise.
 
   Args:
@@ -70,36 +78,74 @@ def compiled(name: str, model: Backbone, params: Params, batch: int) -> Subject:
     model: The model.
     params: Weights of the model.
     batch: Batch size.
+    runtime: What runs it, one of `RUNTIMES`.
   """
-  subject = prepared(name, model, jax.device_put(params), jnp.asarray(noise(model.spec, batch)))
+  subject = prepared(name, model, params, noise(model.spec, batch), runtime)
   subject.first_s = subject.time_once()
   return subject
 
 
-def prepared(name: str, model: Backbone, params: Params, images: jax.Array) -> Subject:
+def prepared(
+  name: str,
+  model: Backbone,
+  params: Params,
+  images: Images,
+  runtime: str = "jax",
+) -> Subject:
   """Compiles a model for a batch, and does not run it.
 
   Args:
     name: Name of the model, for logs and tables.
     model: The model.
-    params: Weights of the model, on the device.
-    images: The batch f[b h w 3], on the device.
+    params: Weights of the model.
+    images: The batch, f[b h w 3].
+    runtime: What runs it, one of `RUNTIMES`.
 
   Returns:
     The program to time, whose `first_s` is still 0.
   """
+  begin, batch = time.perf_counter(), images.shape[0]
+  run, peak = RUNTIMES[runtime](model, params, images)
+  compile_s = time.perf_counter() - begin
+  logging.info("%s, batch %d: compiled in %.1f s", name, batch, compile_s)
+  return Subject(name, batch, runtime, run, compile_s, 0.0, peak)
+
+
+def _compiled_by_jax(model: Backbone, params: Params, images: Images) -> tuple[Run, int]:
+  """Returns the program on this device, and its memory in bytes."""
+  arguments = jax.device_put(params), jnp.asarray(images)
 
   def forward(params: Params, images: jax.Array) -> jax.Array:
     return model.apply({"params": params}, images)
 
-  begin, batch = time.perf_counter(), images.shape[0]
-  program = jax.jit(forward).lower(params, images).compile()
-  compile_s = time.perf_counter() - begin
+  program = jax.jit(forward).lower(*arguments).compile()
   memory = program.memory_analysis()
   assert memory is not None
   peak = memory.temp_size_in_bytes + memory.argument_size_in_bytes + memory.output_size_in_bytes
-  logging.info("%s, batch %d: compiled in %.1f s", name, batch, compile_s)
-  return Subject(name, batch, program, params, images, compile_s, 0.0, peak)
+  return lambda: program(*arguments).block_until_ready(), peak
+
+
+def _loaded_by_onnxruntime(model: Backbone, params: Params, images: Images) -> tuple[Run, None]:
+  """Returns the program on the CPU: the file that an export would write, as it would be run."""
+
+  def forward(images: jax.Array) -> jax.Array:
+    return portable(model).apply({"params": params}, images)
+
+  (b,) = jax_export.symbolic_shape("b")  # as exported files have it
+  shape = jax.ShapeDtypeStruct((b, *model.spec.image_shape), images.dtype)
+  made = onnx_conversion.convert(forward, shape, "outputs")
+  with tempfile.TemporaryDirectory() as folder:
+    file = pathlib.Path(folder, "model.onnx")
+    file.write_bytes(made.SerializeToString())
+    call = exported.RUNNERS["onnx"](file)
+  pixels = np.asarray(images)
+  return lambda: call(pixels), None
+
+
+RUNTIMES: dict[str, Callable[[Backbone, Params, Images], tuple[Run, int | None]]] = {
+  "jax": _compiled_by_jax,
+  "onnxruntime": _loaded_by_onnxruntime,
+}
 
 
 def noise(spec: ViTSpec, batch: int) -> np.ndarray:

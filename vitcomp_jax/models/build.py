@@ -1,5 +1,7 @@
 """Builds the module that a spec describes."""
 
+import dataclasses
+
 from vitcomp_jax.models.backbone import Backbone
 from vitcomp_jax.models.caformer import CAFormer, CAFormerSpec
 from vitcomp_jax.models.spec import LayerSpec, ViTSpec
@@ -15,3 +17,8 @@ def build(spec: ViTSpec, layers: tuple[LayerSpec, ...], remat: bool = False) -> 
     remat: Whether the backward pass recomputes activations, see `Backbone`.
   """
   return (CAFormer if isinstance(spec, CAFormerSpec) else ViT)(spec, layers, remat)
+
+
+def portable(model: Backbone) -> Backbone:
+  """Returns the same model for any platform and format, which lack cuDNN's kernel."""
+  return build(dataclasses.replace(model.spec, attention="xla"), model.layers)

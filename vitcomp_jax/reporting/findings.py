@@ -22,6 +22,8 @@ def search_blocks(search: SearchResult) -> list[Block]:
     unit, asked = "ms", search.budget_latency_ms
     learnt, adjusted = search.raw_latency_ms or 0.0, search.latency_ms
     where = f" for a batch of {search.batch} on {search.device}, by `latency.json`"
+    if search.runtime == "onnxruntime":
+      where += " of ONNX Runtime"
   by = ""
   if search.offset is not None:
     by = f", by an offset of {search.offset + 0.0:+.3g} on the expected counts"

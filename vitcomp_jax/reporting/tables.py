@@ -141,7 +141,7 @@ def speed_blocks(benchmark: BenchmarkResult) -> list[Block]:
 
 def _speed_cells(entry: Timing) -> list[str]:
   return [
-    entry.name,
+    entry.name if entry.runtime == "jax" else f"{entry.name}, {entry.runtime}",
     str(entry.batch),
     f"{entry.images_per_second:.1f}",
     _percent(entry.spread),
@@ -149,7 +149,7 @@ def _speed_cells(entry: Timing) -> list[str]:
     formatted(entry.speed_up, ".2f"),
     formatted(entry.promised, ".2f"),
     _percent(entry.share_of_peak),
-    f"{entry.memory_mb:.0f}",
+    formatted(entry.memory_mb, ".0f"),
     f"{entry.compile_s:.1f}",
   ]
 

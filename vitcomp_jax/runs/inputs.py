@@ -117,11 +117,11 @@ class Inputs:
     budgets.given(budget)  # raises before minutes of measuring
     kept = self.workdir / "latency.json"
     if kept.exists():
-      return latency.read(kept)
+      return latency.read(kept, budget.runtime)
     compiled = self.config.compilation_cache
     cache = pathlib.Path(paths.expand(compiled)).parent / "latency" if compiled else None
     reduce = reduction(self.spec, self.config.search.importance)
-    return latency.table(self.spec, budget.latency_batch, reduce, cache)
+    return latency.table(self.spec, budget.latency_batch, reduce, cache, budget.runtime)
 
   @functools.cached_property
   def targets(self) -> dict[str, float]:

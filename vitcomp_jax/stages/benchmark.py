@@ -65,15 +65,16 @@ def made(run: Run) -> dict[str, Any]:
 
 
 def _subjects(run: Run, candidates: Mapping[str, Candidate]) -> list[Subject]:
-  """Compiles every model at every batch size."""
-  batches = set(run.config.benchmark.batch_sizes)
-  if run.config.budget.latency_ms is not None:
-    batches.add(run.config.budget.latency_batch)
+  """Compiles every model at every batch size, and for the runtime of a latency budget."""
+  budget = run.config.budget
+  wanted = {(batch, "jax") for batch in run.config.benchmark.batch_sizes}
+  if budget.latency_ms is not None:
+    wanted.add((budget.latency_batch, budget.runtime))
   found = []
-  for batch in sorted(batches):
+  for batch, runtime in sorted(wanted):
     for name, candidate in candidates.items():
       model = build(run.inputs.spec, candidate.layers)
-      found.append(compiled(name, model, candidate.params, batch))
+      found.append(compiled(name, model, candidate.params, batch, runtime))
   return found
 
 
@@ -113,11 +114,13 @@ def _entry(
     timings=len(subject.seconds),
     compile_s=round(subject.compile_s, 2),
     first_step_s=round(subject.first_s, 3),
-    memory_mb=round(subject.peak_bytes / 2**20, 1),
+    memory_mb=None if subject.peak_bytes is None else round(subject.peak_bytes / 2**20, 1),
+    runtime=subject.runtime,
     gmacs=round(mine, 6),
     share_of_peak=round(2e9 * mine * subject.batch / median / peak, 4),
   )
-  dense = [s for s in subjects if s.name == "dense" and s.batch == subject.batch]
+  same = subject.batch, subject.runtime
+  dense = [s for s in subjects if s.name == "dense" and (s.batch, s.runtime) == same]
   if not dense or subject.name == "dense":
     return entry
   promised = gmacs["dense"] / mine
@@ -133,7 +136,9 @@ def _entry(
 def _with_prediction(run: Run, entry: Timing, candidate: Candidate) -> Timing:
   """Adds the latency predicted by the table of this run's search, if there was one."""
   cost = run.inputs.cost if run.workdir.is_finished("search") else None
-  if not isinstance(cost, Latency) or entry.batch != cost.about["batch"]:
+  if not isinstance(cost, Latency):
+    return entry
+  if (entry.batch, entry.runtime) != (cost.about["batch"], cost.runtime):
     return entry
   predicted = cost.static(run.inputs.spec, candidate.layers)
   return dataclasses.replace(entry, predicted_ms=round(predicted, 3))
@@ -151,7 +156,11 @@ def _add_to_result(
       rows.get(name, candidate.row),
       gmacs=round(cost.gmacs, 6),
       params_m=round(cost.params / 1e6, 4),
-      images_per_second={str(e.batch): e.images_per_second for e in entries if e.name == name},
+      images_per_second={
+        str(entry.batch): entry.images_per_second
+        for entry in entries
+        if entry.name == name and entry.runtime == "jax"
+      },
     )
   result = dataclasses.replace(result, rows=tuple(rows.values()))
   result.write(run.workdir.path / "result.json")

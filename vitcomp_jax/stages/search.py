@@ -11,13 +11,15 @@ from typing import Any
 
 import jax
 
-from vitcomp_jax import multihost, strict_json
+from vitcomp_jax import exporting, multihost, strict_json
 from vitcomp_jax.atomic import write_json
 from vitcomp_jax.config import Loss, SearchConfig
+from vitcomp_jax.cost import latency
 from vitcomp_jax.cost.cost_models import MACS, Latency
 from vitcomp_jax.errors import UserError
 from vitcomp_jax.methods.base import Layers
 from vitcomp_jax.methods.diffrate.search import DiffRate
+from vitcomp_jax.models.build import build
 from vitcomp_jax.models.reducers import StaticReducer
 from vitcomp_jax.models.spec import ViTSpec, removes_tokens
 from vitcomp_jax.plans import Plan, load_plan, make_plan, save_plan
@@ -72,7 +74,10 @@ def _loss(run: Run) -> Loss:
 
 def _check_latency(run: Run) -> None:
   """Refuses models for which no latency table can be measured."""
-  run.inputs.spec.check_plain("config.budget.latency_ms")
+  spec, runtime = run.inputs.spec, run.config.budget.runtime
+  latency.check(spec, runtime, "config.budget.latency_ms")
+  if runtime == "onnxruntime":
+    exporting.check("onnx", exporting.Program(build(spec, spec.dense_layers), {}))
   if run.artefacts.base_plan is not None or "slim" in run.config.stages:
     raise UserError(
       "config.budget.latency_ms: expected a search on the dense model, got one on slimmed layers; "
@@ -285,8 +290,8 @@ def _images(run: Run) -> int:
 
 
 def _where(cost: Latency) -> dict[str, Any]:
-  """Returns the device and batch size of a latency table."""
-  return {key: cost.about[key] for key in ("device", "batch")}
+  """Returns the runtime, the device and the batch size of a latency table."""
+  return {"runtime": cost.runtime, "device": cost.about["device"], "batch": cost.about["batch"]}
 
 
 def _result(run: Run, suffix: str, found: Found, seconds: float) -> SearchResult:
