@@ -21,6 +21,7 @@ from vitcomp_jax.stages import (
   finetune,
   pretrain,
   search,
+  search_checks,
   slim,
   visualize,
 )
@@ -47,7 +48,7 @@ class Stage:
 STAGES = {
   "pretrain": Stage(pretrain.check, pretrain.run, pretrain.made),
   "slim": Stage(slim.check, slim.run, slim.made),
-  "search": Stage(search.check, search.run, search.made),
+  "search": Stage(search_checks.check, search.run, search.made),
   "finetune": Stage(finetune.check, finetune.run, finetune.made),
   "evaluate": Stage(evaluate.check, evaluate.run, evaluate.made),
   "benchmark": Stage(benchmark.check, benchmark.run, benchmark.made),

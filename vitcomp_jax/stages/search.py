@@ -9,17 +9,13 @@ import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import jax
-
-from vitcomp_jax import exporting, multihost, strict_json
+from vitcomp_jax import multihost, strict_json
 from vitcomp_jax.atomic import write_json
 from vitcomp_jax.config import Loss, SearchConfig
-from vitcomp_jax.cost import latency
 from vitcomp_jax.cost.cost_models import MACS, Latency
 from vitcomp_jax.errors import UserError
 from vitcomp_jax.methods.base import Layers
 from vitcomp_jax.methods.diffrate.search import DiffRate
-from vitcomp_jax.models.build import build
 from vitcomp_jax.models.reducers import StaticReducer
 from vitcomp_jax.models.spec import ViTSpec, removes_tokens
 from vitcomp_jax.plans import Plan, load_plan, make_plan, save_plan
@@ -27,62 +23,12 @@ from vitcomp_jax.results import SearchResult
 from vitcomp_jax.runs.run import Run
 from vitcomp_jax.training import loop
 from vitcomp_jax.training.search import Found, SearchTrainer
-from vitcomp_jax.training.search_loss import best_loss, check_loss
+from vitcomp_jax.training.search_loss import best_loss
 
 
-def check(run: Run) -> None:
-  """Refuses a budget that cannot be met, and a loss that cannot be computed."""
-  inputs = run.inputs
-  inputs.check_data("train")
-  slim = run.config.slim
-  cuts_patches = slim.w_patch > 0 and (slim.budgets is None or slim.budgets[-1] < 1)
-  if "slim" in run.config.stages and cuts_patches:
-    raise _no_positions()
-  inputs.check_batches("search")
-  check_loss(_loss(run), inputs.spec, inputs.train_data.has_labels, "config.search.loss")
-  if run.config.budget.latency_ms is not None:
-    _check_latency(run)
-  for suffix in inputs.targets:
-    _method(run, suffix).check()
-  if run.config.search.what != "tokens":
-    _check_widths(run)
-  if not steps_of(run):
-    raise UserError(
-      f"config.search.steps: expected at least one for each of {len(inputs.targets)} budgets, "
-      f"got {run.config.search.steps} for all."
-    )
-
-
-def _check_widths(run: Run) -> None:
-  """Refuses runs that cannot keep the weights of what a search of widths makes."""
-  got = ""
-  if len(run.inputs.targets) > 1:
-    got = f"{len(run.inputs.targets)} budgets, each of which has weights of its own"
-  elif jax.process_count() > 1:
-    got = f"{jax.process_count()} processes"
-  elif "slim" in run.config.stages:
-    got = "the stage slim, which trains other widths"
-  if got:
-    raise UserError(
-      f"config.search.what: expected tokens with {got}, got {run.config.search.what}."
-    )
-
-
-def _loss(run: Run) -> Loss:
+def loss_of(run: Run) -> Loss:
+  """Returns the loss of the search, not `auto`."""
   return best_loss(run.config.search, run.inputs.spec)
-
-
-def _check_latency(run: Run) -> None:
-  """Refuses models for which no latency table can be measured."""
-  spec, runtime = run.inputs.spec, run.config.budget.runtime
-  latency.check(spec, runtime, "config.budget.latency_ms")
-  if runtime == "onnxruntime":
-    exporting.check("onnx", exporting.Program(build(spec, spec.dense_layers), {}))
-  if run.artefacts.base_plan is not None or "slim" in run.config.stages:
-    raise UserError(
-      "config.budget.latency_ms: expected a search on the dense model, got one on slimmed layers; "
-      "give fraction or gmacs."
-    )
 
 
 def run(run: Run) -> SearchResult:
@@ -121,7 +67,8 @@ def _searched(
   """
   begin = time.monotonic()
   sorted_widths = factors(run)
-  trained = task(run, suffix, learnt, sorted_widths)
+  arch = _first_rates(run, suffix, learnt, sorted_widths)
+  trained = task(run, suffix, arch, sorted_widths)
   preparing = time.monotonic() - begin
   state, seconds = loop.train(
     trained, run.workdir.path, run.inputs.layout, run.config.profile.steps
@@ -156,9 +103,9 @@ def trainer(run: Run, suffix: str | None = None) -> SearchTrainer:
 
 def _configured(run: Run, suffix: str | None) -> SearchTrainer:
   suffix = next(iter(run.inputs.targets)) if suffix is None else suffix
-  config = dataclasses.replace(run.config.search, steps=steps_of(run), loss=_loss(run))
+  config = dataclasses.replace(run.config.search, steps=steps_of(run), loss=loss_of(run))
   return SearchTrainer(
-    _method(run, suffix), config, run.inputs.preprocess, run.inputs.layout, run.config.seed
+    method_of(run, suffix), config, run.inputs.preprocess, run.inputs.layout, run.config.seed
   )
 
 
@@ -170,7 +117,7 @@ def _choice_file(run: Run) -> pathlib.Path:
 def task(
   run: Run,
   suffix: str | None = None,
-  learnt: Mapping[str, Any] | None = None,
+  arch: Mapping[str, Any] | None = None,
   factors: Any = None,
 ) -> loop.Task:
   """Returns the training task of the search for one budget.
@@ -178,30 +125,46 @@ def task(
   Args:
     run: The run.
     suffix: Suffix of the budget, as in `trainer`.
-    learnt: Rates to continue from; None: the best of several starts.
+    arch: Rates to begin with; None: those of `DiffRate.init`.
     factors: Sorted lists of the widths, if they are searched.
   """
   suffix = next(iter(run.inputs.targets)) if suffix is None else suffix
-  config, before, params = run.config.search, _steps_before(run, suffix), run.artefacts.params
+  config, before, search = run.config.search, _steps_before(run, suffix), trainer(run, suffix)
   epoch_steps = config.epoch_steps or max(
     1, run.inputs.train_data.num_examples // config.batch_size
   )
-  if learnt is None and not _is_begun(run, f"search{suffix}"):
-    search, arch = _configured(run, suffix).start(params, factors, _held_back(run, suffix))
-    if multihost.is_first():
-      write_json(_choice_file(run), {"importance": search.importance})
-    multihost.meet("importance")
-  else:  # a checkpoint replaces it
-    search = trainer(run, suffix)
-    arch = search.method.init(learnt)
   return search.task(
     f"search{suffix}",
-    params,
+    run.artefacts.params,
     lambda done: run.inputs.train_batches(config.batch_size, before + done),
     epoch_steps,
-    arch,
+    search.method.init() if arch is None else arch,
     factors,
   )
+
+
+def _first_rates(
+  run: Run, suffix: str, learnt: Mapping[str, Any] | None, factors: Any
+) -> Mapping[str, Any] | None:
+  """Returns the rates to begin with, and keeps what is chosen before the first step.
+
+  Args:
+    run: The run.
+    suffix: Suffix of the budget.
+    learnt: Rates of another budget to continue from; None: the best of several starts.
+    factors: Sorted lists of the widths, if they are searched.
+  """
+  if learnt is not None:
+    return trainer(run, suffix).method.init(learnt)
+  if _is_begun(run, f"search{suffix}"):
+    return None  # a checkpoint has them
+  search, arch = _configured(run, suffix).start(
+    run.artefacts.params, factors, _held_back(run, suffix)
+  )
+  if multihost.is_first():
+    write_json(_choice_file(run), {"importance": search.importance})
+  multihost.meet("importance")
+  return arch
 
 
 def _is_begun(run: Run, stage: str) -> bool:
@@ -243,7 +206,8 @@ def _held_back(run: Run, suffix: str) -> Any:
   return itertools.islice(batches, _batches(config.choose_images, config))
 
 
-def _method(run: Run, suffix: str) -> DiffRate:
+def method_of(run: Run, suffix: str) -> DiffRate:
+  """Returns the method for one budget, as configured."""
   return DiffRate(
     run.inputs.spec, run.inputs.targets[suffix], run.config.search, _base(run), run.inputs.cost
   )
@@ -258,7 +222,7 @@ def _save(run: Run, suffix: str, found: Found) -> None:
   base = run.artefacts.base_plan
   made_by = {
     "method": _name(run),
-    "loss": _loss(run),
+    "loss": loss_of(run),
     "steps": steps_of(run),
     "images": _images(run),
     "weights": run.config.model.weights,
@@ -328,11 +292,12 @@ def _base(run: Run) -> Layers:
     return run.inputs.spec.dense_layers
   layers = run.artefacts.base_plan.layers_for(run.inputs.spec)
   if removes_tokens(layers):
-    raise _no_positions()
+    raise no_positions()
   return layers
 
 
-def _no_positions() -> UserError:
+def no_positions() -> UserError:
+  """Returns the error of a search on slimmed layers that remove patches by their positions."""
   return UserError(
     "stage search: expected a plan that keeps all tokens, got one that removes some; sorting loses "
     "the positions that a slimmed plan names: slim with config.slim.w_patch=0."
