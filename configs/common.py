@@ -89,8 +89,9 @@ def diffrate_imagenet(
   """Returns a config for DiffRate's search on ImageNet-1k as its authors ran it, and an evaluation.
 
   From the authors: their recipe, 3 epochs of batches of 1,024 images, learning rate from 0.01 to
-  0.001 by their epoch-wise cosine, candidates 4 tokens apart, logits that start at zero, label
-  smoothing of 0.1, DeiT's augmentation. Only their stochastic depth of 0.1 is left out.
+  0.001 by their epoch-wise cosine, candidates 4 tokens apart, logits that start at zero, a budget
+  term of weight 5, label smoothing of 0.1, DeiT's augmentation. Only their stochastic depth of 0.1
+  is left out.
 
   Args:
     arg: Budget in GMACs, the ARG of `--config FILE:ARG`; None for `gmacs`.
@@ -112,6 +113,7 @@ def diffrate_imagenet(
   search.schedule = "authors"
   search.adam_b2 = 0.999
   search.granularity = 4
+  search.budget_weight = 5.0
   search.label_smoothing = 0.1
   search.checkpoint_every = 250
   return config

@@ -188,7 +188,8 @@ class DiffRateOptions:
   # tokens, norm of the values, or random; auto: the first that the model supports, or for a search
   # that of all tokens (`mean_attention`) where it loses clearly less on the images.
   importance: Importance = "auto"
-  budget_weight: PositiveOrZero = 5.0  # lambda of the budget term
+  # Lambda of the budget term, 5 for the authors; here a search has to end on the budget.
+  budget_weight: PositiveOrZero = 20.0
   warmup_steps: CountOrZero = 0  # steps without the budget term
   compress_first: bool = False  # whether the first layer may remove tokens
   compress_last: bool | None = None  # none: as the authors, true with a CLS head, false with a mean

@@ -40,25 +40,35 @@ class MaskedPruneMerge(nn.Module):
     n = tokens.x.shape[1]
     before = _before(tokens)
     choice = self.counts(before, n)
-    tokens, keep = self._sorted(tokens, stats)
-    entering = keep * choice.prune[None]
+    prune, merges = choice.prune[None], choice.merge[None]
+    if self.recipe.learns_shares:
+      unmasked = self._importance(tokens.replace(keep=None), stats.replace(keep=None))
+    tokens, keep, order = self._sorted(tokens, stats)
+    if self.recipe.learns_shares:
+      unmasked = select.take(unmasked, order)
+      prune = _as_if_kept(prune, unmasked, before, choice.pruned, before)
+      merges = _as_if_kept(merges, unmasked, before, choice.merged, choice.pruned)
+    entering = keep * prune
     rank = jnp.arange(n, dtype=before.dtype)[None]
     is_pruned = (rank >= choice.pruned) & (rank < before)
-    tokens = tokens.mask(is_pruned, entering * choice.merge[None], choice.left)
+    tokens = tokens.mask(is_pruned, entering * merges, choice.left)
     if self.counts.merges:
-      tokens = self._merged(tokens, entering * (1 - choice.merge)[None], choice)
+      tokens = self._merged(tokens, entering * (1 - merges), choice)
     return tokens if self.limit is None else tokens.first(self.limit)
 
   def count(self, n: int) -> int:
     """Returns the number of tokens passed on, masked or not."""
     return n if self.limit is None else min(n, self.limit)
 
-  def _sorted(self, tokens: Tokens, stats: AttentionStats) -> tuple[Tokens, Array]:
-    """Returns the tokens by falling importance, and their mask."""
-    importance = IMPORTANCES[self.importance](stats, tokens)
+  def _importance(self, tokens: Tokens, stats: AttentionStats) -> Array:
+    return IMPORTANCES[self.importance](stats, tokens)
+
+  def _sorted(self, tokens: Tokens, stats: AttentionStats) -> tuple[Tokens, Array, Array]:
+    """Returns the tokens by falling importance, their mask, and their order."""
+    importance = self._importance(tokens, stats)
     order = select.importance_order(importance, tokens.num_prefix, tokens.x.shape[1])
     taken = tokens.take(order)
-    return taken, taken.kept if self.recipe.mask_follows else tokens.kept
+    return taken, taken.kept if self.recipe.mask_follows else tokens.kept, order
 
   def _merged(self, tokens: Tokens, joining: Array, choice: Choice) -> Tokens:
     """Merges tokens into their receivers, leaving them in place.
@@ -115,6 +125,28 @@ class HeadOnlyPruneMerge(nn.Module):
   def count(self, n: int) -> int:
     """Returns `n`: no token is removed."""
     return n
+
+
+def _as_if_kept(mask: Array, importance: Array, before: Array, count: Array, stop: Array) -> Array:
+  """Lets this layer drop the tokens that earlier ones dropped as it would have, had they stayed.
+
+  Their mask only matters for the gradient of earlier counts: one token more, of the least important
+  ones, mostly stays until the next layer drops it, not to the end.
+
+  Args:
+    mask: Mask of the tokens that enter, by rank, f[1 n].
+    importance: Importance of all tokens, those that enter first, f[b n].
+    before: Number of tokens that enter.
+    count: Number of tokens that the mask keeps.
+    stop: Number of tokens that it is applied to.
+
+  Returns:
+    The mask of all tokens, f[b n].
+  """
+  rank = jnp.arange(importance.shape[1], dtype=before.dtype)[None]
+  least = jnp.min(jnp.where(rank < count, importance, jnp.inf), axis=1, keepdims=True)
+  passes = (importance >= least) | (count >= stop)
+  return jnp.where(rank >= before, passes.astype(mask.dtype), mask)
 
 
 def _before(tokens: Tokens) -> Array:
