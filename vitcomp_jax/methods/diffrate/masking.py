@@ -40,14 +40,9 @@ class MaskedPruneMerge(nn.Module):
     n = tokens.x.shape[1]
     before = _before(tokens)
     choice = self.counts(before, n)
-    prune, merges = choice.prune[None], choice.merge[None]
-    if self.recipe.learns_shares:
-      unmasked = self._importance(tokens.replace(keep=None), stats.replace(keep=None))
-    tokens, keep, order = self._sorted(tokens, stats)
-    if self.recipe.learns_shares:
-      unmasked = select.take(unmasked, order)
-      prune = _as_if_kept(prune, unmasked, before, choice.pruned, before)
-      merges = _as_if_kept(merges, unmasked, before, choice.merged, choice.pruned)
+    whole = tokens
+    tokens, keep, order = self._sorted(whole, stats)
+    prune, merges = self._masks(choice, before, whole, stats, order)
     entering = keep * prune
     rank = jnp.arange(n, dtype=before.dtype)[None]
     is_pruned = (rank >= choice.pruned) & (rank < before)
@@ -69,6 +64,21 @@ class MaskedPruneMerge(nn.Module):
     order = select.importance_order(importance, tokens.num_prefix, tokens.x.shape[1])
     taken = tokens.take(order)
     return taken, taken.kept if self.recipe.mask_follows else tokens.kept, order
+
+  def _masks(
+    self, choice: Choice, before: Array, tokens: Tokens, stats: AttentionStats, order: Array
+  ) -> tuple[Array, Array]:
+    """Returns the masks of pruning and merging, f[#b n], for the tokens in their new order."""
+    prune, merges = choice.prune[None], choice.merge[None]
+    if not self.recipe.learns_shares:
+      return prune, merges
+    importance = self._importance(tokens.replace(keep=None), stats.replace(keep=None))
+    rank = jnp.arange(order.shape[1])[None]
+    importance = jnp.where(rank < tokens.num_prefix, jnp.inf, select.take(importance, order))
+    return (
+      _as_if_kept(prune, importance, before, choice.pruned, before),
+      _as_if_kept(merges, importance, before, choice.merged, choice.pruned),
+    )
 
   def _merged(self, tokens: Tokens, joining: Array, choice: Choice) -> Tokens:
     """Merges tokens into their receivers, leaving them in place.
