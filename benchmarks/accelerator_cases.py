@@ -169,7 +169,7 @@ class Subjects:
     images = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
     inputs = {"image": images, "label": np.zeros(batch, np.int32)}
     params = self.weights(dtype)
-    task = trainer.task("search", params, lambda _: iter(()), 1, trainer.start(params, None, []))
+    task = trainer.task("search", params, lambda _: iter(()), 1, method.init())
     return SearchSteps(task, layout, inputs)
 
   def in_timm(self) -> dict[str, Any]:

@@ -76,6 +76,12 @@ def test_rows_of_a_model(subjects):
   ]
 
 
+def test_a_search_is_prepared(subjects):
+  with jax.numpy_dtype_promotion("standard"):
+    task = subjects.search(2, "float32", "xla").task
+  assert set(task.state.arch) == {f"blocks_{i}" for i in range(subjects.spec.depth)}
+
+
 def test_what_pytorch_has_no_plan_for():
   reducer = PruneMerge(100, 90)
   for name, is_known in ((cases._BASE, True), (cases._HUGE, False), (cases._DINO, False)):
