@@ -1,5 +1,6 @@
 """Searches by latency, and for several budgets, as runs on a tiny model."""
 
+import dataclasses
 import itertools
 import json
 
@@ -17,13 +18,14 @@ from vitcomp_jax.runs.run import make_run, open_run
 from vitcomp_jax.stages import run_stages, search
 from vitcomp_jax.training.search import SearchTrainer
 
+_TABLE = Latency((2, 14, 26), (1.0, 2.0, 4.0), (0.1, 0.1, 0.2), (1.0, 3.0, 5.0), 0.5)
+
 
 @pytest.fixture
 def given_table(monkeypatch):
   """What a layer takes on a busy machine may be anything; what it would take here may not."""
-  table = Latency((2, 14, 26), (1.0, 2.0, 4.0), (0.1, 0.1, 0.2), (1.0, 3.0, 5.0), 0.5)
   monkeypatch.setattr(latency, "programs", lambda *_: {})
-  monkeypatch.setattr(latency, "tabulate", lambda *_: table)
+  monkeypatch.setattr(latency, "tabulate", lambda *_: _TABLE)
 
 
 @pytest.mark.slow
@@ -192,3 +194,20 @@ def test_a_search_chooses_what_tokens_are_sorted_by(asked, loss, chosen, tmp_pat
   run = run_stages(from_config_dict(config), tmp_path, ("search",))
   assert {layer.reduce.importance for layer in run.artefacts.layers} == {chosen}
   assert search.trainer(open_run(from_config_dict(config), tmp_path)).importance == chosen
+
+
+def test_no_other_importance_is_tried_under_a_latency(tmp_path, monkeypatch):
+  """Its table holds for the importance that it was measured with."""
+  tried = []
+
+  def losses(self, tables, *_):
+    tried.append(self.importance)
+    return [1.0] * len(tables)
+
+  monkeypatch.setattr(SearchTrainer, "_losses", losses)
+  trainer = search.trainer(open_run(from_config_dict(tiny_config()), tmp_path))
+  spec = trainer.method.spec
+  target = 0.8 * _TABLE.static(spec, spec.dense_layers)
+  by_latency = dataclasses.replace(trainer.method, cost=_TABLE, target=target)
+  found, _ = dataclasses.replace(trainer, method=by_latency).start(None, None, [{}])
+  assert found.importance == "cls" and tried == ["cls"]

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vitcomp_jax.config import Importance, SearchConfig
+from vitcomp_jax.cost.cost_models import MACS
 from vitcomp_jax.data.transforms import Preprocess, normalize
 from vitcomp_jax.errors import UserError
 from vitcomp_jax.methods.base import Layers
@@ -144,8 +145,10 @@ class SearchTrainer:
 
   @property
   def _tries_importance(self) -> bool:
-    is_free = self.config.importance == "auto" and self.config.what != "widths"
-    return is_free and self.method.spec.importance() != "mean_attention"
+    config, method = self.config, self.method
+    is_free = config.importance == "auto" and config.what != "widths"
+    # A latency table holds for the importance that it was measured with.
+    return is_free and method.cost is MACS and method.spec.importance() != "mean_attention"
 
   def with_importance(self, name: Importance) -> "SearchTrainer":
     """Returns the same search with tokens sorted by another importance metric."""
