@@ -178,15 +178,21 @@ def factors(run: Run) -> Any:
   config = run.config.search
   if config.what == "tokens":
     return None
-  images = itertools.islice(unused_batches(run), _batches(config.calibration_images, config))
+  count = _batches(config.calibration_images, config)
+  images = itertools.islice(_batches_behind(run, 0), count)
   return trainer(run).factors(run.artefacts.dense_params, images)
 
 
 def unused_batches(run: Run) -> Iterator[Mapping[str, Any]]:
-  """Returns the batches behind those that are searched or chosen on, in training order."""
+  """Returns the batches behind all that a search uses, in training order."""
+  return _batches_behind(run, _batches(run.config.search.calibration_images, run.config.search))
+
+
+def _batches_behind(run: Run, skipped: int) -> Iterator[Mapping[str, Any]]:
+  """Returns the batches behind those that are searched or chosen on, but for some of them."""
   config = run.config.search
   used = steps_of(run) * len(run.inputs.targets) + _batches(config.choose_images, config)
-  return run.inputs.train_batches(config.batch_size, used)
+  return run.inputs.train_batches(config.batch_size, used + skipped)
 
 
 def _batches(images: int, config: SearchConfig) -> int:
