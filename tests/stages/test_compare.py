@@ -105,9 +105,13 @@ def test_searched_widths_are_compared_and_tuned(tmp_path):
   compare.methods += ("tome",)
   more = {row["name"]: row for row in vc.run_stage("compare", config, tmp_path / "run")["rows"]}
   assert {name: more[name] for name in rows} == rows and set(more) - set(rows) == {"tome@0.7"}
+  with pytest.raises(vc.UserError, match="made with another config .config.compare.methods"):
+    compare.methods = ()
+    vc.run_stage("visualize", config, tmp_path / "run")
   config.compare.seeds = 2
   with pytest.raises(vc.UserError, match="made with another config .config.compare.seeds"):
     vc.run_stage("compare", config, tmp_path / "run")
+  compare.methods = ("diffrate[what=both]",)
 
   compare.searched = str(tmp_path / "run/plans")
   with pytest.raises(vc.UserError, match="expected plans of tokens, got .*what=both"):

@@ -27,17 +27,16 @@ _PAIRED = ("top1", "loss")
 _QUANTILES = (0.01, 0.5, 0.99)
 
 
-def measured(run: Run, row: Row, models: Sequence[Model], reference: Row | None = None) -> Row:
+def measured(run: Run, row: Row, models: Sequence[Model]) -> Row:
   """Measures a row.
 
   Args:
     run: The run, which holds the examples.
     row: Row without metrics.
     models: Models to average: one, or one per seed.
-    reference: Row to compute differences from, if it is measured.
 
   Returns:
-    The row with means, their standard errors over the examples, and paired differences.
+    The row with means, and their standard errors over the examples.
   """
   found = []
   for i, model in enumerate(models):
@@ -50,12 +49,18 @@ def measured(run: Run, row: Row, models: Sequence[Model], reference: Row | None 
   if len(models) > 1:
     of_seeds = tuple(round(float(one["top1"].mean()), 4) for one in found)
     row = dataclasses.replace(row, top1_of_seeds=of_seeds)
-  if reference and reference.name != row.name and (other := _mean(run, reference)):
-    row = _with_differences(row, mean, reference, other)
   return row
 
 
-def _with_differences(row: Row, mean: Outcomes, reference: Row, other: Outcomes) -> Row:
+def with_differences(run: Run, row: Row, reference: Row) -> Row:
+  """Returns a measured row with its paired differences from another one.
+
+  Args:
+    run: The run, which holds the examples.
+    row: The row.
+    reference: Row to compute differences from.
+  """
+  mean, other = _read(_mean_path(run, row)), _read(_mean_path(run, reference))
   differences: dict[str, float | None] = {}
   for key in _PAIRED:
     difference = mean[key] - other[key]
@@ -71,12 +76,12 @@ def _standard_error(values: np.ndarray) -> float | None:
   return round(float(values.std(ddof=1, dtype=np.float64) / math.sqrt(values.size)), 6)
 
 
-def rank(run: Run, searched: Row, points: Sequence[Point]) -> RandomSchedules:
+def rank(run: Run, searched: Row | None, points: Sequence[Point]) -> RandomSchedules:
   """Summarises random schedules, and the share that a search beats on the same examples.
 
   Args:
     run: The run, which holds the examples.
-    searched: Row of the search.
+    searched: Measured row of the search; None: there was none.
     points: Result of `random_schedules.points`.
   """
   values = {key: np.array([point[key] for point in points]) for key in _PAIRED}
@@ -84,9 +89,9 @@ def rank(run: Run, searched: Row, points: Sequence[Point]) -> RandomSchedules:
   summary = RandomSchedules(
     len(points), examples, _quantiles(values["top1"]), _quantiles(values["loss"])
   )
-  mean = _mean(run, searched)
-  if mean is None:
+  if searched is None:
     return summary
+  mean = _read(_mean_path(run, searched))
   mine = {key: float(mean[key][:examples].mean()) for key in _PAIRED}
   return dataclasses.replace(
     summary,
@@ -105,12 +110,6 @@ def _outcomes(run: Run, name: str, layers: tuple[LayerSpec, ...], params: Params
   if not path.exists():
     _save(path, table.outcomes(run, build(run.inputs.spec, layers), params, name))
   return _read(path)
-
-
-def _mean(run: Run, row: Row) -> Outcomes | None:
-  """Returns the outcomes of a row; None if it is not measured."""
-  path = _mean_path(run, row)
-  return _read(path) if path.exists() else None
 
 
 def _read(path: pathlib.Path) -> Outcomes:

@@ -62,7 +62,7 @@ def open_run(config: Config, path: pathlib.Path, running: Sequence[str] = ()) ->
     running: Stages to run now in addition to the config's.
 
   Raises:
-    UserError: If the workdir was made with another config.
+    UserError: If the workdir was made with another config; a comparison may have other rows.
   """
-  check_resumable(Workdir(path), config)
+  check_resumable(Workdir(path), config, other_rows="compare" in running)
   return make_run(config, path, running)

@@ -89,10 +89,10 @@ class Workdir:
       there["stages"] = list(config.stages)
     elif not has_other_rows:
       return
+    if has_other_rows:  # first, or a run that is killed in between would count as finished
+      self._marker("compare").unlink(missing_ok=True)
     there = _with_rows(there, config_parsing.to_dict(config))
     write_json(self.config_file, found | {"config": there})
-    if has_other_rows:
-      self._marker("compare").unlink(missing_ok=True)
 
   def has_other_rows(self, config: Config) -> bool:
     """Returns whether the run began with other rows of a comparison than it is to have now."""
@@ -127,15 +127,21 @@ class Workdir:
     return self.path / "finished" / f"{stage}.json"
 
 
-def check_resumable(workdir: Workdir, config: Config) -> None:
-  """Refuses a folder that cannot be read, or was made with another config."""
+def check_resumable(workdir: Workdir, config: Config, other_rows: bool = False) -> None:
+  """Refuses a folder that cannot be read, or was made with another config.
+
+  Args:
+    workdir: The folder.
+    config: Config of the run.
+    other_rows: Whether the rows of a comparison may be others than it was made with.
+  """
   path = workdir.path
   try:
     names = {entry.name for entry in path.iterdir()} if path.exists() else set()
   except OSError as error:
     raise UserError(f"--workdir {path}: cannot be read ({error.strerror}).") from error
   if workdir.config_file.name in names:
-    _check_config(workdir, config)
+    _check_config(workdir, config, other_rows)
   elif names & {"finished", "checkpoints"}:
     raise UserError(
       f"{path} holds a run whose config.json is gone; give another --workdir, or empty it."
@@ -151,7 +157,7 @@ def _with_rows(made_with: Mapping[str, Any], asked: Mapping[str, Any]) -> dict[s
   return {**made_with, "compare": {**before, **rows}}
 
 
-def _check_config(workdir: Workdir, config: Config) -> None:
+def _check_config(workdir: Workdir, config: Config, other_rows: bool) -> None:
   made_with = strict_json.read(workdir.config_file).get("config")
   if not isinstance(made_with, dict):
     raise UserError(
@@ -159,7 +165,7 @@ def _check_config(workdir: Workdir, config: Config) -> None:
     )
   values = config_parsing.to_dict(config)
   # A run may be extended by further stages, and then resumed with the old config.
-  made_with = _with_rows(made_with, values)
+  made_with = _with_rows(made_with, values) if other_rows else made_with
   before = made_with.get("stages")
   if before and all(map(operator.eq, before, values["stages"])):
     made_with = made_with | {"stages": values["stages"]}

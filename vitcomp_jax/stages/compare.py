@@ -5,7 +5,7 @@ A method that has to learn does so in its own run, in `compare/NAME` of the work
 
 import dataclasses
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import jax
@@ -13,7 +13,7 @@ import jax
 from vitcomp_jax import strict_json
 from vitcomp_jax.comparison import random_schedules, rows
 from vitcomp_jax.comparison.methods import SEARCHED, SLIMMED, check_methods, parse, searched_before
-from vitcomp_jax.config import BudgetConfig, Config, Stage
+from vitcomp_jax.config import BudgetConfig, CompareConfig, Config, Stage
 from vitcomp_jax.errors import UserError
 from vitcomp_jax.methods.registry import schedules, within
 from vitcomp_jax.plans import load_plan, make_plan, save_plan
@@ -60,18 +60,18 @@ def run(run: Run) -> Result:
   config, path = run.config.compare, run.workdir.path
   dense = run.inputs.spec.dense_layers, run.artefacts.dense_params
   found = [rows.measured(run, Row(method="dense"), [dense])]
-  of_plans = [_plan_row(run, name) for name in config.plans]  # may be the reference
+  found += [_plan_row(run, name) for name in config.plans]
   for budget in config.budgets:
     found += [_method_row(run, text, budget) for text in config.methods]
   for budget in config.finetune_budgets:
     found += [_trained_row(run, text, budget) for text in config.finetuned]
-  if SEARCHED in config.methods:  # which is the reference, now that it is measured
-    of_plans = [_plan_row(run, name) for name in config.plans]
-  found[1:1] = of_plans
+  there = {row.name for row in found}
+  found = [_compared(run, row, there) for row in found]
   cloud, random = [], {}
   for budget in config.budgets if config.random_schedules else ():
     points = random_schedules.points(run, budget)
-    random[f"{budget:g}"] = rows.rank(run, Row(method=SEARCHED, budget=budget), points)
+    searched = Row(method=SEARCHED, budget=budget)
+    random[f"{budget:g}"] = rows.rank(run, searched if searched.name in there else None, points)
     cloud += [(point["gmacs"], point["top1"]) for point in points]
   result = dataclasses.replace(table.empty_result(run), rows=tuple(found), random=random or None)
   result.write(path / "result.json")
@@ -86,43 +86,62 @@ def made(run: Run) -> dict[str, Any]:
 
 
 def _plan_row(run: Run, name: str) -> Row:
-  """Measures a plan that the config names, against the search at its budget, if there is one."""
+  """Measures a plan that the config names."""
   plan = load_plan(name)
   row = Row(method=table.method_of(plan), plan=name)
   model = plan.layers_for(run.inputs.spec), run.artefacts.dense_params
-  reference = None
-  for budget in run.config.compare.budgets if SEARCHED in run.config.compare.methods else ():
-    if abs(plan.gmacs / run.inputs.gmacs_of(budget) - 1) < 0.01:
-      reference = Row(method=SEARCHED, budget=budget)
-  return rows.measured(run, row, [model], reference)
+  return rows.measured(run, row, [model])
+
+
+def _compared(run: Run, row: Row, there: Collection[str]) -> Row:
+  """Adds the differences from the row's reference, if that is in the table.
+
+  Args:
+    run: The run.
+    row: A measured row.
+    there: Names of all rows.
+  """
+  reference = _reference(run, row)
+  if reference is None or reference.name == row.name or reference.name not in there:
+    return row
+  return rows.with_differences(run, row, reference)
+
+
+def _reference(run: Run, row: Row) -> Row | None:
+  """Returns the search's row at the same budget; without a search, that of the first plan."""
+  config = run.config.compare
+  if row.variant == "finetune":
+    return dataclasses.replace(row, method=SEARCHED)
+  if row.budget is not None:
+    if SEARCHED not in config.methods and config.plans:
+      return Row(method=SEARCHED, plan=config.plans[0])
+    return Row(method=SEARCHED, budget=row.budget)
+  if row.plan is None or row.gmacs is None:
+    return None
+  for budget in config.budgets:  # that it costs
+    if abs(row.gmacs / run.inputs.gmacs_of(budget) - 1) < 0.01:
+      return Row(method=SEARCHED, budget=budget)
+  return None
 
 
 def _method_row(run: Run, text: str, budget: float) -> Row:
   """Measures a method with the run's weights; a search as the mean over its seeds."""
   method, config = parse(text, run.config)
-  row, reference = Row(method=text, budget=budget), _reference(run, budget)
+  row = Row(method=text, budget=budget)
   if method in schedules():
     spec, importance = run.inputs.spec, config.search.importance
     layers = within(method, spec, run.inputs.gmacs_of(budget), importance)
-    return rows.measured(run, row, [(layers, run.artefacts.dense_params)], reference)
+    return rows.measured(run, row, [(layers, run.artefacts.dense_params)])
   if config.compare.searched:
     plans = [load_plan(str(path)) for path in searched_before(run.config, text, budget)]
     row = dataclasses.replace(row, seed=table.seed_of(plans[0]))
     models = [(plan.layers_for(run.inputs.spec), run.artefacts.dense_params) for plan in plans]
-    return rows.measured(run, row, models, reference)
+    return rows.measured(run, row, models)
   seeds = range(config.seed, config.seed + config.compare.seeds)
   children = [_searched(run, text, budget, seed) for seed in seeds]
   row = dataclasses.replace(row, seed=config.seed, minutes=_mean_minutes(children))
   models = [(each.artefacts.layers, each.artefacts.params_before_finetune) for each in children]
-  return rows.measured(run, row, models, reference)
-
-
-def _reference(run: Run, budget: float) -> Row:
-  """Returns the search's row at a budget; without a search, that of the first plan."""
-  config = run.config.compare
-  if SEARCHED in config.methods or not config.plans:
-    return Row(method=SEARCHED, budget=budget)
-  return Row(method=SEARCHED, plan=config.plans[0])
+  return rows.measured(run, row, models)
 
 
 def _searched(
@@ -151,7 +170,6 @@ def _trained_row(run: Run, text: str, budget: float) -> Row:
   """Measures a method with weights trained under its layers, with the first seed."""
   method, config = parse(text, run.config)
   row = Row(method=text, budget=budget, variant="finetune")
-  reference = dataclasses.replace(row, method=SEARCHED)
   if method == SEARCHED:
     child = _searched(run, text, budget, config.seed, ("search", "finetune"))
   elif method == SLIMMED:
@@ -163,11 +181,13 @@ def _trained_row(run: Run, text: str, budget: float) -> Row:
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, plan=str(path)))
     child = _child(run, row.name, config, ("finetune",), budget)
   row = dataclasses.replace(row, minutes=_mean_minutes([child]))
-  return rows.measured(run, row, [(child.artefacts.layers, child.artefacts.params)], reference)
+  return rows.measured(run, row, [(child.artefacts.layers, child.artefacts.params)])
 
 
 def _child(run: Run, name: str, config: Config, stages: tuple[Stage, ...], budget: float) -> Run:
-  config = dataclasses.replace(config, stages=stages, budget=BudgetConfig(fraction=budget))
+  budgets = BudgetConfig(fraction=budget)
+  # Without the table's rows, which may be others when it goes on.
+  config = dataclasses.replace(config, stages=stages, budget=budgets, compare=CompareConfig())
   return finished_child(run, name, config, _STAGES)
 
 

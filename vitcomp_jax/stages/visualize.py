@@ -79,8 +79,9 @@ def _compared(run: Run) -> dict[str, Candidate]:
   found = {}
   for row in compared.rows:
     path = folder / f"{row.name}-seed{config.seed}.json"
-    if path.is_file():
-      layers = load_plan(str(path)).layers_for(run.inputs.spec)
+    plan = load_plan(str(path)) if path.is_file() else None
+    if plan and not plan.has_own_widths:  # whose weights are with its search
+      layers = plan.layers_for(run.inputs.spec)
       found[row.name] = Candidate(row, layers, run.artefacts.dense_params)
   return found
 
