@@ -7,10 +7,10 @@
 weights do not. `D` holds `train/` and `val/`, or just images: then half of them are searched on and
 the others judge. One of `budget.fraction`, `budget.gmacs` and `budget.latency_ms` is the budget.
 The search follows the dense model's outputs and needs no labels. The table has accuracies where
-the class folders match the model's classes; otherwise it compares outputs too. DiffRate (Chen et al., ICCV 2023, arXiv 2305.17997)
-learns how many tokens each layer keeps; nothing is trained but that. The dense and the compressed
-model are then evaluated and timed in turns on this device, the compressed one is exported to
-`export/` of the workdir, and one table says what it all came to.
+the class folders match the model's classes; otherwise it compares outputs too. DiffRate (Chen et
+al., ICCV 2023, arXiv 2305.17997) learns how many tokens each layer keeps; nothing is trained but
+that. The dense and the compressed model are then evaluated and timed in turns on this device, the
+compressed one is exported to `export/` of the workdir, and one table says what it all came to.
 """
 
 import ml_collections

@@ -131,6 +131,7 @@ def test_an_epoch_holds_every_image_once():
     (3, {}, "expected arrays or an iterable of batches, got int"),
     ([], {}, "expected more batches than 0"),
     (IMAGES, {"macs": None}, "expected one of macs, gmacs and latency_ms, got none"),
+    (IMAGES, {"runtime": "onnxruntime"}, "runtime: expected jax without latency_ms, got"),
     (IMAGES, {"gmacs": 1.0}, "expected one of macs, gmacs and latency_ms, got macs and gmacs"),
     (
       IMAGES,

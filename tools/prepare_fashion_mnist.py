@@ -1,6 +1,6 @@
 """Prepares Fashion-MNIST for TFDS, with neither a network nor TensorFlow.
 
-  apt install dataset-fashion-mnist
+  apt install dataset-fashion-mnist && pip install "vitcomp_jax[tfds]"
   python tools/prepare_fashion_mnist.py
 
 converts the four gzipped IDX files of that Debian package to the TFDS data set `fashion_mnist` in
@@ -17,10 +17,15 @@ from typing import Any
 
 import numpy as np
 import PIL.Image
-import tensorflow_datasets as tfds
 
 from vitcomp_jax.errors import UserError
 from vitcomp_jax.paths import expand
+
+try:
+  import tensorflow_datasets as tfds
+except ImportError:
+  print('expected tensorflow_datasets; run `pip install "vitcomp_jax[tfds]"`.', file=sys.stderr)
+  sys.exit(2)
 
 CLASS_NAMES = (
   "T-shirt/top",

@@ -215,8 +215,8 @@ class SearchConfig(DiffRateOptions):
   drop_path: Rate = 0.0  # stochastic depth while searching (authors: 0.1)
   remat: bool = False  # recompute activations in the backward pass, to save memory
   parts: Count = 1  # in which a batch is done one after the other, to save memory
-  # Images on which to choose where to start, and the plan with the least loss among those passed
-  # through; 0: the first start and the last plan, as always with recipe=paper.
+  # Images on which to choose the plan with the least loss among those passed through, and with half
+  # of them where to start; 0: the first start and the last plan, as always with recipe=paper.
   choose_images: CountOrZero = 256
   calibration_images: Count = 128  # on which widths are sorted
   log_every: Count = 10  # steps

@@ -80,12 +80,12 @@ def _run(config: config_lib.Config, workdir: pathlib.Path) -> int:
       jax.config.update("jax_compilation_cache_dir", paths.expand(config.compilation_cache))
       jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     run = run_stages(config, workdir, config.stages)
+    table = run.workdir.path / "result.json"
+    if table.exists() and multihost.is_first():
+      print(rows_table(Result.read(table).rows).markdown())
+    logging.info("done: %s", run.workdir.path)
   except Preempted as why:
     return _say(f"{why}, as it was asked to; everything is saved, the same command goes on.", 0)
-  table = run.workdir.path / "result.json"
-  if table.exists() and multihost.is_first():
-    print(rows_table(Result.read(table).rows).markdown())
-  logging.info("done: %s", run.workdir.path)
   return 0
 
 

@@ -89,6 +89,8 @@ def search(
   budgets.check(asked)
   if latency_ms is not None:
     latency.check(spec, runtime, "latency_ms")
+  elif runtime != "jax":
+    raise UserError(f"runtime: expected jax without latency_ms, got {runtime!r}.")
   config = _config(loss, steps, batch_size, seed, {"what": what, **options})
   batches, has_labels = endless_batches(data, batch_size, seed)
   first = next(batches)

@@ -61,6 +61,11 @@ def given(budget: BudgetConfig) -> tuple[str, float]:
     raise UserError(
       f"config.budget: expected one of {', '.join(_KINDS)}, got {got}; set the others to none."
     )
+  if budget.runtime != "jax" and "latency_ms" not in given:
+    raise UserError(
+      f"config.budget.runtime: expected jax without latency_ms, got {budget.runtime}; only a "
+      "latency depends on what runs the model."
+    )
   return next(iter(given.items()))
 
 

@@ -133,11 +133,12 @@ def _baselines(run: Run) -> list[Candidate]:
 
 
 def _importance(run: Run) -> str:
-  """Returns the importance metric of hand-made schedules: that of the searched plan, if any."""
-  for layer in run.artefacts.layers:
+  """Returns the importance metric of hand-made schedules; `auto` is that of the plan, if any."""
+  asked = run.config.search.importance
+  for layer in run.artefacts.layers if asked == "auto" else ():
     if isinstance(layer.reduce, PruneMerge):
       return layer.reduce.importance
-  return run.config.search.importance
+  return asked
 
 
 def outcomes(run: Run, model: Backbone, params: Params, name: str) -> Outcomes:
