@@ -6,6 +6,7 @@ import pathlib
 import runpy
 import shutil
 
+import jax
 import numpy as np
 import PIL.Image
 import pytest
@@ -74,7 +75,7 @@ def test_a_variable_that_is_not_set_is_named(path):
 
 def test_the_command(home, monkeypatch):
   set_up = {}
-  monkeypatch.setattr(main.jax.config, "update", set_up.__setitem__)
+  monkeypatch.setattr(jax.config, "update", set_up.__setitem__)
   (home / "mine.py").write_text(
     "from vitcomp_jax.config import default_config\n"
     "def get_config():\n"

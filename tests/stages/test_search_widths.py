@@ -16,7 +16,7 @@ from vitcomp_jax.metrics import read_metrics
 from vitcomp_jax.models.build import build
 from vitcomp_jax.models.spec import removes_tokens
 from vitcomp_jax.runs.inputs import Inputs
-from vitcomp_jax.stages import search
+from vitcomp_jax.stages import search_checks
 
 SPEC = tiny_spec()
 IMAGES = np.random.default_rng(0).integers(0, 256, (24, *SPEC.image_size, 3), dtype=np.uint8)
@@ -116,7 +116,7 @@ def test_runs_that_cannot_keep_the_weights_are_refused(changes, said, tmp_path, 
   if "fractions" in changes:
     config.budget.fraction, config.budget.fractions = None, changes["fractions"]
   if "processes" in changes:
-    monkeypatch.setattr(search, "jax", types.SimpleNamespace(process_count=lambda: 2))
+    monkeypatch.setattr(search_checks, "jax", types.SimpleNamespace(process_count=lambda: 2))
   with pytest.raises(vc.UserError, match=f"config.search.what: expected tokens.* {said}"):
     vc.run_stage("search", config, tmp_path / "run")
   assert not (tmp_path / "run").exists()
