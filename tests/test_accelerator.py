@@ -79,9 +79,7 @@ def test_rows_of_a_model(subjects):
 def test_a_search_is_prepared(subjects):
   with jax.numpy_dtype_promotion("standard"):
     steps = subjects.search(2, "float32", "xla")
-  learnt = {
-    f"blocks_{i}" for i in range(1, subjects.spec.depth - 1)
-  }  # the head reads CLS
+  learnt = {f"blocks_{i}" for i in range(1, subjects.spec.depth - 1)}  # the head reads CLS
   assert {name for name, rates in steps.state.arch.items() if rates} == learnt
 
 
