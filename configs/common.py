@@ -1,8 +1,11 @@
 """Defaults shared by several experiments."""
 
+from collections.abc import Collection
+
 import ml_collections
 
 from vitcomp_jax.config import default_config
+from vitcomp_jax.errors import UserError
 
 IMAGENET_TRAIN_IMAGES = 1_281_167
 
@@ -117,6 +120,16 @@ def diffrate_imagenet(
   search.label_smoothing = 0.1
   search.checkpoint_every = 250
   return config
+
+
+def check_part(part: str, known: Collection[str]) -> None:
+  """Refuses an ARG of `--config FILE:ARG` that names no part of the file.
+
+  Raises:
+    UserError: If it is none of the known ones.
+  """
+  if part not in known:
+    raise UserError(f"config: expected one of {', '.join(known)} behind the colon, got {part}.")
 
 
 def budget(arg: str | None, default: float) -> float:

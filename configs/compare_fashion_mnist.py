@@ -23,14 +23,13 @@ import pathlib
 import ml_collections
 
 from vitcomp_jax.config import default_config
-from vitcomp_jax.errors import UserError
+from vitcomp_jax.configs import common
 
 PARTS = ("off_the_shelf", "again", "random", "finetuned", "ablation", "tuning")
 
 
 def get_config(part: str = "off_the_shelf") -> ml_collections.ConfigDict:
-  if part not in PARTS:
-    raise UserError(f"config: expected one of {', '.join(PARTS)} behind the colon, got {part}.")
+  common.check_part(part, PARTS)
   config = default_config()
   config.stages = ("compare",)
   config.model.variant = "vit_mini_patch3_30"

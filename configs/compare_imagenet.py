@@ -13,7 +13,6 @@ import ml_collections
 
 from vitcomp_jax.configs import common
 from vitcomp_jax.cost import macs
-from vitcomp_jax.errors import UserError
 from vitcomp_jax.models.variants import get_spec
 from vitcomp_jax.plans import list_plans, load_plan
 
@@ -26,9 +25,7 @@ MODELS = {
 
 
 def get_config(model: str = "deit_small") -> ml_collections.ConfigDict:
-  if model not in MODELS:
-    known = ", ".join(MODELS)
-    raise UserError(f"config: expected one of {known} behind the colon, got {model}.")
+  common.check_part(model, MODELS)
   plans = [name for name in list_plans() if name.startswith(f"diffrate/{model}@")]
   budgets = [load_plan(name).gmacs for name in plans]
   variant, weights = MODELS[model]

@@ -22,8 +22,8 @@ An interrupted comparison is resumed, and rows can be added to a finished one. T
 import ml_collections
 
 from vitcomp_jax.config import default_config
+from vitcomp_jax.configs import common
 from vitcomp_jax.cost import macs
-from vitcomp_jax.errors import UserError
 from vitcomp_jax.models.variants import get_spec
 from vitcomp_jax.plans import load_plan
 
@@ -32,8 +32,7 @@ PLANS = tuple(f"diffrate/deit_tiny@{name}" for name in ("0.9", "0.8", "0.7", "0.
 
 
 def get_config(part: str = "budgets") -> ml_collections.ConfigDict:
-  if part not in PARTS:
-    raise UserError(f"config: expected one of {', '.join(PARTS)} behind the colon, got {part}.")
+  common.check_part(part, PARTS)
   config = default_config()
   config.stages = ("compare",)
   config.model.variant = "deit_tiny_patch16_224"
