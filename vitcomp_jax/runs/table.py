@@ -124,10 +124,10 @@ def _baselines(run: Run) -> list[Candidate]:
   budgets = {share: plan.gmacs for share, plan in artefacts.front.items()}
   if not budgets:
     budgets = {None: artefacts.plan.gmacs if artefacts.plan else run.inputs.target_gmacs}
-  found = []
+  found, importance = [], _importance(run)
   for name in names:
     for share, gmacs in budgets.items():
-      layers = within(name, spec, gmacs, _importance(run))
+      layers = within(name, spec, gmacs, importance)
       found.append(Candidate(Row(method=name, budget=share), layers, artefacts.dense_params))
   return found
 

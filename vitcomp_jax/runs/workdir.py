@@ -84,15 +84,14 @@ class Workdir:
         f"{self.path} was begun {before} labels, and the class folders now are such that it would "
         f"go on {now} them; give another --workdir, or the class folders that it was begun with."
       )
-    there, has_other_rows = found["config"], self.has_other_rows(config)
-    if len(there["stages"]) < len(config.stages):
-      there["stages"] = list(config.stages)
-    elif not has_other_rows:
-      return
-    if has_other_rows:  # first, or a run that is killed in between would count as finished
+    there = found["config"]
+    resumed = _with_rows(there, config_parsing.to_dict(config))
+    if resumed != there:  # first, or a run that is killed in between would count as finished
       self._marker("compare").unlink(missing_ok=True)
-    there = _with_rows(there, config_parsing.to_dict(config))
-    write_json(self.config_file, found | {"config": there})
+    if len(there["stages"]) < len(config.stages):
+      resumed["stages"] = list(config.stages)
+    if resumed != there:
+      write_json(self.config_file, found | {"config": resumed})
 
   def has_other_rows(self, config: Config) -> bool:
     """Returns whether the run began with other rows of a comparison than it is to have now."""

@@ -155,8 +155,8 @@ def _searched(
   return child
 
 
-def _mean_minutes(children: Sequence[Run]) -> float | None:
-  """Returns what the runs took on average; None if they neither searched nor trained."""
+def _mean_minutes(children: Sequence[Run]) -> float:
+  """Returns what the searches and trainings of the runs took on average."""
   found = []
   for child in children:
     kinds: dict[str, type[SearchResult | SlimResult | TrainResult]]

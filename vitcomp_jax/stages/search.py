@@ -161,9 +161,8 @@ def _first_rates(
   search, arch = _configured(run, suffix).start(
     run.artefacts.params, factors, _held_back(run, suffix)
   )
-  if multihost.is_first():
-    write_json(_choice_file(run), {"importance": search.importance})
-  multihost.meet("importance")
+  write_json(_choice_file(run), {"importance": search.importance})
+  multihost.meet("importance")  # before another process looks for it
   return arch
 
 

@@ -40,16 +40,15 @@ class MaskedPruneMerge(nn.Module):
     n = tokens.x.shape[1]
     before = _before(tokens)
     choice = self.counts(before, n)
-    whole = tokens
-    tokens, keep, order = self._sorted(whole, stats)
-    prune, merges = self._masks(choice, before, whole, stats, order)
+    taken, keep, order = self._sorted(tokens, stats)
+    prune, merges = self._masks(choice, before, tokens, stats, order)
     entering = keep * prune
     rank = jnp.arange(n, dtype=before.dtype)[None]
     is_pruned = (rank >= choice.pruned) & (rank < before)
-    tokens = tokens.mask(is_pruned, entering * merges, choice.left)
+    taken = taken.mask(is_pruned, entering * merges, choice.left)
     if self.counts.merges:
-      tokens = self._merged(tokens, entering * (1 - merges), choice)
-    return tokens if self.limit is None else tokens.first(self.limit)
+      taken = self._merged(taken, entering * (1 - merges), choice)
+    return taken if self.limit is None else taken.first(self.limit)
 
   def count(self, n: int) -> int:
     """Returns the number of tokens passed on, masked or not."""
