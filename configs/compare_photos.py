@@ -70,7 +70,7 @@ def get_config(part: str = "budgets") -> ml_collections.ConfigDict:
       *(f"diffrate[importance={name}]" for name in ("mean_attention", "value_norm", "random")),
       *(f"diffrate[actions={name}]" for name in ("prune", "merge")),
       "diffrate[loss=labels]",
-      *(f"diffrate[steps={count}]" for count in (15, 30, 60, 200)),
+      *(f"diffrate[steps={count}]" for count in (15, 30, 100, 200)),
       *(f"diffrate[data.train_examples={count}]" for count in (100, 300)),
     )
   else:
@@ -78,7 +78,7 @@ def get_config(part: str = "budgets") -> ml_collections.ConfigDict:
     compare.budgets = (published[3],)
     compare.methods = (
       "diffrate",
-      *(f"diffrate[steps={count}]" for count in (30, 60)),
+      *(f"diffrate[steps={count}]" for count in (30, 100)),
       "diffrate[what=both]",
     )
 

@@ -4,7 +4,7 @@
 
 The model, the data and the rest of the search are those of `configs/quickstart.py`. The budget
 decreases; each search starts from the rates of the previous one, and all of them together take 1.5
-times the steps of a single search. `plans/` has a plan for each budget, `plan.json` is the last.
+times `search.steps`. `plans/` has a plan for each budget, `plan.json` is the last.
 The report compares them with uniform merging at the same MACs. A separate search for one of the
 budgets, for comparison:
 

@@ -1,4 +1,4 @@
-"""Quick start: compresses a small ViT to 65 % of its MACs in a few minutes on two CPU cores.
+"""Quick start: compresses a small ViT to 65 % of its MACs in about a minute on two CPU cores.
 
     python -m vitcomp_jax.main --config configs/quickstart.py
 
