@@ -80,6 +80,7 @@ def test_a_checkpoint_and_a_folder(by_class, other, given, tmp_path, capsys, opt
   assert (dense["name"], small["name"]) == ("dense", "diffrate")
   measured = "top1" if by_class and not other else "logit_divergence"
   assert measured in dense and measured in small
+  assert ("cosine" in small) == (measured != "top1")
   assert json.loads((workdir / "config.json").read_text())["leaves_labels_out"] == bool(other)
   assert small["gmacs"] / dense["gmacs"] == pytest.approx(0.65, abs=0.01)
   assert small["images_per_second"]["1"] > 0

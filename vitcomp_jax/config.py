@@ -47,10 +47,11 @@ class ModelConfig:
   # timm's name, one of `vc.list_variants()`; none: what the weights say that they are.
   variant: str | None = "deit_small_patch16_224"
   weights: str | None = None  # file, folder, hub id, `bundled`, or none: random weights
-  num_heads: Count | None = None  # this and the next three: where weights do not say it
+  num_heads: Count | None = None  # this and the next four: where weights do not say it
   norm_eps: Positive | None = None  # of every norm
   activation: str | None = None  # gelu, gelu_tanh, quick_gelu, relu or silu
   pool: str | None = None  # cls, cls_dist, size_mean (the mean), cls_mean or map
+  projection: bool | None = None  # whether the outputs are an embedding, as CLIP's, not logits
   plan: str | None = None  # published plan's name or path of a plan.json, for `evaluate`
   # Outputs of the classifier; none: the weights', or the data's for a new classifier.
   num_classes: CountOrZero | None = None

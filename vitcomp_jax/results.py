@@ -29,6 +29,8 @@ class Row(Record):
     loss: Mean cross-entropy in nats.
     logit_divergence: Divergence from the dense model's logits, measured without labels; likewise
       `feature_divergence`.
+    cosine: Cosine of the angle to the dense model's features, or to its embedding if it projects
+      to one.
     gmacs: 1e9 multiply-accumulates per image.
     params_m: 1e6 parameters.
     images_per_second: Throughput by batch size.
@@ -49,6 +51,7 @@ class Row(Record):
   loss: float | None = None
   logit_divergence: float | None = None
   feature_divergence: float | None = None
+  cosine: float | None = None
   gmacs: float | None = None
   params_m: float | None = None
   images_per_second: Mapping[str, float] | None = None

@@ -42,7 +42,8 @@ def outcomes(
 
   Returns:
     `top1` and `top5` (0 or 100) and the cross-entropy `loss` in nats of every example; or, with
-    `dense_params`, the divergence of the outputs from the dense model's.
+    `dense_params`, the divergence of the outputs from the dense model's, and the `cosine` of
+    both models' features.
 
   Raises:
     UserError: If outputs are not finite.
@@ -121,7 +122,7 @@ def _score(
 def _compare(
   model: Backbone, preprocess: Preprocess, params: Params, dense_params: Params, images: jax.Array
 ) -> Mapping[str, jax.Array]:
-  """Computes the divergence of the outputs from the dense model's."""
+  """Computes the divergence and the cosine of the outputs from the dense model's."""
   images = normalize(images, preprocess)
   dense = build(model.spec, model.spec.dense_layers)
   out = model.apply({"params": params}, images, method="forward")
@@ -130,7 +131,11 @@ def _compare(
   def each(divergence: Callable[..., jax.Array], mine: jax.Array, theirs: jax.Array) -> jax.Array:
     return jax.vmap(lambda a, b: divergence(a[None], b[None]))(mine, theirs)
 
-  found = {"feature_divergence": each(losses.feature_divergence, out.features, teacher.features)}
-  if model.spec.num_classes:
+  pair = [output.representation(model.spec.projection) for output in (out, teacher)]
+  found = {
+    "cosine": each(losses.cosine, *pair),
+    "feature_divergence": each(losses.feature_divergence, *pair),
+  }
+  if model.spec.has_classifier:
     found["logit_divergence"] = each(losses.logit_divergence, out.logits, teacher.logits)
   return found

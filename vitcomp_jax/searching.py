@@ -166,7 +166,8 @@ def _checked(
       )
     if images.dtype != np.uint8 and not np.issubdtype(images.dtype, np.floating):
       raise UserError(f"data: expected images of uint8 or floats, got {images.dtype}.")
-    if has_labels and spec.num_classes and not 0 <= labels.min() <= labels.max() < spec.num_classes:
+    is_in_range = 0 <= labels.min() <= labels.max() < spec.num_classes
+    if has_labels and spec.has_classifier and not is_in_range:
       raise UserError(
         f"data: expected labels from 0 to {spec.num_classes - 1}, got {labels.min()} to "
         f"{labels.max()}."

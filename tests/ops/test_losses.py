@@ -45,7 +45,16 @@ def test_feature_divergence_equals_a_loop(shape):
   assert losses.feature_divergence(arrays[1], arrays[1]) == 0
 
 
-DIVERGENCES = [losses.logit_divergence, losses.feature_divergence]
+@pytest.mark.parametrize("shape", [(5, 8), (5, 2, 8)])
+def test_cosine_equals_a_loop(shape):
+  features, teacher = normal(0, shape), normal(1, shape)
+  pairs = zip(features, teacher, strict=True)
+  want = np.mean([np.sum(f * t) / np.sqrt(np.sum(f**2) * np.sum(t**2)) for f, t in pairs])
+  got = losses.cosine(*(jnp.asarray(x, jnp.float32) for x in (features, teacher)))
+  np.testing.assert_allclose(got, want, rtol=1e-5)
+
+
+DIVERGENCES = [losses.logit_divergence, losses.feature_divergence, losses.cosine]
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)

@@ -32,6 +32,7 @@ class ViTSpec:
     mlp_dim: Hidden units of a dense layer's MLP.
     in_chans: Channels of an image.
     num_classes: Outputs of the classifier; 0: no classifier, the model returns features.
+    projection: Whether these outputs are an embedding, as CLIP's, and not logits of classes.
     class_token: Whether there is a CLS token.
     distilled: Whether there are a distillation token and a second head, averaged with the first.
     num_registers: Number of register tokens.
@@ -90,6 +91,7 @@ class ViTSpec:
   mlp_dim: int
   in_chans: int = 3
   num_classes: int = 1000
+  projection: bool = False
   class_token: bool = True
   distilled: bool = False
   num_registers: int = 0
@@ -179,6 +181,11 @@ class ViTSpec:
   def pools_patches(self) -> bool:
     """Returns whether the head reads the patch tokens rather than the prefix."""
     return self.pool not in ("cls", "cls_dist")
+
+  @property
+  def has_classifier(self) -> bool:
+    """Returns whether the outputs are logits of classes."""
+    return self.num_classes > 0 and not self.projection
 
   @property
   def num_features(self) -> int:

@@ -220,6 +220,10 @@ class Output(flax.struct.PyTreeNode):
   tokens: Tokens  # after the final norm
   layers: tuple[Tokens, ...]  # after each layer
 
+  def representation(self, is_projection: bool) -> Array:
+    """Returns what a model that names no classes is used for: its embedding, or its features."""
+    return self.logits if is_projection else self.features
+
 
 @runtime_checkable
 class TokenReducer(Protocol):

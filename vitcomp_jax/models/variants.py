@@ -61,7 +61,7 @@ def _build() -> dict[str, ViTSpec]:
 # Fields of a spec that do not affect the meaning of the weights.
 FREE_FIELDS = frozenset(
   """antialias attention class_names crop_mode crop_pct dtype exif_orientation huggingface
-  image_size interpolation mean name naming num_classes pad std""".split()
+  image_size interpolation mean name naming num_classes pad projection std""".split()
 )
 # Fields that weights and plans keep elsewhere, or that are the user's choice.
 _NOT_KEPT = ("class_names", "huggingface", "dtype", "attention")

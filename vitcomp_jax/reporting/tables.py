@@ -13,6 +13,7 @@ _METRICS = {
   "loss": "cross-entropy",
   "logit_divergence": "divergence of logits",
   "feature_divergence": "divergence of features",
+  "cosine": "cosine to dense",
 }
 
 

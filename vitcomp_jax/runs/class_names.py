@@ -73,7 +73,7 @@ class ClassNames:
       spec: The model.
       of_labels: Result of `of_labels`.
     """
-    if not spec.num_classes:
+    if not spec.has_classifier:
       return ()
     if self.asked:
       labels.check_count(self.asked, spec.num_classes)
@@ -88,7 +88,7 @@ class ClassNames:
     Raises:
       UserError: If the classes cannot be matched unambiguously.
     """
-    if not spec.num_classes or not self.splits.class_names:
+    if not spec.has_classifier or not self.splits.class_names:
       return ()
     if self.asked:
       labels.check_count(self.asked, spec.num_classes)

@@ -22,7 +22,7 @@ from vitcomp_jax.runs.class_names import ClassNames
 from vitcomp_jax.weights import description, loading
 
 # Fields of the spec that weights may leave open.
-_OPEN = ("num_heads", "norm_eps", "activation", "pool")
+_OPEN = ("num_heads", "norm_eps", "activation", "pool", "projection")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -186,7 +186,7 @@ class Inputs:
   @property
   def has_scores(self) -> bool:
     """Returns whether the evaluation images have labels, and the model a classifier."""
-    return self.eval_data.has_labels and self.spec.num_classes > 0
+    return self.eval_data.has_labels and self.spec.has_classifier
 
   def check_data(self, split: str) -> None:
     """Refuses a split, `train` or `eval`, that is missing or has classes the model lacks."""
@@ -198,7 +198,7 @@ class Inputs:
 
   def check_trainable(self, stage: str) -> None:
     """Refuses data without labels, or a model without a classifier."""
-    if not self.train_data.has_labels or not self.spec.num_classes:
+    if not self.train_data.has_labels or not self.spec.has_classifier:
       raise UserError(
         f"stage {stage}: expected labels and a classifier, got {self.spec.name} with "
         f"{self.spec.num_classes} classes on {self.train_data.name}."

@@ -33,7 +33,7 @@ def check(run: Run) -> None:
   distill = run.config.distill
   if distill.kind == "none" or distill.weight < 1:
     run.inputs.check_trainable("finetune")
-  elif distill.kind != "features" and not run.inputs.spec.num_classes:
+  elif distill.kind != "features" and not run.inputs.spec.has_classifier:
     raise UserError(
       f"config.distill.kind: expected features for {run.inputs.spec.name}, which has no "
       f"classifier, got {distill.kind}."
@@ -153,7 +153,8 @@ def _loss(
     if has_teacher:
       whole = jax.lax.stop_gradient(dense.apply({"params": fixed}, images, method="forward"))
       if distill.kind == "features":
-        learnt = losses.feature_divergence(out.features, whole.features)
+        pair = (each.representation(spec.projection) for each in (out, whole))
+        learnt = losses.feature_divergence(*pair)
       else:
         learnt = losses.distillation(out.logits, whole.logits, distill.kind, distill.temperature)
       loss = (1 - distill.weight) * loss + distill.weight * learnt

@@ -28,7 +28,7 @@ def best_loss(config: SearchConfig, spec: ViTSpec) -> Loss:
     return config.loss
   if config.recipe == "paper":
     return "labels"
-  return "logits" if spec.num_classes else "features"
+  return "logits" if spec.has_classifier else "features"
 
 
 def check_loss(loss: str, spec: ViTSpec, has_labels: bool, where: str) -> None:
@@ -40,7 +40,7 @@ def check_loss(loss: str, spec: ViTSpec, has_labels: bool, where: str) -> None:
     has_labels: Whether the data have labels.
     where: Name of the option, for the error.
   """
-  if loss != "features" and not spec.num_classes:
+  if loss != "features" and not spec.has_classifier:
     raise UserError(
       f"{where}: expected features for {spec.name}, which has no classifier, got {loss}."
     )
@@ -86,7 +86,7 @@ class TaskLoss:
     if self.kind == "labels":
       return None
     out = build(self.spec, self.dense).apply({"params": params}, images, method="forward")
-    return out.logits if self.kind == "logits" else out.features
+    return out.logits if self.kind == "logits" else out.representation(self.spec.projection)
 
   def __call__(self, out: Output, labels: jax.Array, aim: jax.Array | None) -> jax.Array:
     """Computes the loss, a mean over the batch.
@@ -100,4 +100,4 @@ class TaskLoss:
       return losses.soft_cross_entropy(out.logits, labels)
     if self.kind == "logits":
       return losses.logit_divergence(out.logits, aim)
-    return losses.feature_divergence(out.features, aim)
+    return losses.feature_divergence(out.representation(self.spec.projection), aim)

@@ -89,6 +89,8 @@ def spec_for(
   changes["num_classes"] = theirs if num_classes is None else num_classes
   if num_classes in (None, theirs):
     changes["class_names"] = checkpoint.class_names
+  else:
+    changes["projection"] = False
   if num_classes is None and not theirs:
     logging.warning("weights %s: they have no classifier, so the model gives features", weights)
   if image_size is None and usual not in (None, spec.image_size):
@@ -123,7 +125,8 @@ def save_params(spec: ViTSpec, params: Params, path: str | os.PathLike[str]) -> 
   Raises:
     UserError: If the file cannot be written.
   """
-  fields = None if is_variant(spec) else fields_of(spec, with_defaults=True)
+  is_named = is_variant(spec) and not spec.projection
+  fields = None if is_named else fields_of(spec, with_defaults=True)
   metadata = description.metadata(
     spec.name, spec.class_names, spec.image_size, spec.grid, vars(spec), fields, spec.huggingface
   )

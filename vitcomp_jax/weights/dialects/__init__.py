@@ -4,7 +4,7 @@ import logging
 from collections.abc import Collection
 
 from vitcomp_jax.weights.dialects import authors, huggingface, open_clip, timm_eva
-from vitcomp_jax.weights.dialects.described import Configs, Described
+from vitcomp_jax.weights.dialects.described import Configs, Described, described
 from vitcomp_jax.weights.dialects.renaming import as_head
 from vitcomp_jax.weights.tensors import State
 
@@ -33,5 +33,6 @@ def translate(tensors: State, configs: Configs) -> tuple[State, Described]:
       return dialect.to_timm(tensors, configs), said
   if {"norm_pre.weight", "head.weight"} <= tensors.keys() and "head.bias" not in tensors:
     logging.info("weights: their head has no bias, as CLIP's projection: it is one of zeros")
-    tensors = {**tensors, **as_head(tensors["head.weight"])}
+    projected = {**tensors, **as_head(tensors["head.weight"])}
+    return projected, described(("names", {"projection": True}))
   return tensors, Described({})

@@ -104,26 +104,28 @@ def describe(configs: Configs, tensors: State) -> Described | None:
   found: dict[str, Any] = fields_from_shapes(_converted(tensors)[0])
   if not found:
     return Described({})  # parts of a model, which the check of the names reports
+  projects = {"projection": True} if has(tensors, "visual_projection.weight") else {}
   if not config:
     # DeiT reads CLS alone, unless a second classifier reads the other token.
     is_deit = found["distilled"] and not has(tensors, "distillation_classifier.weight")
-    return described(("names", {"pool": "cls"} if is_deit else {}), ("tensors", found))
+    names = projects | ({"pool": "cls"} if is_deit else {})
+    return described(("names", names), ("tensors", found))
   try:
     said = fields_of(config, found, tensors)
     images: tuple[str, Mapping[str, object]] = ("", {})
     if (preparation := find_preparation(configs)) is not None:
       family, _ = family_of(config)
       images = preparation[0], image_fields(*preparation, family, said["image_size"])
-    names: tuple[str, ...] = ()
+    classes: tuple[str, ...] = ()
     if is_classifier(config, tensors) and found["num_classes"]:
-      names = class_names(config, found["num_classes"])
+      classes = class_names(config, found["num_classes"])
   except (TypeError, ValueError, KeyError) as error:
     raise UserError(
       f"weights: expected configurations as transformers writes them, got others "
       f"({type(error).__name__}: {error}); save the model again."
     ) from error
-  result = described(images, ("config.json", said), ("tensors", found))
-  return dataclasses.replace(result, class_names=names)
+  result = described(images, ("config.json", said), ("names", projects), ("tensors", found))
+  return dataclasses.replace(result, class_names=classes)
 
 
 def _converted(tensors: State) -> tuple[dict[str, Array], list[str]]:

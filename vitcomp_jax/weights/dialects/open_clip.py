@@ -150,7 +150,9 @@ def describe(configs: Configs, tensors: State) -> Described | None:
     return None
   config, shapes = _fields(configs), fields_from_shapes(to_timm(tensors, configs))
   authors = _openai(shapes) if set(_OPENAI) & tensors.keys() else {}
-  return described((CONFIG, config), ("OpenAI's code", authors), ("tensors", shapes))
+  projects = {"projection": True} if shapes.get("num_classes") else {}
+  sources = (CONFIG, config), ("names", projects), ("OpenAI's code", authors), ("tensors", shapes)
+  return described(*sources)
 
 
 def _fields(configs: Configs) -> dict[str, object]:
