@@ -85,10 +85,9 @@ def measure(run: Run) -> dict[str, Any]:
     mine, _ = embeddings(module, model.params, judged, batch_size)
     right = 100.0 * (np.argmax(mine @ weights + bias, axis=1) == labels)
     row = measured(Row(method=model.row.method), {"top1": right}, module)
-    error = float(np.std(right, ddof=1) / np.sqrt(len(right)))
     cosine = float(np.mean(np.sum(mine * aim, axis=1)))
     costs = {"gmacs": row.gmacs, "params_m": row.params_m, "cosine": round(cosine, 6)}
-    accuracy = {"top1": row.top1, "top1_se": round(error, 4)}
+    accuracy = {"top1": row.top1, "top1_se": row.top1_se}
     rows.append({"name": model.name, **costs, **accuracy})
   about = {"variant": spec.name, "data": judged.name, "examples": len(labels)}
   return about | {"fitted_to": train.num_examples, **environment(), "rows": rows}

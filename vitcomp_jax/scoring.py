@@ -2,6 +2,7 @@
 
 import functools
 import logging
+import math
 from collections.abc import Callable, Iterable, Mapping
 
 import jax
@@ -18,6 +19,7 @@ from vitcomp_jax.parallel import Layout
 from vitcomp_jax.results import Row
 from vitcomp_jax.weights.loading import Params
 
+PAIRED = ("top1", "loss")  # metrics that have errors, and are compared example by example
 Outcomes = dict[str, np.ndarray]  # f32[examples], by metric
 
 
@@ -85,13 +87,21 @@ def check_finite(outputs: np.ndarray, what: str) -> None:
 
 
 def measured(row: Row, found: Outcomes, model: Backbone) -> Row:
-  """Returns a row with the means over all examples, and the model's cost."""
+  """Returns a row with the means over all examples, their errors, and the model's cost."""
   cost = count_cost(model)
   metrics = {key: round(float(np.mean(v, dtype=np.float64)), 6) for key, v in found.items()}
   metrics |= {"gmacs": round(cost.gmacs, 6), "params_m": round(cost.params / 1e6, 4)}
   shown = " ".join(f"{key} {value:.4g}" for key, value in metrics.items())
   logging.info("evaluate %s: %s", row.name, shown)
-  return row.with_metrics(metrics)
+  errors = {f"{key}_se": standard_error(found[key]) for key in PAIRED if key in found}
+  return row.with_metrics({**metrics, **errors})
+
+
+def standard_error(values: np.ndarray) -> float | None:
+  """Returns the standard error of the mean of values, f32[n]; a single one has none."""
+  if values.size < 2:
+    return None
+  return round(float(values.std(ddof=1, dtype=np.float64) / math.sqrt(values.size)), 6)
 
 
 def scores(logits: jax.Array, labels: jax.Array) -> dict[str, jax.Array]:

@@ -4,7 +4,6 @@ Measurements are stored per example, and made once.
 """
 
 import dataclasses
-import math
 import pathlib
 from collections.abc import Mapping, Sequence
 
@@ -18,12 +17,11 @@ from vitcomp_jax.models.spec import LayerSpec
 from vitcomp_jax.results import RandomSchedules, Row
 from vitcomp_jax.runs import table
 from vitcomp_jax.runs.run import Run
-from vitcomp_jax.scoring import Outcomes
+from vitcomp_jax.scoring import PAIRED, Outcomes, standard_error
 from vitcomp_jax.weights.loading import Params
 
 Model = tuple[tuple[LayerSpec, ...], Params]
 
-_PAIRED = ("top1", "loss")
 _QUANTILES = (0.01, 0.5, 0.99)
 
 
@@ -45,7 +43,6 @@ def measured(run: Run, row: Row, models: Sequence[Model]) -> Row:
   mean = {key: np.mean([one[key] for one in found], axis=0) for key in found[0]}
   _save(_mean_path(run, row), mean)
   row = scoring.measured(row, mean, build(run.inputs.spec, models[0][0]))
-  row = row.with_metrics({f"{key}_se": _standard_error(mean[key]) for key in _PAIRED})
   if len(models) > 1:
     of_seeds = tuple(round(float(one["top1"].mean()), 4) for one in found)
     row = dataclasses.replace(row, top1_of_seeds=of_seeds)
@@ -62,18 +59,11 @@ def with_differences(run: Run, row: Row, reference: Row) -> Row:
   """
   mean, other = _read(_mean_path(run, row)), _read(_mean_path(run, reference))
   differences: dict[str, float | None] = {}
-  for key in _PAIRED:
+  for key in PAIRED:
     difference = mean[key] - other[key]
     differences[f"{key}_over_reference"] = round(float(difference.mean()), 6)
-    differences[f"{key}_over_reference_se"] = _standard_error(difference)
+    differences[f"{key}_over_reference_se"] = standard_error(difference)
   return dataclasses.replace(row, reference=reference.name).with_metrics(differences)
-
-
-def _standard_error(values: np.ndarray) -> float | None:
-  """Returns the standard error of a mean; a single example has none."""
-  if values.size < 2:
-    return None
-  return round(float(values.std(ddof=1, dtype=np.float64) / math.sqrt(values.size)), 6)
 
 
 def rank(run: Run, searched: Row | None, points: Sequence[Point]) -> RandomSchedules:
@@ -84,7 +74,7 @@ def rank(run: Run, searched: Row | None, points: Sequence[Point]) -> RandomSched
     searched: Measured row of the search; None: there was none.
     points: Result of `random_schedules.points`.
   """
-  values = {key: np.array([point[key] for point in points]) for key in _PAIRED}
+  values = {key: np.array([point[key] for point in points]) for key in PAIRED}
   examples = min(run.config.compare.random_examples, run.inputs.eval_data.num_examples)
   summary = RandomSchedules(
     len(points), examples, _quantiles(values["top1"]), _quantiles(values["loss"])
@@ -92,7 +82,7 @@ def rank(run: Run, searched: Row | None, points: Sequence[Point]) -> RandomSched
   if searched is None:
     return summary
   mean = _read(_mean_path(run, searched))
-  mine = {key: float(mean[key][:examples].mean()) for key in _PAIRED}
+  mine = {key: float(mean[key][:examples].mean()) for key in PAIRED}
   return dataclasses.replace(
     summary,
     diffrate={key: round(value, 4) for key, value in mine.items()},

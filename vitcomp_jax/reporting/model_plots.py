@@ -39,10 +39,20 @@ def token_maps(
     layers: Layers after which tokens are drawn, from 1; None: all.
     about: Sentence to add below, such as the model's name.
   """
-  spec, sources = model.spec, _inside(model, params, images)[0]
-  chosen = _named(model, sources, layers)
+  spec, chosen = model.spec, _named(model, patch_tokens(model, params, images), layers)
   titles = _titles(titles, images)
   return plots.token_maps(images, chosen, spec.num_prefix, spec.grid, titles, about)
+
+
+def patch_tokens(model: Backbone, params: Params, images: np.ndarray) -> list[np.ndarray]:
+  """Returns the token that holds each patch after each layer, int[n p]; -1: pruned.
+
+  Args:
+    model: Model with static reducers.
+    params: Weights of the model.
+    images: uint8[n h w 3].
+  """
+  return _inside(model, params, images)[0]
 
 
 def cls_attention(

@@ -7,6 +7,7 @@ from vitcomp_jax.reporting.render import Block, Table, Text
 from vitcomp_jax.results import BenchmarkResult, RandomSchedules, Result, Row, Timing
 
 MISSING = "–"
+_ERRORS = "± is the standard error over the examples."
 _METRICS = {
   "top1": "top-1 (%)",
   "top5": "top-5 (%)",
@@ -35,6 +36,8 @@ def rows_table(rows: Sequence[Row]) -> Block:
   heads += [f"images/s, batch {batch}" for batch in batches]
   cells = [_row_cells(row, dense, batches) for row in rows]
   caption = "Measured in this run; nothing in it is copied from elsewhere."
+  if any(row.top1_se is not None for row in rows):
+    caption += f" {_ERRORS}"
   return _without_empty_columns(caption, heads, cells)
 
 
@@ -49,7 +52,8 @@ def _without_empty_columns(
 def _row_cells(row: Row, dense: float | None, batches: Sequence[str]) -> list[str]:
   cells = [row.name]
   for key in _METRICS:
-    cells.append(formatted(getattr(row, key), ".2f" if key.startswith("top") else ".4f"))
+    spec = ".2f" if key.startswith("top") else ".4f"
+    cells.append(_with_error(getattr(row, key), getattr(row, f"{key}_se", None), spec))
   cells += [*_gmacs_cells(row.gmacs, dense), formatted(row.params_m, ".4g")]
   speeds = row.images_per_second or {}
   return cells + [formatted(speeds.get(batch), ".1f") for batch in batches]
@@ -88,7 +92,7 @@ def comparison_blocks(result: Result) -> list[Block]:
 def _comparison_caption(rows: Sequence[Row]) -> str:
   captions = []
   if any(row.top1_se is not None for row in rows):
-    captions.append("± is the standard error over the examples.")
+    captions.append(_ERRORS)
   if references := list(dict.fromkeys(row.reference for row in rows if row.reference)):
     captions.append(
       f"Differences are paired, example by example; the references are {', '.join(references)}."
