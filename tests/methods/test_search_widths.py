@@ -98,7 +98,7 @@ def test_starts_are_on_the_budget(what, fraction):
   target = fraction * DEEP_DENSE
   method = DiffRate(DEEP, target, DiffRateOptions(what=what))
   starts = method.starts()
-  assert len(starts) == {"tokens": 5, "widths": 1, "both": 6}[what]
+  assert len(starts) == {"tokens": 7, "widths": 1, "both": 6}[what]
   for table in starts.values():
     for found in (table, method.expected_counts(method.rates.arch(table))):
       assert macs.static_macs(DEEP, method.static_layers(found)) / 1e9 <= target
@@ -123,8 +123,11 @@ def test_starts_do_only_what_they_may(actions, kept):
 def test_shapes_that_reach_zero_meet_low_budgets_too():
   for share in (0.9, 0.4):
     found = DiffRate(DEEP, share * DEEP_DENSE).starts()
-    assert [*found] == ["linear", "flat", "early", "late", "s_shaped"]
-  assert found["late"][-2, 1] == 1 < found["flat"][-2, 1]
+    assert [*found] == [
+      *("linear", "flat, pruned", "early", "late", "s_shaped"),
+      *("linear, merged", "flat, merged"),
+    ]
+  assert found["late"][-2, 1] == 1 < found["flat, pruned"][-2, 1]
 
 
 @pytest.mark.parametrize("what", ["tokens", "widths", "both"])

@@ -125,7 +125,8 @@ def test_a_search_never_chooses_it(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-  ("losses", "best"), [([math.nan, 2.0, 1.0, math.inf, 3.0], 2), ([math.nan] * 5, 0)]
+  ("losses", "best"),
+  [([math.nan, 2.0, 1.0, math.inf, 3.0, 4.0, math.nan], 2), ([math.nan] * 7, 0)],
 )
 def test_a_search_does_not_start_from_it(losses, best, tmp_path, monkeypatch):
   config = tiny_config()

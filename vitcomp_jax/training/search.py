@@ -116,8 +116,8 @@ class SearchTrainer:
     """Returns this search with its importance metric chosen, and the rates to start from.
 
     What suits one model is the worst for another. So the schedules of `DiffRate.starts` are tried
-    on images, and that of least task loss is taken. With `importance=auto` it is then tried by mean
-    attention received too.
+    on images, and that of least task loss is taken. With `importance=auto` all are tried by mean
+    attention received too: what is best by one metric may be the worst by another.
 
     Args:
       params: Weights of the model.
@@ -127,21 +127,30 @@ class SearchTrainer:
     batches = list(batches)
     if not self._chooses or not batches:
       return self, self.method.init()
-    rates = self.method.rates
-    assert isinstance(rates, ShareRates)
-    starts = self.method.starts()
     # They differ more than the plans that a search passes through: half of the images tell.
     batches = batches[: -(-len(batches) // 2)]
-    losses = self._losses(list(starts.values()), params, factors, batches)
-    for name, loss in zip(starts, losses, strict=True):
-      logging.info("search: the start %s has a loss of %.4f", name, loss)
-    least, table = min(zip(losses, starts.values(), strict=True), key=lambda x: _finite(x[0]))
+    least, table = self._best_start(params, factors, batches)
+    chosen = self
     if self._tries_importance:
       other = self.with_importance("mean_attention")
-      if _finite(other._losses([table], params, factors, batches)[0]) < _CLEARLY * least:
+      loss, other_table = other._best_start(params, factors, batches)
+      if loss < _CLEARLY * least:
         logging.info("search: tokens are sorted by mean_attention, which loses clearly less")
-        return other, rates.arch(table)
-    return self, rates.arch(table)
+        chosen, table = other, other_table
+    rates = chosen.method.rates
+    assert isinstance(rates, ShareRates)
+    return chosen, rates.arch(table)
+
+  def _best_start(
+    self, params: Any, factors: Any, batches: Sequence[Mapping[str, np.ndarray]]
+  ) -> tuple[float, np.ndarray]:
+    """Returns the least task loss of the starts, infinite if none is finite, and its table."""
+    starts = self.method.starts()
+    losses = self._losses(list(starts.values()), params, factors, batches)
+    for name, loss in zip(starts, losses, strict=True):
+      logging.info("search: the start %s by %s has a loss of %.4f", name, self.importance, loss)
+    pairs = zip(map(_finite, losses), starts.values(), strict=True)
+    return min(pairs, key=lambda pair: pair[0])
 
   @property
   def _tries_importance(self) -> bool:
