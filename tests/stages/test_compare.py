@@ -106,6 +106,10 @@ def test_searched_widths_are_compared_and_tuned(tmp_path):
   compare.methods += ("tome",)
   more = {row["name"]: row for row in vc.run_stage("compare", config, tmp_path / "run")["rows"]}
   assert {name: more[name] for name in rows} == rows and set(more) - set(rows) == {"tome@0.7"}
+  # Without a trained search in the table, the reference is the row before training.
+  compare.methods = compare.finetuned = ("diffrate[what=both]",)
+  alone = {row["name"]: row for row in vc.run_stage("compare", config, tmp_path / "run")["rows"]}
+  assert alone[trained[1]]["reference"] == searched[1]
   with pytest.raises(vc.UserError, match="made with another config .config.compare.methods"):
     compare.methods = ()
     vc.run_stage("visualize", config, tmp_path / "run")

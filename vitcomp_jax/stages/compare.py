@@ -101,17 +101,21 @@ def _compared(run: Run, row: Row, there: Collection[str]) -> Row:
     row: A measured row.
     there: Names of all rows.
   """
-  reference = _reference(run, row)
+  reference = _reference(run, row, there)
   if reference is None or reference.name == row.name or reference.name not in there:
     return row
   return rows.with_differences(run, row, reference)
 
 
-def _reference(run: Run, row: Row) -> Row | None:
-  """Returns the search's row at the same budget; without a search, that of the first plan."""
+def _reference(run: Run, row: Row, there: Collection[str]) -> Row | None:
+  """Returns the search's row at the same budget; without a search, that of the first plan.
+
+  What was trained is held against the search that was; without one, against itself before.
+  """
   config = run.config.compare
   if row.variant == "finetune":
-    return dataclasses.replace(row, method=SEARCHED)
+    trained = dataclasses.replace(row, method=SEARCHED)
+    return trained if trained.name in there else dataclasses.replace(row, variant=None)
   if row.budget is not None:
     if SEARCHED not in config.methods and config.plans:
       return Row(method=SEARCHED, plan=config.plans[0])
