@@ -101,7 +101,7 @@ def _mistakes(tmp: pathlib.Path) -> dict[str, tuple[list[str], str]]:
       [evaluate, "--config.evaluate.dense=False", "--config.evaluate.baselines=()"],
       "something to evaluate",
     ),
-    "two budgets": (["--config.budget.gmacs=0.03"], "fraction 0.65 and gmacs 0.03"),
+    "two budgets": (["--config.budget.gmacs=0.03"], "fraction 0.35 and gmacs 0.03"),
     "too few classes": (["--config.model.num_classes=5"], "expected 5 classes, one for each"),
     "labels without a classifier": (
       ["--config.model.num_classes=0", "--config.search.loss=labels"],
