@@ -1,0 +1,231 @@
+"""Writes the tables of README.md and docs from the stored results that they show.
+
+    python tools/results_tables.py [--check]
+
+A table stands between the lines `<!-- table NAME -->` and `<!-- end -->`. Its figures are those of
+a file in docs/results, which is what a run or a tool wrote. With `--check` nothing is written, and
+the exit status is 1 if a table is not what its results say.
+"""
+
+import argparse
+import json
+import pathlib
+import re
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+ROOT = pathlib.Path(__file__).parents[1]
+DOCUMENTS = ("README.md", "docs/results.md")
+_PLACE = re.compile(r"(<!-- table (\S+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
+
+MISSING = "–"
+
+Row = Mapping[str, Any]
+Columns = Mapping[str, Callable[[Row], str]]
+
+# Methods as a reader knows them.
+LABELS = {
+  "diffrate": "searched, tokens",
+  "diffrate[what=widths]": "searched, widths",
+  "diffrate[what=both]": "searched, tokens and widths",
+  "tome": "ToMe",
+  "evit": "EViT",
+  "uniform": "one count, pruned",
+  "uniform_merge": "one count, merged",
+  "linear": "linear, pruned",
+  "linear_merge": "linear, merged",
+  "random": "random",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser.add_argument("--check", action="store_true", help="write nothing, compare")
+  args = parser.parse_args(argv)
+  stale = 0
+  for name in DOCUMENTS:
+    path = ROOT / name
+    there = path.read_text(encoding="utf-8")
+    wanted = filled(there)
+    if there != wanted:
+      stale += 1
+      print(f"{name}: {'differs from docs/results' if args.check else 'written'}")
+      if not args.check:
+        path.write_text(wanted, encoding="utf-8")
+  return int(args.check and stale > 0)
+
+
+def filled(text: str) -> str:
+  """Returns a document with every table as its results say."""
+  return _PLACE.sub(lambda place: place[1] + TABLES[place[2]]() + place[4], text)
+
+
+def stored(file: str) -> list[Row]:
+  """Returns the rows of a file in docs/results."""
+  found: list[Row] = json.loads((ROOT / "docs/results" / file).read_text("utf-8"))["rows"]
+  return found
+
+
+def table(columns: Columns, rows: Sequence[Row]) -> str:
+  """Returns a table in Markdown, the first column to the left, figures to the right."""
+  rules = ["---"] + ["--:"] * (len(columns) - 1)
+  lines = [f"| {' | '.join(columns)} |", f"|{'|'.join(rules)}|"]
+  for row in rows:
+    lines.append(f"| {' | '.join(column(row) for column in columns.values())} |")
+  return "\n".join(lines) + "\n"
+
+
+def label(row: Row) -> str:
+  """Returns what a reader calls a row."""
+  if "plan" in row:
+    return "the authors' plan"
+  method = row["name"].partition("@")[0].removesuffix("+finetune")
+  known = LABELS.get(method, method)
+  return f"{known}, tuned" if "+finetune" in row["name"] else known
+
+
+def number(key: str, spec: str) -> Callable[[Row], str]:
+  """Returns a column of a figure, with its standard error if that is stored."""
+
+  def column(row: Row) -> str:
+    value, error = row.get(key), row.get(f"{key}_se")
+    if value is None:
+      return MISSING
+    return f"{value:{spec}}" + ("" if error is None else f" ± {error:{spec.removeprefix('+')}}")
+
+  return column
+
+
+def plain(key: str, spec: str) -> Callable[[Row], str]:
+  """Returns a column of a figure without its error."""
+  return lambda row: MISSING if row.get(key) is None else f"{row[key]:{spec}}"
+
+
+def by_cost(rows: Sequence[Row]) -> list[Row]:
+  """Sorts rows by falling cost, those of one budget, which differ by less than 1 %, by loss."""
+  groups: list[list[Row]] = []
+  for row in sorted(rows, key=lambda row: -row["gmacs"]):
+    if not groups or row["gmacs"] < 0.99 * groups[-1][0]["gmacs"]:
+      groups.append([])
+    groups[-1].append(row)
+  return [row for group in groups for row in sorted(group, key=lambda row: -row["loss"])]
+
+
+def photos() -> str:
+  """All rows of the comparison on photos."""
+  columns = {
+    "plan": label,
+    "GMACs": plain("gmacs", ".3f"),
+    "params (M)": plain("params_m", ".2f"),
+    "top-1 (%)": plain("top1", ".1f"),
+    "cross-entropy": plain("loss", ".4f"),
+    "top-1 over tokens": number("top1_over_reference", "+.1f"),
+    "cross-entropy over tokens": number("loss_over_reference", "+.4f"),
+    "minutes": plain("minutes", ".1f"),
+  }
+  return table(columns, by_cost(stored("photos.json")))
+
+
+def reached() -> str:
+  """The rows of that comparison that README shows."""
+  columns = {
+    "DeiT-Tiny, 1,000 photos": label,
+    "GMACs": plain("gmacs", ".3f"),
+    "top-1 (%)": plain("top1", ".1f"),
+    "cross-entropy": plain("loss", ".3f"),
+  }
+  rows = [row for row in stored("photos.json") if "+finetune" not in row["name"]]
+  shown = [row for row in rows if row["gmacs"] < 0.66 or row["name"] == "dense"]
+  return table(columns, by_cost(shown))
+
+
+def clip() -> str:
+  """Embeddings of CLIP's image tower; the search there is of tokens and widths."""
+  columns = {
+    "plan": lambda row: label({"name": row["name"].replace("diffrate", "diffrate[what=both]")}),
+    "GMACs": plain("gmacs", ".2f"),
+    "params (M)": plain("params_m", ".1f"),
+    "cosine to dense": plain("cosine", ".4f"),
+    "top-1 of a linear classifier (%)": number("top1", ".1f"),
+  }
+  return table(columns, stored("clip.json"))
+
+
+def quickstart() -> str:
+  """What the quick start prints."""
+  rows = stored("quickstart.json")
+  columns = {
+    "model": name,
+    "top-1 (%)": number("top1", ".1f"),
+    "cross-entropy": number("loss", ".4f"),
+    "of dense MACs": share(rows),
+  }
+  return table(columns, rows)
+
+
+def small_off_the_shelf() -> str:
+  """The small model without fine-tuning."""
+  rows = stored("off_the_shelf.json")
+  columns = {
+    "model": name,
+    "top-1 (%)": plain("top1", ".2f"),
+    "cross-entropy": plain("loss", ".4f"),
+    "top-1 over DiffRate": number("top1_over_reference", "+.2f"),
+    "cross-entropy over DiffRate": number("loss_over_reference", "+.4f"),
+    "of dense MACs": share(rows),
+  }
+  return table(columns, rows)
+
+
+def small_finetuned() -> str:
+  """The small model, fine-tuned under every method."""
+  rows = stored("finetuned.json")
+  columns = {
+    "method": lambda row: name(row).partition("+")[0],
+    "top-1 (%)": number("top1", ".2f"),
+    "cross-entropy": number("loss", ".4f"),
+    "top-1 over DiffRate": number("top1_over_reference", "+.2f"),
+    "cross-entropy over DiffRate": number("loss_over_reference", "+.4f"),
+    "of dense": share(rows),
+    "params (M)": plain("params_m", ".4g"),
+  }
+  return table(columns, rows)
+
+
+def small_ablation() -> str:
+  """What the search of the small model gains by its parts."""
+  columns = {
+    "search": lambda row: f"`{name(row).partition('@')[0]}`",
+    "top-1 (%)": number("top1", ".2f"),
+    "cross-entropy": number("loss", ".4f"),
+    "top-1 over the first": number("top1_over_reference", "+.2f"),
+    "cross-entropy over the first": number("loss_over_reference", "+.4f"),
+  }
+  return table(columns, stored("ablation.json"))
+
+
+def name(row: Row) -> str:
+  """Returns a row's name, as a run prints it."""
+  return str(row["name"])
+
+
+def share(rows: Sequence[Row]) -> Callable[[Row], str]:
+  """Returns a column of the share of the dense model's multiply-accumulates."""
+  dense = next(row["gmacs"] for row in rows if row["name"] == "dense")
+  return lambda row: f"{100 * row['gmacs'] / dense:.1f} %"
+
+
+TABLES = {
+  "photos": photos,
+  "reached": reached,
+  "clip": clip,
+  "quickstart": quickstart,
+  "small_off_the_shelf": small_off_the_shelf,
+  "small_finetuned": small_finetuned,
+  "small_ablation": small_ablation,
+}
+
+
+if __name__ == "__main__":
+  sys.exit(main())
