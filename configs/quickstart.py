@@ -1,4 +1,4 @@
-"""Quick start: compresses a small ViT to 35 % of its MACs in a minute or two on two CPU cores.
+"""Quick start: compresses a small ViT to 35 % of its MACs in two to three minutes on two CPU cores.
 
     python -m vitcomp_jax.main --config configs/quickstart.py
 
