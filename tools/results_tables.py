@@ -102,6 +102,14 @@ def plain(key: str, spec: str) -> Callable[[Row], str]:
   return lambda row: MISSING if row.get(key) is None else f"{row[key]:{spec}}"
 
 
+def differences(reference: str, points: str) -> dict[str, Callable[[Row], str]]:
+  """Returns the columns of the paired differences from a reference; `points` formats top-1's."""
+  return {
+    f"top-1 over {reference}": number("top1_over_reference", points),
+    f"cross-entropy over {reference}": number("loss_over_reference", "+.4f"),
+  }
+
+
 def by_cost(rows: Sequence[Row]) -> list[Row]:
   """Sorts rows by falling cost, those of one budget, which differ by less than 1 %, by loss."""
   groups: list[list[Row]] = []
@@ -120,8 +128,7 @@ def photos() -> str:
     "params (M)": plain("params_m", ".2f"),
     "top-1 (%)": plain("top1", ".1f"),
     "cross-entropy": plain("loss", ".4f"),
-    "top-1 over tokens": number("top1_over_reference", "+.1f"),
-    "cross-entropy over tokens": number("loss_over_reference", "+.4f"),
+    **differences("tokens", "+.1f"),
     "minutes": plain("minutes", ".1f"),
   }
   return table(columns, by_cost(stored("photos.json")))
@@ -171,8 +178,7 @@ def small_off_the_shelf() -> str:
     "model": name,
     "top-1 (%)": plain("top1", ".2f"),
     "cross-entropy": plain("loss", ".4f"),
-    "top-1 over DiffRate": number("top1_over_reference", "+.2f"),
-    "cross-entropy over DiffRate": number("loss_over_reference", "+.4f"),
+    **differences("DiffRate", "+.2f"),
     "of dense MACs": share(rows),
   }
   return table(columns, rows)
@@ -185,8 +191,7 @@ def small_finetuned() -> str:
     "method": lambda row: name(row).partition("+")[0],
     "top-1 (%)": number("top1", ".2f"),
     "cross-entropy": number("loss", ".4f"),
-    "top-1 over DiffRate": number("top1_over_reference", "+.2f"),
-    "cross-entropy over DiffRate": number("loss_over_reference", "+.4f"),
+    **differences("DiffRate", "+.2f"),
     "of dense": share(rows),
     "params (M)": plain("params_m", ".4g"),
   }
@@ -199,8 +204,7 @@ def small_ablation() -> str:
     "search": lambda row: f"`{name(row).partition('@')[0]}`",
     "top-1 (%)": number("top1", ".2f"),
     "cross-entropy": number("loss", ".4f"),
-    "top-1 over the first": number("top1_over_reference", "+.2f"),
-    "cross-entropy over the first": number("loss_over_reference", "+.4f"),
+    **differences("the first", "+.2f"),
   }
   return table(columns, stored("ablation.json"))
 
