@@ -1,7 +1,7 @@
 """Draws which patches of a photo each method prunes and merges, at one cost, layer by layer.
 
-    python tools/photo_token_maps.py WEIGHTS DIR --photo 923 --title "bull mastiff" \
-      --credit "Foxcroft Academy, CC BY 2.0" --out docs/figures/token_maps.png
+    python tools/photo_token_maps.py WEIGHTS DIR --photo 937 --title "Dung beetle" \\
+      --credit "gailhampshire, CC BY 2.0" --out docs/figures/token_maps.png
 
 `WEIGHTS` are those of DeiT-Ti, `DIR` holds the TFDS data set `in1k_photos`, and the photo is one of
 its `validation`. DiffRate's plan is its authors'; the others are made for the same cost.
