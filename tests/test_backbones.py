@@ -118,7 +118,8 @@ def test_from_a_search_to_an_export(kind, tmp_path, monkeypatch, optax_promotion
     # Alike in all of a wide padding, tokens would be equally important; and convolutions are most.
     config.data.name, config.data.pad, config.budget.fraction = "fake", 0, 0.95
   config.evaluate.baselines = ("uniform_merge", "tome", "evit")
-  config.search.importance = "mean_attention" if kind == "dinov2_reg4" else "auto"
+  importance = {"clip": "cls", "siglip": "pool_query"}.get(kind, "mean_attention")
+  config.search.importance = importance
   run = run_stages(from_config_dict(config), tmp_path / "run", config.stages)
   rows = {
     row["name"]: row["gmacs"] for row in strict_json.read(tmp_path / "run/result.json")["rows"]
@@ -127,8 +128,7 @@ def test_from_a_search_to_an_export(kind, tmp_path, monkeypatch, optax_promotion
   assert all(
     rows[name] == pytest.approx(rows["diffrate"], rel=0.05) for name in rows if name != "dense"
   )
-  expected = {"clip": "cls", "siglip": "pool_query"}.get(kind, "mean_attention")
-  assert {layer.reduce.importance for layer in run.artefacts.layers} == {expected}
+  assert {layer.reduce.importance for layer in run.artefacts.layers} == {importance}
   (artefact,) = strict_json.read(tmp_path / "run/export/manifest.json")["artefacts"]
   assert artefact["compared"]["differing"] <= 3
   PIL.Image.new("RGB", (40, 40), "red").save(tmp_path / "image.png")
