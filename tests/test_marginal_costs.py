@@ -63,4 +63,4 @@ def test_a_workdir_of_a_search_is_measured(tmp_path, monkeypatch, capsys, optax_
 
 def test_a_folder_without_a_search_is_refused(tmp_path, capsys):
   assert marginal_costs.main([str(tmp_path)]) == 2
-  assert f"{tmp_path}: expected the workdir of a finished search" in capsys.readouterr().err
+  assert f"{tmp_path}: expected the workdir of a run" in capsys.readouterr().err

@@ -151,7 +151,7 @@ def test_names_of_imagenet():
       "0.png",
       "expected an export's folder or a file in it, got none",
     ),
-    (["--workdir", "nowhere"], "0.png", "expected a run"),
+    (["--workdir", "nowhere"], "0.png", "expected the workdir of a run"),
     (["--weights", "bundled", "--variant", MINI, "--top", "0"], "0.png", "--top"),
   ],
 )

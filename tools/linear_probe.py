@@ -19,9 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from vitcomp_jax import strict_json
 from vitcomp_jax.atomic import write_json
-from vitcomp_jax.config import from_config_dict
 from vitcomp_jax.data import loader
 from vitcomp_jax.data.dataset import Dataset
 from vitcomp_jax.data.transforms import normalize
@@ -30,7 +28,7 @@ from vitcomp_jax.models.build import build
 from vitcomp_jax.paths import expand
 from vitcomp_jax.results import Row, environment
 from vitcomp_jax.runs import table
-from vitcomp_jax.runs.run import Run, open_run
+from vitcomp_jax.runs.run import Run, finished_run
 from vitcomp_jax.scoring import measured
 
 _DECAY = 1e-4  # of the squared weights: enough for the fit to have one minimum
@@ -43,11 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   parser.add_argument("--json", help="where to write the result")
   args = parser.parse_args(argv)
   try:
-    path = pathlib.Path(expand(args.workdir))
-    if not (path / "config.json").exists():
-      raise UserError(f"{path}: expected the workdir of a run, got none.")
-    config = from_config_dict(strict_json.read(path / "config.json")["config"])
-    found = measure(open_run(config, path))
+    found = measure(finished_run(pathlib.Path(expand(args.workdir))))
     if args.json:
       write_json(pathlib.Path(expand(args.json)), found)
   except UserError as error:

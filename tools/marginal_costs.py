@@ -20,9 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vitcomp_jax import strict_json
 from vitcomp_jax.atomic import write_json
-from vitcomp_jax.config import from_config_dict
 from vitcomp_jax.errors import UserError
 from vitcomp_jax.methods.diffrate.rates import Arch, ShareRates
 from vitcomp_jax.methods.widths.lists import HIDDEN, QK, VALUE
@@ -30,7 +28,7 @@ from vitcomp_jax.models.layer_trees import of_layer
 from vitcomp_jax.models.spec import LayerSpec, ViTSpec
 from vitcomp_jax.paths import expand
 from vitcomp_jax.results import environment
-from vitcomp_jax.runs.run import Run, open_run
+from vitcomp_jax.runs.run import Run, finished_run
 from vitcomp_jax.stages import search
 from vitcomp_jax.training.step import with_rows
 
@@ -58,10 +56,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _opened(path: pathlib.Path) -> Run:
-  """Opens the workdir of a finished search with the config that it was made with."""
-  if not (path / "plan.json").exists() or not (path / "config.json").exists():
-    raise UserError(f"{path}: expected the workdir of a finished search, got none.")
-  run = open_run(from_config_dict(strict_json.read(path / "config.json")["config"]), path)
+  """Opens the workdir of a finished search of shares."""
+  run = finished_run(path, ["search"])
   if run.config.search.recipe != "ours":
     raise UserError(f"{path}: expected a search with recipe=ours, whose rates are shares.")
   return run

@@ -16,8 +16,7 @@ from typing import NoReturn
 
 import numpy as np
 
-from vitcomp_jax import api, paths, scoring, strict_json
-from vitcomp_jax.config import from_config_dict
+from vitcomp_jax import api, paths, scoring
 from vitcomp_jax.data import class_names, sources
 from vitcomp_jax.data.transforms import Preprocess, evaluation_image, normalize
 from vitcomp_jax.errors import UserError
@@ -26,7 +25,7 @@ from vitcomp_jax.models.backbone import Backbone
 from vitcomp_jax.models.build import build
 from vitcomp_jax.plans import load_plan
 from vitcomp_jax.reporting import model_plots, plots
-from vitcomp_jax.runs.run import make_run
+from vitcomp_jax.runs.run import finished_run
 from vitcomp_jax.weights import loading
 
 _BATCH = 32  # images per batch
@@ -140,16 +139,7 @@ def _from_export(path: str) -> Classifier:
 
 def _from_run(workdir: pathlib.Path) -> Classifier:
   """Returns the model of a finished run, with its plan, weights and classes."""
-  path = workdir / "config.json"
-  if not path.is_file():
-    raise UserError(f"--workdir {workdir}: expected a run, got no config.json there.")
-  config = strict_json.read(path).get("config")
-  if not isinstance(config, dict):
-    raise UserError(f"{path}: expected a run's config, got none.")
-  run = make_run(from_config_dict(config), workdir)
-  left = [stage for stage in run.config.stages if not run.workdir.is_finished(stage)]
-  if left:
-    raise UserError(f"--workdir {workdir}: expected a finished run, got no end of {left[0]}.")
+  run = finished_run(workdir)
   inputs, artefacts = run.inputs, run.artefacts
   names = inputs.names.recorded or inputs.class_names
   model = build(inputs.spec, artefacts.layers)

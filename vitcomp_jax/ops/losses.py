@@ -75,18 +75,20 @@ def feature_divergence(
       at least.
     teacher: The teacher's features, of the same shape and precision.
   """
-  teacher = _at_least_float32(teacher).reshape(len(teacher), -1)
-  features = _at_least_float32(features).reshape(len(features), -1)
+  features, teacher = _flat(features), _flat(teacher)
   square = jnp.sum((features - teacher) ** 2, axis=1)
   return jnp.mean(square / jnp.sum(teacher**2, axis=1))
 
 
 def cosine(features: Float[Array, "b ..."], teacher: Float[Array, "b ..."]) -> Float[Array, ""]:
   """Computes the cosine of the angle to the teacher's features; arguments as above."""
-  teacher = _at_least_float32(teacher).reshape(len(teacher), -1)
-  features = _at_least_float32(features).reshape(len(features), -1)
+  features, teacher = _flat(features), _flat(teacher)
   norms = jnp.linalg.norm(features, axis=1) * jnp.linalg.norm(teacher, axis=1)
   return jnp.mean(jnp.sum(features * teacher, axis=1) / norms)
+
+
+def _flat(features: Float[Array, "b ..."]) -> Float[Array, "b d"]:
+  return _at_least_float32(features).reshape(len(features), -1)
 
 
 def _at_least_float32(x: Float[Array, "..."]) -> Float[Array, "..."]:

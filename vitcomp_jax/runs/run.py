@@ -4,7 +4,9 @@ import dataclasses
 import pathlib
 from collections.abc import Sequence
 
-from vitcomp_jax.config import Config
+from vitcomp_jax import strict_json
+from vitcomp_jax.config import Config, from_config_dict
+from vitcomp_jax.errors import UserError
 from vitcomp_jax.runs.artefacts import Artefacts
 from vitcomp_jax.runs.class_names import ClassNames, Splits
 from vitcomp_jax.runs.inputs import Inputs
@@ -66,3 +68,26 @@ def open_run(config: Config, path: pathlib.Path, running: Sequence[str] = ()) ->
   """
   check_resumable(Workdir(path), config, other_rows="compare" in running)
   return make_run(config, path, running)
+
+
+def finished_run(path: pathlib.Path, stages: Sequence[str] = ()) -> Run:
+  """Opens the workdir of a finished run.
+
+  Args:
+    path: Path of the workdir.
+    stages: Stages that have to be finished; empty for those of the run's config.
+
+  Raises:
+    UserError: If it is not the workdir of a run, or one of the stages has not finished.
+  """
+  file = path / "config.json"
+  if not file.is_file():
+    raise UserError(f"{path}: expected the workdir of a run, got no config.json in it.")
+  config = strict_json.read(file).get("config")
+  if not isinstance(config, dict):
+    raise UserError(f"{file}: expected a run's config, got none.")
+  run = make_run(from_config_dict(config), path)
+  left = [stage for stage in stages or run.config.stages if not run.workdir.is_finished(stage)]
+  if left:
+    raise UserError(f"{path}: expected a finished run, got no end of {left[0]}; run it to its end.")
+  return run
