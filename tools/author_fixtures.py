@@ -1,10 +1,11 @@
-"""Writes the tiny models under their authors' names that tests read.
+"""Writes tiny models with their authors' tensor names, for the tests.
 
     python tools/author_fixtures.py [NAME ...]
 
-rewrites folders below `tests/weights/peers/authors`, as `open_clip_fixtures.py` describes. timm
-makes the models. Their tensors are renamed as the authors name them; where timm reads the authors'
-files, its own conversion must give back what was renamed. It needs PyTorch and timm.
+rewrites folders below `tests/weights/peers/authors`; `open_clip_fixtures.py` describes their
+content. The models are created with timm, and their tensors are renamed to the authors' names. If
+timm can read the authors' files, its own conversion must restore the original names. The script
+needs PyTorch and timm.
 """
 
 import timm
@@ -15,7 +16,7 @@ from timm.models.vision_transformer import VisionTransformer
 
 
 def dino() -> None:
-  """A training checkpoint's teacher: the backbone beside the projection."""
+  """Writes the teacher of a training checkpoint: a backbone and a projection."""
 
   def change(state: State) -> State:
     return state | {"head.mlp.0.weight": drawn(8, 16), "head.last_layer.weight_g": drawn(8, 1)}
@@ -43,7 +44,7 @@ def mae() -> None:
 
 
 def i_jepa() -> None:
-  """The averaged encoder, as it is read from a checkpoint: the mean of its patches, normed."""
+  """Writes the averaged encoder as in a checkpoint; it pools by a mean of normalized patches."""
   options = {"class_token": False, "global_pool": "avg", "fc_norm": False, "num_classes": 0}
   model = VisionTransformer(**SIZES, **options)
   rules = ((r"^", "target_encoder.module."),)
@@ -51,7 +52,7 @@ def i_jepa() -> None:
 
 
 def deit3() -> None:
-  """Names that timm's Eva has too: the user says the rest."""
+  """Writes names that timm's Eva uses too, so that the user has to specify the rest."""
   model = VisionTransformer(**SIZES, num_classes=5, init_values=0.1, no_embed_class=True)
   rules = ((r"\.ls([12])\.gamma$", r".gamma_\1"),)
   fields = HEADS | {"norm_eps": 1e-6, "activation": "gelu", "pool": "cls"}
@@ -68,7 +69,7 @@ def dinov2() -> None:
 
 
 def dinov2_registers() -> None:
-  """As the giant model: SwiGLU in one projection, registers, positions of CLS apart in timm."""
+  """Writes a model like the giant one: packed SwiGLU, registers, separate CLS position."""
   mlp = {"mlp_layer": timm.layers.SwiGLUPacked, "act_layer": torch.nn.SiLU}
   registers = {"reg_tokens": 3, "no_embed_class": True}
   model = VisionTransformer(**SIZES, num_classes=0, init_values=0.1, **mlp, **registers)
@@ -88,7 +89,7 @@ def dinov2_registers() -> None:
 
 
 def dinov2_training() -> None:
-  """Layers in chunks, beside the projections of training."""
+  """Writes layers in chunks, together with projections that only training uses."""
   model = VisionTransformer(**SIZES, num_classes=0, init_values=0.1)
   rules = ((r"^blocks\.(\d)\.", r"blocks.0.\1."), (r"^", "backbone."))
 
@@ -99,7 +100,7 @@ def dinov2_training() -> None:
 
 
 class _LinearHead(torch.nn.Module):
-  """Classifies the CLS token beside the mean of patches, as DINOv2's classifiers of one layer."""
+  """Classifies CLS concatenated with the mean of patches, as DINOv2's one-layer classifiers do."""
 
   def __init__(self) -> None:
     super().__init__()

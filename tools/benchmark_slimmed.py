@@ -1,9 +1,9 @@
-"""Times DeiT-S with half of its attention dimensions and hidden units cut at random.
+"""Times DeiT-S after half of its attention dimensions and hidden units are cut at random.
 
     python tools/benchmark_slimmed.py [--batch 16] [--rounds 7]
 
-The models are timed in turns, so that other load on the machine affects all alike; medians are
-compared. The masks are random, as the choice of units does not change the speed.
+The models are timed in turn, so that other load on the machine affects all of them equally, and
+medians are compared. The masks are random, because the choice of units does not affect the speed.
 """
 
 import argparse

@@ -1,10 +1,10 @@
-"""Measures the off-the-shelf table of docs/results.md again, and compares.
+"""Measures the off-the-shelf table of docs/results.md again, and compares the results.
 
     python tools/prepare_fashion_mnist.py
     python tools/check_results.py [--workdir runs/again]
 
-It uses the bundled weights and plans, without a search. The exit status is 1 if a top-1 accuracy
-differs by more than 0.05 points.
+The tool uses the bundled weights and plans, and runs no search. The exit status is 1 if any top-1
+accuracy differs by more than 0.05 points.
 """
 
 import argparse
@@ -35,7 +35,7 @@ def compare_config() -> Any:
 
 
 def compare(measured: Mapping[str, Any], again: Mapping[str, Any]) -> int:
-  """Prints both accuracies of every row; returns 1 if one is missing or differs, else 0."""
+  """Prints both accuracies of every row; returns 1 if any is missing or differs, otherwise 0."""
   found = {row["name"]: row["top1"] for row in again["rows"]}
   wrong = 0
   for row in measured["rows"]:

@@ -1,9 +1,9 @@
-"""Prints the collective operations of one training step, from the program that XLA compiled.
+"""Prints the collective operations of one training step, from the program that XLA compiles.
 
   python tools/collectives.py --config configs/diffrate_vits.py --stage search --devices 8
 
-The step is compiled for virtual CPU devices and not run. The data are generated and the weights
-random; everything else is taken from the config, whose keys `--config.KEY=VALUE` changes.
+The step is compiled for virtual CPU devices, but not run. The data are synthetic and the weights
+are random; everything else comes from the config. `--config.KEY=VALUE` overrides a key.
 """
 
 import argparse
@@ -34,7 +34,7 @@ def _size(kind: str, sides: str) -> int:
 
 def compiled_step(options: list[str], stage: str, batch_size: int) -> str:
   """Compiles a stage's first step, and returns the program's text."""
-  # Imported only here, when the number of devices is set.
+  # Imported here, after the number of devices has been set.
   from vitcomp_jax import main, stages
   from vitcomp_jax.runs.run import open_run
 

@@ -1,8 +1,8 @@
-"""Prints what each dependency takes on disk, as Markdown tables for docs/install.md.
+"""Prints the size of each dependency on disk, as Markdown tables for docs/install.md.
 
     python -m tools.dependency_sizes
 
-Sizes are those of the installed files of this environment, without bytecode, in 1e6 bytes.
+Sizes are those of the files installed in this environment, without bytecode, in 1e6 bytes.
 """
 
 import functools
@@ -15,7 +15,7 @@ from packaging.utils import canonicalize_name
 
 @functools.cache
 def required(name: str, extra: str = "") -> frozenset[tuple[str, str]]:
-  """Returns what a package requires here, each with one of its extras or none."""
+  """Returns the requirements of a package here, each with one of its extras or none."""
   found = set()
   for text in importlib.metadata.requires(name) or ():
     wanted = Requirement(text)
@@ -28,7 +28,7 @@ def required(name: str, extra: str = "") -> frozenset[tuple[str, str]]:
 
 
 def installed(roots: Iterable[tuple[str, str]]) -> set[str]:
-  """Returns the packages that an installation of some brings along, them included."""
+  """Returns the given packages and all packages that are installed with them."""
   seen, left = set(), list(roots)
   while left:
     each = left.pop()
@@ -40,7 +40,7 @@ def installed(roots: Iterable[tuple[str, str]]) -> set[str]:
 
 @functools.cache
 def megabytes(name: str) -> float:
-  """Returns the size of a package's files; 0 for one that is not installed."""
+  """Returns the size of a package's files; 0 if it is not installed."""
   try:
     files = importlib.metadata.files(name) or ()
   except importlib.metadata.PackageNotFoundError:
@@ -50,11 +50,11 @@ def megabytes(name: str) -> float:
 
 
 def table(extra: str, base: set[str]) -> str:
-  """Returns the rows of what the library or one of its extras requires, the largest first.
+  """Returns table rows for the requirements of the library or an extra, largest first.
 
   Args:
     extra: The extra; empty for what is always installed.
-    base: Packages that are there anyway.
+    base: Packages that are installed in any case.
   """
   roots = required("vitcomp_jax", extra)
   names = {name for name, _ in roots} - base
@@ -77,7 +77,7 @@ def _total(names: Iterable[str]) -> float:
 
 
 def _listed(names: Iterable[str]) -> str:
-  """Returns the names and sizes of what takes a megabyte or more, and how many are smaller."""
+  """Returns names and sizes of packages from one megabyte up, and the number of smaller ones."""
   ordered = sorted(names, key=megabytes, reverse=True)
   large = [f"{name} {megabytes(name):.1f}" for name in ordered if megabytes(name) >= 1]
   small = len(ordered) - len(large)

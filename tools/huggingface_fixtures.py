@@ -1,11 +1,11 @@
-"""Writes the tiny models of Hugging Face transformers that tests read.
+"""Writes tiny models of Hugging Face transformers for the tests.
 
     python tools/huggingface_fixtures.py [FOLDER] [NAME ...]
 
-writes `FOLDER/NAME/` (`tests/weights/peers/huggingface` by default): a model with random parameters
-as `save_pretrained` writes it; and `expected.npz` with images, f32[b h w c], and what transformers
-makes of them: `logits` (a classifier's, or the features that this library takes) and `tokens` (its
-last hidden state). It needs PyTorch and transformers, unlike everything else here.
+writes `FOLDER/NAME/` (`tests/weights/peers/huggingface` by default). The folder has a model with
+random parameters as `save_pretrained` writes it, and `expected.npz` with images, f32[b h w c], and
+transformers' outputs for them: `logits` (of a classifier, or the features that this library uses)
+and `tokens` (the last hidden state). The script needs PyTorch and transformers.
 """
 
 import pathlib
@@ -43,7 +43,7 @@ DECODER = {
   "decoder_intermediate_size": 8,
 }
 
-# Class, changes of its configuration (of CLIP's and SigLIP's towers by `vision_config`).
+# Class, and changes to its configuration (for towers of CLIP and SigLIP, to `vision_config`).
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
   "vit": ("ViTModel", {"qkv_bias": False, "layer_norm_eps": 1e-3}),
   "vit_classifier": ("ViTForImageClassification", {**LABELS, "image_size": [12, 20]}),
@@ -111,16 +111,16 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     {**LABELS, "use_relative_position_bias": True},
   ),
 }
-# Saved by the names of the state dict, which `save_pretrained` changes to those of version 4.
+# Saved with the names of the state dict, which `save_pretrained` changes to those of version 4.
 IN_MEMORY = {"deit", "dinov2_registers", "dinov3_gated", "beit", "beit_cls", "mae_pretraining"}
-# Features that a class without a classifier puts out itself; others' are those of the CLS token.
+# Classes that output pooled features themselves; for others, the CLS token is used.
 POOLED = ("Siglip", "Siglip2", "Beit", "Data2VecVision", "CLIP")
 
 
 def config_of(
   name: str, changes: dict[str, Any], sizes: dict[str, Any]
 ) -> transformers.PretrainedConfig:
-  """Makes the configuration of a class's tiny model."""
+  """Returns the configuration of a tiny model of a class."""
   kind = getattr(transformers, name).config_class
   if name.startswith("Siglip2"):
     sizes = {key: value for key, value in sizes.items() if key != "image_size"}
@@ -133,7 +133,7 @@ def config_of(
 
 
 def randomise(model: torch.nn.Module) -> None:
-  """Draws every parameter, also those that start at zero or one."""
+  """Draws every parameter, including those that are initialized to zero or one."""
   generator = torch.Generator().manual_seed(2)
   for name, parameter in model.named_parameters():
     drawn = torch.randn(parameter.shape, generator=generator) * 0.3
@@ -142,7 +142,7 @@ def randomise(model: torch.nn.Module) -> None:
 
 
 def expected(model: torch.nn.Module, images: torch.Tensor) -> dict[str, torch.Tensor]:
-  """Returns what transformers makes of images."""
+  """Returns transformers' outputs for images."""
   name, grid = type(model).__name__, images.shape[2] // 4
   inputs: dict[str, Any] = {"pixel_values": images}
   if name.startswith("Siglip2"):
@@ -153,7 +153,7 @@ def expected(model: torch.nn.Module, images: torch.Tensor) -> dict[str, torch.Te
       "pixel_attention_mask": torch.ones(b, grid * grid, dtype=torch.int32),
       "spatial_shapes": torch.tensor([[grid, grid]] * b),
     }
-  if name.startswith("ViTMAE"):  # in order, where nothing is masked
+  if name.startswith("ViTMAE"):  # keeps the patches in order; nothing is masked
     inputs["noise"] = torch.arange(grid * grid, dtype=torch.float32).repeat(len(images), 1)
   towers = {"ForPreTraining": "vit", "ForMaskedImageModeling": model.base_model_prefix}
   encoder = next((getattr(model, at) for end, at in towers.items() if name.endswith(end)), model)
@@ -186,9 +186,9 @@ def write(folder: pathlib.Path, name: str, sizes: dict[str, Any] | None = None) 
   """Writes one model.
 
   Args:
-    folder: Where its folder goes.
+    folder: Parent of the model's folder.
     name: A key of `MODELS`.
-    sizes: Other sizes than `SIZES`.
+    sizes: Sizes that override `SIZES`.
   """
   kind, changes = MODELS[name]
   folder = folder / name
@@ -196,7 +196,7 @@ def write(folder: pathlib.Path, name: str, sizes: dict[str, Any] | None = None) 
   config = config_of(kind, changes, SIZES | (sizes or {}))
   model = getattr(transformers, kind)(config).eval()
   randomise(model)
-  # Files of half the size; what is expected is of these values in single precision.
+  # This halves the file size; the expected outputs use these values in single precision.
   for parameter in model.parameters():
     parameter.data = parameter.data.half()
   if name in IN_MEMORY:

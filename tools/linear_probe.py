@@ -1,11 +1,11 @@
-"""Judges the embeddings of a run's models by one linear classifier, fitted to the dense model's.
+"""Evaluates the embeddings of a run's models with a linear probe of the dense model.
 
     python tools/linear_probe.py runs/NAME [--json FILE]
 
-`runs/NAME` is the workdir of a run with the stage `evaluate`, whose data have labels; the model
-need not know their classes. Logistic regression is fitted to the dense model's embeddings of the
-training images, of unit length as CLIP compares them; it then classifies all models' embeddings of
-the evaluation images.
+`runs/NAME` is the workdir of a run with the stage `evaluate` and labelled data; the model need not
+know the classes. The tool fits a logistic regression to the dense model's embeddings of the
+training images, normalized to unit length as in CLIP. It then applies this classifier to all
+models' embeddings of the evaluation images.
 """
 
 import argparse
@@ -31,8 +31,8 @@ from vitcomp_jax.runs import table
 from vitcomp_jax.runs.run import Run, finished_run
 from vitcomp_jax.scoring import measured
 
-_DECAY = 1e-4  # of the squared weights: enough for the fit to have one minimum
-_FIT_STEPS = 200  # of L-BFGS; the gradient is near 0 long before
+_DECAY = 1e-4  # L2 penalty on the weights, large enough for a unique minimum
+_FIT_STEPS = 200  # of L-BFGS; the gradient is close to 0 long before the last
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -57,13 +57,13 @@ def _shown(row: dict[str, Any]) -> str:
 
 
 def measure(run: Run) -> dict[str, Any]:
-  """Returns top-1 by the linear classifier, and the mean cosine, of every model of a run.
+  """Returns the linear classifier's top-1 and the mean cosine for every model of a run.
 
   Args:
     run: A run that has been evaluated.
 
   Raises:
-    UserError: If the data have no labels, or the model classifies them itself.
+    UserError: If the data have no labels, or the model has its own classifier.
   """
   spec, batch_size = run.inputs.spec, run.config.evaluate.batch_size
   if spec.has_classifier:
@@ -89,7 +89,7 @@ def measure(run: Run) -> dict[str, Any]:
 
 
 def _labelled(run: Run, split: str) -> Dataset:
-  """Opens a split with its labels, which a run of a model without a classifier leaves out."""
+  """Opens a split with its labels, which a run ignores if the model has no classifier."""
   data = loader.load(run.config.data, split, run.inputs.preprocess, run.config.seed)
   if not data.has_labels:
     raise UserError(f"{data.name}, split {data.split}: expected labels, got none.")
@@ -99,7 +99,7 @@ def _labelled(run: Run, split: str) -> Dataset:
 def embeddings(
   model: Any, params: Any, data: Dataset, batch_size: int
 ) -> tuple[np.ndarray, np.ndarray]:
-  """Returns embeddings of unit length, f32[n d], and labels, int32[n], of all readable images."""
+  """Returns unit-length embeddings, f32[n d], and labels, int32[n], of all readable images."""
   spec = model.spec
 
   @jax.jit

@@ -1,11 +1,11 @@
-"""Measures what a search pays for a multiply-accumulate, by layer and kind, at the plan it found.
+"""Measures the marginal cost of a search's plan, for each layer and kind of count.
 
     python tools/marginal_costs.py runs/NAME [--images 256] [--json FILE]
 
-`runs/NAME` is the workdir of a finished search with recipe=ours. The marginal cost is the rise of
-the task loss for each GMAC that is taken away from one count: the ratio of the gradients of loss
-and MACs that the search descends along, on images behind those of its steps. Where a search has
-come to rest, all are equal.
+`runs/NAME` is the workdir of a finished search with recipe=ours. The marginal cost of a count is
+the increase of the task loss for each GMAC removed by lowering this count. It is the ratio of the
+gradients of loss and MACs that the search descends along, measured on images that the search has
+not used. If a search has converged, all marginal costs are equal.
 """
 
 import argparse
@@ -64,11 +64,11 @@ def _opened(path: pathlib.Path) -> Run:
 
 
 def measure(run: Run, images: int) -> dict[str, Any]:
-  """Returns the marginal costs at a run's plan, with what they were measured on.
+  """Returns the marginal costs at a run's plan, and the conditions of the measurement.
 
   Args:
     run: Run of a finished search.
-    images: Number of images, in batches of the search's size.
+    images: Number of images, rounded up to batches of the search's size.
   """
   config, spec, layout = run.config.search, run.inputs.spec, run.inputs.layout
   trainer = search.trainer(run)
@@ -106,7 +106,7 @@ def plan_table(spec: ViTSpec, layers: Sequence[LayerSpec], rates: ShareRates) ->
 
 
 def _gradients(loss_fn: Callable[..., tuple[jax.Array, dict[str, jax.Array]]]) -> Gradients:
-  """Returns a function that computes the gradients of task loss and GMACs by the rates."""
+  """Returns a function that computes gradients of task loss and GMACs with respect to the rates."""
 
   @jax.jit
   def gradients(
@@ -133,7 +133,7 @@ def rows(
     spec: The model.
     rates: What is learnt.
     table: Counts at which the gradients were taken.
-    gradients: Gradients of task loss and GMACs by the rates, for each batch.
+    gradients: Gradients of task loss and GMACs with respect to the rates, for each batch.
   """
   found, before = [], spec.num_patches
   for i, counts in enumerate(table.astype(int).tolist()):
@@ -155,10 +155,10 @@ def rows(
 def _tokens(
   rates: ShareRates, before: int, prune: int, merge: int
 ) -> dict[str, tuple[tuple[str, ...], int, int]]:
-  """Returns rates that fall together to drop one more token, tokens kept, and those there were.
+  """Returns, by kind, the rates to lower together, the tokens kept, and the tokens before.
 
-  A rate of merging alone turns a kept token into a merged one. If that of pruning falls with it, as
-  many are merged as before, and one more is pruned.
+  Lowering only the merging rate turns a kept token into a merged one. If the pruning rate is
+  lowered too, the number of merged tokens does not change, and one more token is pruned.
   """
   if rates.options.actions == "both":
     pruned = (("prune", "merge"), prune, before)

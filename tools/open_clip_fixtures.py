@@ -1,11 +1,11 @@
-"""Writes the tiny models of OpenCLIP, and of timm's Eva and Beit, that tests read.
+"""Writes tiny models of OpenCLIP, and of timm's Eva and Beit, for the tests.
 
     python tools/open_clip_fixtures.py [NAME ...]
 
-rewrites folders below `tests/weights/peers`: a model with random parameters as its library saves
-it; `expected.npz`, what the library itself makes of the images that the test draws, as `logits` and
-`tokens` (after the last norm); and `fields.json`, with fields of the spec that nothing else tells.
-It needs PyTorch, timm and OpenCLIP, unlike everything else here.
+rewrites folders below `tests/weights/peers`. Each has a model with random parameters as its library
+saves it; `expected.npz` with the library's own outputs for the images that the test draws, `logits`
+and `tokens` (after the last norm); and `fields.json` with the fields of the spec that the other
+files do not contain. The script needs PyTorch, timm and OpenCLIP.
 """
 
 from typing import Any
@@ -26,7 +26,7 @@ def open_clip_tower(
   fields: Fields | None = None,
   **options: Any,
 ) -> None:
-  """Writes a whole CLIP of OpenCLIP, text tower and all."""
+  """Writes a full CLIP of OpenCLIP, including the text tower."""
   config = {"embed_dim": 12, "vision_cfg": tower, "text_cfg": TEXT, **options}
   torch.manual_seed(0)
   model = randomise(open_clip.CLIP(**config))
@@ -60,7 +60,7 @@ def open_clip_clipa() -> None:
 
 
 def open_clip_no_config() -> None:
-  """A bare state dict, of which the user says what the tensors do not."""
+  """Writes a bare state dict; the user has to specify what the tensors do not contain."""
   fields = {"activation": "gelu", "num_heads": 2, "norm_eps": 1e-5, "pool": "cls"}
   open_clip_tower("open_clip/no_config", OWN, with_config=False, fields=fields)
 
@@ -72,7 +72,7 @@ TOLD = {"num_heads": 2, "norm_eps": 1e-6, "activation": "gelu"}
 
 @timm.models.register_model
 def vit_little_tower(pretrained: bool = False, **options: Any) -> torch.nn.Module:
-  """A tower that OpenCLIP can ask timm for by name."""
+  """Returns a tower that OpenCLIP can create by its name in timm."""
   make = timm.models.vision_transformer._create_vision_transformer
   return make("test_vit", pretrained=pretrained, **TIMM | options)
 
@@ -85,20 +85,20 @@ def open_clip_timm() -> None:
   last = model.visual.trunk.norm
   fields = {"num_heads": 2, "image_size": [16, 16]}
   folder = write("open_clip/timm", model.visual, model.state_dict(), fields, last)
-  # The name of a model in timm, whose sizes are others.
+  # The name of a timm model with other sizes.
   tower["timm_model_name"] = "vit_tiny_patch16_224"
   config["vision_cfg"] = tower
   save_config_for_hf(model, folder / "open_clip_config.json", config)
 
 
 def timm_class(name: str, kind: type, last: str, fields: Fields, **options: Any) -> None:
-  """Writes a model of one of timm's classes under timm's names."""
+  """Writes a model of one of timm's classes with timm's names."""
   model = randomise(kind(**TIMM | {"num_classes": 5} | options))
   write(name, model, model.state_dict(), TOLD | fields, model.get_submodule(last))
 
 
 def timm_eva02() -> None:
-  """As EVA-02 with CLIP: no bias of keys, SwiGLU and inner norms, rotary positions."""
+  """Writes a model like EVA-02 CLIP: no key bias, SwiGLU, inner norms, rotary positions."""
   rotary = {"kind": "index", "reference": [3, 3]}
   timm_class(
     "timm/eva02",
@@ -111,12 +111,12 @@ def timm_eva02() -> None:
 
 
 def timm_eva_fused() -> None:
-  """As EVA: a mean of patches, normed."""
+  """Writes a model like EVA: the mean of patches, followed by a norm."""
   timm_class("timm/eva_fused", timm.models.eva.Eva, "blocks.1", {"pool": "size_mean"})
 
 
 def timm_eva_rope() -> None:
-  """As ViTs with mixed rotary positions: biases of queries, keys and values, layer scales."""
+  """Writes a ViT with mixed rotary positions, query, key and value biases, and layer scales."""
   timm_class(
     "timm/eva_rope",
     timm.models.eva.Eva,

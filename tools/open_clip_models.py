@@ -2,9 +2,9 @@
 
     python tools/open_clip_models.py
 
-rewrites `vitcomp_jax/bundled/open_clip_models.json` with what OpenCLIP's own configurations say of
-image towers, and with the preprocessing if all weights of a name agree on it. It needs OpenCLIP and
-timm, unlike everything else here.
+rewrites `vitcomp_jax/bundled/open_clip_models.json` from the image towers in OpenCLIP's own
+configurations. Preprocessing is included if all weights of a name agree on it. The script needs
+OpenCLIP and timm.
 """
 
 import json
@@ -16,7 +16,7 @@ import timm
 from open_clip.pretrained import get_pretrained_cfg, list_pretrained_tags_by_model
 
 FILE = pathlib.Path(__file__).parents[1] / "vitcomp_jax" / "bundled" / "open_clip_models.json"
-# OpenAI's names of its models, which are OpenCLIP's with QuickGELU.
+# OpenAI's names of its models, and their names in OpenCLIP, with QuickGELU.
 OPENAI = {
   "ViT-B/32": "ViT-B-32-quickgelu",
   "ViT-B/16": "ViT-B-16-quickgelu",
@@ -25,12 +25,12 @@ OPENAI = {
 }
 OPENAI_PREPROCESS = get_pretrained_cfg("ViT-B-32-quickgelu", "openai")
 PREPROCESS = ("mean", "std", "interpolation", "resize_mode")
-# timm's modules with towers that are plain; others have convolutions, windows or a class of theirs.
+# timm's modules with plain towers; others have convolutions, windows or their own model classes.
 PLAIN = ("timm.models.vision_transformer", "timm.models.eva")
 
 
 def table() -> dict[str, dict[str, Any]]:
-  """Returns a configuration as in `open_clip_config.json` by name."""
+  """Returns configurations by name, in the format of `open_clip_config.json`."""
   names = sorted(name for name in open_clip.list_models() if _is_plain(name))
   models = {name: _config(name) for name in names}
   preprocess = {"preprocess_cfg": {key: OPENAI_PREPROCESS[key] for key in PREPROCESS}}
@@ -48,7 +48,7 @@ def _config(name: str) -> dict[str, Any]:
   model = open_clip.get_model_config(name)
   kept = {key: model[key] for key in ("embed_dim", "quick_gelu", "vision_cfg") if key in model}
   tags = [get_pretrained_cfg(name, tag) for tag in list_pretrained_tags_by_model(name)]
-  if not tags:  # OpenCLIP trains with its defaults then
+  if not tags:  # then OpenCLIP trains with its defaults
     return {"model_cfg": kept, "preprocess_cfg": {}}
   found = [{key: tag[key] for key in PREPROCESS} for tag in tags]
   agreed = all(each == found[0] for each in found)

@@ -1,4 +1,4 @@
-"""Randomises models of other libraries, and writes them for tests; needs PyTorch."""
+"""Randomizes models of other libraries, and writes them for tests; needs PyTorch."""
 
 import json
 import pathlib
@@ -22,7 +22,7 @@ Rules = tuple[tuple[str, str], ...]
 
 
 def randomise(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
-  """Draws every parameter, also those that start at zero or one, as half precision has them."""
+  """Draws every parameter, even those that start at zero or one, rounded to half precision."""
   generator = torch.Generator().manual_seed(seed)
   for parameter in model.parameters():
     drawn = torch.randn(parameter.shape, generator=generator)
@@ -38,14 +38,14 @@ def write(
   fields: Fields,
   last: torch.nn.Module,
 ) -> pathlib.Path:
-  """Writes a folder with a model, and what the library that made it makes of images.
+  """Writes a folder with a model and the outputs of its own library for images.
 
   Args:
-    name: Of the folder, below `tests/weights/peers`.
-    model: Makes logits of images.
-    state: What the file holds.
-    fields: Fields of the spec that nothing in the folder tells.
-    last: Module whose output is the last tokens.
+    name: Name of the folder, below `tests/weights/peers`.
+    model: Model that computes logits from images.
+    state: Tensors to store in the file.
+    fields: Fields of the spec that the other files in the folder do not contain.
+    last: Module that outputs the last tokens.
   """
   folder = FOLDER / name
   shutil.rmtree(folder, ignore_errors=True)
@@ -65,7 +65,7 @@ def write(
 
 
 def _stored(tensor: torch.Tensor) -> torch.Tensor:
-  """Returns a copy, in half precision if that is exact."""
+  """Returns a copy, in half precision if this loses nothing."""
   half = tensor.half().contiguous()
   return half if torch.equal(half.float(), tensor) else tensor.clone().contiguous()
 
@@ -83,16 +83,16 @@ def authors(
   fields: Fields | None = None,
   timm_reads: bool = False,
 ) -> None:
-  """Writes a model of timm's under its authors' names.
+  """Writes a timm model with its authors' tensor names.
 
   Args:
-    name: Of the folder.
+    name: Name of the folder.
     model: The model.
-    last: Name of the module whose output is the last tokens.
-    rules: Regular expressions and replacements that make the authors' names.
-    change: What renaming alone does not do.
-    fields: Fields of the spec that neither names nor shapes tell.
-    timm_reads: Whether timm converts these names, which is checked.
+    last: Name of the module that outputs the last tokens.
+    rules: Regular expressions and replacements that produce the authors' names.
+    change: Further changes to the state dict, after renaming.
+    fields: Fields of the spec that names and shapes do not determine.
+    timm_reads: Whether timm can convert these names back; if so, this is checked.
   """
   model = randomise(model)
   state = {}
@@ -111,7 +111,7 @@ def authors(
 
 
 def run(writers: Sequence[Callable[[], None]]) -> None:
-  """Runs the writers that the command names, or all."""
+  """Runs the writers named on the command line, or all of them."""
   for writer in writers:
     if not sys.argv[1:] or writer.__name__ in sys.argv[1:]:
       writer()

@@ -1,10 +1,11 @@
-"""Draws which patches of a photo each method prunes and merges, at one cost, layer by layer.
+"""Draws the patches of a photo that each method prunes and merges at equal cost, by layer.
 
     python tools/photo_token_maps.py WEIGHTS DIR --photo 937 --title "Dung beetle" \\
       --credit "gailhampshire, CC BY 2.0" --out docs/figures/token_maps.png
 
-`WEIGHTS` are those of DeiT-Ti, `DIR` holds the TFDS data set `in1k_photos`, and the photo is one of
-its `validation`. DiffRate's plan is its authors'; the others are made for the same cost.
+`WEIGHTS` are the weights of DeiT-Ti, `DIR` contains the TFDS data set `in1k_photos`, and the photo
+is from its `validation` split. DiffRate uses its authors' plan; the other methods get plans of the
+same cost.
 """
 
 import argparse
@@ -31,7 +32,7 @@ from vitcomp_jax.weights.loading import Params
 
 VARIANT, PLAN = "deit_tiny_patch16_224", "diffrate/deit_tiny@0.6"
 METHODS = {"ToMe": "tome", "EViT": "evit"}
-LAYERS = (3, 6, 9, 11)  # the head reads nothing but CLS of the twelfth
+LAYERS = (3, 6, 9, 11)  # the head reads only CLS from the twelfth
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -63,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def save(figure: Figure, path: str) -> None:
-  """Writes a PNG of 256 colours, a third of the size of one of all colours."""
+  """Writes a PNG with 256 colours, which is a third of the size of a full-colour one."""
   with io.BytesIO() as stream:
     figure.savefig(stream, facecolor="white")
     picture = PIL.Image.open(stream).convert("RGB")
@@ -84,11 +85,11 @@ def drawn(
   Args:
     model: The dense model.
     params: Weights of the model.
-    plans: Layers by the name of what made them.
+    plans: Layers by the name of their method.
     image: The photo, uint8[h w 3].
     layers: Layers to draw, from 1.
     title: What the photo shows.
-    foot: Text below.
+    foot: Text below the figure.
   """
   spec, blocks = model.spec, []
   for name, plan in plans.items():

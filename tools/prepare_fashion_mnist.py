@@ -1,10 +1,11 @@
-"""Prepares Fashion-MNIST for TFDS, with neither a network nor TensorFlow.
+"""Prepares Fashion-MNIST for TFDS, without network access or TensorFlow.
 
   apt install dataset-fashion-mnist && pip install "vitcomp_jax[tfds]"
   python tools/prepare_fashion_mnist.py
 
 converts the four gzipped IDX files of that Debian package to the TFDS data set `fashion_mnist` in
-ArrayRecord format. `--bundle FILE` writes the balanced subset that this package bundles instead.
+ArrayRecord format. With `--bundle FILE`, it instead writes the balanced subset that this package
+bundles.
 """
 
 import argparse
@@ -54,7 +55,7 @@ def read_idx(path: pathlib.Path) -> np.ndarray:
     uint8 array of the shape in the header.
 
   Raises:
-    ValueError: If it is no such file, or is truncated.
+    ValueError: If the file has another format, or is truncated.
   """
   with gzip.open(path, "rb") as file:
     content = file.read()
@@ -84,14 +85,14 @@ def read_split(source: pathlib.Path, split: str) -> tuple[np.ndarray, np.ndarray
 
 
 def missing_files(source: pathlib.Path) -> list[str]:
-  """Returns the names of the IDX files that `source` lacks."""
+  """Returns the names of the IDX files missing from `source`."""
   names = []
   for prefix in PREFIXES.values():
     names += [f"{prefix}-images-idx3-ubyte.gz", f"{prefix}-labels-idx1-ubyte.gz"]
   return [name for name in names if not (source / name).is_file()]
 
 
-# TFDS registers its own FashionMnist, which downloads; this one has the same name and content.
+# TFDS registers its own FashionMnist, which downloads the data; this has the same name and content.
 with tfds.core.registered.skip_registration():
 
   class FashionMnist(tfds.core.GeneratorBasedBuilder):

@@ -1,10 +1,10 @@
-"""Writes the tables of README.md and docs from the stored results that they show.
+"""Writes the tables of README.md and docs from stored results.
 
     python tools/results_tables.py [--check]
 
-A table stands between the lines `<!-- table NAME -->` and `<!-- end -->`. Its figures are those of
-a file in docs/results, which is what a run or a tool wrote. With `--check` nothing is written, and
-the exit status is 1 if a table is not what its results say.
+A table is between the lines `<!-- table NAME -->` and `<!-- end -->`. Its numbers come from a file
+in docs/results, which a run or a tool wrote. With `--check`, nothing is written, and the exit
+status is 1 if a table does not match its results.
 """
 
 import argparse
@@ -24,7 +24,7 @@ MISSING = "–"
 Row = Mapping[str, Any]
 Columns = Mapping[str, Callable[[Row], str]]
 
-# Methods as a reader knows them.
+# Readable names of methods.
 LABELS = {
   "diffrate": "searched, tokens",
   "diffrate[what=widths]": "searched, widths",
@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def filled(text: str) -> str:
-  """Returns a document with every table as its results say."""
+  """Returns a document with every table filled in from its results."""
   return _PLACE.sub(lambda place: place[1] + TABLES[place[2]]() + place[4], text)
 
 
@@ -68,7 +68,7 @@ def stored(file: str) -> list[Row]:
 
 
 def table(columns: Columns, rows: Sequence[Row]) -> str:
-  """Returns a table in Markdown, the first column to the left, figures to the right."""
+  """Returns a Markdown table, with the first column left-aligned and the others right-aligned."""
   rules = ["---"] + ["--:"] * (len(columns) - 1)
   lines = [f"| {' | '.join(columns)} |", f"|{'|'.join(rules)}|"]
   for row in rows:
@@ -77,7 +77,7 @@ def table(columns: Columns, rows: Sequence[Row]) -> str:
 
 
 def label(row: Row) -> str:
-  """Returns what a reader calls a row."""
+  """Returns a readable name of a row."""
   if "plan" in row:
     return "the authors' plan"
   method = row["name"].partition("@")[0].removesuffix("+finetune")
@@ -86,7 +86,7 @@ def label(row: Row) -> str:
 
 
 def number(key: str, spec: str) -> Callable[[Row], str]:
-  """Returns a column of a figure, with its standard error if that is stored."""
+  """Returns a column of a number, with its standard error if one is stored."""
 
   def column(row: Row) -> str:
     value, error = row.get(key), row.get(f"{key}_se")
@@ -98,12 +98,12 @@ def number(key: str, spec: str) -> Callable[[Row], str]:
 
 
 def plain(key: str, spec: str) -> Callable[[Row], str]:
-  """Returns a column of a figure without its error."""
+  """Returns a column of a number without its standard error."""
   return lambda row: MISSING if row.get(key) is None else f"{row[key]:{spec}}"
 
 
 def differences(reference: str, points: str) -> dict[str, Callable[[Row], str]]:
-  """Returns the columns of the paired differences from a reference; `points` formats top-1's."""
+  """Returns the columns of paired differences from a reference; `points` formats those of top-1."""
   return {
     f"top-1 over {reference}": number("top1_over_reference", points),
     f"cross-entropy over {reference}": number("loss_over_reference", "+.4f"),
@@ -111,7 +111,7 @@ def differences(reference: str, points: str) -> dict[str, Callable[[Row], str]]:
 
 
 def by_cost(rows: Sequence[Row]) -> list[Row]:
-  """Sorts rows by falling cost, those of one budget, which differ by less than 1 %, by loss."""
+  """Sorts rows by decreasing cost, and rows within 1 % of the same cost by decreasing loss."""
   groups: list[list[Row]] = []
   for row in sorted(rows, key=lambda row: -row["gmacs"]):
     if not groups or row["gmacs"] < 0.99 * groups[-1][0]["gmacs"]:
@@ -121,7 +121,7 @@ def by_cost(rows: Sequence[Row]) -> list[Row]:
 
 
 def photos() -> str:
-  """All rows of the comparison on photos."""
+  """Returns all rows of the comparison on photos."""
   columns = {
     "plan": label,
     "GMACs": plain("gmacs", ".3f"),
@@ -135,7 +135,7 @@ def photos() -> str:
 
 
 def reached() -> str:
-  """The rows of that comparison that README shows."""
+  """Returns the rows of that comparison that README shows."""
   columns = {
     "DeiT-Tiny, 1,000 photos": label,
     "GMACs": plain("gmacs", ".3f"),
@@ -148,7 +148,7 @@ def reached() -> str:
 
 
 def clip() -> str:
-  """Embeddings of CLIP's image tower; the search there is of tokens and widths."""
+  """Returns results for embeddings of CLIP's image tower, where tokens and widths are searched."""
   columns = {
     "plan": lambda row: label({"name": row["name"].replace("diffrate", "diffrate[what=both]")}),
     "GMACs": plain("gmacs", ".2f"),
@@ -160,7 +160,7 @@ def clip() -> str:
 
 
 def quickstart() -> str:
-  """What the quick start prints."""
+  """Returns the results that the quick start prints."""
   rows = stored("quickstart.json")
   columns = {
     "model": name,
@@ -172,7 +172,7 @@ def quickstart() -> str:
 
 
 def small_off_the_shelf() -> str:
-  """The small model without fine-tuning."""
+  """Returns results of the small model without fine-tuning."""
   rows = stored("off_the_shelf.json")
   columns = {
     "model": name,
@@ -185,7 +185,7 @@ def small_off_the_shelf() -> str:
 
 
 def small_finetuned() -> str:
-  """The small model, fine-tuned under every method."""
+  """Returns results of the small model, fine-tuned under every method."""
   rows = stored("finetuned.json")
   columns = {
     "method": lambda row: name(row).partition("+")[0],
@@ -199,7 +199,7 @@ def small_finetuned() -> str:
 
 
 def small_ablation() -> str:
-  """What the search of the small model gains by its parts."""
+  """Returns the effect of each part of the search on the small model."""
   columns = {
     "search": lambda row: f"`{name(row).partition('@')[0]}`",
     "top-1 (%)": number("top1", ".2f"),
@@ -210,7 +210,7 @@ def small_ablation() -> str:
 
 
 def name(row: Row) -> str:
-  """Returns a row's name, as a run prints it."""
+  """Returns a row's name as a run prints it."""
   return str(row["name"])
 
 

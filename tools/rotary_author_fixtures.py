@@ -1,8 +1,8 @@
-"""Writes the tiny models with rotary positions under their authors' names that tests read.
+"""Writes tiny models with rotary positions and their authors' tensor names, for the tests.
 
     python tools/rotary_author_fixtures.py [NAME ...]
 
-does for DINOv3, EVA-02 and Perception Encoder what `author_fixtures.py` does for others.
+does the same as `author_fixtures.py`, for DINOv3, EVA-02 and Perception Encoder.
 """
 
 from typing import Any
@@ -31,7 +31,7 @@ def _dinov3(**options: Any) -> Eva:
 
 
 def _dinov3_change(state: State) -> State:
-  """Joins the biases, and adds a bias of keys that its mask removes."""
+  """Concatenates the biases, and adds a key bias that a mask removes."""
   for layer in range(SIZES["depth"]):
     attn = f"blocks.{layer}.attn."
     if f"{attn}q_bias" in state:
@@ -52,7 +52,7 @@ def dinov3() -> None:
 
 
 def dinov3_swiglu() -> None:
-  """As the 7B model: no biases of queries, SwiGLU with widths in multiples of 64."""
+  """Writes a model like the 7B one: no query bias, SwiGLU with widths in multiples of 64."""
   model = _dinov3(qkv_bias=False, swiglu_mlp=True, swiglu_align_to=8)
   rules = (
     *DINOV3,
@@ -97,7 +97,7 @@ def eva02() -> None:
 
 
 def eva02_clip() -> None:
-  """The image tower of EVA-CLIP, with a text tower beside it."""
+  """Writes the image tower of EVA-CLIP, together with a text tower."""
 
   def change(state: State) -> State:
     text = {"text.ln_final.weight": drawn(8), "logit_scale": drawn(1)[0]}
@@ -169,7 +169,7 @@ def perception_core() -> None:
 
 
 def perception_spatial() -> None:
-  """Without a CLS token, a last norm and pooling."""
+  """Writes a model without a CLS token, a final norm or pooling."""
   model = _perception(
     num_classes=0,
     class_token=False,

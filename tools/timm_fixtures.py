@@ -1,11 +1,11 @@
-"""Writes the tiny models of timm that tests read, one for each structure in timm's table.
+"""Writes tiny timm models for the tests, one for each structure in timm's table.
 
     python -m tools.timm_fixtures [NAME ...]
 
-rewrites `tests/weights/peers/timm_families/NAME/`: a model with random parameters of half
-precision, as `timm.models.save_for_hf` writes it; and `expected.npz` with images, f32[b h w c], and
-what timm makes of them in single precision, `logits` and `tokens` (its `forward_features`). It
-needs timm and PyTorch, unlike the library.
+rewrites `tests/weights/peers/timm_families/NAME/`. Each folder has a model with random parameters
+in half precision, as `timm.models.save_for_hf` writes it, and `expected.npz` with images,
+f32[b h w c], and timm's outputs for them in single precision: `logits` and `tokens` (from
+`forward_features`). The script needs timm and PyTorch, unlike the library.
 """
 
 import argparse
@@ -34,7 +34,7 @@ SIZES = {
 
 
 def small(name: str, sizes: dict[str, Any] | None = None, seed: int = 0) -> nn.Module:
-  """Makes timm's model of a name with small sizes, and draws every parameter.
+  """Returns a timm model with small sizes, and draws every parameter.
 
   Args:
     name: The model's name.
@@ -48,10 +48,10 @@ def small(name: str, sizes: dict[str, Any] | None = None, seed: int = 0) -> nn.M
     arguments["init_values"] = 1e-6
   model = timm.create_model(name, **arguments).eval()
   generator = torch.Generator().manual_seed(seed)
-  # Attention is far from even, and no activation grows so that single precision loses digits.
+  # Attention is far from uniform, and activations stay small enough for single precision.
   scale = 0.8 / model.embed_dim**0.5
   for parameter_name, parameter in model.named_parameters():
-    # Scales and layer scales are drawn around one, all else around zero.
+    # Scales and layer scales are drawn around one, all other parameters around zero.
     is_scale = parameter.ndim == 1 and parameter_name.endswith("weight")
     centre = float(is_scale or "gamma" in parameter_name)
     drawn = torch.randn(parameter.shape, generator=generator)
@@ -60,13 +60,13 @@ def small(name: str, sizes: dict[str, Any] | None = None, seed: int = 0) -> nn.M
 
 
 def images_for(model: nn.Module, count: int = 1) -> torch.Tensor:
-  """Draws images of a model's size."""
+  """Draws images of the size that a model expects."""
   embed, generator = model.patch_embed, torch.Generator().manual_seed(1)
   return torch.randn((count, embed.proj.in_channels, *embed.img_size), generator=generator)
 
 
 def expected(model: nn.Module, images: torch.Tensor) -> dict[str, np.ndarray]:
-  """Returns images, and timm's logits and last tokens of them."""
+  """Returns images, and timm's logits and last tokens for them."""
   with torch.no_grad():
     arrays = {"logits": model(images), "tokens": model.forward_features(images)}
   arrays["images"] = images.permute(0, 2, 3, 1)
@@ -84,7 +84,7 @@ def write(name: str) -> None:
   model = small(name)
   for parameter in model.parameters():
     parameter.data = parameter.data.half().float()
-  # A copy, whose buffers become half precision too, such as the angles of rotary positions.
+  # A copy, because `half` also converts buffers, such as the angles of rotary positions.
   save(copy.deepcopy(model).half(), FOLDER / name)
   np.savez_compressed(FOLDER / name / "expected.npz", **expected(model, images_for(model)))
 

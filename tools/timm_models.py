@@ -2,11 +2,11 @@
 
     python -m tools.timm_models
 
-rewrites `vitcomp_jax/bundled/timm_models.json`: the spec and the number of parameters of every
-Vision Transformer of timm that this library can represent, and the reason for every other; and
-`timm_tags.json`: what each pre-training tag says of images and classes. With `--docs` it writes
-nothing, and prints the tables of `docs/models.md` for the timm that is installed. It needs timm
-and PyTorch, unlike the library.
+rewrites two files in `vitcomp_jax/bundled`. `timm_models.json` has the spec and the number of
+parameters of every timm Vision Transformer that this library can represent, and for every other
+one the reason why it cannot. `timm_tags.json` has the image preprocessing and number of classes of
+each pre-training tag. With `--docs`, the script writes nothing, and prints the tables of
+`docs/models.md` for the installed version of timm. It needs timm and PyTorch, unlike the library.
 """
 
 import argparse
@@ -45,14 +45,14 @@ NORMS = {"LayerNorm": "layer", "RmsNorm": "rms"}
 
 
 class Unrepresented(Exception):
-  """Says what of a model this library has no part for."""
+  """Says which part of a model this library does not support."""
 
 
 def fields_of(model: nn.Module) -> dict[str, Any]:
-  """Returns the fields of a `ViTSpec` for one of timm's models.
+  """Returns the fields of a `ViTSpec` for a timm model.
 
   Raises:
-    Unrepresented: If there is no such spec.
+    Unrepresented: If no spec can represent the model.
   """
   block = model.blocks[0]
   if type(block).__name__ not in BLOCKS:
@@ -167,7 +167,7 @@ def changed(value: Any) -> dict[str, Any]:
 
 
 def models() -> dict[str, dict[str, Any]]:
-  """Returns the content of `timm_models.json`, but for timm's version."""
+  """Returns the content of `timm_models.json` without timm's version."""
   known: dict[str, dict[str, Any]] = {}
   refused: dict[str, str] = {}
   parameters: dict[str, int] = {}
@@ -190,7 +190,7 @@ def models() -> dict[str, dict[str, Any]]:
 
 
 def others() -> dict[str, list[int]]:
-  """Returns the numbers of models and of tags in each module with models of other kinds."""
+  """Returns the number of models and tags in each timm module with other kinds of models."""
   names = Counter(_model_to_module[name] for name in timm.list_models())
   tagged = Counter(_model_to_module[name.split(".")[0]] for name in list_pretrained())
   return {module: [names[module], tagged[module]] for module in timm_table.OTHERS}
@@ -203,8 +203,8 @@ def naming_of(model: nn.Module) -> str:
 
 
 def is_resampled_plainly(name: str) -> bool:
-  """Returns whether positions are resampled without antialiasing to another grid."""
-  # DINOv2's authors do so, unlike timm.
+  """Returns whether positions are resampled to another grid without antialiasing."""
+  # As DINOv2's authors do, unlike timm.
   return "dinov2" in name
 
 
@@ -219,14 +219,14 @@ def image_fields(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def tags(known: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-  """Returns what each pre-training tag of known models says of images and classes."""
+  """Returns preprocessing and number of classes for each pre-training tag of known models."""
   by_hand = {name for name in VARIANTS if name.startswith("caformer")}
   names = [name for name in list_pretrained() if name.split(".")[0] in known.keys() | by_hand]
   return {name: tag(name) for name in names}
 
 
 def tag(name: str) -> dict[str, Any]:
-  """Returns what a pre-training tag says of images and classes."""
+  """Returns the preprocessing and number of classes of a pre-training tag."""
   config = get_pretrained_cfg(name)
   return {
     "mean": list(config.mean),
@@ -240,7 +240,7 @@ def tag(name: str) -> dict[str, Any]:
 
 
 def write(path: pathlib.Path, parts: Mapping[str, Mapping[str, Any]]) -> None:
-  """Writes a table with one entry in a line."""
+  """Writes a table with one entry per line."""
   text = [f'"timm": "{timm.__version__}"']
   for part, entries in parts.items():
     lines = ",\n".join(

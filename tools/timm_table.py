@@ -3,7 +3,7 @@
     python -m tools.timm_table
 
 reads `vitcomp_jax/bundled/timm_models.json` and `timm_tags.json`, which `tools/timm_models.py`
-writes, and needs neither timm nor PyTorch.
+writes. It needs neither timm nor PyTorch.
 """
 
 import json
@@ -16,7 +16,7 @@ from typing import Any
 BUNDLED = pathlib.Path(__file__).parents[1] / "vitcomp_jax" / "bundled"
 Models = Mapping[str, Mapping[str, Any]]
 
-# Families by what a name starts with or holds; the first that matches counts.
+# Families, with the pattern of their names; the first match counts.
 FAMILIES = {
   "AIMv2": r"aimv2_",
   "BEiT, BEiT v2": r"beit(v2)?_",
@@ -41,8 +41,8 @@ FAMILIES = {
   "ViT with registers or a mean of patches": r".*_(reg\d|gap|map)_",
   "ViT (AugReg, MAE, DINO, ...)": r"vit_",
 }
-# Modules of timm whose models are called Vision Transformers, and what they have that a plain one
-# has not.
+# timm modules whose models are called Vision Transformers, and what distinguishes them from a plain
+# one.
 OTHERS = {
   "cait": "layers in which CLS alone attends",
   "coat": "convolutions between stages",
@@ -85,7 +85,7 @@ OTHERS = {
   "volo": "outlook attention, class attention",
   "xcit": "attention among channels",
 }
-# Fields that change sizes, images and classes alone, but not how the model computes.
+# Fields that change only sizes, images and classes, but not how the model computes.
 _SIZES = frozenset(
   """antialias crop_mode crop_pct depth image_size interpolation mean mlp_dim num_classes num_heads
   patch_size pool_mlp_dim std width""".split()
@@ -102,7 +102,7 @@ def bundled() -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def structures(models: Models) -> list[list[str]]:
-  """Groups names of models that differ in sizes, images and classes alone, shallow ones first."""
+  """Groups models that differ only in sizes, images and classes, with shallow ones first."""
   groups: dict[str, list[str]] = {}
   for name, fields in models.items():
     flags = {key: value for key, value in fields.items() if key not in _SIZES}
@@ -120,7 +120,7 @@ def family(name: str) -> str:
 
 
 def markdown(table: Mapping[str, Any], tags: Iterable[str]) -> str:
-  """Returns the tables of `docs/models.md`: models by family, and what is left out.
+  """Returns the tables of `docs/models.md`: models by family, and unsupported models.
 
   Args:
     table: The content of `timm_models.json`.
