@@ -1,10 +1,11 @@
-"""Times vitcomp_jax on a GPU or TPU, beside PyTorch, in a few minutes.
+"""Compares the speed of vitcomp_jax and PyTorch on a GPU or TPU, in a few minutes.
 
   python benchmarks/accelerator.py [--out FOLDER] [--minutes 8] [--torch PYTHON] [--scale tiny]
 
-Weights and images are random, nothing is downloaded. All forms' outputs are compared first. Then
-come the parts, most important first; the rows of a part take turns, and medians are compared. What
-runs out of time or memory is left out, and named with the reason. See docs/performance.md.
+Weights and images are random; nothing is downloaded. First, the outputs of all implementations are
+compared. Then the parts are measured, most important first. The rows of a part are timed in turn,
+and medians are compared. Anything that runs out of time or memory is skipped, and listed with the
+reason. See docs/performance.md.
 """
 
 import argparse
@@ -20,7 +21,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent import futures
 from typing import Any
 
-# JAX otherwise takes most of the memory at once, and PyTorch has none.
+# Otherwise JAX reserves most of the memory at once, and leaves none for PyTorch.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 import jax
@@ -39,17 +40,17 @@ from vitcomp_jax.weights.timm_names import to_timm
 BATCHES = {"full": (1, 32, 256), "tiny": (1, 2, 3)}
 _SECONDS = {"full": 2.0, "tiny": 0.01}  # of timing for each row
 _ROUNDS = 4
-_LONGEST = 0.25  # share of all the time after which a part's rows are no longer prepared
-_LEAST = 20.0  # seconds that must be left to begin a part
+_LONGEST = 0.25  # share of the total time after which no further rows of a part are prepared
+_LEAST = 20.0  # seconds that must remain to begin a part
 
 
 @dataclasses.dataclass
 class TorchSide:
-  """Runs PyTorch's process, and starts it again after it was ended.
+  """Runs PyTorch's process, and restarts it after it has been ended.
 
   Attributes:
     python: Interpreter with PyTorch and timm; None: no PyTorch.
-    version: PyTorch's version, once it was asked something.
+    version: PyTorch's version, known after the first question.
   """
 
   python: str | None
@@ -78,7 +79,7 @@ class TorchSide:
     return answer
 
   def forget(self) -> None:
-    """Frees the memory of its computations."""
+    """Frees the memory of PyTorch's computations."""
     if self._peer:
       self.ask("forget")
 
@@ -89,7 +90,7 @@ class TorchSide:
     self._peer = None
 
   def logits(self, subjects: Subjects, images: np.ndarray, way: str) -> np.ndarray:
-    """Returns the logits of images f32[b h w 3] with the weights of our model."""
+    """Returns PyTorch's logits for images f32[b h w 3] with the weights of our model."""
     weights = {f"weights.{name}": value for name, value in to_timm(subjects.params).items()}
     with tempfile.NamedTemporaryFile(suffix=".npz") as file:
       np.savez(file.name, images=to_torch(images), **weights)
@@ -98,10 +99,10 @@ class TorchSide:
 
 
 class Measuring:
-  """Measures parts until the time is over, and writes the results as they come.
+  """Measures parts until the time is up, and writes the results after each of them.
 
   Attributes:
-    result: What the JSON file holds.
+    result: Content of the JSON file.
   """
 
   def __init__(
@@ -111,10 +112,10 @@ class Measuring:
 
     Args:
       out: Folder of the results.
-      minutes: Time for all of it.
+      minutes: Total time.
       scale: One of `BATCHES`.
       torch: PyTorch's side.
-      begin: Reading of the monotonic clock from which the time counts.
+      begin: Reading of the monotonic clock at the start.
     """
     self._out, self._scale, self._torch = out, scale, torch
     self._all = 60 * minutes
@@ -125,7 +126,7 @@ class Measuring:
     self.result = {"about": environment() | {"scale": scale, "minutes": minutes}, **lists}
 
   def run(self) -> bool:
-    """Measures what time allows, and returns whether all outputs agreed."""
+    """Measures as many parts as time allows, and returns whether all outputs agreed."""
     platform, is_tiny = jax.default_backend(), self._scale == "tiny"
     if self._torch.python is None:
       self._skip("all", "torch", "no interpreter with PyTorch and timm; name one by --torch")
@@ -141,7 +142,7 @@ class Measuring:
         continue
       try:
         self._measure(part)
-      except Exception as error:  # what a device lacks must not cost the other parts
+      except Exception as error:  # a part that fails must not prevent the others
         self._skip(str(part), "the rest", _reason(error))
       self.result["ratios"] = ratios(self.result["rows"])
       self._write()
@@ -153,15 +154,15 @@ class Measuring:
     return self._end - time.monotonic()
 
   def _measure(self, part: Part) -> None:
-    """Prepares the rows of a part, times them in turns, and adds them to the results."""
+    """Prepares the rows of a part, times them in turn, and adds them to the results."""
     deadline = time.monotonic() + min(self._left(), _LONGEST * self._all)
     if self._subjects is None or self._subjects[0] != part.model:
-      self._subjects = None  # frees the memory of the last one first
+      self._subjects = None  # first frees the memory of the previous model
       self._subjects = part.model, Subjects(part.model, self._scale == "tiny")
     subjects = self._subjects[1]
     rows = self._begun(part, subjects)
     made = self._all_that_work(str(part), rows, lambda begun: begun(deadline - time.monotonic()))
-    # Only now, as PyTorch's process may have been ended meanwhile; and memory may be lacking.
+    # Only now: PyTorch's process may have ended in the meantime, or memory may not suffice.
     run = {subject.name: subject for subject in made}
     timed = self._all_that_work(str(part), run, _run_once)
     seconds = min(_SECONDS[self._scale], max(self._left(), 0) / max(len(timed), 1))
@@ -176,7 +177,7 @@ class Measuring:
   def _all_that_work(
     self, part: str, rows: Mapping[str, Any], step: Callable[[Any], Any]
   ) -> list[Any]:
-    """Returns the results of a step for all rows but those that it fails for, which are named."""
+    """Returns a step's results for all rows for which it succeeds, and records the others."""
     found = []
     for name, row in rows.items():
       try:
@@ -186,10 +187,10 @@ class Measuring:
     return found
 
   def _begun(self, part: Part, subjects: Subjects) -> dict[str, Callable[[float], Any]]:
-    """Begins to compile, and returns what gives each row within a number of seconds.
+    """Starts compiling; returns a function per row that waits for the row, given a time limit.
 
-    Compiling takes longer than timing, so all rows are compiled at the same time. PyTorch's follow
-    one by one.
+    Compilation takes longer than timing, so all of our rows are compiled at the same time.
+    PyTorch's rows are prepared one after the other.
     """
     params, images = subjects.weights(part.dtype), subjects.images(part.batch, part.dtype)
     here = forms(part.dtype, jax.default_backend())
@@ -245,11 +246,11 @@ def _result(future: futures.Future[Any], left: float) -> Any:
   try:
     return future.result(max(left, 0))
   finally:
-    future.cancel()  # if it has not begun
+    future.cancel()  # if it has not started
 
 
 def _search(part: Part, subjects: Subjects, left: float) -> Subject:
-  """Prepares the steps of a search, the first of which compiles and cannot be interrupted."""
+  """Prepares the steps of a search; the first one compiles and cannot be interrupted."""
   if left <= 0:
     raise TimeoutError
   steps = subjects.search(part.batch, part.dtype, "xla")
@@ -264,7 +265,7 @@ def _reason(error: Exception) -> str:
 
 
 def _torch_python(asked: str | None) -> str | None:
-  """Returns the interpreter with PyTorch and timm: the one asked for, this one, or None."""
+  """Returns an interpreter with PyTorch and timm: the requested one, this one, or None."""
   if asked == "none":
     return None
   python = expand(asked or sys.executable)
@@ -278,7 +279,7 @@ def _torch_python(asked: str | None) -> str | None:
 
 
 def _make(folder: pathlib.Path) -> None:
-  """Makes a folder if it is not there."""
+  """Creates a folder if it does not exist."""
   try:
     folder.mkdir(parents=True, exist_ok=True)
   except OSError as error:
@@ -288,7 +289,7 @@ def _make(folder: pathlib.Path) -> None:
 
 
 def main(argv: Sequence[str]) -> int:
-  """Measures, and returns 0; 1 if some outputs did not agree; 2 for wrong options."""
+  """Runs the benchmark; returns 0, or 1 if some outputs disagree, or 2 for invalid options."""
   begin = time.monotonic()
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument(
@@ -318,4 +319,4 @@ def main(argv: Sequence[str]) -> int:
 if __name__ == "__main__":
   status = main(sys.argv[1:])
   sys.stdout.flush()
-  os._exit(status)  # what still compiles after its deadline must not hold it up
+  os._exit(status)  # does not wait for compilations that passed their deadline

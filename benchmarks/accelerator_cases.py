@@ -1,4 +1,4 @@
-"""What `accelerator.py` measures: models and plans, the parts by importance, and checks first."""
+"""Defines what `accelerator.py` measures: models and plans, parts by importance, and checks."""
 
 import dataclasses
 import functools
@@ -25,8 +25,8 @@ from vitcomp_jax.parallel import Layout
 from vitcomp_jax.training.search import SearchTrainer
 from vitcomp_jax.weights.loading import Params, abstract_params
 
-SHARE = 0.65  # of the MACs, where no plan was published
-_STD = 0.02  # of random weights, as at the start of a training
+SHARE = 0.65  # of the MACs, if no plan was published
+_STD = 0.02  # of random weights, as at the start of training
 
 # Models and their published plans.
 _SMALL, _BASE = "deit_small_patch16_224", "deit_base_patch16_224"
@@ -39,9 +39,9 @@ PLANS = {
   _DINO: None,
   _LARGE: "diffrate/mae_large@38.5",
 }
-# PyTorch's logits of a subject for images f32[b h w 3], in one of the ways of `TORCH`.
+# Returns PyTorch's logits of a subject for images f32[b h w 3], in one of the variants in `TORCH`.
 FromTorch = Callable[["Subjects", np.ndarray, str], np.ndarray]
-# What a part times beside the dense model; `plan` and `dense` in every form of attention.
+# Rows of a part besides the dense model; `plan` and `dense` use every implementation of attention.
 KINDS = {
   "speed": ("plan", "first tokens"),
   "methods": ("plan", "tile 8", "tile 16", "tome", "evit"),
@@ -52,7 +52,7 @@ TORCH = ("dense eager", "dense compiled", "plan eager")
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-  """Rows that take turns: a kind out of `KINDS` for one model, batch size and precision."""
+  """Rows that are timed in turn: a kind from `KINDS` for one model, batch size and precision."""
 
   kind: str
   model: str
@@ -84,19 +84,19 @@ def parts(batches: Sequence[int]) -> list[Part]:
 
 
 def more_parts(batches: Sequence[int]) -> list[Part]:
-  """Returns the other combinations, to measure in the time that is left after `parts`."""
+  """Returns the other combinations, to measure in the time that remains after `parts`."""
   every = itertools.product(("bfloat16", "float32"), reversed(batches), PLANS)
   found = [Part("speed", model, batch, dtype) for dtype, batch, model in every]
   return [part for part in found if part not in parts(batches)]
 
 
 def forms(dtype: str, platform: str) -> tuple[str, ...]:
-  """Returns the forms of attention in a precision, the one that `auto` takes first."""
+  """Returns the implementations of attention for a precision, starting with that of `auto`."""
   return ("cudnn", "xla") if (platform, dtype) == ("gpu", "bfloat16") else ("xla",)
 
 
 class Subjects:
-  """A model with random weights, and what is made of it.
+  """Holds a model with random weights, and derives the measured models from it.
 
   Attributes:
     spec: The dense model.
@@ -108,7 +108,7 @@ class Subjects:
 
     Args:
       name: Name of a variant.
-      is_tiny: Whether it is only as large as a test needs.
+      is_tiny: Whether the model is only as large as a test needs.
       depth: Number of layers; None: the variant's.
     """
     spec = vc.get_spec(name)
@@ -141,14 +141,14 @@ class Subjects:
       return vc.load_plan(PLANS[self._name]).layers_for(self.spec)
     target = SHARE * self.gmacs(self.spec.dense_layers)
     method = DiffRate(self.spec, target, SearchConfig())
-    *_, s_shaped = method.starts().values()  # as the published ones
+    *_, s_shaped = method.starts().values()  # similar to the published plans
     return method.static_layers(method.adjusted(s_shaped)[0])
 
   def gmacs(self, layers: Layers) -> float:
     return macs.static_macs(self.spec, layers) / 1e9
 
   def model(self, what: str, form: str, dtype: str) -> Backbone:
-    """Returns the model of a row in a form of attention and a precision."""
+    """Returns the model of a row for an implementation of attention and a precision."""
     return build(dataclasses.replace(self.spec, attention=form, dtype=dtype), self.layers(what))
 
   def weights(self, dtype: str) -> Params:
@@ -160,7 +160,7 @@ class Subjects:
     return jax.random.normal(jax.random.key(0), (batch, *self.spec.image_shape), dtype)
 
   def search(self, batch: int, dtype: str, form: str) -> SearchSteps:
-    """Returns the steps of a search for a plan as costly as the plan; the first one compiles."""
+    """Returns the steps of a search at the cost of the plan; the first step compiles."""
     spec = dataclasses.replace(self.spec, attention=form, dtype=dtype)
     config, layout = SearchConfig(batch_size=batch, choose_images=0), Layout()
     method = DiffRate(spec, self.gmacs(self._plan), config)
@@ -189,7 +189,7 @@ class Subjects:
 
 
 def _random(path: tuple[Any, ...], shape: jax.ShapeDtypeStruct) -> jax.Array:
-  """Draws a parameter from the device's generator; norms and layer scales are around 1."""
+  """Draws a parameter on the device; norm scales and layer scales are centred at 1."""
   key = jax.random.key(zlib.crc32(jax.tree_util.keystr(path).encode()))
   is_factor = path[-1].key in ("scale", "gamma")
   return _STD * jax.random.normal(key, shape.shape, shape.dtype) + is_factor
@@ -210,21 +210,21 @@ def _tiled(layers: Layers, tile: int, most: int) -> Layers:
 
 @dataclasses.dataclass(frozen=True)
 class Check:
-  """Outputs that should equal others: what measures their relative distance, and its limit."""
+  """A check that outputs match: measures their relative distance, which has a limit."""
 
   name: str
   limit: float
   measure: Callable[[], float]
 
   def result(self) -> dict[str, Any]:
-    """Measures the distance, and returns what the JSON file holds."""
+    """Measures the distance, and returns the entry of the JSON file."""
     distance = self.measure()
     values = {"name": self.name, "distance": distance, "limit": self.limit}
     return {**values, "agrees": distance < self.limit}
 
 
 def checks(platform: str, is_tiny: bool, from_torch: FromTorch | None) -> list[Check]:
-  """Compares all forms of attention, dense and under a plan, with float32, and that with PyTorch.
+  """Returns checks of all attention implementations against float32, and of float32 with PyTorch.
 
   Args:
     platform: JAX's name of the platform.
@@ -249,7 +249,7 @@ def checks(platform: str, is_tiny: bool, from_torch: FromTorch | None) -> list[C
   found = []
   for form in forms(half, platform):
     found.append(Check(f"attention {form}", 0.02, functools.partial(_attention_distance, form)))
-    # Under a plan, tokens of nearly equal importance change places.
+    # Under a plan, tokens of nearly equal importance may swap ranks.
     for what, limit in (("dense", 0.03), ("plan", 0.06)):
       measure = functools.partial(half_distance, what, form)
       found.append(Check(f"{what} {form} {half}", limit, measure))
@@ -266,7 +266,7 @@ def _logits(subjects: Subjects, what: str, form: str, dtype: str) -> np.ndarray:
 
 
 def _attention_distance(form: str) -> float:
-  """Compares attention over tokens of very different sizes, in bfloat16, with that in float32."""
+  """Compares bfloat16 attention over tokens of very different sizes with float32 attention."""
   q, k, v = jax.random.normal(jax.random.key(0), (3, 4, 6, 179, 64))
   log_size = 3 * jax.random.uniform(jax.random.key(1), (4, 179))
   q, k, v = (x.astype("bfloat16") for x in (q, k, v))

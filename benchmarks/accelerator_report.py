@@ -1,9 +1,9 @@
-"""Ratios of what `accelerator.py` measured, and its table."""
+"""Computes ratios of the measurements of `accelerator.py`, and formats its tables."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-# Each divides the time of the second by that of the first, the fastest out of several rows.
+# Each ratio divides the time of the second by that of the first, using the fastest of their rows.
 _DENSE, _PLAN = ("dense cudnn", "dense xla"), ("plan cudnn", "plan xla")
 _COMPILED, _EAGER = ("torch dense compiled",), ("torch dense eager",)
 RATIOS = {
@@ -24,14 +24,14 @@ CHOOSING = "share of choosing and merging"
 
 
 def ratios(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-  """Computes the ratios of every part, as far as its rows were measured.
+  """Computes the ratios of every part for which the rows were measured.
 
   Args:
     rows: Rows of the JSON file.
 
   Returns:
-    The part and its ratios by name; above 1 the first of two is faster. `CHOOSING` is the share of
-    the plan's time that its token counts do not explain.
+    For each part, its name and its ratios by name; above 1, the first of the two is faster.
+    `CHOOSING` is the share of the plan's time that its token counts do not explain.
   """
   by_part: dict[str, dict[str, float]] = {}
   for row in rows:
@@ -52,7 +52,7 @@ def ratios(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def markdown(result: Mapping[str, Any]) -> str:
-  """Formats the results as tables of rows, ratios, checks, and what was left out."""
+  """Formats the results as tables of rows, ratios, checks and skipped measurements."""
   about = result["about"]
   versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
   lines = [f"{about['device']}; {versions}.", ""]
@@ -69,7 +69,7 @@ def markdown(result: Mapping[str, Any]) -> str:
 
 
 def _table(columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> list[str]:
-  """Returns the lines of a table; none without rows."""
+  """Returns the lines of a table; an empty list if there are no rows."""
   if not rows:
     return []
   lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]

@@ -1,4 +1,4 @@
-"""What the comparisons with PyTorch share: subjects to time, and a process that answers."""
+"""Shared code of the comparisons with PyTorch: subjects to time, and a peer process."""
 
 import contextlib
 import dataclasses
@@ -23,7 +23,7 @@ from vitcomp_jax.training import loop
 
 @dataclasses.dataclass(frozen=True)
 class FirstTokens:
-  """Keeps the first tokens, as many as another reducer, to measure the cost of the latter."""
+  """Keeps as many tokens as another reducer, but the first ones, to measure that reducer's cost."""
 
   like: TokenReducer
 
@@ -32,7 +32,7 @@ class FirstTokens:
     if keep == n:
       return tokens
     x, origin = tokens.x[:, :keep], tokens.origin
-    # Sizes that XLA cannot predict, so that attention accounts for them as under the plan.
+    # XLA cannot predict these sizes, so attention has to use them as under the plan.
     first = Tokens.begin(x, tokens.num_prefix, size=1 + abs(x[..., 0]))
     return first.replace(origin=None if origin is None else origin[:, :keep])
 
@@ -41,14 +41,14 @@ class FirstTokens:
 
 
 def without_choice(layers: Sequence[LayerSpec]) -> tuple[LayerSpec, ...]:
-  """Returns layers that keep as many tokens, but the first ones: nothing is chosen or merged."""
+  """Returns layers that keep as many tokens without choosing or merging: always the first ones."""
   return tuple(dataclasses.replace(layer, reduce=FirstTokens(layer.reduce)) for layer in layers)
 
 
 def plan_counts(spec: ViTSpec, layers: Sequence[LayerSpec]) -> list[tuple[int, int]] | None:
-  """Returns each layer's counts after pruning and merging; None if `torch_vit.py` has no such plan.
+  """Returns each layer's counts after pruning and merging; None if `torch_vit.py` cannot run them.
 
-  It has plans of DiffRate for models that classify CLS, their only prefix, without layer scale.
+  It supports DiffRate plans for models without layer scale that classify CLS, their only prefix.
   """
   reducers = [layer.reduce for layer in layers]
   counts = [(r.prune_keep, r.merge_keep) for r in reducers if isinstance(r, PruneMerge)]
@@ -60,7 +60,7 @@ def plan_counts(spec: ViTSpec, layers: Sequence[LayerSpec]) -> list[tuple[int, i
 
 @dataclasses.dataclass
 class Subject:
-  """Holds a function to time, beside the models of `timing.compiled`."""
+  """Holds a function to time, like the models from `timing.compiled`."""
 
   name: str
   batch: int
@@ -76,7 +76,7 @@ class SearchSteps:
     self.state = layout.put_state(task.state)
 
   def time_once(self) -> float:
-    """Runs a step, and returns the seconds that it took."""
+    """Runs a step, and returns its duration in seconds."""
     begin = time.perf_counter()
     self.state, _ = self._step(self.state, self._batch, None)
     jax.block_until_ready(self.state)
@@ -84,7 +84,7 @@ class SearchSteps:
 
 
 class Peer:
-  """Runs a process that answers each line of JSON by a line of JSON."""
+  """Runs a process that answers each line of JSON with a line of JSON."""
 
   def __init__(self, command: Sequence[str]) -> None:
     pipe = subprocess.PIPE
@@ -94,12 +94,12 @@ class Peer:
     """Returns the answer to a question.
 
     Args:
-      question: Values that JSON holds.
-      timeout: Seconds to wait for the answer; None: as long as it takes.
+      question: Values to send as JSON.
+      timeout: Seconds to wait for the answer; None: no limit.
 
     Raises:
-      RuntimeError: If there is none; standard error has the process's messages.
-      TimeoutError: If it takes longer. The process is ended.
+      RuntimeError: If there is no answer; standard error has the process's messages.
+      TimeoutError: If the answer takes longer. The process is killed.
     """
     assert self._process.stdin and self._process.stdout
     try:
@@ -122,11 +122,11 @@ def check_torch(python: str, option: str, modules: str = "torch, numpy") -> None
 
   Args:
     python: The interpreter.
-    option: Option that names it, for the error.
-    modules: Modules that it must have.
+    option: Command-line option for the interpreter, for the error message.
+    modules: Modules that the interpreter must have.
 
   Raises:
-    vc.UserError: If it cannot be run or has not all of them.
+    vc.UserError: If it cannot be run, or lacks any of the modules.
   """
   command = [python, "-c", f"import {modules}"]
   try:
@@ -143,7 +143,7 @@ def check_torch(python: str, option: str, modules: str = "torch, numpy") -> None
 
 
 def entry(subject: Any) -> dict[str, Any]:
-  """Returns one row of a table and of a JSON file."""
+  """Returns the row of a subject for tables and JSON files."""
   low, median, high = (float(s) for s in np.percentile(subject.seconds, (25, 50, 75)))
   return {
     "name": subject.name,
@@ -161,5 +161,5 @@ def to_torch(images: np.ndarray) -> np.ndarray:
 
 
 def threads() -> int:
-  """Returns the number of cores that XLA uses, and PyTorch's number of threads."""
+  """Returns the number of cores that XLA uses, which is also the number of PyTorch's threads."""
   return len(os.sched_getaffinity(0))

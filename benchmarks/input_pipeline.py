@@ -1,10 +1,10 @@
-"""Measures the input pipeline against a bare decoding loop, from JPEG at 224 pixels.
+"""Compares the input pipeline with a bare decoding loop, from JPEG to 224 pixels.
 
   python benchmarks/input_pipeline.py [--images 256] [--workers 2] [--json FILE]
 
 The images are generated: 500 x 375 pixels, the usual size in ImageNet, with the spectrum of
-photographs, so that they take as long to decode. The bare loop decodes and resizes them with Pillow
-in as many threads. Everything is timed in turns, several times; medians are shown.
+photographs, so that decoding takes as long. The bare loop decodes and resizes them with Pillow in
+the same number of threads. All variants are timed in turn, several times; medians are shown.
 """
 
 import argparse

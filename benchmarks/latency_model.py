@@ -1,11 +1,11 @@
-"""Predicts the latency of random plans from a latency table, and measures it.
+"""Predicts the latency of random plans from a latency table, and compares it with measurements.
 
     python benchmarks/latency_model.py [--variant NAME] [--batch N] [--runtime NAME] [--plans N]
       [--json FILE]
 
-The plans have sorted uniform counts of pruning and merging. They are timed in turns with the
-programs of the table, so that other load on the machine affects all alike; medians are compared. A
-search with `config.budget.latency_ms` uses such a table.
+The pruning and merging counts of the plans are drawn uniformly and sorted. The plans are timed in
+turn with the programs of the table, so that other load on the machine affects all of them equally,
+and medians are compared. A search with `config.budget.latency_ms` uses such a table.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from vitcomp_jax.paths import expand
 
 
 def random_plan(spec: ViTSpec, rng: np.random.Generator) -> tuple[LayerSpec, ...]:
-  """Draws layers with random token counts, each at most the one before."""
+  """Draws layers with random token counts that never increase."""
   compressed = compressed_layers(spec)
   counts = rng.integers(spec.num_prefix + 1, spec.num_tokens + 1, 2 * sum(compressed))
   pairs = iter(np.sort(counts)[::-1].reshape(-1, 2).tolist())

@@ -1,11 +1,11 @@
-"""Times vitcomp_jax beside PyTorch on a CPU: forward passes, plans and search steps.
+"""Compares the speed of vitcomp_jax and PyTorch on a CPU: forward passes, plans and search steps.
 
   python benchmarks/side_by_side.py [--torch-python PATH] [--json FILE] [--only dense,plan]
 
-PyTorch runs in its own process (`torch_vit.py`), with as many threads and the same random weights
-and images; its outputs are compared with ours first. Everything is timed in turns, so that other
-load on the machine affects all alike; medians are compared. It needs Linux; see
-docs/performance.md.
+PyTorch runs in its own process (`torch_vit.py`), with the same number of threads and the same
+random weights and images. First, its outputs are compared with ours. All rows are timed in turn, so
+that other load on the machine affects all of them equally, and medians are compared. The benchmark
+needs Linux; see docs/performance.md.
 """
 
 import argparse
@@ -53,12 +53,12 @@ PARTS = {
   "sliced": {BATCH: (), 1: ()},
   "search": {BATCH: ("search", "search without weight gradients")},
 }
-# Measured separately, without PyTorch and in few rounds: a forward pass takes seconds.
+# Measured separately, without PyTorch and in few rounds, because a forward pass takes seconds.
 MAE_H, MAE_H_PLAN = "vit_huge_patch14_224.mae", "diffrate/mae_huge@103.4"
 MAE_H_BATCH, MAE_H_ROUNDS = 2, 2
 ALL = (*PARTS, "mae_h")
 
-_ALIKE = 1e-2  # the largest relative distance of PyTorch's outputs from ours
+_ALIKE = 1e-2  # largest relative distance between PyTorch's outputs and ours
 _ADAM_B1 = 0.9
 
 
@@ -66,7 +66,7 @@ class Search(SearchSteps):
   """Runs steps of the stage `search` on one batch.
 
   Attributes:
-    arrays: Images, labels and the rates after a step, as inputs of `torch_vit.py`.
+    arrays: Images, labels and the rates after one step, as inputs for `torch_vit.py`.
   """
 
   def __init__(self, run: Run) -> None:
@@ -74,14 +74,14 @@ class Search(SearchSteps):
     batch = next(task.batches(0))
     batch.pop("index")
     super().__init__(task, run.inputs.layout, batch)
-    # The initial rates give exactly whole counts, which rounding errors may change.
+    # The initial rates give exact integer counts, which rounding errors could change.
     self.time_once()
     images = normalize(batch["image"], run.inputs.preprocess)
     self.arrays = {"search_images": to_torch(images), "labels": batch["label"].astype(np.int64)}
     self.arrays |= _rates(self.state.arch)
 
   def gradient(self) -> np.ndarray:
-    """Runs a step and returns its gradient of all rates, computed from Adam's first moment."""
+    """Runs a step and returns the gradient of all rates, computed from Adam's first moment."""
     before = self._mean_gradient()
     self.time_once()
     return (self._mean_gradient() - _ADAM_B1 * before) / (1 - _ADAM_B1)
@@ -92,7 +92,7 @@ class Search(SearchSteps):
 
 
 def make_run(variant: str, plan: vc.Plan) -> Run:
-  """Opens a search for a plan of the same cost with random weights; writes nothing."""
+  """Opens a search with random weights, at the cost of the plan; writes nothing."""
   config = vc.default_config()
   config.model.variant, config.data.name, config.data.workers = variant, "fake", 1
   config.budget.gmacs, config.search.batch_size = plan.gmacs, BATCH
@@ -119,7 +119,7 @@ def checked_counts(run: Run, plan: vc.Plan) -> list[tuple[int, int]]:
 def torch_side(
   python: str, run: Run, counts: Sequence[tuple[int, int]], arrays: Mapping[str, np.ndarray]
 ) -> Iterator[tuple[Peer, str]]:
-  """Yields PyTorch's process, with our weights, plan and images, and PyTorch's version."""
+  """Yields PyTorch's process, set up with our weights, plan and images, and PyTorch's version."""
   config, spec = run.config.search, run.inputs.spec
   options = {
     "target": run.inputs.target_gmacs * 1e9,
@@ -153,8 +153,8 @@ def compare(
     rounds: Number of rounds.
 
   Returns:
-    The subjects; and PyTorch's version (`torch`), the subjects that it failed on, with reasons
-    (`left_out`), and the relative distances of its first outputs from ours (`distances`).
+    The subjects; and a dict with PyTorch's version (`torch`), the subjects that failed in PyTorch
+    with reasons (`left_out`), and the relative distances of its outputs from ours (`distances`).
   """
   counts = checked_counts(run, plan)
   spec, params = run.inputs.spec, run.artefacts.params
@@ -211,7 +211,7 @@ def time_mae_h(seconds: float) -> list[Any]:
 
 
 def ratios(subjects: Sequence[Any]) -> dict[str, float | None]:
-  """Returns the ratios of medians; None if a part was left out."""
+  """Returns the ratios of medians, None for those whose parts were not measured."""
   median = {(s.name, s.batch): statistics.median(s.seconds) for s in subjects}
   eager, compiled = (median.get((f"torch {way}", BATCH)) for way in PARTS["dense"][BATCH])
   fastest = min((s for s in (eager, compiled) if s), default=None)
@@ -241,7 +241,7 @@ def ratios(subjects: Sequence[Any]) -> dict[str, float | None]:
 
 
 def table(result: Mapping[str, Any]) -> str:
-  """Formats the rows, the left-out parts and the ratios."""
+  """Formats the rows, the skipped rows and the ratios."""
   lines = [f"{'':40} {'batch':>5} {'median ms':>10} {'IQR ms':>8} {'images/s':>9}"]
   for e in result["entries"]:
     times = f"{e['median_ms']:10.1f} {e['iqr_ms']:8.1f} {e['images_per_second']:9.2f}"
@@ -261,7 +261,7 @@ def machine(torch: str | None) -> dict[str, Any]:
 
 
 def _rates(arch: Mapping[str, Any]) -> dict[str, np.ndarray]:
-  """Returns the rates (or their gradients) by name, of the layers that have some."""
+  """Returns the rates (or their gradients) by name, for the layers that have any."""
   found = {}
   for i in range(len(arch)):
     for action, rate in sorted(arch[f"blocks_{i}"].get("reduce", {}).items(), reverse=True):

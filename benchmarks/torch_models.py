@@ -1,7 +1,7 @@
-"""Runs the PyTorch side of `accelerator.py`: timm's models, dense, and a ViT under a plan.
+"""Runs the PyTorch side of `accelerator.py`: dense timm models, and a ViT under a plan.
 
-It is started by `accelerator.py` and does not import vitcomp_jax, so that any interpreter with
-PyTorch and timm runs it. The first line on standard input sets up a `Side`; each further one names
+`accelerator.py` starts this script. It does not import vitcomp_jax, so it runs in any interpreter
+with PyTorch and timm. The first line on standard input sets up a `Side`; each further line names
 one of its methods and the arguments (see `torch_vit.serve`).
 """
 
@@ -24,7 +24,7 @@ class Side:
     """Chooses the device.
 
     Args:
-      setup: Empty; the device is the GPU if there is one.
+      setup: Empty. The device is the GPU if there is one.
     """
     del setup
     self.device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -35,24 +35,24 @@ class Side:
     """Runs a computation for the first time, which compiles it.
 
     Args:
-      case: `name`, `options` and `plan` of the model as `Subjects.in_timm` gives them; `batch`;
+      case: `name`, `options` and `plan` of the model as returned by `Subjects.in_timm`; `batch`;
         `dtype`; `way`, dense or plan, eager or compiled; and `arrays`, the .npz with `images`
-        f32[b 3 h w] and `weights.NAME` for exact outputs in float32, or None for random ones.
+        f32[b 3 h w] and `weights.NAME` for exact outputs in float32, or None for random arrays.
 
     Returns:
-      The `outputs`, if arrays were given; or an `error`.
+      The `outputs`, if arrays were given, or an `error`.
     """
     try:
       run = self._run(case)
       outputs = run()
       self._wait()
-    except Exception as error:  # no memory, or no compiler: what can run is still measured
+    except Exception as error:  # no memory or no compiler; other computations may still run
       return {"error": " ".join(f"{type(error).__name__}: {error}".split())[:300]}
     self.runs[case["way"]] = run
     return {"outputs": outputs.float().cpu().tolist()} if case["arrays"] else {}
 
   def time(self, way: str) -> dict[str, Any]:
-    """Returns the seconds of another run; or an `error`."""
+    """Returns the `seconds` of another run, or an `error`."""
     if way not in self.runs:
       return {"error": "the process that had it was ended"}
     begin = time.perf_counter()
@@ -73,7 +73,7 @@ class Side:
 
   def _run(self, case: dict[str, Any]) -> Callable[[], Tensor]:
     is_exact, dtype = case["arrays"] is not None, getattr(torch, case["dtype"])
-    # XLA multiplies float32 in TF32 on GPUs that have it, unless told otherwise.
+    # By default, XLA multiplies float32 in TF32 on GPUs that support it.
     torch.set_float32_matmul_precision("highest" if is_exact else "high")
     if self.key != (key := [case[name] for name in ("name", "options", "dtype", "arrays")]):
       self.forget()
@@ -94,7 +94,7 @@ class Side:
       model = torch_vit.ViT(weights, case["options"]["num_heads"]).to(self.device, dtype)
       forward = functools.partial(model.reduced, images, case["plan"])
     else:
-      # A single image is bound by the launches of kernels, which CUDA graphs save.
+      # Kernel launches limit the speed for a single image; CUDA graphs avoid them.
       mode = "reduce-overhead" if case["batch"] == 1 else None
       dense = torch.compile(model, mode=mode) if how == "compiled" else model
       forward = functools.partial(dense, images)
@@ -102,7 +102,7 @@ class Side:
 
 
 def _arrays(case: dict[str, Any], prefix: str) -> dict[str, Tensor]:
-  """Returns the arrays of a case whose names have a prefix, without it."""
+  """Returns the arrays of a case whose names have a prefix, by name without the prefix."""
   with np.load(case["arrays"]) as file:
     names = [name for name in file.files if name.startswith(prefix)]
     return {name.removeprefix(prefix): torch.from_numpy(file[name]) for name in names}

@@ -1,9 +1,9 @@
-"""Runs the PyTorch side of `side_by_side.py`: a ViT, dense, under a plan, and searched.
+"""Runs the PyTorch side of `side_by_side.py`: a ViT, dense, under a plan, and in a search.
 
-It is started by `side_by_side.py` and does not import vitcomp_jax, so that it runs in any
-interpreter with PyTorch. The first line on standard input, JSON, sets up a `Side`; each further one
-is `["prepare" or "time", name, batch]`. Each is answered by one line on standard output: the
-PyTorch version; the outputs of a first run, or an error; the seconds of another run.
+`side_by_side.py` starts this script. It does not import vitcomp_jax, so it runs in any interpreter
+with PyTorch. The first line on standard input, JSON, sets up a `Side`; each further line is
+`["prepare" or "time", name, batch]`. Each gets a one-line answer on standard output: the PyTorch
+version; the outputs of a first run, or an error; or the seconds of another run.
 """
 
 import copy
@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-_NOISE = 2.0**-22  # of an expected count, relative to the patches
-_SPREAD = 0.03  # of the distribution around a count, likewise
+_NOISE = 2.0**-22  # of an expected count, relative to the number of patches
+_SPREAD = 0.03  # of the distribution around a count, relative to the number of patches
 
 
 class Block(nn.Module):
@@ -65,12 +65,12 @@ class Block(nn.Module):
     return self.feed(x), size
 
   def searched(self, tokens: "Masked", rates: tuple[Tensor, Tensor] | None) -> "Masked":
-    """Applies the layer with learnable counts, masking tokens instead of removing them.
+    """Applies the layer with learnable counts; masks tokens instead of removing them.
 
     Args:
       tokens: The tokens.
-      rates: Shares of the patches left after pruning and after merging; None: in the last layer,
-        which keeps one patch, as nobody reads the others.
+      rates: Shares of the patches left after pruning and after merging; None in the last layer,
+        which keeps one patch, because the others are not used.
     """
     x, size, keep, count = tokens
     q, k, v = self.project(x)
@@ -111,7 +111,7 @@ Masked = tuple[Tensor, Tensor | None, Tensor | None, Tensor]
 
 
 class ViT(nn.Module):
-  """Implements a Vision Transformer that classifies its CLS token, of the shape of its weights."""
+  """Implements a Vision Transformer that classifies CLS, with sizes taken from its weights."""
 
   def __init__(self, weights: dict[str, Tensor], heads: int) -> None:
     super().__init__()
@@ -140,7 +140,7 @@ class ViT(nn.Module):
     return self.classify(x)
 
   def reduced(self, images: Tensor, plan: list[list[int]]) -> Tensor:
-    """Computes logits under a plan, the pruned and merged count of every layer."""
+    """Computes logits under a plan: the pruned and the merged count of every layer."""
     x, size = self.embed(images), None
     for block, counts in zip(self.blocks, plan, strict=True):
       x, size = block.reduced(x, size, *counts)
@@ -149,7 +149,7 @@ class ViT(nn.Module):
   def searched(
     self, images: Tensor, rates: dict[int, tuple[Tensor, Tensor]]
   ) -> tuple[Tensor, Tensor]:
-    """Computes logits and multiply-accumulates under the rates of layers that reduce tokens."""
+    """Computes logits and multiply-accumulates, given the rates of layers that reduce tokens."""
     x = self.embed(images)
     tokens: Masked = x, None, None, torch.tensor(float(x.shape[1]))
     width, hidden = self.head.in_features, self.blocks[0].mlp["fc1"].out_features
@@ -216,10 +216,10 @@ def choice(share: Tensor, n: int, low: float, high: float) -> tuple[Tensor, Tens
     share: Share of the patches to keep.
     n: Tokens.
     low: Least count.
-    high: Largest count; ranks from there on are another mask's.
+    high: Largest count; another mask handles the ranks from there on.
   """
   raw = share * (n - 1) + 1
-  if raw < low:  # no descent pushes it further out
+  if raw < low:  # gradient descent must not push it further out
     raw.register_hook(lambda grad: grad.clamp(max=0))
   if raw > high:
     raw.register_hook(lambda grad: grad.clamp(min=0))
@@ -233,7 +233,7 @@ def choice(share: Tensor, n: int, low: float, high: float) -> tuple[Tensor, Tens
 
 
 def joined(x: Tensor, size: Tensor, joining: Tensor, start: int) -> tuple[Tensor, Tensor]:
-  """Merges shares of tokens into the most similar of the first `start` tokens, all in place."""
+  """Merges shares of tokens into the most similar of the first `start` tokens, without removal."""
   unit = functional.normalize(x.detach(), dim=-1)
   score = unit @ unit[:, 1:start].mT
   score[:, torch.arange(1, start), torch.arange(start - 1)] = -2
@@ -247,7 +247,7 @@ def joined(x: Tensor, size: Tensor, joining: Tensor, start: int) -> tuple[Tensor
 
 
 class Search:
-  """Runs steps of a search, which trains the rates only."""
+  """Runs steps of a search, which trains only the rates."""
 
   def __init__(self, model: ViT, arrays: dict[str, Tensor], options: dict, through: bool) -> None:
     """Sets up a search from its first step.
@@ -310,7 +310,7 @@ class Side:
     except Exception as error:
       if name != "dense compiled":
         raise
-      # Any error of the compiler; the others are still measured.
+      # Any compiler error; the other computations are still measured.
       return {"error": " ".join(f"{type(error).__name__}: {error}".split())[:300]}
 
   def time(self, name: str, batch: int) -> dict[str, Any]:
@@ -322,7 +322,7 @@ class Side:
     if name.startswith("search"):
       return Search(self.model, self.arrays, self.setup["search"], name == "search")
     images, plan = self.arrays["images"][:batch], self.setup["plan"]
-    compiled = torch.compile(self.model)  # which happens at its first call
+    compiled = torch.compile(self.model)  # compiles at its first call
     forward: Callable[[], Tensor] = {
       "dense eager": lambda: self.model(images),
       "dense compiled": lambda: compiled(images),
@@ -332,7 +332,7 @@ class Side:
 
 
 def serve(make: Callable[[dict[str, Any]], Any]) -> None:
-  """Answers questions on standard input by the methods of what the first line sets up."""
+  """Answers questions on standard input with methods of the object that the first line sets up."""
   # The compiler's output must not be mistaken for an answer.
   answers = os.fdopen(os.dup(1), "w", buffering=1)
   os.dup2(2, 1)
