@@ -52,7 +52,7 @@ def i_jepa() -> None:
 
 
 def deit3() -> None:
-  """Writes names that timm's Eva uses too, so that the user has to specify the rest."""
+  """Writes a model whose names timm's Eva uses too; the user has to specify the rest."""
   model = VisionTransformer(**SIZES, num_classes=5, init_values=0.1, no_embed_class=True)
   rules = ((r"\.ls([12])\.gamma$", r".gamma_\1"),)
   fields = HEADS | {"norm_eps": 1e-6, "activation": "gelu", "pool": "cls"}
