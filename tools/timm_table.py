@@ -49,7 +49,7 @@ OTHERS = {
   "convit": "attention gated by position",
   "crossvit": "two sequences of tokens",
   "davit": "attention among channels, windows",
-  "deepseek_vit": "an encoder inside of a class of its own",
+  "deepseek_vit": "an encoder in a class of its own",
   "efficientformer": "convolutional stages",
   "efficientformer_v2": "convolutional stages",
   "efficientvit_mit": "linear attention, convolutions",
@@ -68,14 +68,14 @@ OTHERS = {
   "nextvit": "convolutional stages",
   "pit": "convolutions between stages",
   "pvt_v2": "pooled keys, convolutions",
-  "qwen3_vit": "an encoder inside of a class of its own",
+  "qwen3_vit": "an encoder in a class of its own",
   "repvit": "convolutions alone",
   "shvit": "convolutional stages, one head",
   "swin_transformer": "windows",
   "swin_transformer_v2": "windows",
   "swin_transformer_v2_cr": "windows",
   "tiny_vit": "windows, convolutional stages",
-  "tnt": "a second sequence inside of patches",
+  "tnt": "a second sequence inside each patch",
   "twins": "windows",
   "visformer": "convolutional stages",
   "vision_transformer_hybrid": "convolutional stem",
@@ -141,14 +141,14 @@ def markdown(table: Mapping[str, Any], tags: Iterable[str]) -> str:
     members = by_family.get(title, [])
     listed = ", ".join(f"`{name}`" for name in members)
     lines.append(f"| {title} | {len(members)} | {sum(count[n] for n in members)} | {listed} |")
-  lines += ["", f"{len(refused)} models of the same classes are refused:", ""]
+  lines += ["", f"{len(refused)} models of the same classes are not supported:", ""]
   lines += ["| reason | names |", "|---|---|"]
   for reason in sorted(set(refused.values())):
     listed = ", ".join(f"`{name}`" for name, why in refused.items() if why == reason)
     lines.append(f"| {reason} | {listed} |")
-  lines += ["", "Other modules of timm hold models of other kinds:", ""]
+  lines += ["", "Other modules of timm contain models of other kinds:", ""]
   lines += [
-    "| module | models | tags | what a plain Vision Transformer has not |",
+    "| module | models | tags | what a plain Vision Transformer lacks |",
     "|---|---|---|---|",
   ]
   for module, (models, tagged) in others.items():
