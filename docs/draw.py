@@ -10,6 +10,7 @@ import pathlib
 import sys
 import textwrap
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -166,6 +167,40 @@ def one_proxy_figure(figure: Figure) -> None:
     "layer",
     "rise of the loss for each GMAC taken",
   )
+
+
+def accuracy_figure(figure: Figure) -> None:
+  figure.set_size_inches(7.4, 3.4)
+  rows = json.loads((RESULTS / "photos.json").read_text())["rows"]
+  (dense,) = [row for row in rows if row["method"] == "dense"]
+  lines = {
+    "searched, tokens and widths": ("diffrate[what=both]", BLUE, "o"),
+    "searched, tokens": ("diffrate", VERMILION, "s"),
+    "the authors' plans": ("plan", GRAY, "D"),
+    "ToMe": ("tome", GREEN, "^"),
+  }
+  left, right = figure.subplots(1, 2)
+  for axes, key, title in ((left, "top1", "top-1 (%)"), (right, "loss", "cross-entropy")):
+    for name, (kind, color, marker) in lines.items():
+      found = [row for row in rows if _kind(row) == kind]
+      x, y, error = np.transpose([(row["gmacs"], row[key], row[f"{key}_se"]) for row in found])
+      order = np.argsort(x)
+      style = dict(color=color, marker=marker, markersize=4.5, linewidth=1.2, capsize=2)
+      axes.errorbar(x[order], y[order], error[order], label=name, **style)
+    axes.axhline(dense[key], color=GRAY, linewidth=0.9)
+    axes.annotate("dense", (0.4, dense[key]), (0, 3), textcoords="offset points", fontsize=8)
+    _plain(axes, title, "GMACs")
+  right.set_yscale("log")
+  right.set_yticks((0.8, 1, 1.5, 2, 3), ("0.8", "1", "1.5", "2", "3"))
+  right.minorticks_off()
+  left.legend(fontsize=8, frameon=False, loc="lower right")
+
+
+def _kind(row: dict[str, Any]) -> str:
+  """What draws a row's line: its method, `plan` for a published plan, or nothing if tuned."""
+  if row.get("variant") or "plan" in row:
+    return "plan" if "plan" in row else ""
+  return str(row["method"])
 
 
 def vit_slim_figure(figure: Figure) -> None:
@@ -376,6 +411,7 @@ def _colours(reference: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
 FIGURES: dict[str, Callable[[Figure], None]] = {
   "overview": overview,
   "diffrate": diffrate_figure,
+  "accuracy": accuracy_figure,
   "one_proxy": one_proxy_figure,
   "vit_slim": vit_slim_figure,
   "tome": tome_figure,
