@@ -1,4 +1,4 @@
-"""Activations of MLPs, by their names in specs."""
+"""Activation functions of MLPs, by their names in specs."""
 
 import math
 from collections.abc import Callable
@@ -10,9 +10,9 @@ from jaxtyping import Array, Float
 
 @jax.custom_vjp
 def gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
-  """Computes the exact GELU, x times the normal distribution's cumulative probability.
+  """Computes the exact GELU: x times the standard normal CDF at x.
 
-  It uses erf as PyTorch does; the erfc of `nn.gelu` takes three times as long on a CPU.
+  It uses erf, as PyTorch does; `nn.gelu` uses erfc, which takes three times as long on a CPU.
   """
   return x * _normal_cdf(x)
 
@@ -22,9 +22,9 @@ def _gelu_forward(x: Array) -> tuple[Array, Array]:
 
 
 def _gelu_backward(x: Array, grad: Array) -> tuple[Array]:
-  """Computes the gradient from the stored argument alone: less memory, less time on a CPU.
+  """Computes the gradient from the stored input alone, which saves memory, and time on a CPU.
 
-  The barrier keeps XLA from reusing, and thus storing, the forward pass's probability.
+  The barrier stops XLA from reusing the CDF of the forward pass, which it would have to store.
   """
   x = jax.lax.optimization_barrier(x)
   density = jnp.exp(-0.5 * x * x) * (1 / math.sqrt(2 * math.pi))
@@ -39,7 +39,7 @@ def _normal_cdf(x: Array) -> Array:
 
 
 def quick_gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
-  """Computes OpenAI's stand-in for GELU, x times the logistic function of 1.702 x."""
+  """Computes OpenAI's approximation of GELU: x times the sigmoid of 1.702 x."""
   return x * jax.nn.sigmoid(1.702 * x)
 
 

@@ -1,4 +1,4 @@
-"""Attention over tokens that stand for several patches, with or without a mask."""
+"""Attention over tokens that may represent several patches, with or without a mask."""
 
 import functools
 import math
@@ -23,24 +23,25 @@ def attend(
   form: str = "auto",
   bias: Float[Array, "#b h q n"] | None = None,
 ) -> Float[Array, "b h q v"]:
-  """Computes proportional attention: each key is weighted by the patches it stands for.
+  """Computes proportional attention: keys are weighted by the number of patches they represent.
 
-  With `keep`, no token is removed; a row sees the kept keys and itself, so that kept rows are as if
-  the others were gone, while gradients still reach `keep` at dropped keys.
+  `keep` masks tokens instead of removing them. Each query attends to the kept keys and to its own
+  key, so the outputs of kept tokens are the same as if the dropped ones had been removed. Gradients
+  still reach `keep` at dropped keys.
 
   Args:
-    q: Queries of all tokens or of the first ones.
+    q: Queries of all tokens, or of the first few.
     k: Keys.
     v: Values.
-    scale: Factor of the logits, 1/sqrt(k) in a plain ViT.
-    log_size: Logarithm of the patches each key stands for; None: all 1.
+    scale: Scale of the logits, 1/sqrt(k) in a plain ViT.
+    log_size: Logarithm of the number of patches that each key represents; None: one each.
     keep: 1 for kept keys, 0 for dropped ones; None: nothing is masked.
-    eps: Smoothing of the masked softmax, which the authors set to 1e-6. A row sees CLS and itself,
-      so it is never empty; without smoothing, masking equals removing exactly.
+    eps: Smoothing of the masked softmax, which the authors set to 1e-6. Without it, masking is
+      exactly equivalent to removing; no row is empty, as each query attends to CLS and itself.
     form: Implementation without a mask: `xla`, or `cudnn`, NVIDIA's fused kernel (half precision).
-      `auto` uses the latter on CUDA devices in half precision.
-    bias: Added to the logits of each query and key, such as that of relative positions; the plain
-      form is used then.
+      `auto` selects `cudnn` on CUDA devices in half precision.
+    bias: Added to the logits of each query and key, such as a relative position bias; if given,
+      `form` is ignored and `xla` is used.
 
   Returns:
     The attended values.
@@ -55,7 +56,7 @@ def attend(
     if form == "cudnn":
       return _cudnn(q, k, v, scale, log_size)
     if form == "auto" and q.dtype.itemsize == 2 and _on_cuda():
-      # In a program exported for several platforms, the others use the plain form.
+      # In a program exported for several platforms, those without CUDA use the plain form.
       fused = functools.partial(_cudnn, scale=scale, log_size=log_size)
       plain = functools.partial(_plain, scale=scale, log_size=log_size)
       return jax.lax.platform_dependent(q, k, v, cuda=fused, default=plain)
@@ -75,17 +76,17 @@ def _plain(
   """Computes attention in the layout and order that XLA's CPU backend fuses into one kernel."""
   logits = logits_of(q, k, scale, log_size, bias)
   weights = jnp.exp(logits - _peak(logits))
-  # Dividing after the product touches n·k numbers instead of n·n.
+  # Dividing after the product takes n·k divisions instead of n·n.
   total = jnp.sum(weights, axis=-1, keepdims=True)
   return (_weigh(weights, v) / total).astype(v.dtype)
 
 
 def _cudnn(q: Array, k: Array, v: Array, scale: float, log_size: Array | None) -> Array:
-  """Computes attention by cuDNN's kernel, with sizes as two more channels of the keys.
+  """Computes attention with cuDNN's kernel, passing sizes as two more channels of the keys.
 
-  The kernel takes no bias per key. One channel holds it in half precision, the other its rounding
-  error. Channels are then padded with zeros to a multiple of 8, as the kernel requires, as many for
-  values as for keys.
+  The kernel takes no bias per key. One channel holds the bias in half precision, the other its
+  rounding error. Queries, keys and values are then padded with zeros to the same number of
+  channels, a multiple of 8 as the kernel requires.
   """
   dim = v.shape[-1]
   if log_size is not None:
@@ -122,7 +123,8 @@ def _masked(
   own = _own_logits(q, k[:, :, :n], scale, log_size[:, :n])[..., None]
   if bias is not None:
     own = own + jnp.diagonal(bias, axis1=2, axis2=3)[..., None]
-  # Relative to the keys a row sees, or its sum may vanish; the authors' eps is relative to all.
+  # The peak is over the keys that a row sees, or its sum may underflow. The authors' eps is
+  # relative to the peak over all keys.
   seen = logits if eps else logits + _hidden(keep < 0.5)[:, None, None]
   peak = jnp.maximum(_peak(seen), jax.lax.stop_gradient(own))
   own = jnp.exp(own - peak) * (1 - keep[:, :n])[:, None, :, None]
@@ -142,8 +144,9 @@ def _attend_masked(
 ) -> Array:
   """Computes `_masked` without smoothing, and stores no [n n] map for the backward pass.
 
-  So a compiler may fuse the forward pass into one kernel, and the maps take no memory in between.
-  No gradient passes through this form, so dropped keys can have logits of minus infinity.
+  The compiler may therefore fuse the forward pass into one kernel, and no map stays in memory until
+  the backward pass. This form is never differentiated, so the logits of dropped keys can be minus
+  infinity.
   """
   logits = logits_of(q, k, scale, log_size + _hidden(keep < 0.5))
   own = (_own_logits(q, k, scale, log_size) + _hidden(keep > 0.5)[:, None])[..., None]
@@ -163,17 +166,17 @@ def _attend_masked_forward(
 def _attend_masked_backward(
   scale: float, residuals: tuple[Array, ...], grad: Array
 ) -> tuple[Array, ...]:
-  # The barrier keeps XLA from reusing, and thus storing, values of the forward pass.
+  # The barrier stops XLA from reusing values of the forward pass, which it would have to store.
   q, k, v, log_size, keep, out = jax.lax.optimization_barrier(residuals)
   grad = grad.astype(v.dtype)
-  # Laid out as keys by queries, sums over queries are plain matrix products.
+  # With logits laid out as keys by queries, sums over queries are plain matrix products.
   logits = logits_of(k, q, scale, None) + log_size[:, None, :, None]
   own = _own_logits(q, k, scale, log_size)
   total = jax.nn.logsumexp(logits + _hidden(keep < 0.5)[:, None, :, None], axis=2)
   total = jnp.logaddexp(total, own + _hidden(keep > 0.5)[:, None])  # [b h q]
   slope = jnp.sum(grad.astype(own.dtype) * out, axis=-1)  # [b h q]
   weights = jnp.exp(jnp.minimum(logits - total[:, :, None], math.log(_LARGEST_WEIGHT)))
-  change = weights * (logits_of(v, grad, 1.0, None) - slope[:, :, None])  # by a logit, if kept
+  change = weights * (logits_of(v, grad, 1.0, None) - slope[:, :, None])  # w.r.t. a logit, if kept
   own = jnp.exp(own - total)
   own_change = own * (_own_logits(v, grad, 1.0, None) - slope)
   column, row = keep[:, None, :, None], (1 - keep)[:, None]
@@ -206,16 +209,17 @@ def attend_one(
   log_size: Float[Array, "b n"] | None = None,
   keep: Float[Array, "b n"] | None = None,
 ) -> Float[Array, "b h k"]:
-  """Computes proportional attention of one query that is no token, such as a pooling head's.
+  """Computes proportional attention of one query that is not a token, such as a pooling head's.
 
-  With `keep`, dropped keys are not seen; gradients still reach `keep` at them, as in `attend`.
+  The query does not attend to keys that `keep` drops. Gradients still reach `keep` there, as in
+  `attend`.
 
   Args:
     q: The query.
     k: Keys.
     v: Values.
-    scale: Factor of the logits.
-    log_size: Logarithm of the patches each key stands for; None: all 1.
+    scale: Scale of the logits.
+    log_size: Logarithm of the number of patches that each key represents; None: one each.
     keep: 1 for kept keys, 0 for dropped ones; None: nothing is masked.
   """
   logits = logits_of(q[:, :, None], k, scale, log_size)
@@ -235,7 +239,7 @@ def _hidden(is_hidden: Array) -> Array:
 
 
 def _peak(logits: Array) -> Array:
-  """Returns the largest logit of each row; no gradient, as softmax is invariant to shifts."""
+  """Returns the largest logit of each row, without a gradient: shifts do not change softmax."""
   return jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
 
 

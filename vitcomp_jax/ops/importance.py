@@ -1,4 +1,4 @@
-"""Scores of tokens by attention or values, without the full map of attention where one row does."""
+"""Scores tokens by attention or values; computes a single row of attention where that suffices."""
 
 import jax
 import jax.numpy as jnp
@@ -17,14 +17,14 @@ def cls_attention(
 ) -> Float[Array, "b n"]:
   """Computes the CLS token's attention to every token, averaged over heads.
 
-  It is computed as a single row, apart from `attend`, so that the full map never has to exist.
+  It is computed as a single row, separately from `attend`, so the full map is never needed.
 
   Args:
     q: The CLS token's query.
     k: Keys.
-    scale: Factor of the logits.
-    log_size: Logarithm of the patches each key stands for; None: all 1.
-    keep: 1 for kept keys, 0 for dropped ones, which then score below every kept one.
+    scale: Scale of the logits.
+    log_size: Logarithm of the number of patches that each key represents; None: one each.
+    keep: 1 for kept keys, 0 for dropped ones, which score below all kept ones.
     bias: Added to the logits of each key.
 
   Returns:
@@ -56,11 +56,11 @@ def mean_attention(
   Args:
     q: Queries.
     k: Keys.
-    scale: Factor of the logits.
-    log_size: Logarithm of the patches each key stands for; None: all 1.
-    keep: 1 for kept tokens, 0 for dropped ones, which then score below every kept one.
-    of_all: Whether to average over dropped queries too, which see the kept keys and themselves.
-      The attention that dropped tokens pay themselves then ranks them.
+    scale: Scale of the logits.
+    log_size: Logarithm of the number of patches that each key represents; None: one each.
+    keep: 1 for kept tokens, 0 for dropped ones, which score below all kept ones.
+    of_all: Whether to average over dropped queries too, which attend to the kept keys and
+      themselves. Dropped tokens are then ranked by the attention that they pay to themselves.
     bias: Added to the logits of each query and key.
 
   Returns:
@@ -82,14 +82,14 @@ def probe_attention(
   size: Float[Array, "b n"] | None = None,
   keep: Float[Array, "b n"] | None = None,
 ) -> Float[Array, "b n"]:
-  """Computes the attention that a query which is no token pays each token, averaged over heads.
+  """Computes the attention that a query outside the sequence pays to tokens, averaged over heads.
 
   Args:
     x: Tokens; they are standardised first.
-    probe: Query folded through key projection and norm, per head: its product with a standardised
-      token is the logit up to a constant, to which the softmax is invariant.
-    size: Patches each token stands for; None: all 1.
-    keep: 1 for kept tokens, 0 for dropped ones, which then score below every kept one.
+    probe: Query of each head with the key projection and the norm folded in: its product with a
+      standardised token is the logit, up to a constant that does not change the softmax.
+    size: Number of patches that each token represents; None: one each.
+    keep: 1 for kept tokens, 0 for dropped ones, which score below all kept ones.
 
   Returns:
     Scores in [0, 1]; -1 where dropped.

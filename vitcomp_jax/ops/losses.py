@@ -52,8 +52,8 @@ def distillation(
   Args:
     logits: The student's logits.
     teacher: The teacher's logits.
-    kind: `soft` for the divergence of the predictions at a temperature, times its square; `hard`
-      for the cross-entropy with the teacher's class.
+    kind: `soft` for the divergence between the predictions at a temperature, times the squared
+      temperature; `hard` for the cross-entropy with the teacher's class.
     temperature: Temperature of `soft`.
 
   References:
@@ -81,7 +81,7 @@ def feature_divergence(
 
 
 def cosine(features: Float[Array, "b ..."], teacher: Float[Array, "b ..."]) -> Float[Array, ""]:
-  """Computes the cosine of the angle to the teacher's features; arguments as above."""
+  """Computes the cosine similarity to the teacher's features; see above for the arguments."""
   features, teacher = _flat(features), _flat(teacher)
   norms = jnp.linalg.norm(features, axis=1) * jnp.linalg.norm(teacher, axis=1)
   return jnp.mean(jnp.sum(features * teacher, axis=1) / norms)

@@ -1,4 +1,4 @@
-"""Merging tokens into their most similar ones, without scatters."""
+"""Merges tokens into the most similar ones, without scatter operations."""
 
 import jax
 import jax.numpy as jnp
@@ -21,12 +21,12 @@ def _unit(x: Array) -> Array:
 def receivers(
   x: Float[Array, "b n d"], keep: int, first: int
 ) -> tuple[Int[Array, "b s"], Float[Array, "b s"]]:
-  """Finds the most similar kept token of each token after the first `keep`.
+  """Finds, for each token after the first `keep`, the most similar of the kept tokens.
 
   Args:
-    x: Tokens by falling importance, after the prefix.
+    x: The prefix, then the other tokens by decreasing importance.
     keep: Number of tokens that remain, prefix included.
-    first: First token that may receive, after the prefix.
+    first: Position of the first token that may be a receiver, after the prefix.
 
   Returns:
     The receiver's position, in [first, keep), and the cosine similarity.
@@ -36,7 +36,7 @@ def receivers(
 
 
 def best(scores: Float[Array, "b s t"]) -> tuple[Int[Array, "b s"], Float[Array, "b s"]]:
-  """Returns the index and the value of each row's largest score; the first of equals."""
+  """Returns the index and the value of each row's largest score; ties go to the first."""
   largest = jnp.max(scores, axis=-1)
   # XLA's argmax is not vectorised on a CPU; this takes a third of its time.
   place = jnp.arange(scores.shape[-1], dtype=scores.dtype)[None, None]
@@ -45,7 +45,7 @@ def best(scores: Float[Array, "b s t"]) -> tuple[Int[Array, "b s"], Float[Array,
 
 
 def joins(receiver: Int[Array, "b s"], count: int, dtype: jnp.dtype) -> Float[Array, "b t s"]:
-  """Returns 1 where a token joins one of `count` receivers, laid out for a matrix product."""
+  """Returns a matrix that is 1 where a token joins one of `count` receivers, and 0 elsewhere."""
   return (receiver[:, None] == jnp.arange(count)[None, :, None]).astype(dtype)
 
 
@@ -53,7 +53,7 @@ def joins(receiver: Int[Array, "b s"], count: int, dtype: jnp.dtype) -> Float[Ar
 def join(
   x: Float[Array, "b n d"], receiver: Int[Array, "b n"], share: Float[Array, "b n"]
 ) -> Float[Array, "b n d"]:
-  """Sums the shares of tokens that join each token; its gradient gathers from the receivers."""
+  """Sums, for each token, the shares of the tokens that join it; the gradient is a gather."""
   joined = joins(receiver, x.shape[1], x.dtype) * share[:, None].astype(x.dtype)
   return jnp.einsum("bts,bsd->btd", joined, x)
 
@@ -80,14 +80,14 @@ def merge_tail(
 ) -> tuple[Float[Array, "b t d"], Float[Array, "b t"]]:
   """Merges the last s tokens into their receivers among the first t = n - s.
 
-  A receiver becomes the plain mean of itself and the tokens that join it; its size grows by their
-  weighted sizes. Gradients flow through the values, not the choice of receiver.
+  A receiver becomes the unweighted mean of itself and the tokens that join it; its size grows by
+  their weighted sizes. Gradients flow through the values, but not through the choice of receivers.
 
   Args:
     x: Tokens; the last s are merged.
-    size: Patches each token stands for.
-    receiver: Position that each of the last s joins.
-    weight: Share of each joining size that is added.
+    size: Number of patches that each token represents.
+    receiver: Position of the receiver of each of the last s tokens.
+    weight: Share of each merged token's size that is added to its receiver's.
 
   Returns:
     The t merged tokens and their sizes.
@@ -114,8 +114,8 @@ def bipartite_match(
 
   Returns:
     An order of all tokens, and the receivers of its last `remove` ones as positions in that order.
-    The order has the prefix, the remaining even positions, the odd ones, and last the tokens to
-    merge away, most similar first.
+    The order consists of the prefix, the remaining even positions, the odd positions, and finally
+    the tokens to merge away, most similar first.
 
   References:
     Bolya et al., `ToMe <https://arxiv.org/abs/2210.09461>`_, 2022, Sec. 3 and appendix D.
@@ -144,11 +144,11 @@ def merge_weighted(
 
   Args:
     x: Tokens; the last s are merged.
-    size: Patches each token stands for.
-    receiver: Position that each of the last s joins.
+    size: Number of patches that each token represents.
+    receiver: Position of the receiver of each of the last s tokens.
 
   Returns:
-    The t merged tokens, each the mean of the patches it stands for, and their sizes.
+    The t merged tokens, each the mean of the patches that it represents, and their sizes.
 
   References:
     Bolya et al., `ToMe <https://arxiv.org/abs/2210.09461>`_, 2022, Sec. 3.

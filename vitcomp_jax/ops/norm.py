@@ -13,11 +13,11 @@ def layer_norm(
 ) -> Float[Array, "*b d"]:
   """Standardises the last axis, then scales and shifts it.
 
-  Its backward pass stores only the input, and takes half the time of autodiff's on a CPU.
+  The backward pass stores only the input, and takes half as long as autodiff's on a CPU.
 
   Args:
     epsilon: Added to the variance.
-    x: Values, in the dtype of the computation like the others.
+    x: Values; like `scale` and `bias`, in the dtype of the computation.
     scale: Factor of each channel.
     bias: Offset of each channel.
   """
@@ -27,7 +27,7 @@ def layer_norm(
 
 def _normed(epsilon: float, x: Array) -> tuple[Array, Array]:
   """Returns x with mean 0 and variance 1 along the last axis, and the factor applied."""
-  # E[x²] - E[x]² is faster, but too inexact for the golden tests.
+  # E[x²] - E[x]² is faster, but not accurate enough for the golden tests.
   centred = x - jnp.mean(x, axis=-1, keepdims=True)
   factor = jax.lax.rsqrt(jnp.mean(centred * centred, axis=-1, keepdims=True) + epsilon)
   return centred * factor, factor
@@ -42,7 +42,7 @@ def _forward(
 def _backward(epsilon: float, kept: tuple[Array, ...], grad: Array) -> tuple[Array, ...]:
   x, scale = kept
   normed, factor = _normed(epsilon, x)
-  # The barrier makes it an array; otherwise XLA broadcasts the scale to all tokens for each mean.
+  # The barrier materialises it; otherwise XLA broadcasts the scale to all tokens for each mean.
   slope = jax.lax.optimization_barrier(grad * _as_row(scale, x))
   along = jnp.mean(slope * normed, axis=-1, keepdims=True)
   dx = factor * (slope - jnp.mean(slope, axis=-1, keepdims=True) - normed * along)

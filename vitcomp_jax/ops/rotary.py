@@ -12,7 +12,7 @@ def rotate(
   Args:
     x: Queries or keys.
     angles: Angle of each token and pair, in at least float32.
-    halves: Whether channel i is paired with i + k/2, or 2i with 2i + 1.
+    halves: If true, channel i is paired with i + k/2; otherwise 2i with 2i + 1.
 
   References:
     Su et al., `RoFormer <https://arxiv.org/abs/2104.09864>`_, 2021, Eq. 34.

@@ -1,4 +1,4 @@
-"""Sorting tokens by importance, taking the first, and tracking the patches."""
+"""Sorts tokens by importance, takes the first ones, and tracks which token holds each patch."""
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +8,7 @@ from jaxtyping import Array, Float, Int
 def importance_order(
   importance: Float[Array, "b n"], num_prefix: int, count: int
 ) -> Int[Array, "b {count}"]:
-  """Returns the positions of the `count` most important tokens, the prefix first in its order.
+  """Returns the positions of the prefix and of the most important tokens, `count` in total.
 
   Args:
     importance: Score of each token; the prefix's scores are ignored.
@@ -16,11 +16,11 @@ def importance_order(
     count: Number of positions to return, prefix included.
 
   Returns:
-    Positions, after the prefix by falling importance; among equals the earlier first.
+    Positions of the prefix, then of the others by decreasing importance; ties keep their order.
   """
   scores = importance[:, num_prefix:]
   if count == importance.shape[1]:
-    # For all tokens a sort is as fast, and unlike `top_k` XLA can partition it over devices.
+    # A full sort is as fast here and, unlike `top_k`, XLA can partition it over devices.
     order = jnp.argsort(-scores, axis=1, stable=True).astype(jnp.int32)
   else:
     _, order = jax.lax.top_k(scores, count - num_prefix)
@@ -38,7 +38,7 @@ def take(x: Array, order: Int[Array, "b c"]) -> Array:
 
 @jax.custom_vjp
 def permute(x: Float[Array, "b n d"], order: Int[Array, "b n"]) -> Float[Array, "b n d"]:
-  """Takes all tokens, each once; its gradient is a gather too, where that of `take` scatters."""
+  """Reorders all tokens; the gradient is a gather, whereas that of `take` is a scatter."""
   return take(x, order)
 
 
@@ -56,7 +56,7 @@ permute.defvjp(_permute_forward, _permute_backward)
 def follow(
   source: Int[Array, "b p"], order: Int[Array, "b c"], num_tokens: int
 ) -> Int[Array, "b p"]:
-  """Updates the token that holds each patch after `take(_, order)`; -1 if it was dropped.
+  """Updates which token holds each patch after `take(_, order)`; -1 if that token was dropped.
 
   Args:
     source: Token that held each patch before; -1: pruned earlier.

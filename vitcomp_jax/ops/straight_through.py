@@ -1,4 +1,4 @@
-"""Functions with straight-through gradients, for learning whole numbers."""
+"""Functions with straight-through gradients, for learning integers."""
 
 import jax
 import jax.numpy as jnp
@@ -10,8 +10,8 @@ def ste_ceil(x: Float[Array, ""], tolerance: float = 0.0) -> Float[Array, ""]:
 
   Args:
     x: Any scalar.
-    tolerance: Excess over a whole number that still counts as that number, so that rounding errors
-      are not rounded up.
+    tolerance: Excess over an integer that is still rounded down to it, so that rounding errors are
+      not rounded up.
   """
   return x + jax.lax.stop_gradient(jnp.ceil(x - tolerance) - x)
 
@@ -31,8 +31,8 @@ def ste_mask(probability: Float[Array, " n"], dropped: Bool[Array, " n"]) -> Flo
 def ste_min(before: Array, prune_count: Array, merge_count: Array) -> Array:
   """Computes the minimum of the three, with a full gradient to both counts and none to `before`.
 
-  So the budget reaches both counts of a layer, whichever is smaller, and no gradient from later
-  layers.
+  The gradient of the budget thus reaches both counts of a layer, whichever is smaller, but not
+  through the counts of later layers.
   """
   return jnp.minimum(before, jnp.minimum(prune_count, merge_count))
 
@@ -45,9 +45,9 @@ def _ste_min_jvp(primals, tangents):
 
 @jax.custom_vjp
 def ste_clip(x: Float[Array, ""], low: Array, high: Array) -> Float[Array, ""]:
-  """Clips x, with a gradient of 1 but for one that would push x further out of the range.
+  """Clips x, passing on any gradient except one that would push x further out of the range.
 
-  So x neither gets stuck outside nor drifts away from the range in a descent.
+  Under gradient descent, x thus neither gets stuck outside the range nor drifts away from it.
   """
   return jnp.clip(x, low, high)
 
