@@ -18,11 +18,11 @@ from vitcomp_jax.ops.rotary import rotate
 
 
 class LayerPositions(flax.struct.PyTreeNode):
-  """Positions that a layer's attention uses, by all tokens that the model starts with.
+  """Positions that a layer's attention uses, for all tokens that the model starts with.
 
   Attributes:
-    angles: Rotation of queries and keys, f[#h n k//2]; None: no rotation.
-    bias: Bias of the logits that layers share, f[h n n]; None: none.
+    angles: Angles by which queries and keys are rotated, f[#h n k//2]; None: no rotation.
+    bias: Bias of the logits that layers share, f[h n n]; None: no bias.
     halves: Pairing of rotated channels, see `Rotary`.
   """
 
@@ -33,14 +33,14 @@ class LayerPositions(flax.struct.PyTreeNode):
 
 @dataclasses.dataclass(frozen=True)
 class AttentionParts:
-  """Describes the parts of attention in which families of models differ.
+  """Describes the parts of attention that differ between families of models.
 
   Attributes:
-    qkv_bias: Which of query, key and value have a bias: `qkv`, `qv`, or none, ``""``.
+    qkv_bias: Which of query, key and value have a bias: `qkv`, `qv`, or ``""`` for none.
     proj_bias: Whether the last projection has a bias.
     qk_norm: Norm of each head's queries and keys.
     norm: Norm of the output before the last projection.
-    relative_grid: Grid of the layer's own bias by relative position; None: no such bias.
+    relative_grid: Grid of the layer's own relative position bias; None: no such bias.
   """
 
   qkv_bias: str = "qkv"
@@ -82,9 +82,9 @@ class Attention(nn.Module):
     """Returns the attention's output, and statistics for reducers.
 
     Args:
-      x: Normed token values.
-      tokens: The tokens, for their sizes, mask and origins.
-      gate: Factor on queries, keys and values.
+      x: Normalised token values.
+      tokens: The tokens, which provide sizes, mask and origins.
+      gate: Gate applied to queries, keys and values.
       positions: Positions of the tokens that the model starts with.
     """
     s, positions = self.spec, positions or LayerPositions()
@@ -104,8 +104,8 @@ class Attention(nn.Module):
   def _projected(self, x: Array, gate: Gate) -> tuple[Array, Array, Array]:
     """Returns queries and keys, f[b h n k] each, and values, f[b h n v]."""
     (b, n, _), qk = x.shape, self.spec.widths.qk
-    # Split first, so that a backward pass concatenates the three gradients without a transpose.
-    # Heads are next to the batch: each product is one batched matrix product.
+    # Splitting first lets the backward pass concatenate the three gradients without a transpose.
+    # With the axis of heads next to the batch, each product is one batched matrix product.
     q, k, v = jnp.split(self.qkv(x), (qk, 2 * qk), axis=-1)
     if self.parts.qkv_bias == "qv":
       q = q + self.q_bias.astype(q.dtype)[None, None]
@@ -116,7 +116,7 @@ class Attention(nn.Module):
     return gate(q)[0], gate(k)[0], gate(v)[0]
 
   def _bias(self, tokens: Tokens, positions: LayerPositions) -> Array | None:
-    """Returns the bias of the logits by relative position, f[#b h n n]."""
+    """Returns the relative position bias of the logits, f[#b h n n]."""
     bias = positions.bias if self.parts.relative_grid is None else self.relative()
     if bias is None:
       return None
@@ -125,11 +125,11 @@ class Attention(nn.Module):
 
 
 def _of_kept_pairs(angles: Array, rotated: tuple[tuple[int, ...], ...] | None) -> Array:
-  """Returns the angles of a slimmed layer's pairs, f[h n k//2].
+  """Returns the angles of the pairs that a slimmed layer keeps, f[h n k//2].
 
   Args:
     angles: Angles of the dense layer, f[#h n k//2].
-    rotated: Pairs of the dense layer, see `LayerSpec`; None: all.
+    rotated: Kept pairs of the dense layer, see `LayerSpec`; None: all.
   """
   if rotated is None:
     return angles

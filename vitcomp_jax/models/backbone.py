@@ -8,7 +8,7 @@ from vitcomp_jax.models.tokens import Output, Tokens
 
 
 class Backbone(nn.Module):
-  """Base of models whose `layers` describe each layer and the tokens it removes.
+  """Base of models whose `layers` describe each layer and the tokens that it removes.
 
   A backbone embeds images as tokens, applies its layers, and classifies the last layer's tokens.
 

@@ -18,11 +18,11 @@ Scale = Callable[[Array], Array]
 
 @runtime_checkable
 class BlockParts(Protocol):
-  """Makes the parts of a layer; hashable, as it is a field of a module."""
+  """Makes the parts of a layer. It must be hashable, as it is a field of a module."""
 
   @property
   def norm_after(self) -> bool:
-    """Returns whether branches are normed after attention and MLP instead of before."""
+    """Returns whether the norms follow attention and MLP instead of preceding them."""
     ...
 
   def norm(self) -> nn.Module:
@@ -38,16 +38,16 @@ class BlockParts(Protocol):
     ...
 
   def scales(self, layer: LayerSpec, branch: int) -> tuple[Scale, Scale]:
-    """Makes the scales of the residual stream and of its branch number 1 or 2."""
+    """Makes the scales of the residual stream and of residual branch 1 or 2."""
     ...
 
 
 class EncoderBlock(nn.Module):
-  """An encoder layer whose tokens may be reduced before and after attention."""
+  """An encoder layer that may reduce its tokens before and after attention."""
 
   layer: LayerSpec
   parts: BlockParts
-  # Separate fields, so that Flax adopts those that are modules.
+  # Separate fields, so that Flax registers those that are modules.
   select: TokenReducer
   reduce: TokenReducer
   token_gate: Gate
@@ -65,7 +65,7 @@ class EncoderBlock(nn.Module):
     """Returns the tokens after the layer.
 
     Args:
-      tokens: The tokens that enter.
+      tokens: The tokens that enter the layer.
       positions: Positions that attention uses, see `Attention`.
     """
     tokens = self.select(tokens, None)

@@ -20,5 +20,5 @@ def build(spec: ViTSpec, layers: tuple[LayerSpec, ...], remat: bool = False) -> 
 
 
 def portable(model: Backbone) -> Backbone:
-  """Returns the same model for any platform and format, which lack cuDNN's kernel."""
+  """Returns the same model without cuDNN's kernel, for any platform and format."""
   return build(dataclasses.replace(model.spec, attention="xla"), model.layers)

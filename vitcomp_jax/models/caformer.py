@@ -1,4 +1,4 @@
-"""CAFormer: two convolutional stages, then two of attention whose layers may remove tokens.
+"""CAFormer: two convolutional stages, then two attention stages whose layers may remove tokens.
 
 Yu et al., `MetaFormer Baselines for Vision <https://arxiv.org/abs/2210.13452>`_, 2022.
 """
@@ -33,8 +33,8 @@ _STEM_KERNEL, _KERNEL, _MIXER_KERNEL = 7, 3, 7
 class CAFormerSpec(ViTSpec):
   """A CAFormer as a ViT: convolutions make its tokens, and downsample them once between layers.
 
-  Its layers are those of both attention stages, in order; `patch_size` is the side of the patch
-  that a token of the first of them stands for, and `width` the channels that the head reads.
+  The layers are those of both attention stages, in order. `patch_size` is the side of the patch
+  that a token of the first attention stage represents, and `width` the channels of the last stage.
 
   Attributes:
     depths: Blocks of the four stages.
@@ -93,7 +93,7 @@ class CAFormerSpec(ViTSpec):
 def caformer(
   name: str, image_size: tuple[int, int], depths: tuple[int, ...], dims: tuple[int, ...], **options
 ) -> CAFormerSpec:
-  """Makes a spec from the values in which CAFormers differ."""
+  """Makes a spec from the values that differ between CAFormers."""
   return CAFormerSpec(
     name,
     image_size,
@@ -111,10 +111,10 @@ def caformer(
 
 
 class CAFormer(Backbone):
-  """A CAFormer; `layers` describe its layers with attention and the tokens they remove.
+  """A CAFormer; `layers` describe its attention layers and the tokens that they remove.
 
-  Before the last stage, merged and pruned tokens return to their places on the grid, as the stage
-  begins with a convolution; the stage starts with all of its tokens.
+  The last stage begins with a convolution, so merged and pruned tokens return to their places on
+  the grid before it. The stage starts with all of its tokens.
   """
 
   spec: CAFormerSpec
@@ -149,10 +149,10 @@ class CAFormer(Backbone):
     return self.stages[3].blocks[layer - first](tokens)
 
   def restore(self, tokens: Tokens) -> Float[Array, "b h w d"]:
-    """Returns the full grid before the last stage, normed for its convolution.
+    """Returns the full grid before the last stage, normalised for its convolution.
 
-    A masked token is replaced by the value that removing it would leave in its place, with a
-    gradient to the mask.
+    A masked token is replaced by the value that its place would have if the token were removed;
+    gradients reach the mask.
     """
     tokens = tokens.normed(self.stages[3].downsample.norm)
     x = unmerge(tokens)
@@ -169,13 +169,13 @@ class CAFormer(Backbone):
 
 
 def _tokens_of(x: Float[Array, "b h w d"]) -> Tokens:
-  """Returns a grid as tokens, none of them removed."""
+  """Returns a grid as tokens, none of which is removed."""
   return Tokens.begin(x.reshape(x.shape[0], -1, x.shape[3]), 0, track_origin=True)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Parts:
-  """Makes the parts of a stage's layers: no biases, StarReLU, and a learnt residual stream."""
+  """Makes the parts of a stage's layers, with StarReLU, a scaled residual stream and no biases."""
 
   spec: CAFormerSpec
   width: int
@@ -340,7 +340,7 @@ def _norm(epsilon: float) -> nn.LayerNorm:
 
 
 def _conv(width: int, kernel: int, stride: int, dtype: str | None, **options: Any) -> nn.Conv:
-  # The stem is padded by 2, all others by half of their kernel.
+  # The stem is padded by 2, all others by half of their kernel size.
   padding = [(2 if stride == 4 else kernel // 2,) * 2] * 2
   options |= {"dtype": dtype, "kernel_init": kernel_init}
   return nn.Conv(width, (kernel, kernel), stride, padding, **options)

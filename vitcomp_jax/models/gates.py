@@ -1,4 +1,4 @@
-"""Gates: factors on the values inside a layer, learnt by ViT-Slim's search."""
+"""Gates: factors that multiply values inside a layer, learnt by ViT-Slim's search."""
 
 import dataclasses
 import math
@@ -27,7 +27,7 @@ class SoftMask(nn.Module):
     shape: Shape of `zeta`, with the rank of the values it multiplies.
     initial: Initial value of every factor.
     squash: Whether the factor is tanh(zeta), as for patches.
-    pairing: Which of the values' last axis share a factor, see `LayerSpec`; None: none do.
+    pairing: Which channels of the last axis share a factor, see `LayerSpec`; None: no sharing.
 
   References:
     Chavan et al., `ViT-Slim <https://arxiv.org/abs/2201.00814>`_, 2022, Sec. 3.2.
@@ -48,7 +48,7 @@ class SoftMask(nn.Module):
 
 
 def both_of_pairs(values: Array | np.ndarray, pairing: str) -> Array:
-  """Returns a value for both channels of each pair: f[… k//2] becomes f[… k]."""
+  """Repeats the value of each pair for both of its channels: f[… k//2] becomes f[… k]."""
   if pairing == "halves":
     return jnp.concatenate([values, values], axis=-1)
   return jnp.repeat(values, 2, axis=-1)
@@ -56,7 +56,7 @@ def both_of_pairs(values: Array | np.ndarray, pairing: str) -> Array:
 
 @dataclasses.dataclass(frozen=True)
 class HardMask:
-  """Keeps some units and zeroes the others: a cut, before anything is removed.
+  """Keeps some units and sets the others to zero: a cut that removes nothing yet.
 
   Attributes:
     shape: Shape of the mask, as in `SoftMask`.

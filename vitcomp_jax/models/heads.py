@@ -1,4 +1,4 @@
-"""Heads by a spec's `pool`: they norm and pool the last tokens, classify, and count their MACs.
+"""Heads, by a spec's `pool`: they normalise and pool the last tokens, classify, and count MACs.
 
 The head of a ViT shares the ViT's scope, so that its parameters have timm's names.
 """
@@ -22,12 +22,12 @@ Read = tuple[Tokens, Array, Array]
 
 
 class Head(Protocol):
-  """Reads the tokens after the last layer."""
+  """Computes features and logits from the tokens after the last layer."""
 
   def __init__(self, spec: ViTSpec) -> None: ...
 
   def __call__(self, tokens: Tokens) -> Read:
-    """Returns the tokens after the final norm, pooled features and logits."""
+    """Returns the tokens after the final norm, the pooled features and the logits."""
     ...
 
   @staticmethod
@@ -36,7 +36,7 @@ class Head(Protocol):
 
     Args:
       spec: The model.
-      tokens: Tokens after the last layer, an int or a traced scalar.
+      tokens: Number of tokens after the last layer, an int or a traced scalar.
     """
     ...
 
@@ -46,9 +46,9 @@ def _classifier(spec: ViTSpec) -> Callable[[Array], Array]:
 
 
 class ViTHead(nn.Module):
-  """Norms the tokens, pools them, norms the features, and classifies them.
+  """Normalises the tokens, pools them, normalises the features, and classifies them.
 
-  Each of the norms and the classifier may be absent, as the spec says.
+  Both norms and the classifier are optional; the spec says which are present.
   """
 
   spec: ViTSpec
@@ -65,7 +65,7 @@ class ViTHead(nn.Module):
     return tokens, features, self.head(features)
 
   def pooled(self, tokens: Tokens) -> Float[Array, "b d"]:
-    """Returns one vector for the normed tokens of each image."""
+    """Returns one vector for the normalised tokens of each image."""
     raise NotImplementedError
 
   @staticmethod
@@ -75,7 +75,7 @@ class ViTHead(nn.Module):
 
 
 class ClsHead(ViTHead):
-  """Reads the CLS token."""
+  """Takes the CLS token as features."""
 
   def pooled(self, tokens: Tokens) -> Float[Array, "b d"]:
     return tokens.x[:, 0]
@@ -84,7 +84,7 @@ class ClsHead(ViTHead):
 class ClsDistHead(nn.Module):
   """Classifies the CLS and the distillation token separately, and averages the logits.
 
-  Its features are f[b 2 d]; without classifiers the logits are their mean.
+  The features are f[b 2 d]; without classifiers, their mean takes the place of the logits.
 
   References:
     Touvron et al., `DeiT <https://arxiv.org/abs/2012.12877>`_, 2021, Sec. 4.
@@ -110,7 +110,7 @@ class ClsDistHead(nn.Module):
 
 
 class SizeMeanHead(ViTHead):
-  """Reads the mean of the patch tokens, weighted by their sizes.
+  """Takes the mean of the patch tokens, weighted by their sizes, as features.
 
   References:
     Chen et al., `DiffRate <https://arxiv.org/abs/2305.17997>`_, 2023, the authors' model for MAE.
@@ -121,7 +121,7 @@ class SizeMeanHead(ViTHead):
 
 
 class ClsMeanHead(ViTHead):
-  """Reads the CLS token beside the mean of the patch tokens, weighted by their sizes (DINOv2)."""
+  """Concatenates the CLS token and the mean of the patch tokens, weighted by size (DINOv2)."""
 
   def pooled(self, tokens: Tokens) -> Float[Array, "b d"]:
     means = size_mean(tokens, tokens.num_prefix)
@@ -129,9 +129,9 @@ class ClsMeanHead(ViTHead):
 
 
 def size_mean(tokens: Tokens, start: int) -> Float[Array, "b d"]:
-  """Computes Σ s·x / Σ s over the tokens from `start`, of sizes s, taken as 0 where masked.
+  """Computes Σ s·x / Σ s over the tokens from `start` on, where a masked token has size s = 0.
 
-  The denominator takes no gradient, as in the authors' model for MAE weights.
+  No gradient flows through the denominator, as in the authors' model for MAE weights.
   """
   x = tokens.x[:, start:]
   weight = jnp.ones((*x.shape[:2], 1), x.dtype)
@@ -142,7 +142,7 @@ def size_mean(tokens: Tokens, start: int) -> Float[Array, "b d"]:
 
 
 class MapHead(ViTHead):
-  """Reads the tokens by a learnt query's attention (SigLIP)."""
+  """Pools the tokens by the attention of a learnt query (SigLIP)."""
 
   def setup(self) -> None:
     super().setup()
@@ -156,7 +156,7 @@ class MapHead(ViTHead):
     return self.attn_pool(tokens, 0 if self.spec.pool_prefix else tokens.num_prefix)
 
   def probe(self) -> Float[Array, "h d"]:
-    """Returns the pooling query folded through key projection and norm scale, per head."""
+    """Returns each head's pooling query with the key projection and norm scale folded in."""
     if self.is_initializing():  # no parameters yet
       return jnp.zeros((self.spec.pool_heads or self.spec.num_heads, self.spec.width))
     assert isinstance(self.norm, LayerNorm), "pool_query needs a layer norm"
@@ -173,10 +173,10 @@ class MapHead(ViTHead):
 class AttentionPool(nn.Module):
   """SigLIP's head: a learnt query attends to all tokens, and an MLP follows.
 
-  Tokens are weighted by the number of patches they stand for; masked tokens are not seen.
+  Tokens are weighted by the number of patches they represent; masked tokens are ignored.
 
   Attributes:
-    num_heads: Heads of the query, which share the width.
+    num_heads: Heads of the query, among which the width is split.
     mlp_dim: Hidden units of the MLP.
     width: Channels of a token.
     norm_spec: Norm before the MLP, as in the layers.
@@ -203,7 +203,7 @@ class AttentionPool(nn.Module):
     self.mlp = Mlp(self.mlp_dim, self.width, self.dtype, self.activation)
 
   def __call__(self, tokens: Tokens, start: int = 0) -> Float[Array, "b d"]:
-    """Returns a vector for the tokens from `start` of each image."""
+    """Returns one vector for the tokens from `start` on of each image."""
     x = tokens.x[:, start:]
     k, v = (self._by_head(part) for part in jnp.split(self.kv(x), 2, axis=-1))
     q = jnp.broadcast_to(self.query().astype(k.dtype), (k.shape[0], *k.shape[1::2]))
@@ -218,7 +218,7 @@ class AttentionPool(nn.Module):
     return self.q(self.latent).reshape(1, self.num_heads, -1)
 
   def probe(self) -> Float[Array, "h d"]:
-    """Returns the scaled query folded through the key projection, per head."""
+    """Returns each head's scaled query with the key projection folded in."""
     keys = self.kv.variables["params"]["kernel"][:, : self.width]
     keys = keys.reshape(self.width, self.num_heads, -1)
     return self._scale * jnp.einsum("hk,dhk->hd", self.query()[0].astype(keys.dtype), keys)
@@ -234,7 +234,7 @@ class AttentionPool(nn.Module):
 
 
 class MeanHead(nn.Module):
-  """Classifies the normed mean of the unmasked tokens with an MLP (CAFormer).
+  """Classifies the normalised mean of the unmasked tokens with an MLP (CAFormer).
 
   References:
     Yu et al., `MetaFormer Baselines for Vision <https://arxiv.org/abs/2210.13452>`_, 2022.

@@ -13,7 +13,7 @@ Importance = Callable[[AttentionStats, Tokens], Array]
 
 
 def cls_attention(stats: AttentionStats, tokens: Tokens) -> Float[Array, "b n"]:
-  """Computes mean_h softmax(q_cls k / sqrt(d) + log s): the attention that CLS pays each token.
+  """Computes mean_h softmax(q_cls k / sqrt(d) + log s): the attention of CLS to each token.
 
   References:
     Liang et al., `EViT <https://arxiv.org/abs/2202.07800>`_, 2022, Eq. 2 and 3;
@@ -27,8 +27,9 @@ def cls_attention(stats: AttentionStats, tokens: Tokens) -> Float[Array, "b n"]:
 def pool_query_attention(stats: AttentionStats, tokens: Tokens) -> Float[Array, "b n"]:
   """Computes mean_h softmax(q k(norm(x)) / sqrt(d) + log s) for the query q of a pooling head.
 
-  This is the attention that the head would pay each token if this layer were the last: k projects
-  the normed tokens after this attention to the head's keys. The project's own.
+  This is the attention that the head would pay to each token if this layer were the last: k
+  projects the normalised tokens after this layer's attention to the head's keys. This metric is
+  this project's own.
   """
   assert tokens.probe is not None, "pool_query needs a pooling head"
   del stats
@@ -38,7 +39,7 @@ def pool_query_attention(stats: AttentionStats, tokens: Tokens) -> Float[Array, 
 def mean_attention(stats: AttentionStats, tokens: Tokens) -> Float[Array, "b n"]:
   """Computes mean_h mean_i softmax(q_i k / sqrt(d) + log s): the attention each token receives.
 
-  In a search, only kept tokens i count.
+  In a search, the mean is over the kept tokens i only.
 
   References:
     Chen et al., `DiffRate <https://arxiv.org/abs/2305.17997>`_, 2023, their code for CAFormer.
@@ -65,7 +66,7 @@ def _mean_attention(stats: AttentionStats, of_all: bool) -> Array:
 
 
 def value_norm(stats: AttentionStats, tokens: Tokens) -> Float[Array, "b n"]:
-  """Computes |v|, the norm of each token's values over all heads. The project's own."""
+  """Computes |v|, the norm of each token's values over all heads. This project's own metric."""
   del tokens
   return importance.value_norm(stats.v, stats.keep)
 
@@ -74,13 +75,13 @@ def random(stats: AttentionStats, tokens: Tokens) -> Float[Array, "b n"]:
   """Returns random scores, the same for every image and call, as a baseline."""
   del tokens
   b, _, n, _ = stats.k.shape
-  # Any count gets a prefix of the same numbers, so that masking and removing agree.
+  # Every token count gets a prefix of the same numbers, so that masking and removing agree.
   score = jnp.asarray(np.random.default_rng(0).random(n, np.float32))
   return importance.last_if_dropped(jnp.tile(score, (b, 1)), stats.keep)
 
 
-# Each maps an attention's statistics and the tokens after it to f[b n], negative where a token is
-# masked. `ViTSpec.importance` prefers the first that a model supports.
+# Each maps the statistics of an attention and the tokens after it to scores, f[b n], which are
+# negative where a token is masked. `ViTSpec.importance` prefers the first that a model supports.
 IMPORTANCES: dict[str, Importance] = {
   "cls": cls_attention,
   "pool_query": pool_query_attention,

@@ -11,7 +11,7 @@ from vitcomp_jax.models.tokens import TokenReducer
 
 
 class Widths(NamedTuple):
-  """The widths of a layer over all heads: whole numbers, or what a search learns.
+  """The widths of a layer over all heads: integers, or the scalars that a search learns.
 
   Attributes:
     qk: Channels of the queries; the keys have as many.
@@ -26,32 +26,33 @@ class Widths(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class LayerSpec:
-  """One encoder layer. Equal specs hash equal, so equal models compile once.
+  """One encoder layer. Equal specs have equal hashes, so equal models are compiled once.
 
   Attributes:
     num_heads: Attention heads.
     head_dim: Channels of each head's queries and keys.
     mlp_dim: Hidden units of the MLP.
-    qk_scale: Factor of the attention's logits; a slimmed head keeps that of the original.
-    value_dim: Channels of each head's values; None, also once it is given as `head_dim`: as many.
+    qk_scale: Scale of the attention's logits; a slimmed head keeps the scale of the original.
+    value_dim: Channels of each head's values; None: as many as `head_dim`. A value equal to
+      `head_dim` becomes None.
     select: Reducer before attention.
     reduce: Reducer between attention and MLP.
-    token_gate: Factor on the normed tokens, before attention and before the MLP.
-    head_gate: Factor on queries, keys and values.
-    hidden_gate: Factor on the MLP's hidden units.
-    size_bias: Whether attention is proportional, that is weighted by the tokens' sizes.
+    token_gate: Gate on the normalised tokens, before attention and before the MLP.
+    head_gate: Gate on queries, keys and values.
+    hidden_gate: Gate on the MLP's hidden units.
+    size_bias: Whether attention is proportional, that is, weighted by the tokens' sizes.
     mask_eps: Smoothing of the masked softmax; the authors use 1e-6.
     layer_scale: Whether both residual branches have learnt per-channel factors.
-    pairing: Which channels of a head are rotated together: `adjacent` ones, or the same of both
-      `halves`; None: attention does not rotate.
-    rotated: Pair of the dense layer that each pair of each head is rotated as, `head * pairs +
-      pair`; None: as in the dense layer.
+    pairing: Which channels of a head are rotated together: `adjacent` ones, or those at the same
+      place of both `halves`; None: no rotation.
+    rotated: For each pair of each head, the pair of the dense layer whose rotation it gets,
+      `head * pairs + pair`; None: as in the dense layer.
     is_gated: Whether each hidden unit is the product of a value and a gate (SwiGLU).
-    queries: Number of first tokens that attend and go on, such as those that the head reads; the
-      others are only keys and values. None: all.
+    queries: Number of leading tokens that serve as queries and are passed on, such as those that
+      the head reads; the other tokens are only keys and values. None: all.
     drop_path: Probability of dropping a residual branch of an image (stochastic depth).
-    index: Units of the dense layer that a slimmed one keeps; None: all. Ignored by comparison, as
-      layers that differ only here compute the same.
+    index: Units of the dense layer that a slimmed one keeps; None: all. Not compared, as layers
+      that differ only here compute the same.
   """
 
   num_heads: int
@@ -75,7 +76,7 @@ class LayerSpec:
   index: LayerIndex | None = dataclasses.field(default=None, compare=False)
 
   def __post_init__(self) -> None:
-    if self.value_dim == self.head_dim:  # or equal layers would differ
+    if self.value_dim == self.head_dim:  # otherwise equal layers would differ
       object.__setattr__(self, "value_dim", None)
 
   @property
@@ -91,11 +92,11 @@ class LayerSpec:
 
   @property
   def is_reordered(self) -> bool:
-    """Returns whether pairs of channels have another order than in the dense layer."""
+    """Returns whether pairs of channels are in a different order than in the dense layer."""
     pairs = list(itertools.chain(*self.rotated or ()))
     return pairs != sorted(pairs)
 
   def sliced(self, index: LayerIndex) -> dict[str, Any]:
-    """Returns the fields of this dense layer that differ once it keeps some units only."""
+    """Returns the fields of this dense layer that change when it keeps only some units."""
     rotated = None if self.pairing is None else index.rotated(self.head_dim, self.pairing)
     return {**index.widths, "rotated": rotated}

@@ -1,4 +1,4 @@
-"""Trees of all layers' variables."""
+"""Builds and reads trees of all layers' variables."""
 
 import functools
 from collections.abc import Mapping, Sequence

@@ -18,17 +18,17 @@ kernel_init = nn.initializers.truncated_normal(0.02)
 
 
 def identity(x: Array) -> Array:
-  """Returns its argument: replaces a part that a model does not have."""
+  """Returns its argument; it takes the place of a part that a model does not have."""
   return x
 
 
 def dense(features: int, dtype: str | None, use_bias: bool = True) -> nn.Dense:
-  """Makes a projection with the models' initialisation."""
+  """Makes a projection with the initialisation that all models use."""
   return nn.Dense(features, use_bias=use_bias, dtype=dtype, kernel_init=kernel_init)
 
 
 class LayerNorm(nn.Module):
-  """Flax's layer norm, in at least float32, with a backward pass twice as fast on a CPU."""
+  """Like Flax's layer norm, in at least float32, with a backward pass twice as fast on a CPU."""
 
   epsilon: float
 
@@ -64,7 +64,7 @@ NORMS: dict[str, type[LayerNorm] | type[RMSNorm]] = {"layer": LayerNorm, "rms": 
 
 @dataclasses.dataclass(frozen=True)
 class NormSpec:
-  """Describes a norm; hashable, as it is a field of modules.
+  """Describes a norm. It is hashable, as it is a field of modules.
 
   Attributes:
     kind: A key of `NORMS`; None: no norm.
@@ -149,9 +149,9 @@ MLPS: dict[str, type[Mlp]] = {"mlp": Mlp, "glu": GluMlp, "swiglu": SwigluMlp}
 
 
 class PatchEmbed(nn.Module):
-  """Cuts an image into patches and maps each to a token: a convolution whose stride is its size.
+  """Maps each patch of an image to a token by a convolution whose stride is its kernel size.
 
-  Pixels right of and below the last whole patch are cropped.
+  Pixels to the right of and below the last whole patch are cropped.
   """
 
   patch_size: int
@@ -170,7 +170,7 @@ class PatchEmbed(nn.Module):
 
 
 class _PatchProjection(nn.Module):
-  """The convolution as one matrix product over flattened patches, row by row."""
+  """Computes the convolution as one matrix product over flattened patches, row by row."""
 
   patch_size: int
   width: int

@@ -1,4 +1,4 @@
-"""Position embeddings: added to tokens, rotating queries and keys, or as a bias of attention."""
+"""Position embeddings: added to tokens, as rotations of queries and keys, or as attention bias."""
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -12,7 +12,8 @@ from vitcomp_jax.models.tokens import Tokens
 class AbsolutePositions(nn.Module):
   """Adds a learnt embedding to each token before the first layer.
 
-  It shares the ViT's scope: its parameter is `pos_embed`, f[1 rows d]. Additions count no MACs.
+  It shares the ViT's scope, so its parameter is `pos_embed`, f[1 rows d]. Additions do not count
+  as MACs.
   """
 
   spec: ViTSpec
@@ -33,7 +34,7 @@ class AbsolutePositions(nn.Module):
 
 
 class NoPositions(nn.Module):
-  """Adds nothing: positions enter by attention alone."""
+  """Adds nothing: positions enter only through attention."""
 
   spec: ViTSpec
 
@@ -49,7 +50,7 @@ POSITIONS: dict[str, type[nn.Module]] = {"absolute": AbsolutePositions, "none": 
 class RotaryAngles(nn.Module):
   """Computes the angles of a model's rotary embedding.
 
-  The parameter of the kind `mixed` is `freqs`, f[2 l h k//2].
+  The kind `mixed` has the parameter `freqs`, f[2 l h k//2].
   """
 
   spec: ViTSpec
@@ -62,7 +63,7 @@ class RotaryAngles(nn.Module):
       self.freqs = self.param("freqs", nn.initializers.normal(1.0), shape)
 
   def __call__(self, layer: int) -> Float[Array, "#h n r"]:
-    """Returns the angles of all tokens at a layer: 0 for the prefix."""
+    """Returns the angles of all tokens at a layer; those of the prefix are 0."""
     spec, rotary = self.spec, self.spec.rotary
     assert rotary is not None
     if rotary.kind == "mixed":
@@ -74,7 +75,7 @@ class RotaryAngles(nn.Module):
 
 
 class RelativeBias(nn.Module):
-  """Looks up a bias of attention by relative position; the first token is CLS.
+  """Looks up the relative position bias of attention; the first token is CLS.
 
   Its parameter is `relative_position_bias_table`, f[(2r-1)(2c-1)+3 h] for a grid of r rows and c
   columns; the last three rows are for CLS to patches, patches to CLS, and CLS to itself.
@@ -117,17 +118,17 @@ def relative_index(grid: tuple[int, int]) -> np.ndarray:
 
 
 def by_origin(values: Array, tokens: Tokens) -> Array:
-  """Selects the rows of a table of all tokens for the tokens that are left.
+  """Selects, from a table with a row for each initial token, the rows of the remaining tokens.
 
-  A merged token has the position of its receiver; a fused token, which started as no patch, has
-  none, and takes a row of zeros.
+  A merged token has the position of its receiver. A fused token did not start as a patch, so it has
+  no position and gets a row of zeros.
 
   Args:
-    values: Table, f[h n *], with a row for each token that the model started with.
-    tokens: The tokens that are left.
+    values: Table, f[h n *] or f[b h n *], with a row for each token that the model started with.
+    tokens: The remaining tokens.
 
   Returns:
-    f[b h n *], or f[1 h n *] while no token was moved; also if `values` has the axis b already.
+    f[b h n *], or f[1 h n *] as long as no token has been moved.
   """
   values = values if values.ndim == 4 else values[None]
   if tokens.is_in_order:

@@ -1,4 +1,4 @@
-"""Static reducers: hashable values that serve as jit keys and as JSON in a plan."""
+"""Static reducers: hashable values that serve as jit cache keys and as JSON in a plan."""
 
 import dataclasses
 import reprlib
@@ -16,8 +16,8 @@ LARGEST = 2**31 - 1  # more would overflow int32
 class StaticReducer:
   """Base of reducers whose fields are plain values; it reads, checks and writes their JSON.
 
-  A subclass is a frozen dataclass or a Linen module. Its int fields are counts, its float fields
-  shares in (0, 1].
+  A subclass is a frozen dataclass or a Linen module. Its int fields are counts, and its float
+  fields are shares in (0, 1].
 
   Attributes:
     type_name: Name in a plan's JSON.
@@ -34,22 +34,22 @@ class StaticReducer:
     raise NotImplementedError
 
   def counts(self, n: int) -> tuple[int, int]:
-    """Returns how many of `n` tokens remain after pruning, and after merging too."""
+    """Returns how many of `n` tokens remain after pruning, and how many after merging."""
     return self.count(n), self.count(n)
 
   def token_gate(self, num_tokens: int) -> Gate:
-    """Returns the gate that masks the tokens this reducer removes, in the dense model."""
+    """Returns the gate that masks, in the dense model, the tokens that this reducer removes."""
     del num_tokens
     return open_gate
 
   def check(self, n: int, num_prefix: int, num_tokens: int, where: str) -> None:
-    """Refuses counts that leave no patch token, or more tokens than the model has.
+    """Rejects counts that leave no patch token, or more tokens than the model has.
 
     Args:
-      n: Tokens that enter.
-      num_prefix: Prefix tokens of the model.
-      num_tokens: Tokens of the model before any reduction.
-      where: Place named in the error.
+      n: Number of tokens that enter.
+      num_prefix: Number of prefix tokens of the model.
+      num_tokens: Number of tokens of the model before any reduction.
+      where: Place to name in the error.
     """
     del n
     least = num_prefix + 1
@@ -68,11 +68,11 @@ class StaticReducer:
 
   @classmethod
   def from_json(cls, values: Mapping[str, Any], where: str) -> "StaticReducer":
-    """Reads a reducer from the JSON object of `to_json`.
+    """Reads a reducer from a JSON object such as `to_json` returns.
 
     Args:
       values: The JSON object.
-      where: Place named in errors.
+      where: Place to name in errors.
 
     Raises:
       UserError: If a field is missing, wrong or unknown.
@@ -92,7 +92,7 @@ class StaticReducer:
 
 
 def _fields(reducer: type) -> dict[str, dataclasses.Field[Any]]:
-  """Returns the fields in a reducer's JSON, without the two that Flax adds."""
+  """Returns the fields that a reducer's JSON holds, without the two that Flax adds."""
   fields = dataclasses.fields(reducer)
   return {field.name: field for field in fields if field.name not in ("parent", "name")}
 

@@ -1,4 +1,4 @@
-"""Rotary position embeddings: queries and keys are rotated by angles that positions fix."""
+"""Rotary position embeddings: queries and keys are rotated by angles that depend on positions."""
 
 import dataclasses
 import math
@@ -11,17 +11,19 @@ from jaxtyping import Float
 class Rotary:
   """Describes the rotation of each head's queries and keys, by pairs of channels.
 
-  A quarter of a head's channels is rotated by the row and a quarter by the column, each pair by a
-  frequency of its own. Prefix tokens are not rotated.
+  Half of a head's pairs are rotated by the row and half by the column, each pair with its own
+  frequency. Prefix tokens are not rotated.
 
   Attributes:
-    kind: `index`, by the patch's index (EVA-02); `centred`, by its place in [-1, 1] (DINOv3); or
-      `mixed`, by a learnt mixture of row and column for each layer and head.
-    temperature: Base of the frequencies; `mixed` learns them.
-    reference: Rows and columns of the grid in training, to which indices are rescaled; None: not.
+    kind: What the angles depend on: `index`, the patch's index (EVA-02); `centred`, its place in
+      [-1, 1] (DINOv3); or `mixed`, a learnt mixture of row and column for each layer and head.
+    temperature: Base of the frequencies; `mixed` learns them instead.
+    reference: Rows and columns of the grid in training, to which indices are rescaled; None: no
+      rescaling.
     offset: Added to indices.
-    columns_first: Whether the first channels are rotated by the column.
-    halves: Whether channel i is paired with i + k/2 of a head's k channels, or 2i with 2i + 1.
+    columns_first: Whether the first channels are rotated by the column instead of the row.
+    halves: If true, channel i of a head's k channels is paired with i + k/2; otherwise 2i with
+      2i + 1.
 
   References:
     Su et al., `RoFormer <https://arxiv.org/abs/2104.09864>`_, 2021;
@@ -37,7 +39,7 @@ class Rotary:
   halves: bool = False
 
   def places(self, grid: tuple[int, int]) -> Float[np.ndarray, "p 2"]:
-    """Returns two coordinates of each patch, in the order in which they rotate channels."""
+    """Returns the two coordinates of each patch, in the order in which they rotate channels."""
     sides = []
     for axis, size in enumerate(grid):
       side = np.arange(size, dtype=np.float32)

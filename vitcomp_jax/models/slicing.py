@@ -1,8 +1,8 @@
 """Slices a masked network into a smaller one with the same outputs.
 
 Kept units are gathered into smaller kernels. Heads without a kept dimension are removed; the others
-are padded with zeros to the widest of their layer. Padding changes no output: a zero query meets a
-zero key, and a zero value meets zero rows of the projection.
+are padded with zeros to the widest head of their layer. Padding does not change outputs: zero
+queries multiply zero keys, and zero values multiply zero rows of the projection.
 """
 
 import dataclasses
@@ -35,7 +35,7 @@ class LayerIndex:
     return {"num_heads": len(self.attn), "head_dim": dims, "mlp_dim": len(self.mlp)}
 
   def rotated(self, head_dim: int, pairing: str) -> tuple[tuple[int, ...], ...]:
-    """Returns the pair of the dense layer, `head * pairs + pair`, that each kept pair was.
+    """Returns, for each kept pair, its index in the dense layer, `head * pairs + pair`.
 
     Args:
       head_dim: Dimensions of a head in the dense layer.
@@ -60,9 +60,10 @@ def layer_index(
   """Returns the indices of a layer's kept units.
 
   Args:
-    attn: bool[h k], kept dimensions of each head; both or none of a pair that is rotated together.
+    attn: bool[h k], kept dimensions of each head. Of two that are rotated together, both are kept
+      or neither.
     mlp: bool[m], kept hidden units.
-    tile: Head dimensions and hidden units are padded to a multiple of it.
+    tile: Multiple to which head dimensions and hidden units are padded.
     pairing: Which dimensions are rotated together, see `LayerSpec`.
   """
   num_dims = attn.shape[1]
@@ -99,7 +100,7 @@ def slice_params(params: Mapping[str, Any], indices: Sequence[LayerIndex]) -> Pa
 
 
 def _slice_block(block: Mapping[str, Any], index: LayerIndex) -> Params:
-  """Returns a layer's parameters for the kept units; norms of channels within heads stay."""
+  """Returns a layer's parameters for the kept units; norms within heads stay unchanged."""
   attn, dims = block["attn"], np.ravel(index.attn)
   sliced = dict(attn) | {
     "qkv": {name: _gather_qkv(value, dims) for name, value in attn["qkv"].items()},
@@ -116,12 +117,12 @@ def _slice_block(block: Mapping[str, Any], index: LayerIndex) -> Params:
 
 
 def slice_mlp(mlp: Mapping[str, Any], hidden: np.ndarray) -> Params:
-  """Returns an MLP's parameters for some hidden units, with the gates of these; -1 for padding."""
+  """Returns an MLP's parameters for some hidden units and their gates; -1 is padding."""
   down = mlp["fc2"]["kernel"]
   parts = {"fc2": {**mlp["fc2"], "kernel": _gather(down, hidden, axis=0)}}
   for name in ("fc1", "fc1_g", "fc1_x"):
     if name in mlp:
-      count = mlp[name]["kernel"].shape[-1] // down.shape[0]  # 2: gates and values in one
+      count = mlp[name]["kernel"].shape[-1] // down.shape[0]  # 2 for gates and values in one
       parts[name] = {key: _gather_parts(v, hidden, count) for key, v in mlp[name].items()}
   return {**mlp, **parts}
 

@@ -1,4 +1,4 @@
-"""A ViT as data: the spec of the model, and its layers'."""
+"""A ViT as data: the spec of the model, and the specs of its layers."""
 
 import dataclasses
 import functools
@@ -20,64 +20,64 @@ def removes_tokens(layers: Sequence[LayerSpec]) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class ViTSpec:
-  """A Vision Transformer without its layers' compression.
+  """A Vision Transformer without any compression of its layers.
 
   Attributes:
     name: The variant's name.
     image_size: Height and width in pixels.
-    patch_size: Side of a square patch in pixels; what no whole patch covers is cropped.
+    patch_size: Side of a square patch in pixels; pixels outside whole patches are cropped.
     width: Channels of a token.
     depth: Number of layers.
     num_heads: Heads of a dense layer.
     mlp_dim: Hidden units of a dense layer's MLP.
     in_chans: Channels of an image.
     num_classes: Outputs of the classifier; 0: no classifier, the model returns features.
-    projection: Whether these outputs are an embedding, as CLIP's, and not logits of classes.
+    projection: Whether these outputs are an embedding, such as CLIP's, instead of class logits.
     class_token: Whether there is a CLS token.
     distilled: Whether there are a distillation token and a second head, averaged with the first.
     num_registers: Number of register tokens.
-    pos_on_prefix: Whether position embeddings cover the prefix, or the patches only.
+    pos_on_prefix: Whether position embeddings cover the prefix as well as the patches.
     positions: Kind of position embedding before the first layer, a key of `positions.POSITIONS`.
-    rotary: Rotary position embedding inside attention; None: none.
-    relative_bias: Bias of attention by relative position (BEiT): `layer`, a table for each layer;
-      `shared`, one for all; None: none.
+    rotary: Rotary position embedding inside attention; None: no rotation.
+    relative_bias: Relative position bias of attention (BEiT): `layer`, a table for each layer;
+      `shared`, one table for all layers; None: no bias.
     pool: Pooling of the head, a key of `heads.HEADS`: `cls`, `cls_dist` (CLS and distillation
-      token), `size_mean` (mean over patch tokens weighted by size), `cls_mean` (CLS beside that
-      mean), `mean` (mean over tokens, for CAFormer), or `map` (a learnt query attends to the
-      tokens, weighted by size, for SigLIP).
-    pool_prefix: Whether the head's mean or query reads the prefix tokens too.
-    pool_heads: Heads of that query; None: those of a layer.
-    pool_mlp_dim: Hidden units of the MLP behind that query; None: those of a layer.
-    norm_pre: Whether tokens are normed before the first layer.
-    final_norm: Whether tokens are normed after the last layer.
-    fc_norm: Whether pooled features are normed.
+      token), `size_mean` (mean over patch tokens weighted by size), `cls_mean` (CLS and that
+      mean, concatenated), `mean` (mean over tokens, for CAFormer), or `map` (a learnt
+      query attends to the tokens, weighted by size, for SigLIP).
+    pool_prefix: Whether the head's mean or query includes the prefix tokens.
+    pool_heads: Heads of the head's query; None: as many as in a layer.
+    pool_mlp_dim: Hidden units of the MLP after the head's query; None: as many as in a layer.
+    norm_pre: Whether tokens are normalised before the first layer.
+    final_norm: Whether tokens are normalised after the last layer.
+    fc_norm: Whether pooled features are normalised.
     norm: Kind of every norm, a key of `layers.NORMS`.
     norm_eps: Epsilon of every norm, added to the variance or mean square.
-    norm_after: Whether a layer norms what its branches put out, instead of what they take in.
+    norm_after: Whether a layer normalises the outputs of its branches instead of their inputs.
     patch_bias: Whether the patch embedding has a bias.
-    patch_norm: Whether patches are normed before positions are added (AIMv2).
-    qkv_bias: Which of query, key and value have a bias: `qkv`, `qv`, or none, ``""``.
+    patch_norm: Whether patches are normalised before positions are added (AIMv2).
+    qkv_bias: Which of query, key and value have a bias: `qkv`, `qv`, or ``""`` for none.
     linear_bias: Whether attention's last projection and the MLP have biases.
-    qk_norm: Whether the queries and keys of each head are normed.
-    attn_norm: Whether attention's output is normed before its projection.
+    qk_norm: Whether the queries and keys of each head are normalised.
+    attn_norm: Whether attention's output is normalised before its projection.
     mlp: Kind of every MLP, a key of `layers.MLPS`.
-    mlp_norm: Whether hidden units are normed.
+    mlp_norm: Whether hidden units are normalised.
     activation: Activation of every MLP, a key of `ops.activations.ACTIVATIONS`.
     layer_scale: Whether residual branches have learnt per-channel factors (DINOv2).
-    antialias: Whether position embeddings are resampled to another grid as timm does, or by
-      PyTorch's plain bicubic interpolation as DINOv2's authors do.
+    antialias: If true, position embeddings are resampled to another grid as timm does; otherwise
+      by PyTorch's plain bicubic interpolation, as DINOv2's authors do.
     mean: Mean of the input channels, in [0, 1].
     std: Standard deviation of the input channels, in [0, 1].
     crop_pct: Share of the resized image that evaluation keeps.
-    interpolation: Interpolation of evaluation's resizing.
-    crop_mode: Crop of evaluation, see `data.Preprocess`.
+    interpolation: Interpolation with which evaluation resizes images.
+    crop_mode: How evaluation crops images, see `data.Preprocess`.
     pad: Pixels of zeros added around images, see `data.Preprocess`.
-    exif_orientation: Whether images are rotated by their EXIF tag.
-    class_names: Names of the classifier's outputs, in order; empty: unknown. Ignored by
-      comparison.
-    naming: Class of timm under whose parameter names weights are written: `vit`, `eva`, `eva_split`
-      (with separate query, key and value) or `beit`. Ignored by comparison.
-    huggingface: Text of transformers' config.json beside the weights, or empty. Not compared.
+    exif_orientation: Whether images are rotated according to their EXIF tag.
+    class_names: Names of the classifier's outputs, in order; empty: unknown. Not compared.
+    naming: timm's class whose parameter names are used to write weights: `vit`, `eva`, `eva_split`
+      (with separate query, key and value) or `beit`. Not compared.
+    huggingface: Text of transformers' config.json stored beside the weights, or empty. Not
+      compared.
     dtype: Dtype of the computation; None: that of inputs and weights.
     attention: Implementation of attention, see `ops.attention.attend`.
   """
@@ -198,21 +198,21 @@ class ViTSpec:
     return self.num_prefix if self.pos_on_prefix else 0
 
   def norm_spec(self, is_there: bool = True) -> NormSpec:
-    """Returns the norm that the model uses everywhere, or none."""
+    """Returns the spec of the model's norms, or of no norm if `is_there` is false."""
     return NormSpec(self.norm, self.norm_eps) if is_there else NO_NORM
 
   def importance(self, asked: str = "auto", where: str = "importance") -> str:
     """Resolves `auto` to the best importance metric that this model supports.
 
     Args:
-      asked: One of `importance.IMPORTANCES`; or `auto`, the attention paid by the CLS token, by the
-        head's own query or, if the head takes a mean, by all tokens.
+      asked: One of `importance.IMPORTANCES`; or `auto`, which selects the attention paid by the CLS
+        token, by the head's own query or, if the head takes a mean, by all tokens.
       where: Name of the option, for the error.
 
     Raises:
       UserError: If the model does not support the metric.
     """
-    # The query is folded through a layer norm.
+    # Only a layer norm can be folded into the query.
     has_query = self.pool == "map" and self.final_norm and self.norm == "layer"
     there = {"cls": self.class_token, "pool_query": has_query}
     has = [name for name in IMPORTANCES if there.get(name, True)]
@@ -226,15 +226,15 @@ class ViTSpec:
 
   @property
   def starts(self) -> dict[int, int]:
-    """Returns the layers that start with all tokens again, and their token counts."""
+    """Returns the token counts of the layers that start with all tokens, by layer."""
     return {0: self.num_tokens}
 
   def tokens_at(self, layer: int) -> int:
-    """Returns the tokens that enter a layer if none was removed."""
+    """Returns the number of tokens that enter a layer if none are removed."""
     return self.starts[max(start for start in self.starts if start <= layer)]
 
   def patches_at(self, layer: int) -> int:
-    """Returns the patch tokens that enter a layer if none was removed."""
+    """Returns the number of patch tokens that enter a layer if none are removed."""
     return self.tokens_at(layer) - self.num_prefix
 
   def grid_at(self, layer: int) -> tuple[int, int]:
@@ -252,7 +252,7 @@ class ViTSpec:
     return (f"blocks_{layer}",)
 
   def with_tokens(self, num_tokens: int) -> "ViTSpec":
-    """Returns the spec with the image size that has `num_tokens` tokens."""
+    """Returns the spec with an image size that gives `num_tokens` tokens."""
     sides = (self.patch_size, (num_tokens - self.num_prefix) * self.patch_size)
     return dataclasses.replace(self, image_size=sides)
 
@@ -262,10 +262,10 @@ class ViTSpec:
     return self.num_tokens * self.width * self.in_chans * self.patch_size**2
 
   def check_plain(self, what: str) -> None:
-    """Refuses a model whose tokens start anew between layers, such as a CAFormer.
+    """Rejects a model that starts again with all tokens between layers, such as a CAFormer.
 
     Args:
-      what: Feature named in the error.
+      what: Feature to name in the error.
 
     Raises:
       UserError: If the model is not a plain Vision Transformer.
@@ -293,7 +293,7 @@ class ViTSpec:
 
 
 def with_drop_path(layers: tuple[LayerSpec, ...], rate: float) -> tuple[LayerSpec, ...]:
-  """Returns layers whose stochastic depth grows linearly from 0 at the first to `rate`."""
+  """Returns layers with drop rates that grow linearly from 0 in the first to `rate` in the last."""
   last = max(len(layers) - 1, 1)
   return tuple(
     dataclasses.replace(layer, drop_path=rate * i / last) for i, layer in enumerate(layers)

@@ -58,7 +58,7 @@ def timm_version() -> str:
 
 
 def warn_unknown(name: str, spec: ViTSpec) -> None:
-  """Warns that timm's preprocessing for weights is unknown, and names the one used instead.
+  """Warns that timm's preprocessing of some weights is unknown, and names the one used instead.
 
   Args:
     name: Name of the weights, as the user gave it.

@@ -1,4 +1,4 @@
-"""Tokens between layers, and the statistics and interface of reducers."""
+"""Tokens that layers pass on, and the statistics and interface of reducers."""
 
 from collections.abc import Callable
 from typing import Protocol, runtime_checkable
@@ -13,7 +13,7 @@ from vitcomp_jax.ops import select
 class Tokens(flax.struct.PyTreeNode):
   """A batch of token sequences. Shapes: b images, n tokens, d width, p patches.
 
-  Change a sequence by its methods only: they keep all fields consistent.
+  Change a sequence only through its methods, which keep all fields consistent.
   """
 
   x: Array  # f[b n d]
@@ -24,7 +24,7 @@ class Tokens(flax.struct.PyTreeNode):
   num_kept: Array | None = None  # f[] tokens kept by the mask, if equal in every image
   pruned: Array | None = None  # f[b p d] last values of pruned patches; None: none pruned
   origin: Array | None = None  # i[b n] patch each token started as, -1: none; None: not tracked
-  is_in_order: bool = flax.struct.field(pytree_node=False, default=True)  # none was moved
+  is_in_order: bool = flax.struct.field(pytree_node=False, default=True)  # no token was moved
   probe: Array | None = None  # f[h d] folded query of the pooling head; None: not used
 
   @classmethod
@@ -54,7 +54,7 @@ class Tokens(flax.struct.PyTreeNode):
 
   @property
   def sizes(self) -> Array:
-    """Returns the patches each token stands for, f[b n]: one each if sizes are not tracked."""
+    """Returns the patches per token, f[b n]: one each if sizes are not tracked."""
     return self._ones() if self.size is None else self.size
 
   @property
@@ -66,15 +66,15 @@ class Tokens(flax.struct.PyTreeNode):
     return jnp.ones(self.x.shape[:2], jnp.promote_types(self.x.dtype, jnp.float32))
 
   def with_x(self, x: Array) -> "Tokens":
-    """Returns the tokens with other values, f[b n d]."""
+    """Returns the tokens with new values, f[b n d]."""
     return self.replace(x=x)
 
   def normed(self, norm: Callable[[Array], Array]) -> "Tokens":
-    """Returns the tokens and the values of pruned patches after a norm."""
+    """Returns the tokens after a norm, which is also applied to the values of pruned patches."""
     return self.replace(x=norm(self.x), pruned=None if self.pruned is None else norm(self.pruned))
 
   def take(self, order: Array) -> "Tokens":
-    """Returns the tokens at the given positions; patches of the others are pruned.
+    """Returns the tokens at the given positions; the patches of the other tokens are pruned.
 
     Args:
       order: Positions, i[b c], each at most once.
@@ -91,7 +91,7 @@ class Tokens(flax.struct.PyTreeNode):
     )
 
   def first(self, count: int) -> "Tokens":
-    """Returns the first tokens, by a slice instead of a gather; the others must hold no patches."""
+    """Returns the first tokens by a slice, not a gather; the other tokens must hold no patches."""
     return self.replace(
       x=self.x[:, :count],
       is_in_order=self.is_in_order and count == self.x.shape[1],
@@ -99,7 +99,7 @@ class Tokens(flax.struct.PyTreeNode):
     )
 
   def fuse(self, order: Array, weight: Array) -> "Tokens":
-    """Takes some tokens, and fuses the others into one last token that holds their patches.
+    """Takes some tokens, and fuses the others into a new last token that holds their patches.
 
     Args:
       order: Positions of the taken tokens, i[b c].
@@ -125,10 +125,10 @@ class Tokens(flax.struct.PyTreeNode):
 
     Args:
       x: Values of the first t tokens after merging, f[b t d].
-      size: Patches that each of them now stands for, f[b t].
-      receiver: Token that receives the patches of each of the last s ones, i[b s]. Without a mask
-        s = n - t. With a mask s = t = n, as merged tokens stay in place; a token that does not
-        merge is its own receiver.
+      size: Number of patches that each of the first t tokens now represents, f[b t].
+      receiver: Token that receives the patches of each of the last s tokens, i[b s]. Without a
+        mask, s = n - t. With a mask, s = t = n, as merged tokens stay in place; a token that does
+        not merge is its own receiver.
     """
     start = self.x.shape[1] - receiver.shape[1]
     receiver = receiver.astype(self.source.dtype)
@@ -137,11 +137,11 @@ class Tokens(flax.struct.PyTreeNode):
     return self.first(x.shape[1]).replace(x=x, size=size, source=source)
 
   def mask(self, is_pruned: Array, keep: Array, num_kept: Array | None = None) -> "Tokens":
-    """Returns the tokens with another mask; none is removed.
+    """Returns the tokens with a new mask; no token is removed.
 
     Args:
-      is_pruned: Whether a token no longer holds its patches, b[b n] or b[1 n]. The other masked
-        tokens are yet to be merged.
+      is_pruned: Whether a token no longer holds its patches, b[b n] or b[1 n]. Masked tokens that
+        are not pruned are still to be merged.
       keep: Mask, f[b n]: 1 kept, 0 dropped.
       num_kept: Tokens that the mask keeps, f[], if equal in every image.
     """
@@ -157,7 +157,7 @@ class Tokens(flax.struct.PyTreeNode):
     return {name: None if v is None else change(v) for name, v in fields.items()}
 
   def _last_values(self, source: Array) -> Array:
-    """Returns `pruned` after the prunings that `source` already reflects."""
+    """Returns `pruned` updated for the prunings that `source` already reflects."""
     is_new = (source < 0) & (self.source >= 0)
     last = select.take(self.x, jnp.maximum(self.source, 0))
     before = jnp.zeros_like(last) if self.pruned is None else self.pruned
@@ -171,8 +171,8 @@ def _append(values: Array | None, last: Array) -> Array | None:
 def unmerge(tokens: Tokens) -> Float[Array, "b p d"]:
   """Puts tokens back on the full grid of patches, row by row, for dense tasks.
 
-  A merged patch gets the value of its token; a pruned one its last value, normed if the tokens
-  are.
+  A merged patch gets the value of its token. A pruned patch gets its last value, normalised if the
+  tokens are.
 
   Args:
     tokens: Tokens of an `Output`: `tokens`, or one of `layers`.
@@ -200,12 +200,12 @@ class AttentionStats(flax.struct.PyTreeNode):
   log_size: Array | None  # f[b n] added to the logits of each key
   keep: Array | None  # as in Tokens
   scale: float = flax.struct.field(pytree_node=False)  # factor of the logits
-  bias: Array | None = None  # f[b h n n] or f[1 h n n] added to the logits; None: none
+  bias: Array | None = None  # f[b h n n] or f[1 h n n] added to the logits; None: no bias
   content: Array | None = None  # f[b h n k] keys before rotation by position; None: as `k`
 
   @property
   def mean_key(self) -> Array:
-    """Returns each token's key, averaged over heads as for ToMe, f[b n k].
+    """Returns each token's key, averaged over heads as in ToMe, f[b n k].
 
     It is the key before rotation, so that tokens are compared by content, not by distance.
     """
@@ -221,7 +221,7 @@ class Output(flax.struct.PyTreeNode):
   layers: tuple[Tokens, ...]  # after each layer
 
   def representation(self, is_projection: bool) -> Array:
-    """Returns what a model that names no classes is used for: its embedding, or its features."""
+    """Returns the representation of the images: the model's embedding, or its pooled features."""
     return self.logits if is_projection else self.features
 
 

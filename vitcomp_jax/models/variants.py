@@ -1,4 +1,4 @@
-"""Model variants by timm's names, and a small one that this project trains."""
+"""Model variants under timm's names, and a small one that this project trains."""
 
 import dataclasses
 import difflib
@@ -63,17 +63,17 @@ FREE_FIELDS = frozenset(
   """antialias attention class_names crop_mode crop_pct dtype exif_orientation huggingface
   image_size interpolation mean name naming num_classes pad projection std""".split()
 )
-# Fields that weights and plans keep elsewhere, or that are the user's choice.
+# Fields that weights and plans store elsewhere, or that the user chooses.
 _NOT_KEPT = ("class_names", "huggingface", "dtype", "attention")
 
 
 def spec_of(fields: Mapping[str, object]) -> ViTSpec:
-  """Makes a spec from fields as JSON holds them: lists for tuples, and an object for `rotary`."""
+  """Makes a spec from fields as they are in JSON: lists for tuples, an object for `rotary`."""
   return ViTSpec(**values_of(fields))
 
 
 def values_of(fields: Mapping[str, object]) -> dict[str, Any]:
-  """Converts fields as JSON holds them to values of a `ViTSpec`'s fields."""
+  """Converts fields as they are in JSON to values of a `ViTSpec`'s fields."""
   values = {name: _tuple(value) for name, value in fields.items()}
   rotary = values.get("rotary")
   if isinstance(rotary, Mapping):
@@ -86,11 +86,11 @@ def _tuple(value: Any) -> Any:
 
 
 def fields_of(spec: ViTSpec, with_defaults: bool = False) -> dict[str, Any]:
-  """Returns the fields of a spec that describe its model and images, as `spec_of` takes them.
+  """Returns the fields of a spec that describe its model and images, as `spec_of` expects them.
 
   Args:
     spec: The model.
-    with_defaults: Whether those that have their default are included.
+    with_defaults: Whether to include fields that have their default value.
   """
   fields = {}
   for field in dataclasses.fields(ViTSpec):
@@ -113,12 +113,12 @@ def model_fields_of(spec: ViTSpec) -> dict[str, Any]:
 
 
 def is_plain(spec: ViTSpec) -> bool:
-  """Returns whether a spec is a Vision Transformer's, not a subclass's such as CAFormer's."""
+  """Returns whether a spec is of a plain Vision Transformer, not of a subclass such as CAFormer."""
   return type(spec) is ViTSpec
 
 
 def is_variant(spec: ViTSpec) -> bool:
-  """Returns whether a spec is its name's variant, but for images, classes and precision."""
+  """Returns whether a spec matches the variant of its name, except in `FREE_FIELDS`."""
   known = VARIANTS.get(spec.name)
   if known is None or type(known) is not type(spec):
     return False
@@ -192,7 +192,7 @@ def get_spec(
 
 
 def _check_size(spec: ViTSpec, image_size: tuple[int, int]) -> None:
-  """Refuses a size that the patch size does not divide, unless the model's own is such a size."""
+  """Rejects a size that the patch size does not divide, unless it is the model's own size."""
   p = spec.patch_size
   for side in image_size:
     if (side < p or side % p) and image_size != spec.image_size:

@@ -1,4 +1,4 @@
-"""The Vision Transformer that serves every method."""
+"""The Vision Transformer that all methods use."""
 
 import dataclasses
 
@@ -44,7 +44,7 @@ class ViT(Backbone):
     self.prefix = [
       self.param(name, _token_init, (1, int(n), spec.width)) for name, n in counts.items() if n
     ]
-    # Positions and head put their parameters in this module's scope, for timm's names.
+    # Positions and head put their parameters in this module's scope, to get timm's names.
     self.positions = POSITIONS[spec.positions](spec)
     nn.share_scope(self, self.positions)
     if spec.rotary is not None:
@@ -71,7 +71,7 @@ class ViT(Backbone):
     return self.blocks[layer](tokens, self.layer_positions(layer))
 
   def layer_positions(self, layer: int) -> LayerPositions | None:
-    """Returns the positions that a layer's attention uses; None: it uses none."""
+    """Returns the positions that a layer's attention uses; None if it uses none."""
     spec = self.spec
     if spec.rotary is not None:
       return LayerPositions(angles=self.rope(layer), halves=spec.rotary.halves)
