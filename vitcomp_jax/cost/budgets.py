@@ -15,7 +15,7 @@ def check(asked: Mapping[str, float | None]) -> tuple[str, float]:
     asked: Budgets by name, all but one of them None.
 
   Raises:
-    UserError: If not exactly one is given, or it is no number above 0.
+    UserError: If not exactly one is given, or it is not a number above 0.
   """
   given = {name: value for name, value in asked.items() if value is not None}
   if len(given) != 1:
@@ -29,7 +29,7 @@ def check(asked: Mapping[str, float | None]) -> tuple[str, float]:
 
 
 def target(spec: ViTSpec, cost: CostModel, asked: Mapping[str, float | None]) -> float:
-  """Resolves the one budget that is given, in the cost's unit.
+  """Converts the one budget that is given to the cost's unit.
 
   Args:
     spec: The dense model.
@@ -38,7 +38,7 @@ def target(spec: ViTSpec, cost: CostModel, asked: Mapping[str, float | None]) ->
       cost; any other is in the cost's unit.
 
   Raises:
-    UserError: If not exactly one is given, or it is not above 0 and at most the dense model's.
+    UserError: If not exactly one is given, it is not above 0, or it exceeds the dense model's cost.
   """
   name, value = check(asked)
   dense = cost.static(spec, spec.dense_layers)

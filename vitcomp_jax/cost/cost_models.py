@@ -1,8 +1,8 @@
 """Costs that a budget limits: multiply-accumulates, or latency on one device.
 
 A cost is a function of the token counts at attention and at the MLP of each layer, and of the
-layers' widths. These are ints for a plan, and traced with straight-through gradients for the budget
-term of a search.
+layers' widths. These are ints for a plan; in the budget term of a search, they are traced and have
+straight-through gradients.
 """
 
 import abc
@@ -30,7 +30,7 @@ class CostModel(abc.ABC):
   Attributes:
     key: Name of the cost in `config.budget` and in the metrics of a run.
     unit: Unit of budgets.
-    scale: Value of `count` for one unit.
+    scale: Value of `count` that corresponds to one unit.
   """
 
   key: ClassVar[str]
@@ -57,7 +57,7 @@ class CostModel(abc.ABC):
       The cost in `unit`, times `scale`; a number or a traced scalar.
 
     Raises:
-      UserError: If the cost does not depend on widths, and some are given.
+      UserError: If widths are given, but the cost does not depend on them.
     """
 
   def static(self, spec: ViTSpec, layers: Sequence[LayerSpec]) -> float:
@@ -88,14 +88,14 @@ _COLUMNS = ("attention_ms", "reduction_ms", "mlp_ms")
 
 @dataclasses.dataclass(frozen=True)
 class Latency(CostModel):
-  """Predicts the latency of a batch from a table of one layer's parts over token counts.
+  """Predicts the latency of a batch from a table of one layer's parts by token count.
 
   Latencies are interpolated linearly between the counts of the table.
 
   Attributes:
     counts: Token counts, ascending.
     attention_ms: Latency of one layer's attention at each count.
-    reduction_ms: Latency of pruning and merging in a layer that so many tokens enter.
+    reduction_ms: Latency of pruning and merging in one layer, by the count of tokens that enter.
     mlp_ms: Latency of one layer's MLP at each count.
     fixed_ms: Latency of everything outside of the layers.
     about: Describes the measurement: the runtime, the device, the batch size, the model.
@@ -112,7 +112,7 @@ class Latency(CostModel):
 
   @property
   def runtime(self) -> str:
-    """Returns what ran the model."""
+    """Returns the runtime that was measured."""
     return str(self.about.get("runtime", "jax"))
 
   def count(
@@ -200,6 +200,6 @@ def _are_times(values: Any, count: int) -> bool:
 
 
 def never_falling(values: np.ndarray) -> np.ndarray:
-  """Smooths values to a non-negative, non-decreasing sequence; keeps those that rise already."""
+  """Smooths values to a non-negative, non-decreasing sequence; keeps one that already is."""
   highest, lowest = np.maximum.accumulate(values), np.minimum.accumulate(values[::-1])[::-1]
   return np.asarray(np.maximum((highest + lowest) / 2, 0))

@@ -1,6 +1,6 @@
 """Measures the latency table of a model on this device, from which a search predicts latency.
 
-What is timed are stacks of layers, compiled by JAX or exported to ONNX and run by ONNX Runtime.
+It times stacks of layers, compiled by JAX or exported to ONNX and run by ONNX Runtime.
 """
 
 import dataclasses
@@ -27,18 +27,18 @@ from vitcomp_jax.models.tokens import AttentionStats, TokenReducer, Tokens
 from vitcomp_jax.models.vit import ViT
 from vitcomp_jax.weights import loading
 
-# Makes the reduction of a layer from the tokens after pruning, and after merging.
+# Makes the reduction of a layer from its token counts after pruning and after merging.
 Reduction = Callable[[int, int], TokenReducer]
 
 _COUNTS = 11  # token counts in the table
 _DEPTH = 4  # layers timed as one program, to share the overhead of a call
-_REMOVED = 24  # a layer timed with its reduction prunes and merges one token in so many
-_ROUNDS, _SECONDS = 5, 1.0  # rounds of timing, and the least time for each program
+_REMOVED = 24  # a layer timed with its reduction prunes and merges one token in this many
+_ROUNDS, _SECONDS = 5, 1.0  # rounds of timing, and minimum time for each program
 
 
 @dataclasses.dataclass(frozen=True)
 class _Resize:
-  """Repeats or drops tokens to get the number that is to be timed.
+  """Repeats or drops tokens to get the number of tokens to time.
 
   Attributes:
     num_tokens: Number of tokens afterwards.
@@ -57,7 +57,7 @@ class _Resize:
     resized = Tokens.begin(x, tokens.num_prefix, size, tokens.probe)
     if origin is None:
       return resized
-    # Positions are looked up by origin from here on, as behind any reduction.
+    # Positions are looked up by origin from here on, as after any reduction.
     origin = jnp.resize(origin, (x.shape[0], self.num_tokens))
     return resized.replace(origin=origin, is_in_order=False)
 
@@ -67,15 +67,15 @@ class _Resize:
 
 
 def check(spec: ViTSpec, runtime: str, key: str) -> None:
-  """Refuses models and runtimes of which no table can be measured.
+  """Rejects models and runtimes for which no table can be measured.
 
   Args:
     spec: Spec of the model.
-    runtime: What runs the model.
+    runtime: Runtime that runs the model.
     key: Name of the budget, for error messages.
 
   Raises:
-    UserError: If there is no such runtime, it is not installed, or it cannot run the model.
+    UserError: If the runtime does not exist, is not installed, or cannot run the model.
   """
   spec.check_plain(key)
   if runtime not in timing.RUNTIMES:
@@ -96,9 +96,9 @@ def table(
   Args:
     spec: Spec of the model.
     batch: Batch size.
-    reduce: Maker of the reduction from the counts after pruning and after merging.
+    reduce: Makes a reduction from the token counts after pruning and after merging.
     cache: Folder of measured tables; None for no cache.
-    runtime: What runs the model, one of `timing.RUNTIMES`.
+    runtime: Runtime that runs the model, one of `timing.RUNTIMES`.
 
   Raises:
     UserError: If the cached table is damaged.
@@ -140,7 +140,7 @@ def read(path: pathlib.Path, runtime: str) -> Latency:
   """Reads the latency table of a runtime from its file.
 
   Raises:
-    UserError: If the file cannot be read, or holds something else or the table of another runtime.
+    UserError: If the file cannot be read, holds no table, or holds one of another runtime.
   """
   try:
     values = strict_json.loads(path.read_text())
@@ -156,7 +156,7 @@ def read(path: pathlib.Path, runtime: str) -> Latency:
 
 
 def device_name(runtime: str = "jax") -> str:
-  """Returns the name of a runtime's device: the accelerator, or the processor and its cores."""
+  """Returns the name of a runtime's device: the accelerator, or the CPU and its number of cores."""
   kind = jax.devices()[0].device_kind
   if runtime == "jax" and jax.default_backend() != "cpu":
     return kind
@@ -175,12 +175,13 @@ def programs(
   Args:
     spec: Spec of the model.
     batch: Batch size.
-    reduce: Maker of the reduction from the counts after pruning and after merging.
-    runtime: What runs them, one of `timing.RUNTIMES`.
+    reduce: Makes a reduction from the token counts after pruning and after merging.
+    runtime: Runtime that runs them, one of `timing.RUNTIMES`.
 
   Returns:
-    The programs by kind and token count. The kinds are `none`, without layers; `whole` layers;
-    `attention`, whose MLPs see one token; and `reduction`, layers that prune and merge.
+    The programs by kind and token count. The kinds are `none`, without layers; `whole`, complete
+    layers; `attention`, layers whose MLPs see one token; and `reduction`, layers that prune and
+    merge.
   """
   short = dataclasses.replace(spec, depth=_DEPTH)
   params = loading.load_params(short, short.dense_layers, None)
@@ -199,7 +200,7 @@ def tabulate(
   Args:
     spec: Spec of the model.
     subjects: The timed programs from `programs`.
-    reduce: Maker of reductions, as for `programs`.
+    reduce: Makes reductions, as for `programs`.
   """
   ms = {key: 1e3 * statistics.median(subject.seconds) for key, subject in subjects.items()}
   fixed, counts = ms["none", 0], _counts(spec)
@@ -210,7 +211,7 @@ def tabulate(
   whole, attention = per_layer("whole"), per_layer("attention")
   mlp, zeros = never_falling(whole - attention), (0.0,) * len(counts)
   without = Latency(tuple(counts), tuple(attention.tolist()), zeros, tuple(mlp.tolist()), fixed, {})
-  at, left = [0.0], [0.0]  # The rest of a stack's latency is that of its reductions.
+  at, left = [0.0], [0.0]  # The remaining latency of a stack is that of its reductions.
   for (kind, n), layers in _stacks(spec, reduce).items():
     if kind == "reduction":
       passed = macs.static_counts(spec, layers)
@@ -221,7 +222,7 @@ def tabulate(
 
 
 def _counts(spec: ViTSpec) -> list[int]:
-  """Returns the token counts of a table, from the fewest that a plan can keep."""
+  """Returns the token counts of a table, starting with the fewest that a plan can keep."""
   places = np.linspace(spec.num_prefix + 1, spec.num_tokens, _COUNTS)
   return np.unique(places.round().astype(int)).tolist()
 

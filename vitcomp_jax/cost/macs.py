@@ -1,7 +1,7 @@
 """Counts multiply-accumulates, for reports (ints) and for the budget loss (traced).
 
-The papers' rule is used, whose "GFLOPs" are 1e9 multiply-accumulates: matrix products and the patch
-embedding count, the latter also for prefix tokens; norms, biases, softmax and matching do not.
+Counting follows the papers, whose "GFLOPs" are 1e9 multiply-accumulates: matrix products and the
+patch embedding count, the latter for prefix tokens too; norms, biases, softmax and matching do not.
 """
 
 from collections.abc import Sequence

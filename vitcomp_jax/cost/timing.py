@@ -1,4 +1,4 @@
-"""Times compiled models in turns."""
+"""Times compiled models, taking turns between them."""
 
 import dataclasses
 import logging
@@ -44,11 +44,11 @@ class Subject:
   Attributes:
     name: Name of the model.
     batch: Batch size.
-    runtime: What runs it, one of `RUNTIMES`.
-    run: Runs a forward pass to its end, and returns the outputs.
+    runtime: Runtime that runs it, one of `RUNTIMES`.
+    run: Runs a forward pass to completion, and returns the outputs.
     compile_s: Seconds that compilation took.
     first_s: Seconds that the first run took.
-    peak_bytes: Memory of the program, with arguments and results; None if it is not known.
+    peak_bytes: Memory of the program, including arguments and results; None if unknown.
     seconds: Timings of a forward pass, in seconds.
   """
 
@@ -78,7 +78,7 @@ def compiled(
     model: The model.
     params: Weights of the model.
     batch: Batch size.
-    runtime: What runs it, one of `RUNTIMES`.
+    runtime: Runtime that runs it, one of `RUNTIMES`.
   """
   subject = prepared(name, model, params, noise(model.spec, batch), runtime)
   subject.first_s = subject.time_once()
@@ -92,14 +92,14 @@ def prepared(
   images: Images,
   runtime: str = "jax",
 ) -> Subject:
-  """Compiles a model for a batch, and does not run it.
+  """Compiles a model for a batch, but does not run it.
 
   Args:
     name: Name of the model, for logs and tables.
     model: The model.
     params: Weights of the model.
     images: The batch, f[b h w 3].
-    runtime: What runs it, one of `RUNTIMES`.
+    runtime: Runtime that runs it, one of `RUNTIMES`.
 
   Returns:
     The program to time, whose `first_s` is still 0.
@@ -126,12 +126,12 @@ def _compiled_by_jax(model: Backbone, params: Params, images: Images) -> tuple[R
 
 
 def _loaded_by_onnxruntime(model: Backbone, params: Params, images: Images) -> tuple[Run, None]:
-  """Returns the program on the CPU: the file that an export would write, as it would be run."""
+  """Returns the program on the CPU, loaded from the file that an export would write."""
 
   def forward(images: jax.Array) -> jax.Array:
     return portable(model).apply({"params": params}, images)
 
-  (b,) = jax_export.symbolic_shape("b")  # as exported files have it
+  (b,) = jax_export.symbolic_shape("b")  # as in exported files
   shape = jax.ShapeDtypeStruct((b, *model.spec.image_shape), images.dtype)
   made = onnx_conversion.convert(forward, shape, "outputs")
   with tempfile.TemporaryDirectory() as folder:
@@ -162,7 +162,7 @@ def take_turns(subjects: Sequence[Timed], seconds: float, rounds: int) -> None:
     rounds: Number of rounds.
   """
   for subject in subjects:
-    subject.time_once()  # another warm-up, after the one on compilation
+    subject.time_once()  # another warm-up, after the one at compilation
   for _ in range(rounds):
     for subject in subjects:
       begin, count = time.perf_counter(), 0
