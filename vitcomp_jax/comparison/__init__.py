@@ -1,1 +1,1 @@
-"""Comparisons for papers: tables of methods and budgets, random schedules."""
+"""Comparisons for papers: tables of methods and budgets, and random schedules."""

@@ -10,7 +10,7 @@ from vitcomp_jax.errors import UserError
 from vitcomp_jax.methods.registry import schedules, untrained_schedules
 from vitcomp_jax.models.spec import ViTSpec
 
-SEARCHED = "diffrate"  # the searched method, and reference of all others
+SEARCHED = "diffrate"  # the searched method, and the reference for all others
 SLIMMED = "vit_slim"  # the method that trains weights together with masks
 _METHOD = re.compile(r"(\w+)(?:\[([^\[\]]+)\])?")
 
@@ -19,8 +19,8 @@ def parse(text: str, config: Config) -> tuple[str, Config]:
   """Returns a method's name, and its config.
 
   Args:
-    text: Method such as `diffrate[actions=merge]`, with keys of `search`, or dotted ones of any
-      group.
+    text: Method such as `diffrate[actions=merge]`. Keys without a dot are those of `search`;
+      dotted keys are those of any group.
     config: Config of the run, to which the keys are applied.
 
   Raises:
@@ -40,7 +40,7 @@ def parse(text: str, config: Config) -> tuple[str, Config]:
 
 
 def check_methods(config: Config, spec: ViTSpec) -> None:
-  """Refuses methods that do not exist, or need training but are compared untrained."""
+  """Rejects methods that do not exist, or that need training but are compared untrained."""
   for text in config.compare.methods:
     name = _known("methods", text, config, spec, (SEARCHED,))
     if name not in (SEARCHED, *untrained_schedules()):
@@ -63,16 +63,16 @@ def searched_before(config: Config, text: str, budget: float) -> list[pathlib.Pa
 
   Args:
     config: Config of the run.
-    text: Method, as in its row's name.
+    text: Method, as in the name of its row.
     budget: Share of the dense model's MACs.
 
   Raises:
-    UserError: If the method searches and has no plans there.
+    UserError: If the method needs a search and has no plans there.
   """
   if parse(text, config)[0] in schedules():
     return []
   folder = pathlib.Path(paths.expand(config.compare.searched or ""))
-  # Not `glob`, where a method's brackets are a pattern.
+  # Not `glob`, which takes a method's brackets for a pattern.
   start = f"{text}@{budget:g}-seed"
   there = sorted(folder.iterdir()) if folder.is_dir() else []
   found = [path for path in there if path.name.startswith(start)]

@@ -1,4 +1,4 @@
-"""Measures random schedules at a budget, to compare a search with."""
+"""Measures random schedules at a budget, as a baseline for a search."""
 
 import functools
 import itertools
@@ -25,7 +25,7 @@ from vitcomp_jax.models.vit import ViT, ViTParts
 from vitcomp_jax.runs.run import Run
 from vitcomp_jax.weights.loading import Params
 
-# Token counts are rounded up to multiples; the excess tokens are masked.
+# Token counts are rounded up to multiples of this; the excess tokens are masked.
 _BUCKET = 8
 
 Point = dict[str, float]
@@ -44,7 +44,7 @@ def points(run: Run, budget: float) -> list[Point]:
     `gmacs`, `top1` in percent and `loss` in nats of each schedule.
 
   Raises:
-    UserError: If outputs under a schedule are not finite.
+    UserError: If the outputs of a schedule are not finite.
   """
   config, spec = run.config.compare, run.inputs.spec
   gmacs, path = run.inputs.gmacs_of(budget), _file(run, budget)
@@ -77,7 +77,7 @@ def _file(run: Run, budget: float) -> pathlib.Path:
 def _kept(path: pathlib.Path) -> list[Point]:
   """Returns earlier measurements.
 
-  Removes an incomplete last line, left by a killed run, before the next one is appended.
+  Removes an incomplete last line, left by a killed run, so that new lines can be appended.
   """
   lines = path.read_text().splitlines() if path.exists() else []
   whole = [line for line in lines if line.endswith("}")]
@@ -93,8 +93,8 @@ def _score(
 ) -> dict[str, np.ndarray]:
   """Computes top-1 and loss of every example under a schedule, layer by layer.
 
-  Counts are inputs of a compiled layer, and numbers of tokens are rounded up: so schedules share
-  compiled layers, at little more cost than if each were compiled.
+  The counts are inputs of a compiled layer, and numbers of tokens are rounded up. Schedules thus
+  share compiled layers, which cost little more than layers compiled for each schedule.
   """
   spec, params = run.inputs.spec, run.artefacts.dense_params
   arch = method.replayed_arch(layers)

@@ -1,6 +1,6 @@
 """Rows of a comparison: means over examples and seeds, and paired differences.
 
-Measurements are stored per example, and made once.
+Measurements are stored per example, and are not repeated.
 """
 
 import dataclasses
@@ -50,7 +50,7 @@ def measured(run: Run, row: Row, models: Sequence[Model]) -> Row:
 
 
 def with_differences(run: Run, row: Row, reference: Row) -> Row:
-  """Returns a measured row with its paired differences from another one.
+  """Returns a measured row with its paired differences from another row.
 
   Args:
     run: The run, which holds the examples.
@@ -67,11 +67,11 @@ def with_differences(run: Run, row: Row, reference: Row) -> Row:
 
 
 def rank(run: Run, searched: Row | None, points: Sequence[Point]) -> RandomSchedules:
-  """Summarises random schedules, and the share that a search beats on the same examples.
+  """Summarises random schedules, and the share of them that a search beats on the same examples.
 
   Args:
     run: The run, which holds the examples.
-    searched: Measured row of the search; None: there was none.
+    searched: Measured row of the search; None: there was no search.
     points: Result of `random_schedules.points`.
   """
   values = {key: np.array([point[key] for point in points]) for key in PAIRED}
