@@ -1,4 +1,4 @@
-"""Compression methods, each a file or a folder: its reducers, its schedules, its search.
+"""Compression methods, each a file or a folder with its reducers, its schedules and its search.
 
 `methods.tome.layers(spec, r=13)` and its siblings make layers without a search;
 `methods.within("tome", spec, gmacs)` makes layers that meet a budget. `DiffRate` and `ViTSlim`

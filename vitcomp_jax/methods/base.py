@@ -1,4 +1,4 @@
-"""Interfaces of a method: static reducers, schedules without a search, and optionally a search."""
+"""The interface of a method: static reducers, schedules without a search, optionally a search."""
 
 import dataclasses
 import types
@@ -33,5 +33,5 @@ class Method:
 
 
 def quarters(spec: ViTSpec) -> list[int]:
-  """Returns the layers that start at a quarter, a half and three quarters of the depth."""
+  """Returns the layers that start at one, two and three quarters of the depth."""
   return [spec.depth * quarter // 4 for quarter in (1, 2, 3)]

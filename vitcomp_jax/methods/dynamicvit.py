@@ -1,4 +1,4 @@
-"""DynamicViT: small networks between the layers learn to select tokens.
+"""DynamicViT: small networks between the layers learn which tokens to keep.
 
 Rao et al., `DynamicViT <https://arxiv.org/abs/2106.02034>`_, NeurIPS 2021. It learns weights
 only, without a search: the stage `finetune` trains a plan with prediction modules.
@@ -18,7 +18,7 @@ from vitcomp_jax.models.spec import LayerSpec, ViTSpec
 from vitcomp_jax.models.tokens import AttentionStats, Output, Tokens
 from vitcomp_jax.ops import select
 
-RATIO_WEIGHT = 2.0  # the authors', for the mean over the places
+RATIO_WEIGHT = 2.0  # the authors', for the loss averaged over the places
 _kernel_init = nn.initializers.truncated_normal(0.02)
 
 
@@ -82,10 +82,10 @@ class PredictorSelect(StaticReducer, _Predictor):
 
 
 class PredictorMask(_Predictor):
-  """`PredictorSelect` as masking, for training: each token is kept or dropped at random.
+  """`PredictorSelect` as a mask, for training: each token is kept or dropped at random.
 
-  Decisions are drawn by the straight-through Gumbel-softmax, hard in the forward pass with the soft
-  gradient, from the random stream `gumbel`. A dropped token stays dropped.
+  Decisions are drawn by the straight-through Gumbel-softmax, from the random stream `gumbel`. They
+  are hard in the forward pass, and have the soft gradient. A dropped token stays dropped.
   """
 
   @nn.compact
@@ -105,7 +105,7 @@ class PredictorMask(_Predictor):
 
 
 def layers(spec: ViTSpec, places: Sequence[int], ratios: Sequence[int | float]) -> Layers:
-  """Makes DynamicViT's layers, whose prediction modules have to be trained.
+  """Makes DynamicViT's layers, whose prediction modules must be trained.
 
   Args:
     spec: The model.
@@ -124,7 +124,7 @@ def layers(spec: ViTSpec, places: Sequence[int], ratios: Sequence[int | float]) 
 
 
 def _after_quarters(spec: ViTSpec, strength: float) -> Layers:
-  """Uses a ratio, its square and its cube after each quarter of the layers, as the authors do."""
+  """Keeps a ratio, its square and its cube at the three quarter points, as the authors do."""
   return layers(spec, quarters(spec), [(1 - strength) ** power for power in (1, 2, 3)])
 
 
@@ -151,7 +151,7 @@ def places(layers: tuple[LayerSpec, ...]) -> list[int]:
 
 
 def ratio_loss(spec: ViTSpec, layers: tuple[LayerSpec, ...], out: Output) -> Float[Array, ""]:
-  """Computes the squared distance of the kept share of patches from the ratio (Eq. 12).
+  """Computes the squared difference between the kept share of patches and the ratio (Eq. 12).
 
   Args:
     spec: The model.
@@ -170,7 +170,7 @@ def ratio_loss(spec: ViTSpec, layers: tuple[LayerSpec, ...], out: Output) -> Flo
 
 
 def token_distance(tokens: Tokens, teacher: Tokens) -> Float[Array, ""]:
-  """Computes the mean squared distance of the kept patch tokens from a teacher's (Eq. 10).
+  """Computes the mean squared distance between the kept patch tokens and a teacher's (Eq. 10).
 
   Args:
     tokens: Tokens after the last layer, masked ones in place.

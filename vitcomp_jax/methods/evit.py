@@ -1,7 +1,6 @@
 """EViT: keeps the tokens that CLS attends to, and fuses the others into one.
 
-Liang et al., `EViT <https://arxiv.org/abs/2202.07800>`_, ICLR 2022. It learns
-weights only.
+Liang et al., `EViT <https://arxiv.org/abs/2202.07800>`_, ICLR 2022. It learns weights only.
 """
 
 import dataclasses
@@ -22,13 +21,13 @@ _WARMUP_PHASES = 7
 class AttentiveSelect(StaticReducer):
   """EViT's reduction: keeps the tokens that CLS attends to most, and fuses the others into one.
 
-  The fused token is the sum of the others weighted by importance, the attention that CLS pays them;
-  it is appended last, and is an ordinary token from then on.
+  The fused token is the sum of the others, weighted by importance: the attention that CLS pays to
+  them. It is appended at the end, and is an ordinary token from then on.
 
   Attributes:
     keep: Tokens to keep, including the prefix but not the fused token.
-    fuse: Whether the others are fused or dropped.
-    importance: Importance metric, for models without CLS another than `cls`; see `PruneMerge`.
+    fuse: Whether the other tokens are fused instead of dropped.
+    importance: Importance metric, see `PruneMerge`; models without CLS use one other than `cls`.
 
   References:
     Liang et al., `EViT <https://arxiv.org/abs/2202.07800>`_, 2022, Sec. 3.2 and Eq. 4.
@@ -64,8 +63,9 @@ def layers(
     spec: The model.
     keep_rate: Share of the tokens after the prefix that each layer keeps, rounded up; fused
       tokens of earlier layers count.
-    fuse: Whether the others are fused into one token.
-    tokens: Number of tokens that each layer keeps instead; None: by the rate.
+    fuse: Whether the other tokens are fused into one.
+    tokens: Number of tokens after the prefix that each layer keeps, instead of a rate; None: use
+      the rate.
 
   References:
     Liang et al., `EViT <https://arxiv.org/abs/2202.07800>`_, 2022, Sec. 3.
@@ -87,8 +87,8 @@ def layers(
 def warmup(spec: ViTSpec, planned: Layers, steps: int) -> list[tuple[int, Layers]]:
   """Returns phases in which EViT's keep rates fall from 1 to a plan's along a cosine.
 
-  The authors change the rates at every step. As each set of rates is compiled, there are eight
-  phases here, the plan's included.
+  The authors change the rates at every step. Each set of rates must be compiled, so there are only
+  eight phases here, including the plan's.
 
   Args:
     spec: The model.

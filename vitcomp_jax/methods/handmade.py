@@ -1,4 +1,4 @@
-"""Hand-made and random schedules: the same counts for every image, nothing learnt."""
+"""Hand-made and random schedules: the same counts for every image, without any learning."""
 
 import dataclasses
 import itertools
@@ -12,9 +12,9 @@ from vitcomp_jax.methods.base import Layers, Method, Schedule
 from vitcomp_jax.methods.diffrate.reducer import PruneMerge
 from vitcomp_jax.models.spec import ViTSpec
 
-TOLERANCE = 0.01  # of a budget
+TOLERANCE = 0.01  # relative to a budget
 _DRAWS = 10_000  # random schedules per batch
-_MISSES = 100  # batches in a row without one near the budget
+_MISSES = 100  # consecutive batches without a schedule near the budget
 
 
 def compressed_layers(
@@ -25,7 +25,7 @@ def compressed_layers(
   Args:
     spec: The model.
     first: Whether the first layer may.
-    last: Whether the last layer may; None: unless the head pools over patches.
+    last: Whether the last layer may; None: only if the head does not pool over patches.
   """
   last = not spec.pools_patches if last is None else last
   starts = [*spec.starts, spec.depth]
@@ -35,7 +35,7 @@ def compressed_layers(
 
 
 def _counted(merges: bool, importance: str = "auto") -> Callable[[ViTSpec, np.ndarray], Layers]:
-  """Returns a function that makes layers which prune, or merge, to given counts."""
+  """Returns a function that makes layers that prune, or merge, down to given counts."""
 
   def make(spec: ViTSpec, counts: np.ndarray) -> Layers:
     kept, metric = iter(counts), spec.importance(importance)
@@ -54,13 +54,13 @@ def _counted(merges: bool, importance: str = "auto") -> Callable[[ViTSpec, np.nd
 
 
 def _patches(spec: ViTSpec) -> np.ndarray:
-  """Returns the patch tokens of each compressed layer if none is removed."""
+  """Returns the number of patch tokens in each compressed layer if none are removed."""
   compressed = enumerate(compressed_layers(spec))
   return np.array([spec.patches_at(i) for i, yes in compressed if yes])
 
 
 def _uniform(merges: bool, importance: str = "auto") -> Schedule:
-  """Returns a schedule of one count; if fractional, earlier layers keep one token more."""
+  """Returns a schedule with one count; if it is fractional, earlier layers keep one token more."""
   make = _counted(merges, importance)
 
   def at(spec: ViTSpec, strength: float) -> Layers:
@@ -93,7 +93,7 @@ def random_counts(
     spec: The model.
     target_gmacs: The budget in 1e9 multiply-accumulates.
     count: Number of schedules.
-    seed: Seed of the counts; a longer series begins with the shorter one.
+    seed: Seed of the counts; with the same seed, a longer series begins with a shorter one.
     tolerance: Relative distance from the budget.
 
   Raises:
@@ -131,7 +131,7 @@ def random_counts(
 
 
 def _is_near(spec: ViTSpec, after: np.ndarray, target_gmacs: float, tolerance: float) -> np.ndarray:
-  """Returns which of many schedules meet a budget, given the tokens each compressed layer keeps."""
+  """Returns which of many schedules meet a budget, given the tokens that each layer keeps."""
   left = iter(after.T.astype(float))
   n: np.ndarray = np.full(len(after), float(spec.num_tokens))
   counts = []
@@ -143,7 +143,7 @@ def _is_near(spec: ViTSpec, after: np.ndarray, target_gmacs: float, tolerance: f
 
 
 def with_importance(layers: Layers, importance: str) -> Layers:
-  """Returns the layers with another importance for pruning and merging."""
+  """Returns the layers with another importance metric for pruning and merging."""
   return tuple(
     dataclasses.replace(layer, reduce=dataclasses.replace(layer.reduce, importance=importance))
     if isinstance(layer.reduce, PruneMerge)

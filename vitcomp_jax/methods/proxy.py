@@ -1,6 +1,6 @@
 """A differentiable count: how many elements of a sorted list to keep, learnt by gradient.
 
-The list may hold tokens, hidden units or dimensions of a head, sorted so that its end is dropped.
+The list may hold tokens, hidden units or dimensions of a head, with the least important ones last.
 """
 
 import jax
@@ -9,10 +9,10 @@ from jaxtyping import Array, Float
 
 from vitcomp_jax.ops.straight_through import ste_ceil, ste_clip, ste_mask
 
-# Rounding error of an expected count, relative to the list: a few units in the last place.
+# Rounding error of an expected count, relative to the list's length: a few units in the last place.
 NOISE = 2.0**-22
-# Scale of the distribution around a count, relative to the list. Wider ones average the gradient
-# over more elements; narrower ones are nearer to the effect of one element.
+# Scale of the distribution around a count, relative to the list's length. A wider one averages the
+# gradient over more elements; a narrower one is closer to the effect of a single element.
 SPREAD = 0.03
 
 
@@ -27,16 +27,16 @@ def learnt_count(
   """Returns which elements a learnt share of a list keeps, and how many.
 
   The count follows a logistic distribution around its expectation, the share times the length. The
-  mask is hard; its gradient is that of the probability that an element is kept, so that it is felt
-  by the few elements on either side of the count.
+  mask is hard, but has the gradient of the probability that an element is kept. The gradient thus
+  comes from the few elements on either side of the count.
 
   Args:
-    share: What is learnt, in [0, 1].
-    length: Elements of the list.
-    low: Least count.
-    high: Largest count: elements from there on are gone already, and 1 in the mask, so that the
-      gradient reaches the mask that dropped them.
-    first: Elements before the list, which always stay and are counted.
+    share: The learnt share, in [0, 1].
+    length: Number of elements in the list.
+    low: Smallest count.
+    high: Largest count. Elements from there on were dropped earlier; they are 1 in this mask, so
+      that the gradient reaches the mask that dropped them.
+    first: Number of elements before the list, which always stay and are included in the count.
     ranks: Length of the mask; None: that of the list.
 
   Returns:

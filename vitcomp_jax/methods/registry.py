@@ -73,7 +73,7 @@ def within(name: str, spec: ViTSpec, target_gmacs: float, importance: str = "aut
   def excess(layers: Layers) -> float:
     return macs.static_macs(spec, layers) - target_gmacs * 1e9
 
-  # The stronger, the cheaper.
+  # Stronger schedules cost less.
   strengths = bracket(lambda strength: excess(make(spec, strength)) > 0, below=1.0, above=0.0)
   nearest = min((make(spec, s) for s in strengths), key=lambda layers: abs(excess(layers)))
   gmacs = macs.static_macs(spec, nearest) / 1e9

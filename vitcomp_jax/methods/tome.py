@@ -1,6 +1,6 @@
 """ToMe: merges the most similar tokens of every layer.
 
-Bolya et al., `ToMe <https://arxiv.org/abs/2210.09461>`_, ICLR 2023. Nothing is learnt.
+Bolya et al., `ToMe <https://arxiv.org/abs/2210.09461>`_, ICLR 2023. It learns nothing.
 """
 
 import dataclasses
@@ -57,8 +57,8 @@ def tome_counts(r: int | Sequence[int | float], depth: int) -> list[int]:
   """Returns the number of tokens that ToMe should merge away in each layer.
 
   Args:
-    r: One number for every layer; a list per layer, padded with 0; or a tuple of the mean and an
-      inflection, -1 (falling to 0), 0 (constant) to 1 (rising from 0).
+    r: One number for every layer; a list with a number per layer, padded with 0; or a tuple of the
+      mean and an inflection, from -1 (falling to 0) through 0 (constant) to 1 (rising from 0).
     depth: Number of layers.
 
   References:
@@ -80,7 +80,7 @@ def layers(spec: ViTSpec, r: int | Sequence[int | float], prop_attn: bool = True
   Args:
     spec: The model.
     r: Tokens to merge, see `tome_counts`; at most half of a layer's tokens after the prefix.
-    prop_attn: Whether attention weights tokens by size; ToMe's authors do not for MAE.
+    prop_attn: Whether attention weights tokens by size; ToMe's authors do not do so for MAE.
   """
   made, n = [], 0
   for i, (layer, asked) in enumerate(
@@ -95,7 +95,7 @@ def layers(spec: ViTSpec, r: int | Sequence[int | float], prop_attn: bool = True
 
 
 def _growing(power: float) -> Schedule:
-  """Returns ToMe with r growing with a power of depth, by rounding the cumulative sum."""
+  """Returns ToMe with an r that grows as a power of depth; its cumulative sum is rounded."""
 
   def at(spec: ViTSpec, strength: float) -> Layers:
     weights = np.arange(1, spec.depth + 1) ** power

@@ -1,4 +1,4 @@
-"""Counts of tokens that a layer keeps: learnt, in two ways, or the counts of a plan."""
+"""Counts of tokens that a layer keeps: learnt in one of two ways, or taken from a plan."""
 
 from typing import ClassVar, NamedTuple
 
@@ -13,17 +13,17 @@ from vitcomp_jax.ops.straight_through import ste_ceil, ste_mask, ste_min
 
 
 class Choice(NamedTuple):
-  """What the two actions of a layer do with each rank, and how many tokens are left.
+  """Masks of a layer's two actions over ranks, and the number of tokens that they leave.
 
-  Masks have the gradient of the probability that a rank is kept. They are 1 past the tokens that
-  enter, which were dropped earlier.
+  The masks have the gradient of the probability that a rank is kept. They are 1 beyond the tokens
+  that enter the layer, as earlier layers dropped the tokens there.
   """
 
   prune: Array  # f[n] 0 at ranks that pruning drops
   merge: Array  # f[n] 0 at ranks that merging drops
   pruned: Array  # f[] tokens after pruning
   merged: Array  # f[] tokens that merging keeps
-  left: Array  # f[] tokens after both, whose gradient is that of the cost
+  left: Array  # f[] tokens after both, with the gradient of the cost
 
 
 def candidates(num_patches: int, granularity: int) -> np.ndarray:
@@ -39,8 +39,8 @@ def expected_count(logits: Float[Array, " c"], options: np.ndarray) -> Float[Arr
 def kept_count(expected: Float[Array, ""], num_patches: int) -> Float[Array, ""]:
   """Rounds the expectation up, with a straight-through gradient.
 
-  Rounding errors must not round up an expectation that is an integer in exact arithmetic, such as
-  that of the initial logits.
+  Rounding errors must not raise an expectation that would be an integer in exact arithmetic, such
+  as that of the initial logits.
   """
   return ste_ceil(expected, tolerance=num_patches * NOISE)
 
@@ -48,13 +48,13 @@ def kept_count(expected: Float[Array, ""], num_patches: int) -> Float[Array, ""]
 def keep_probability(
   logits: Float[Array, " c"], options: np.ndarray, num_prefix: int, num_tokens: int
 ) -> Float[Array, " n"]:
-  """Computes the probability that each rank is kept: that the chosen count exceeds the rank."""
+  """Computes the probability that each rank is kept, i.e. that the chosen count exceeds it."""
   covered = np.arange(num_tokens)[:, None] < options + num_prefix  # [n c]
   return jnp.asarray(covered, logits.dtype) @ jax.nn.softmax(logits)
 
 
 class LogitCounts(nn.Module):
-  """The authors' counts: expectations over candidates under learnt logits, in `arch`.
+  """The authors' counts: expectations over candidates under learnt logits, stored in `arch`.
 
   Attributes:
     num_patches: Patch tokens of the model.
@@ -77,7 +77,7 @@ class LogitCounts(nn.Module):
 
   @nn.compact
   def __call__(self, before: Array, n: int) -> Choice:
-    """Returns the choice among `n` tokens, of which `before` are not dropped yet."""
+    """Returns the choice among `n` tokens, of which earlier layers keep `before`."""
     prune, merge = (
       self._learnt(name, g)
       for name, g in zip(("prune_logits", "merge_logits"), self.granularity, strict=True)
@@ -97,7 +97,7 @@ class LogitCounts(nn.Module):
     """Returns each rank's probability, and the count."""
     options = candidates(self.num_patches, granularity)
     logits = self.variable("arch", name, jnp.zeros, options.shape).value
-    if len(options) == 1:  # nothing to learn: spares the backward pass
+    if len(options) == 1:  # nothing to learn: skips the backward pass
       logits = jax.lax.stop_gradient(logits)
     count = kept_count(expected_count(logits, options), self.num_patches) + self.num_prefix
     num_tokens = self.num_patches + self.num_prefix
@@ -107,13 +107,13 @@ class LogitCounts(nn.Module):
 class LearntCounts(nn.Module):
   """Counts that are learnt directly, as shares of the patches, in `arch`; see `learnt_count`.
 
-  The layer keeps `merge` tokens. Of the others, those before `prune` are merged, and the rest is
-  pruned.
+  The layer keeps `merge` tokens. Of the others, those ranked below `prune` are merged, and the rest
+  are pruned.
 
   Attributes:
     num_patches: Patch tokens of the model.
     num_prefix: Prefix tokens of the model.
-    actions: What happens to tokens that are not kept: `prune`, `merge`, or `both` as learnt.
+    actions: What happens to tokens that are not kept: `prune`, `merge`, or `both` (learnt).
   """
 
   num_patches: int
@@ -127,7 +127,7 @@ class LearntCounts(nn.Module):
 
   @nn.compact
   def __call__(self, before: Array, n: int) -> Choice:
-    """Returns the choice among `n` tokens, of which `before` are not dropped yet."""
+    """Returns the choice among `n` tokens, of which earlier layers keep `before`."""
     before = before.astype(jnp.float32)
     merge, merged = self._learnt("merge", jnp.asarray(self.num_prefix + 1.0), before, n)
     if self.actions == "both":
@@ -145,12 +145,12 @@ class LearntCounts(nn.Module):
 
 
 class GivenCounts(nn.Module):
-  """Counts of a plan, as variables, so that plans run without recompiling; or fixed.
+  """Counts of a plan: variables, so that any plan runs without recompiling, or fixed numbers.
 
   The collection `arch` holds the counts `prune_keep` and `merge_keep`.
 
   Attributes:
-    fixed: Tokens that pruning and merging keep; None: as the variables say.
+    fixed: Tokens that pruning and merging keep; None: the variables hold these counts.
   """
 
   fixed: tuple[int, int] | None = None
@@ -158,7 +158,7 @@ class GivenCounts(nn.Module):
 
   @nn.compact
   def __call__(self, before: Array, n: int) -> Choice:
-    """Returns the choice among `n` tokens, of which `before` are not dropped yet."""
+    """Returns the choice among `n` tokens, of which earlier layers keep `before`."""
     if self.fixed is None:
       names = "prune_keep", "merge_keep"
       prune, merge = (self.variable("arch", name, jnp.zeros, ()).value for name in names)
@@ -177,8 +177,8 @@ Counts = LogitCounts | LearntCounts | GivenCounts
 def _rank_mask(probability: Array, count: Array, stop: Array) -> Array:
   """Returns 0 for ranks in [count, stop), 1 elsewhere; has the probability's gradient if any is 0.
 
-  Ranks past `stop` were dropped earlier. They are 1 here, so that the gradient reaches the earlier
-  mask, which has their 0.
+  Ranks from `stop` on were dropped by an earlier mask. They are 1 here, so that the gradient
+  reaches that mask, in which they are 0.
   """
   rank = jnp.arange(probability.shape[0], dtype=count.dtype)
   mask = ste_mask(probability, (rank >= count) & (rank < stop))

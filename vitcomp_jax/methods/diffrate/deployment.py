@@ -1,4 +1,4 @@
-"""Static layers of the counts that a search learns."""
+"""Makes static layers from the counts that a search learns."""
 
 import dataclasses
 import math
@@ -28,7 +28,7 @@ class Deployment:
   Attributes:
     spec: The model.
     options: Options of the search.
-    rates: What the search learns.
+    rates: Rates that the search learns.
     dense: Layers that keep all tokens.
   """
 
@@ -38,7 +38,7 @@ class Deployment:
   dense: Layers
 
   def whole(self, expected: np.ndarray) -> np.ndarray:
-    """Rounds counts up to what layers keep: multiples of the tile, for tokens with the prefix."""
+    """Rounds counts up to multiples of the tile, which for tokens include the prefix."""
     rows, first = [], len(self.rates.tokens)
     for i, row in enumerate(expected):
       patches, prefix = self.spec.patches_at(i), self.spec.num_prefix
@@ -51,27 +51,27 @@ class Deployment:
   def layers(self, expected: np.ndarray) -> Layers:
     """Returns static layers that keep the expected counts, rounded up.
 
-    With widths, they are those of `slimmed` but for the order of rotated pairs.
+    With widths, they equal those of `slimmed` except for the order of rotated pairs.
     """
     layers = []
     for layer, (tokens, units) in zip(self.dense, self._counts(expected), strict=True):
       if tokens:
         layer = dataclasses.replace(layer, reduce=self._reducer(*tokens))
-      # Values that are not searched stay as wide as they are, whatever the keys become.
+      # Values that are not searched keep their width, whatever the width of the keys becomes.
       changes: dict[str, Any] = {"value_dim": layer.value_width}
       changes |= {_WIDTH_FIELDS[name]: count for name, count in units.items()}
       layers.append(dataclasses.replace(layer, **changes))
     return tuple(layers)
 
   def _counts(self, expected: np.ndarray) -> list[tuple[list[int], dict[str, int]]]:
-    """Returns each layer's whole counts: of tokens, and of units by the name of their list."""
+    """Returns each layer's integer counts: of tokens, and of units by the name of their list."""
     counts, first = [], len(self.rates.tokens)
     for row in self.whole(expected).astype(int).tolist():
       counts.append((row[:first], dict(zip(self.rates.widths, row[first:], strict=True))))
     return counts
 
   def _reducer(self, pruned: int, merged: int) -> PruneMerge:
-    """Returns the reducer that leaves so many patch tokens after pruning and after merging."""
+    """Returns the reducer that leaves these numbers of patch tokens after pruning and merging."""
     recipe, prefix = recipes.recipe(self.options.recipe, self.spec), self.spec.num_prefix
     return PruneMerge(
       pruned + prefix,
@@ -93,11 +93,12 @@ class Deployment:
     Args:
       params: Weights of the dense model.
       expected: Table of counts.
-      factors: Sorted lists of its units, see `methods.widths.factorise`; None: widths are not
-        searched.
+      factors: Sorted lists of the model's units, see `methods.widths.factors.factorise`; None:
+        widths are not searched.
 
     Returns:
-      The layers, and the weights; None without widths, as those of the dense model serve.
+      The layers, and their weights; the weights are None if widths are not searched, as those of
+      the dense model fit then.
     """
     layers = self.layers(expected)
     if factors is None:
@@ -109,6 +110,6 @@ class Deployment:
 
 
 def _rounded(expected: float, length: int, tile: int, prefix: int = 0) -> int:
-  """Rounds a count of a list up so that it makes whole tiles with the prefix."""
+  """Rounds a count of a list up so that, with the prefix, it is a multiple of the tile."""
   count = min(max(math.ceil(expected - length * NOISE), 1), length) + prefix
   return min(-(-count // tile) * tile, length + prefix) - prefix

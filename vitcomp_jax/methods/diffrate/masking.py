@@ -1,4 +1,4 @@
-"""DiffRate's reduction as masking, with learnable counts or the counts of a plan."""
+"""DiffRate's reduction by masking, with learnable counts or the counts of a plan."""
 
 import flax.linen as nn
 import jax
@@ -13,9 +13,9 @@ from vitcomp_jax.ops import merge, select
 
 
 class MaskedPruneMerge(nn.Module):
-  """`PruneMerge` as masking, with traced counts.
+  """`PruneMerge` by masking, with traced counts.
 
-  Its tokens are sorted by importance, the dropped ones last.
+  It sorts tokens by importance, and puts the dropped ones last.
 
   Attributes:
     counts: Module that computes the counts; its variables are in this module's scope.
@@ -58,7 +58,7 @@ class MaskedPruneMerge(nn.Module):
     return IMPORTANCES[self.importance](stats, tokens)
 
   def _sorted(self, tokens: Tokens, stats: AttentionStats) -> tuple[Tokens, Array, Array]:
-    """Returns the tokens by falling importance, their mask, and their order."""
+    """Returns the tokens by decreasing importance, their mask, and their order."""
     importance = self._importance(tokens, stats)
     order = select.importance_order(importance, tokens.num_prefix, tokens.x.shape[1])
     taken = tokens.take(order)
@@ -80,7 +80,7 @@ class MaskedPruneMerge(nn.Module):
     )
 
   def _merged(self, tokens: Tokens, joining: Array, choice: Choice) -> Tokens:
-    """Merges tokens into their receivers, leaving them in place.
+    """Merges tokens into their receivers, but leaves them in place.
 
     Args:
       tokens: The tokens.
@@ -93,7 +93,7 @@ class MaskedPruneMerge(nn.Module):
     joins = (rank >= start) & (rank < choice.pruned)
     first = jnp.minimum(tokens.num_prefix + (not self.recipe.first_receives), start - 1)
     receives = (rank >= first) & (rank < start)
-    # A kept token is no receiver of itself: were it merged, it would join another one.
+    # A kept token is not its own receiver: if it were merged, it would join another token.
     may = receives[:, None] & ~jnp.eye(n, dtype=bool)[None]
     scores = jnp.where(may, merge.similarity(tokens.x, tokens.x), -2.0)
     receiver, weight = merge.best(scores)
@@ -137,17 +137,17 @@ class HeadOnlyPruneMerge(nn.Module):
 
 
 def _as_if_kept(mask: Array, importance: Array, before: Array, count: Array, stop: Array) -> Array:
-  """Lets this layer drop the tokens that earlier ones dropped as it would have, had they stayed.
+  """Masks the tokens that earlier layers dropped as this layer would have, had they been kept.
 
-  Their mask only matters for the gradient of earlier counts: one token more, of the least important
-  ones, mostly stays until the next layer drops it, not to the end.
+  Their mask matters only for the gradient of earlier counts. One more token in an earlier layer is
+  among the least important ones, and mostly stays only until the next layer drops it.
 
   Args:
     mask: Mask of the tokens that enter, by rank, f[1 n].
     importance: Importance of all tokens, those that enter first, f[b n].
     before: Number of tokens that enter.
     count: Number of tokens that the mask keeps.
-    stop: Number of tokens that it is applied to.
+    stop: Number of tokens to which the mask is applied.
 
   Returns:
     The mask of all tokens, f[b n].

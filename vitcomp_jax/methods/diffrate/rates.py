@@ -1,8 +1,8 @@
-"""What a search learns, in the collection `arch`, and the counts it stands for.
+"""Rates that a search learns, in the collection `arch`, and the counts that they represent.
 
 A table of counts, float64[layers lists], has a row for each layer and a column for each list that
 is searched: patch tokens after pruning and after merging (`prune`, `merge`), and units of the
-widths (`methods.widths.sorted_lists`).
+widths (`methods.widths.lists.sorted_lists`).
 """
 
 import dataclasses
@@ -33,7 +33,7 @@ from vitcomp_jax.models.spec import ViTSpec
 
 Arch = dict[str, Any]
 ACTIONS = ("prune", "merge")
-_STEEP = 300.0  # slope of logits that are sure to keep all tokens
+_STEEP = 300.0  # slope of logits at which all tokens are certainly kept
 
 
 @runtime_checkable
@@ -55,7 +55,7 @@ class Rates(Protocol):
     ...
 
   def init(self) -> Arch:
-    """Returns rates to begin with."""
+    """Returns the initial rates."""
     ...
 
   def table(self, arch: Mapping[str, Any]) -> np.ndarray:
@@ -63,11 +63,11 @@ class Rates(Protocol):
     ...
 
   def moved(self, arch: Mapping[str, Any], is_above: Callable[[np.ndarray], bool]) -> Arch:
-    """Moves all rates together to where a table's cost meets a budget."""
+    """Moves all rates together until the cost of their table meets a budget."""
     ...
 
   def shifted(self, table: np.ndarray, offset: float) -> np.ndarray:
-    """Adds an offset, a share of each list, to all counts that are learnt."""
+    """Adds an offset, as a share of each list, to all counts that are learnt."""
     ...
 
 
@@ -180,8 +180,8 @@ class ShareRates:
   def learns(self) -> np.ndarray:
     """Returns which counts are learnt, bool[layers lists].
 
-    Nobody reads the patches that the last layer passes on where the head reads CLS only: it keeps
-    one of them.
+    If the head reads only CLS, nothing reads the patches that the last layer passes on, so it
+    keeps one of them.
     """
     learns = np.ones(self.lengths.shape, bool)
     count = len(self.tokens)
@@ -199,7 +199,7 @@ class ShareRates:
 
   @functools.cached_property
   def _unlearnt(self) -> list[int]:
-    """Returns the patch tokens of each layer that does not learn them."""
+    """Returns the number of patch tokens of each layer that does not learn it."""
     return [
       1 if yes else self.spec.patches_at(i)
       for i, yes in enumerate(_compressed(self.spec, self.options))
@@ -228,7 +228,7 @@ class ShareRates:
   def arch(self, table: np.ndarray) -> Arch:
     """Returns the rates of a table."""
     layers = []
-    # Down to the next number, so that no rounding lifts a count past a whole one.
+    # Round down to the next float, so that no rounding error raises a count past an integer.
     rounded = np.nextafter((table / self.lengths).astype(np.float32), np.float32(0))
     for learns, shares in zip(self.learns, rounded, strict=True):
       values = dict(zip((*self.tokens, *self.widths), shares.tolist(), strict=True))
@@ -238,7 +238,7 @@ class ShareRates:
     return to_tree(self.spec, layers)
 
   def _learns(self, action: str) -> bool:
-    """Returns whether an action has a rate; where all is pruned, or merged, `merge` is the one."""
+    """Returns whether an action has a rate; with a single action, only `merge` has one."""
     return action == "merge" or self.options.actions == "both"
 
   def table(self, arch: Mapping[str, Any]) -> np.ndarray:
@@ -251,7 +251,7 @@ class ShareRates:
     return self.clipped(np.array(rows))
 
   def clipped(self, table: np.ndarray) -> np.ndarray:
-    """Returns counts that layers can keep: at least 1 and at most what enters or exists."""
+    """Clips counts to those that layers can keep: at least 1, at most those that enter or exist."""
     table = np.clip(np.asarray(table, np.float64), 1, self.lengths)
     if not self.tokens:
       return table

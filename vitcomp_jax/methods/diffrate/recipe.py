@@ -10,18 +10,18 @@ class Recipe:
   """Options that reproduce the authors' code to the last digit; defaults are this library's.
 
   Attributes:
-    signed_similarity: Whether a merged token adds its size times the similarity even if negative;
-      otherwise times max(similarity, 0), so that a receiver's size never shrinks.
+    signed_similarity: Whether a merged token adds its size times the similarity even if that is
+      negative; otherwise times max(similarity, 0), so that a receiver's size never shrinks.
     whole_sizes: Whether a merged token adds its whole size, regardless of similarity.
     first_receives: Whether the most important token may receive others.
     clamp_size: Whether the search clamps sizes to at least 1 at every merge, which a deployed plan
       does not do.
     mask_follows: Whether sorting moves a token's mask with it. If not, values are the same, as
       dropped tokens stay behind the kept ones, but a rate gets the gradient of the dropped token
-      that is at its rank later.
+      that is later at its rank.
     learns_shares: Whether counts are learnt directly (`LearntCounts`), with the gradient of a
-      merged token's share in its receiver; otherwise by logits of candidates (`LogitCounts`), and
-      to merge a token has the gradient of to prune it.
+      merged token's share in its receiver. Otherwise they are learnt by logits of candidates
+      (`LogitCounts`), and merging a token has the same gradient as pruning it.
     mask_eps: Smoothing of the masked softmax.
     relative_budget: Whether the budget term is in units of the dense model's cost / 4.6 (its
       coefficient is for DeiT-S with 4.6 GMACs), so that one coefficient suits every model;

@@ -28,7 +28,7 @@ def reduction(spec: ViTSpec, importance: str) -> Callable[[int, int], "PruneMerg
 class PruneMerge(StaticReducer):
   """DiffRate's reduction: keeps the most important tokens, then merges the least important.
 
-  Counts include the prefix. A count above the tokens that are left has no effect, as in the
+  Counts include the prefix. A count above the number of remaining tokens has no effect, as in the
   authors' code: some of their schedules are not monotone.
 
   Attributes:

@@ -1,4 +1,4 @@
-"""DiffRate's search: builds layers with learnable counts, penalises them and deploys plans."""
+"""DiffRate's search: builds layers with learnable counts, penalises their cost, deploys plans."""
 
 import dataclasses
 import functools
@@ -30,7 +30,7 @@ from vitcomp_jax.models.layer_trees import to_tree
 from vitcomp_jax.models.spec import ViTSpec
 from vitcomp_jax.models.tokens import Output
 
-_REFERENCE_GMACS = 4.6  # of DeiT-S, the model of the paper's coefficient
+_REFERENCE_GMACS = 4.6  # of DeiT-S, the model that the paper's coefficient is for
 Params = Mapping[str, Any]
 
 
@@ -39,7 +39,7 @@ class DiffRate:
   """Learns how many tokens each layer of a model prunes and merges, under a budget.
 
   Your training loop applies a model with `layers()`, adds `penalty` to its loss and trains the
-  collection `arch`, starting from `init()`; `deploy` makes static layers of it.
+  collection `arch`, starting from `init()`; `deploy` turns it into static layers.
 
   Attributes:
     spec: The model.
@@ -95,13 +95,13 @@ class DiffRate:
 
   @functools.cached_property
   def rates(self) -> LogitRates | ShareRates:
-    """Returns what is learnt."""
+    """Returns the rates that are learnt, of the recipe's kind."""
     kind = ShareRates if self.recipe.learns_shares else LogitRates
     return kind(self.spec, self.options)
 
   @functools.cached_property
   def deployment(self) -> Deployment:
-    """Returns what turns tables of counts into static layers."""
+    """Returns the object that turns tables of counts into static layers."""
     return Deployment(self.spec, self.options, self.rates, self.dense)
 
   @property
@@ -116,11 +116,11 @@ class DiffRate:
     return self.cost.static(self.spec, self.spec.dense_layers)
 
   def check(self) -> None:
-    """Refuses a search that cannot succeed.
+    """Rejects a search that cannot succeed.
 
     Raises:
-      UserError: For a granularity above the model's patches, an unsupported importance metric, a
-        budget below the smallest plan, or one in ms with a recipe that counts MACs.
+      UserError: For a granularity that the recipe does not allow, an unsupported importance metric,
+        a budget below the cost of the smallest plan, or one in ms with a recipe that counts MACs.
     """
     options, patches = self.options, self.spec.num_patches
     largest = 1 if self.recipe.learns_shares else patches
@@ -145,7 +145,7 @@ class DiffRate:
       )
 
   def _check_widths(self) -> None:
-    """Refuses a search of widths with a recipe, a cost or layers that have none to search."""
+    """Rejects a search of widths that the recipe, cost, layers or model do not allow."""
     what, got = self.options.what, ""
     if what == "tokens":
       return
@@ -164,7 +164,7 @@ class DiffRate:
       )
 
   def _smallest(self) -> float:
-    """Returns the cost of the cheapest plan: one element of every list that is learnt."""
+    """Returns the cost of the cheapest plan, which keeps one element of every learnt list."""
     least = self.rates.shifted(self.rates.table(jax.device_get(self.rates.init())), -1.0)
     return self._cost(least)
 
@@ -193,13 +193,13 @@ class DiffRate:
   def masked(
     self, params: Params, arch: Mapping[str, Any], factors: Sequence[LayerFactors] | None
   ) -> Params:
-    """Returns the weights with which `layers()` compute what the learnt widths leave.
+    """Returns the weights with which `layers()` compute the same as layers of the learnt widths.
 
     Args:
       params: Weights of the dense model.
       arch: Rates.
-      factors: Sorted lists of its units, see `methods.widths.factorise`; None: widths are not
-        searched.
+      factors: Sorted lists of the model's units, see `methods.widths.factors.factorise`; None:
+        widths are not searched.
     """
     if factors is None:
       return params
@@ -209,7 +209,7 @@ class DiffRate:
   def replayed_layers(self, limits: Sequence[int | None] | None = None) -> Layers:
     """Returns layers that run any plan by masking, with its token counts as variables.
 
-    This compares plans without compiling each of them.
+    Plans can thus be compared without compiling each of them.
 
     Args:
       limits: Number of tokens that each layer passes on, at least the kept ones; None: all.
@@ -260,13 +260,13 @@ class DiffRate:
   def init(self, learnt: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Returns the initial rates: the collection `arch`.
 
-    They are on the budget: the counts fall linearly with depth, and half of the tokens that a layer
-    removes are merged. `starts` has others. With the authors' recipe all logits are zero, as
-    theirs, which keeps half of the tokens in every layer.
+    They meet the budget: the counts fall linearly with depth, and half of the tokens that a layer
+    removes are merged. `starts` has others. With the authors' recipe, all logits are zero as in
+    their code, which keeps half of the tokens in every layer.
 
     Args:
-      learnt: Rates of a search at another budget to continue from, moved together to this one;
-        None: start afresh.
+      learnt: Rates of a search at another budget to continue from, which are moved together to this
+        budget; None: start afresh.
     """
     if learnt is not None:
       return self.rates.moved(learnt, self._is_above)
@@ -275,7 +275,7 @@ class DiffRate:
     return self.rates.arch(next(iter(self.starts().values())))
 
   def starts(self) -> dict[str, np.ndarray]:
-    """Returns schedules to start from by name, as tables of counts on the budget."""
+    """Returns schedules to start from, by name, as tables of counts that meet the budget."""
     assert isinstance(self.rates, ShareRates), "the authors start from zeros"
     found, strongest = {}, STRONGEST * self.spec.depth
     for name, at in starts(self.rates).items():
@@ -301,8 +301,8 @@ class DiffRate:
 
     Returns:
       float64[layers lists]: patch tokens after pruning and after merging, unless only widths are
-      searched; then the widths that are searched, out of hidden units, and of the dimensions of
-      each head's queries and values.
+      searched; then the searched ones among hidden units and the dimensions of each head's queries
+      and values.
     """
     return self.rates.table(arch)
 
@@ -311,7 +311,7 @@ class DiffRate:
     return self.static_layers(self.adjusted(self.expected_counts(arch))[0])
 
   def adjusted(self, expected: np.ndarray) -> tuple[np.ndarray, float]:
-    """Moves expected counts onto the budget, by one offset to all that are learnt.
+    """Adjusts expected counts to the budget, by one offset to all that are learnt.
 
     Args:
       expected: Result of `expected_counts`.
@@ -319,7 +319,7 @@ class DiffRate:
     Returns:
       The counts whose plan is nearest to the budget, and the offset as a share of each list.
     """
-    # Equal counts would all step at once, past the budget; a tiny difference separates them.
+    # Equal counts would all step at once and miss the budget; tiny differences separate them.
     hair = np.linspace(0, 1e-3, expected.size).reshape(expected.shape)
 
     def shifted(offset: float) -> np.ndarray:
@@ -337,7 +337,7 @@ class DiffRate:
 def search_counts(spec: ViTSpec, out: Output) -> list[tuple[Array, Array]]:
   """Returns the traced tokens at attention and at the MLP of each layer.
 
-  Each layer's count takes the gradient of its own MLP and of the next layer's attention.
+  Each layer's count gets the gradient of its own MLP and of the next layer's attention.
   """
   counts: list[tuple[Array, Array]] = []
   for i, tokens in enumerate(out.layers):

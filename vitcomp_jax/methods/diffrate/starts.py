@@ -1,4 +1,4 @@
-"""Schedules from which a search may start, each with a strength that moves it onto a budget."""
+"""Schedules from which a search may start, each with a strength that adjusts it to a budget."""
 
 import dataclasses
 import functools
@@ -8,18 +8,18 @@ import numpy as np
 
 from vitcomp_jax.methods.diffrate.rates import ShareRates
 
-# Share of its patch tokens that a layer loses at strength 1, by the share of the depth done.
-# Stronger ones leave a single token from some layer on.
+# Share of the patch tokens lost after a layer at strength 1, as a function of its relative depth.
+# Higher strengths leave a single token from some layer on.
 _SHAPES: Mapping[str, Callable[[np.ndarray], np.ndarray]] = {
   "linear": lambda depth: depth,
   "flat": lambda depth: np.ones_like(depth),
   "early": np.sqrt,
   "late": np.square,
-  "s_shaped": lambda depth: depth**2 * (3 - 2 * depth),  # as the published schedules
+  "s_shaped": lambda depth: depth**2 * (3 - 2 * depth),  # like the published schedules
 }
-# Strength at which all of them keep next to nothing, for each layer of the model.
+# Strength, per layer of the model, at which all of them keep almost no tokens.
 STRONGEST = 4.0
-_MERGED = 0.5  # of the tokens that a layer removes, if not all are merged
+_MERGED = 0.5  # share of the removed tokens that is merged, by default
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +29,7 @@ class _Start:
   Attributes:
     shape: How tokens fall with the depth, a key of `_SHAPES`.
     merged: Share of the removed tokens that is merged; the rest is pruned.
-    widths: What widths lose, relative to what the tokens lose.
+    widths: How much the widths lose, relative to the strength.
   """
 
   shape: str
@@ -42,7 +42,7 @@ _TRIED = {
     _Start("linear"),
     _Start("flat", merged=0.0),
     *map(_Start, ("early", "late", "s_shaped")),
-    _Start("linear", merged=1.0),  # as ToMe
+    _Start("linear", merged=1.0),  # like ToMe
     _Start("flat", merged=1.0),
   ),
   "widths": (_Start("flat", widths=1.0),),
@@ -53,7 +53,7 @@ _TRIED = {
 
 
 def starts(rates: ShareRates) -> dict[str, Callable[[float], np.ndarray]]:
-  """Returns tables of counts by name, each a function of a strength from 0 on."""
+  """Returns tables of counts by name, each as a function of a strength of at least 0."""
   found: dict[str, Callable[[float], np.ndarray]] = {}
   for start in _TRIED[rates.options.what]:
     merges = {0.0: ", pruned", 1.0: ", merged"}.get(start.merged, "")
@@ -70,6 +70,6 @@ def _table(rates: ShareRates, start: _Start, strength: float) -> np.ndarray:
     merged = rates.lengths[:, 0] * (1 - strength * lost)
     before = np.concatenate([rates.lengths[:1, 0], merged[:-1]])
     table[:, 1] = merged
-    if start.merged < 1:  # of all that enter, however many these are
+    if start.merged < 1:  # otherwise all tokens that enter pass pruning
       table[:, 0] = merged + start.merged * np.maximum(before - merged, 0)
   return rates.clipped(table)

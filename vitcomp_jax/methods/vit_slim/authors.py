@@ -1,4 +1,4 @@
-"""Names and formulas of ViT-Slim's authors: their masks' files, and how they count a cut's cost."""
+"""Conventions of ViT-Slim's authors: the names of their masks, and the cost of a cut."""
 
 from collections.abc import Mapping
 from typing import Any

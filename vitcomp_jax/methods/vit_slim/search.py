@@ -24,7 +24,7 @@ from vitcomp_jax.models.tokens import Output, TokenReducer
 KINDS = ("attn", "mlp", "patch")
 _GATES = {"attn": "head_gate", "mlp": "hidden_gate", "patch": "token_gate"}
 _INITIAL_PATCH = 3.0  # tanh(3) = 0.995
-# Range of the plotted factors; others count in the outer bins.
+# Range of the plotted factors; those outside are counted in the outer bins.
 HISTOGRAM_LIMITS = (-1.0, 1.5)
 _BINS = 50
 
@@ -75,7 +75,7 @@ class ViTSlim:
     return {"dims": (heads, dims), "heads": (heads, 1), "uniform": (1, dims)}[self.options.attn]
 
   def layers(self) -> tuple[LayerSpec, ...]:
-    """Returns layers whose gates learn, each gate a module with its own masks."""
+    """Returns layers with learnable gates, each of which is a module with its own masks."""
     heads, dims = self.attn_shape()
     return tuple(
       dataclasses.replace(
@@ -88,7 +88,7 @@ class ViTSlim:
     )
 
   def searches(self, gate: str) -> bool:
-    """Returns whether a gate's masks are trained: their weight is not 0."""
+    """Returns whether a gate's masks are trained, i.e. whether their weight is not 0."""
     options = self.options
     weights = {
       "head_gate": options.w_attn,
@@ -141,11 +141,11 @@ class ViTSlim:
     Args:
       arch: Learnt masks.
       budgets: Shares of attention masks, hidden units and patches to keep, each in (0, 1].
-      min_units: Least head dimensions, hidden units and patches to keep in each layer.
+      min_units: Minimum number of head dimensions, hidden units and patches to keep in each layer.
       refuse_empty: Whether an empty layer is an error; the authors allow it.
 
     Raises:
-      UserError: If a layer would be empty, naming the layer.
+      UserError: If a layer would be empty; the message names it.
     """
     kept = {}
     for kind, budget in zip(KINDS, budgets, strict=True):
@@ -160,7 +160,7 @@ class ViTSlim:
     return masks
 
   def smallest(self, min_units: int) -> Masks:
-    """Returns the smallest possible cut: `min_units` or one of each searched kind per layer."""
+    """Returns the smallest possible cut: `min_units` (at least 1) of each searched kind."""
 
     def kept(gate: str, units: int, always: int = 0) -> np.ndarray:
       least = always + max(min_units, 1) if self.searches(gate) else units
@@ -190,7 +190,7 @@ def masked_layers(spec: ViTSpec, masks: Masks) -> tuple[LayerSpec, ...]:
 
 
 def per_dim(values: np.ndarray, spec: ViTSpec) -> np.ndarray:
-  """Returns values for each head and dimension, […, h, k], of masks that some of them share."""
+  """Expands masks that heads or dimensions share to one value for each of them, […, h, k]."""
   heads, dims = spec.num_heads, spec.width // spec.num_heads
   pairing = spec.dense_layers[0].pairing
   if pairing is not None and values.shape[-1] == dims // 2:
@@ -199,7 +199,7 @@ def per_dim(values: np.ndarray, spec: ViTSpec) -> np.ndarray:
 
 
 def _check_supported(spec: ViTSpec, options: ViTSlimOptions) -> None:
-  """Refuses masks on units that cannot be removed, as a norm or a table reads them together."""
+  """Rejects masks on units that cannot be removed one by one because of a norm or a bias table."""
   refused = ""
   if options.w_attn > 0 and spec.attn_norm:
     refused = "attention is normed over all heads; set config.slim.w_attn=0"
@@ -224,9 +224,9 @@ def deploy(
 ) -> tuple[tuple[LayerSpec, ...], tuple[LayerIndex, ...]]:
   """Returns the layers of the slimmed network, and the units of the dense one that they keep.
 
-  Without patch masks, its outputs equal those of the masked network. A masked patch still has a key
-  and a value, the biases of `qkv`, and a share of the softmax; the slimmed network removes it, so
-  that it costs nothing. CLS and the rest of the prefix always stay.
+  Without patch masks, the slimmed network has the same outputs as the masked one. A masked patch
+  still has a key and a value (the biases of `qkv`) and a share of the softmax; the slimmed network
+  removes it, so it costs nothing. CLS and the rest of the prefix always stay.
 
   Args:
     spec: The dense model.
@@ -251,8 +251,9 @@ def _selecting(kept: np.ndarray) -> TokenReducer:
 def fold(spec: ViTSpec, params: Mapping[str, Any], arch: Mapping[str, Any]) -> dict[str, Any]:
   """Multiplies the learnt factors of attention and hidden units into the weights.
 
-  A cut sets every kept factor to 1, though the weights were trained with the learnt one; folding
-  preserves it. The factors of patches have no weights to fold into, and become 1 as in the paper.
+  A cut sets every kept factor to 1, although the weights were trained with the learnt factor;
+  folding preserves it. The factors of patches cannot be folded into weights; they become 1, as in
+  the paper.
 
   Args:
     spec: The dense model.
@@ -280,14 +281,14 @@ def thresholds(arch: Mapping[str, Any], budgets: Sequence[float]) -> list[float]
 
 
 def _factors(arch: Mapping[str, Any], kind: str, tanh: Any) -> list[Any]:
-  """Returns each layer's signed factors; those of patches through tanh."""
+  """Returns each layer's signed factors; for patches, these are tanh of the masks."""
   names = sorted(arch, key=lambda name: int(name.removeprefix("blocks_")))
   values = [arch[name][_GATES[kind]]["zeta"] for name in names]
   return [tanh(v) for v in values] if kind == "patch" else values
 
 
 def _histogram(factors: Sequence[Array]) -> Array:
-  """Counts of the factors of all layers in equal bins, i[bins]."""
+  """Counts the factors of all layers in bins of equal width, i[bins]."""
   low, high = HISTOGRAM_LIMITS
   values = jnp.concatenate([jnp.ravel(v) for v in factors])
   place = jnp.floor((values - low) * (_BINS / (high - low))).astype(jnp.int32)

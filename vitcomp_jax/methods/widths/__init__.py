@@ -1,6 +1,6 @@
-"""Widths without training: sorted lists of hidden units and of each head's dimensions.
+"""Narrower layers without training: sorts hidden units and the dimensions of each head into lists.
 
-`calibration` measures a dense model on images, `factors` sorts its units by what the others cannot
-replace and rotates its heads, `masking` drops the ends of the lists inside the dense model, and
-`deployment` builds the smaller network that computes the same.
+`calibration` measures a dense model on images. `factors` sorts its hidden units by how badly the
+others can replace them, and rotates its heads. `masking` drops the ends of the lists inside the
+dense model. `deployment` builds the smaller network that computes the same.
 """

@@ -1,4 +1,4 @@
-"""Moments of what a dense model computes on calibration images."""
+"""Moments of a dense model's activations on calibration images."""
 
 import dataclasses
 import functools
@@ -24,7 +24,7 @@ class Moments:
   """Holds the mean and spread of channels over tokens, in double precision.
 
   Attributes:
-    count: Tokens.
+    count: Number of tokens.
     mean: Mean of each channel, f[c].
     scatter: Sum over tokens of the products of deviations from the mean, f[c c].
   """
@@ -39,7 +39,7 @@ class Moments:
     return self.scatter / self.count
 
   def joined(self, other: "Moments") -> "Moments":
-    """Returns the moments over the tokens of both.
+    """Returns the moments over the tokens of both objects.
 
     References:
       Chan, Golub and LeVeque, "Updating formulae and a pairwise algorithm for computing sample
@@ -57,10 +57,10 @@ class LayerMoments:
   """Holds the moments of a layer.
 
   Attributes:
-    tokens: Moments of what attention takes in.
-    attended: Moments of the attended values of all heads, which attention's last projection takes
-      in.
-    hidden: Moments of the MLP's hidden units, which fc2 takes in; None: they cannot be cut.
+    tokens: Moments of the inputs of attention.
+    attended: Moments of the attended values of all heads, the inputs of attention's last
+      projection.
+    hidden: Moments of the MLP's hidden units, the inputs of fc2; None: they cannot be cut.
   """
 
   tokens: Moments
@@ -73,12 +73,12 @@ def calibrate(
 ) -> tuple[LayerMoments, ...]:
   """Measures the layers of a dense model on images.
 
-  A few times as many tokens as hidden units suffice, such as those of 128 images.
+  A few times as many tokens as hidden units are enough, such as the tokens of 128 images.
 
   Args:
     spec: The dense model.
     params: Its parameters.
-    batches: Normalised images, f[b h w c]; those of one size compile once.
+    batches: Normalised images, f[b h w c]; batches of the same size are compiled once.
 
   Returns:
     Moments of each layer.
@@ -113,7 +113,7 @@ def _joined(first: dict[str, Moments], second: dict[str, Moments]) -> dict[str, 
 def _measure(
   spec: ViTSpec, params: Mapping[str, Any], images: Array | np.ndarray
 ) -> list[dict[str, tuple[int, Array, Array]]]:
-  """Returns count, mean and scatter of all that `LayerMoments` has, for each layer."""
+  """Returns count, mean and scatter for each field of `LayerMoments`, for each layer."""
   found = {}
 
   def keep(

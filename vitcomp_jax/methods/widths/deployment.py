@@ -1,4 +1,4 @@
-"""Builds the narrower network that a masked one stands for."""
+"""Builds the narrower network that a masked one emulates."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -25,13 +25,13 @@ def slimmed(
 ) -> tuple[tuple[LayerSpec, ...], dict[str, Any]]:
   """Returns the network that keeps the first units of each list.
 
-  Its outputs are those of `masked_params` with masks of the same counts.
+  It has the same outputs as the dense model with `masked_params` and masks of the same counts.
 
   Args:
     spec: The dense model.
-    params: Its parameters.
-    factors: Factors of its layers, see `factorise`.
-    counts: Units that each layer keeps, by list; a list that is missing is kept whole.
+    params: Parameters of the dense model.
+    factors: Factors of the dense model's layers, see `factorise`.
+    counts: Number of units that each layer keeps, by list; a missing list is kept whole.
 
   Returns:
     The layers, and the parameters as NumPy arrays. The kernel of `qkv` has the queries, then the
@@ -67,7 +67,7 @@ def _mask(units: SortedList, count: int) -> Array:
 
 
 def _kept(ranks: np.ndarray, count: int) -> np.ndarray:
-  """Returns the dimensions with ranks below `count`, `head * head_dim + dimension`, i[h count]."""
+  """Returns the dimensions ranked below `count`, as `head * head_dim + dimension`, i[h count]."""
   return np.flatnonzero(ranks < count).reshape(len(ranks), count)
 
 
@@ -75,9 +75,9 @@ def _slice_attention(attn: Mapping[str, Any], qk: np.ndarray, value: np.ndarray)
   """Returns an attention's parameters for some of its dimensions.
 
   Args:
-    attn: Its parameters.
-    qk: Dimensions of queries and keys, `head * head_dim + dimension`.
-    value: Those of values, likewise.
+    attn: Parameters of the attention.
+    qk: Dimensions of queries and keys to keep, `head * head_dim + dimension`.
+    value: Dimensions of values to keep, likewise.
   """
   inner = attn["proj"]["kernel"].shape[0]
   of_qkv = np.concatenate([qk, inner + qk, 2 * inner + value])

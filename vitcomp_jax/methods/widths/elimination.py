@@ -1,9 +1,9 @@
-"""The order in which inputs of a linear layer can be spared, by least squares."""
+"""Orders the inputs of a linear layer by importance, using least squares."""
 
 import numpy as np
 from jaxtyping import Float, Int
 
-# Removals after which the matrices are brought up to date, by matrix products.
+# Number of removals after which the matrices are updated, by matrix products.
 _BLOCK = 64
 
 
@@ -12,13 +12,13 @@ def importance_order(
 ) -> Int[np.ndarray, " m"]:
   """Orders the inputs of a linear layer, the most important first, by backward elimination.
 
-  Again and again the input goes whose removal changes the output least in the mean square after
-  the kernel of those that are left was refitted. With G the inverse covariance of those and W their
-  kernel, which the refit updates, removing j costs |W_j|²/G_jj.
+  Each step removes the input whose removal changes the output least in the mean square, after the
+  kernel of the remaining inputs has been refitted. With G the inverse covariance of the remaining
+  inputs and W their kernel, which the refit updates, removing j costs |W_j|²/G_jj.
 
-  Each removal changes G and W by a product of two vectors. These are kept for a block of removals
-  and only the costs are updated at once, so that most of the time goes into matrix products. The
-  result is that of updating both after each removal.
+  Each removal changes G and W by an outer product of two vectors. These vectors are collected for a
+  block of removals, and only the costs are updated immediately, so that most of the time is spent
+  in matrix products. The result is the same as if G and W were updated after each removal.
 
   Args:
     covariance: Second moments of the inputs, positive definite.
@@ -55,8 +55,8 @@ def _remove(
     count: Inputs to remove.
 
   Returns:
-    Indices of the inputs in order of removal, and the vectors a, f[count m], and b, f[count c], by
-    which each changes the inverse, by -aᵀa, and the kernel, by -bᵀa.
+    Indices of the inputs in order of removal, and the vectors a, f[count m], and b, f[count c]:
+    each removal changes the inverse by -aᵀa, and the kernel by -bᵀa.
   """
   diagonal, norms = np.diagonal(inverse).copy(), np.sum(kernel * kernel, axis=0)
   rows = np.zeros((count, len(inverse)))
@@ -74,5 +74,5 @@ def _remove(
     diagonal = diagonal - row * row
     gone.append(j)
     rows[i], columns[i] = row, column
-    diagonal[j] = 1.0  # that of a removed input, which would be 0
+    diagonal[j] = 1.0  # of a removed input, instead of 0
   return gone, rows, columns

@@ -1,6 +1,6 @@
-"""Sorts a dense model's hidden units and head dimensions, with what repairs their removal.
+"""Sorts a dense model's hidden units and head dimensions, and prepares the repair of their removal.
 
-All of it is computed once, in double precision, from the weights and from moments of a few images.
+Everything is computed once, in double precision, from the weights and from moments on a few images.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,25 +16,25 @@ from vitcomp_jax.methods.widths.lists import HIDDEN, QK, VALUE, sorted_lists
 from vitcomp_jax.models.build import build
 from vitcomp_jax.models.spec import ViTSpec
 
-# Added to variances, by their mean: of hidden units, which may be copies of each other, and of the
-# dimensions of a head.
+# Added to variances, relative to their mean: for hidden units, which may be copies of each other,
+# and for the dimensions of a head.
 _HIDDEN_RIDGE = 1e-4
 _HEAD_RIDGE = 1e-6
 
 
 class HiddenFactors(flax.struct.PyTreeNode):
-  """Holds the order of an MLP's hidden units, and what repairs the removal of the last ones.
+  """Holds the order of an MLP's hidden units, and factors that repair the removal of the last ones.
 
-  With G = LLᵀ the covariance of the units in that order, the innovations z = L⁻¹(h - mean) of the
-  first K units span what these units span. So fc2's kernel W (m x c) becomes
-  W + L⁻ᵀ diag(mask - 1) LᵀW: W itself for a mask of ones, and the least-squares refit of the K
-  first units, with zeros for the others, for a mask of K ones.
+  Let G = LLᵀ be the covariance of the units in that order. The innovations z = L⁻¹(h - mean) of the
+  first K units span the same space as these units. The kernel W (m x c) of fc2 therefore becomes
+  W + L⁻ᵀ diag(mask - 1) LᵀW. For a mask of ones, this is W itself; for a mask of K ones, it is the
+  least-squares refit of the first K units, with zeros for the others.
 
   Attributes:
     order: Units, the most important first, i[m].
     back: L⁻ᵀ, f[m m]: rows are units of the dense model, columns places in the order.
     front: LᵀW, f[m c]: rows are places in the order.
-    mean: Mean of each unit of the dense model, f[m]; 0 where fc2 has no bias to take it up.
+    mean: Mean of each unit of the dense model, f[m]; 0 if fc2 has no bias to absorb it.
   """
 
   order: jax.Array | np.ndarray
@@ -44,16 +44,16 @@ class HiddenFactors(flax.struct.PyTreeNode):
 
 
 class LayerFactors(flax.struct.PyTreeNode):
-  """Holds what a layer's widths are cut by.
+  """Holds the factors by which a layer's widths are cut.
 
   Attributes:
-    attn: Parameters of the attention, as of the dense model, but with the dimensions of each head
-      rotated such that the first ones are the best to keep; attention computes the same.
+    attn: Parameters of the attention as in the dense model, but with the dimensions of each head
+      rotated so that the first ones are the best to keep; attention computes the same.
     hidden: Factors of the hidden units; None: they cannot be cut.
-    qk_rank: Place in the list of each dimension of a head's queries and keys, i[h k]; None: they
+    qk_rank: Place of each dimension of a head's queries and keys in the list, i[h k]; None: they
       cannot be cut.
-    value_mean: Mean of each dimension of a head's attended values, f[h k], 0 where the last
-      projection has no bias to take it up; None: values cannot be cut.
+    value_mean: Mean of each dimension of a head's attended values, f[h k], or 0 if the last
+      projection has no bias to absorb it; None: values cannot be cut.
   """
 
   attn: dict[str, Any]
@@ -69,8 +69,8 @@ def factorise(
 
   Args:
     spec: The dense model.
-    params: Its parameters.
-    moments: Moments of its layers on calibration images, see `calibrate`.
+    params: Parameters of the dense model.
+    moments: Moments of the dense model's layers on calibration images, see `calibrate`.
   """
   lists, found = sorted_lists(spec), []
   for i, layer in enumerate(moments):
@@ -108,10 +108,10 @@ def _hidden_factors(fc2: Mapping[str, Any], moments: Moments) -> HiddenFactors:
 
 
 class _Heads:
-  """The heads of one layer as maps of (x, 1), which are rotated in double precision.
+  """The heads of one layer as linear maps of (x, 1), which are rotated in double precision.
 
-  Shapes: h heads, c channels, k dimensions. `q`, `k` and `v` are f[h c+1 k], the last row being the
-  bias, 0 where there is none; `out`, the projection, is f[h k c].
+  Shapes: h heads, c channels, k dimensions. `q`, `k` and `v` are f[h c+1 k]; the last row is the
+  bias, or 0 if there is none. `out`, the projection, is f[h k c].
   """
 
   def __init__(self, attn: Mapping[str, Any], num_heads: int, moments: Moments):
@@ -133,9 +133,10 @@ class _Heads:
   def rotate_queries_and_keys(self) -> None:
     """Rotates queries and keys so that the first dimensions give the best logits of their rank.
 
-    With E[qqᵀ] = AAᵀ, the keys' covariance BBᵀ and the singular value decomposition AᵀB = USVᵀ,
-    they are S^-½ VᵀBᵀ q and S^-½ UᵀAᵀ k. Keys count by their covariance, as what all keys of a
-    query have in common changes no softmax; so each bias is just rotated, and none is needed.
+    With E[qqᵀ] = AAᵀ, the keys' covariance BBᵀ and the singular value decomposition AᵀB = USVᵀ, the
+    rotated queries and keys are S^-½ VᵀBᵀ q and S^-½ UᵀAᵀ k. Keys enter by their covariance, as a
+    shift of a query's logits by the mean key does not change the softmax. Existing biases are thus
+    just rotated, and no new bias is needed.
     """
     a = _root(self.q, self.second)
     b = _root(self.k, self.covariance)
@@ -147,10 +148,10 @@ class _Heads:
   def rotate_values(self, attended: Moments) -> np.ndarray:
     """Rotates values so that the first dimensions give the best output of their rank.
 
-    The directions are those of the largest variance of what a head adds to the output, or of the
-    largest mean square where the projection has no bias that could take up the mean. They are
-    those of the attended values, which vary less than the values that attention averages, and in
-    other directions.
+    The directions are those in which a head's contribution to the output has the largest variance,
+    or the largest mean square if the projection has no bias to absorb the mean. They are computed
+    from the attended values, which vary less than the values that attention averages, and in other
+    directions.
 
     Args:
       attended: Moments of the attended values of all heads.
@@ -172,16 +173,16 @@ class _Heads:
   def rank_of_pairs(self, angles: np.ndarray, halves: bool) -> np.ndarray:
     """Ranks pairs of dimensions by their energy in the logits.
 
-    A pair q, k of complex numbers adds Re(q* k) to a logit, after each was multiplied by exp(ia) at
-    an angle a. The energy is the mean square of that over tokens, of which keys are centred, if
-    positions do not depend on what is there.
+    A pair, as complex numbers q and k, adds Re(q* k) to a logit, after each has been multiplied by
+    exp(ia) for its angle a. The energy is the mean square of this term over tokens, with centred
+    keys, under the assumption that content does not depend on position.
 
     Args:
       angles: Angles of all tokens, f[#h n k//2].
       halves: Pairing of dimensions, see `Rotary`.
 
     Returns:
-      Rank of each dimension, i[h k]; those of pair p are 2p and 2p + 1.
+      Rank of each dimension, i[h k]; the two of the pair at place p have ranks 2p and 2p + 1.
     """
     dims = np.arange(self.q.shape[2])
     first, second = np.split(dims, 2) if halves else (dims[0::2], dims[1::2])
@@ -198,7 +199,7 @@ class _Heads:
     return rank
 
   def params(self) -> dict[str, Any]:
-    """Returns the parameters of the attention, with the same biases as before."""
+    """Returns the parameters of the attention, with biases where it had some before."""
     maps = np.stack([self.q, self.k, self.v]).transpose(2, 0, 1, 3)  # [c+1 3 h k]
     kernel, bias = maps[:-1], maps[-1].reshape(3, -1)
     made = {"qkv": {"kernel": kernel.reshape(len(kernel), -1)}, "proj": dict(self.attn["proj"])}
@@ -220,14 +221,14 @@ def _root(maps: np.ndarray, moments: np.ndarray) -> np.ndarray:
 
   Args:
     maps: Maps of the heads, f[h c k].
-    moments: Second moments of what they map, f[c c].
+    moments: Second moments of the inputs of the maps, f[c c].
   """
   found = _with_ridge(maps.swapaxes(1, 2) @ moments @ maps, _HEAD_RIDGE)
   return np.linalg.cholesky(found)
 
 
 def _with_ridge(moments: np.ndarray, ridge: float) -> np.ndarray:
-  """Adds a share of the mean variance to each variance, f[* m m]; a little even if that is 0."""
+  """Adds a share of the mean variance, and a tiny constant, to each variance, f[* m m]."""
   size = moments.shape[-1]
   mean = np.trace(moments, axis1=-2, axis2=-1)[..., None, None] / size
   return moments + (ridge * mean + 1e-30) * np.eye(size)

@@ -1,4 +1,4 @@
-"""The lists of a layer that can be cut short."""
+"""The lists of a layer's units that can be shortened."""
 
 import dataclasses
 
@@ -12,8 +12,8 @@ class SortedList:
   """A list of units of which a layer keeps the first ones.
 
   Attributes:
-    length: Units of a dense layer, or of each head of it.
-    step: Units that are kept or dropped together.
+    length: Number of units in a dense layer, or in each of its heads.
+    step: Number of units that are kept or dropped together.
   """
 
   length: int
@@ -24,8 +24,8 @@ def sorted_lists(spec: ViTSpec) -> dict[str, SortedList]:
   """Returns the lists that can be cut in every layer of a model, by name.
 
   They are `hidden`, the MLP's hidden units; `qk`, the dimensions of each head's queries and keys,
-  in pairs where they are rotated by position; and `value`, those of each head's values. All heads
-  of a layer keep the same count. A list whose units a norm reads together is missing: hidden units
+  in pairs if they are rotated by position; and `value`, the dimensions of each head's values. All
+  heads of a layer keep the same count. A list is missing if a norm spans its units: hidden units
   with `mlp_norm`, queries and keys with `qk_norm`, values with `attn_norm`.
 
   Args:

@@ -1,4 +1,4 @@
-"""Drops the ends of sorted lists inside the dense model: differentiable, and of fixed shapes."""
+"""Drops the ends of sorted lists inside the dense model, differentiably and with fixed shapes."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,23 +10,23 @@ from jaxtyping import Array
 from vitcomp_jax.methods.widths.factors import HiddenFactors, LayerFactors
 from vitcomp_jax.methods.widths.lists import HIDDEN, QK, VALUE
 
-# One for each list, see `sorted_lists`: 1 for the places that are kept, 0 for the others.
+# One mask for each list, see `sorted_lists`: 1 for the places that are kept, 0 for the others.
 WidthMasks = Mapping[str, Array]
 
 
 def masked_params(
   params: Mapping[str, Any], factors: Sequence[LayerFactors], masks: Sequence[WidthMasks]
 ) -> dict[str, Any]:
-  """Returns parameters of the dense model with which it computes what a narrower one would.
+  """Returns parameters with which the dense model computes the same as a narrower one.
 
-  Masks of ones change nothing but the rounding. A gradient reaches every place of a mask, as only
+  Masks of ones change nothing except rounding. A gradient reaches every place of a mask, as only
   one factor of each product is masked: keys and values, but neither queries nor the projection.
 
   Args:
     params: Parameters of the dense model.
-    factors: Factors of its layers, see `factorise`.
-    masks: Masks of each layer, by list, f[length]; a list that is missing is kept whole, and
-      attention stays as it is where both of its lists are missing.
+    factors: Factors of the dense model's layers, see `factorise`.
+    masks: Masks of each layer, by list, f[length]. A missing list is kept whole, and attention is
+      unchanged if both of its lists are missing.
   """
   blocks = {}
   for i, (layer, mask) in enumerate(zip(factors, masks, strict=True)):
@@ -53,7 +53,7 @@ def _refit(fc2: Mapping[str, Any], factors: HiddenFactors, masks: WidthMasks) ->
 
 
 def _masked_attention(layer: LayerFactors, masks: WidthMasks) -> dict[str, Any]:
-  """Returns the rotated attention with masked keys and values, and the mean of lost values."""
+  """Returns the rotated attention with masked keys and values; a bias absorbs the lost means."""
   attn = dict(layer.attn)
   inner = attn["proj"]["kernel"].shape[0]
   keys = values = jnp.ones(inner)
