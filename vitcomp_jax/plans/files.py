@@ -30,9 +30,9 @@ def list_plans() -> list[str]:
 
 
 def load_plan(name: str | os.PathLike[str]) -> Plan:
-  """Loads a published plan by name, such as `diffrate/deit_small@2.9`, or one from a plan.json.
+  """Loads a published plan by name, such as `diffrate/deit_small@2.9`, or a plan from a plan.json.
 
-  A published plan's `made_by` holds the paper and, if any, the published accuracy.
+  A published plan's `made_by` holds the paper and, if there is one, the published accuracy.
 
   Args:
     name: One of `list_plans()`, or the path of a plan.json.

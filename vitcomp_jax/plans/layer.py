@@ -22,12 +22,12 @@ class PlanLayer:
   """One layer of a plan.
 
   Attributes:
-    index: Kept units of the dense layer; None: all, or those that `widths` say.
+    index: Kept units of the dense layer; None: all, or as many as `widths` says.
     select: Reducer before attention.
     reduce: Reducer between attention and MLP.
     size_bias: Whether attention weights tokens by size.
-    widths: Widths of a layer whose weights are no slices of the dense one's, and which has as many
-      heads; None: those of `index`.
+    widths: Widths of a layer whose weights are not slices of the dense layer's, but which has as
+      many heads; None: those of `index`.
     rotated: Rotated pairs of such a layer, see `LayerSpec`; None: as in the dense layer.
   """
 
@@ -49,11 +49,11 @@ class PlanLayer:
     return dataclasses.replace(base, **changes)
 
   def check_widths(self, base: LayerSpec, where: str) -> None:
-    """Refuses widths that a dense layer cannot be cut to.
+    """Rejects widths that a dense layer cannot be cut to.
 
     Args:
       base: The dense layer.
-      where: Place of the layer, for the error.
+      where: Location of the layer, for the error.
     """
     if self.index:
       if self.widths or self.rotated:
@@ -76,7 +76,7 @@ class PlanLayer:
       )
 
   def _keeps_pairs(self, base: LayerSpec) -> bool:
-    """Returns whether `rotated` holds pairs of each head, as many as the head has."""
+    """Returns whether `rotated` holds distinct pairs of each head, as many as the head keeps."""
     pairs, kept = base.head_dim // 2, self.apply_to(base).head_dim / 2
     rotated = self.rotated or ()
     if len(rotated) != base.num_heads:
@@ -113,10 +113,10 @@ class PlanLayer:
 
 
 def check_counts(layers: Sequence[PlanLayer], spec: ViTSpec, where: str) -> None:
-  """Refuses invalid token counts.
+  """Rejects invalid token counts.
 
-  Counts may rise between layers, as in some published plans; a count above the tokens left has no
-  effect.
+  Counts may rise between layers, as in some published plans; a count above the number of remaining
+  tokens has no effect.
   """
   n = 0
   for index, layer in enumerate(layers):

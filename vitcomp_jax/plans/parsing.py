@@ -1,4 +1,4 @@
-"""Parses plan.json, and refuses invalid plans."""
+"""Parses plan.json, and rejects invalid plans."""
 
 import itertools
 import reprlib
@@ -29,7 +29,7 @@ _TOP_KEYS = (
 _INDICES = ("attn_index", "mlp_index")
 _OPTIONS = ("select", "reduce", "size_bias", "prune_keep", "merge_keep")
 _KEYS = (*WIDTHS, "rotated", *_INDICES, *_OPTIONS)
-# Relative difference of a file's GMACs from the counted ones, which another head may cause.
+# Allowed relative difference of a file's GMACs from the counted ones, due to another head.
 _GMACS_TOLERANCE = 0.01
 
 
@@ -38,7 +38,7 @@ def parse_plan(values: Any, where: str = "plan") -> Plan:
 
   Args:
     values: Content of the file.
-    where: File name for errors.
+    where: File name, for errors.
 
   Raises:
     UserError: If a key is missing, wrong or unknown.
@@ -110,7 +110,7 @@ def _gmacs(spec: ViTSpec, num_tokens: int, plan_layers: Sequence[PlanLayer]) -> 
 
 
 def _is_near(value: Any, counted: float) -> bool:
-  """Returns whether a file's GMACs match its layers, up to the number of classes."""
+  """Returns whether a file's GMACs match its layers, apart from the number of classes."""
   is_number = isinstance(value, int | float) and not isinstance(value, bool)
   low, high = ((1 + sign * _GMACS_TOLERANCE) * counted for sign in (-1, 1))
   return is_number and low <= value <= high
@@ -148,7 +148,7 @@ def _parse_layer(values: Any, base: LayerSpec, where: str) -> PlanLayer:
   layer.check_widths(base, where)
   made = layer.apply_to(base)
   for name, value in asked.items():
-    expected = getattr(made, name) or made.head_dim  # values are as wide unless `value_dim` is set
+    expected = getattr(made, name) or made.head_dim  # values are as wide as keys by default
     if value != expected:
       raise UserError(
         f"{where}: expected {name} {expected}, got {value}; {' and '.join(_INDICES)} say which "
@@ -215,7 +215,7 @@ def _parse_reducer(values: Any, where: str) -> StaticReducer:
 
 
 def _count(values: Mapping[str, Any], key: str, where: str) -> int:
-  """Returns a whole number above 0; refuses anything else, booleans included."""
+  """Returns a positive integer; rejects any other value, including booleans."""
   value = values.get(key)
   if not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= LARGEST:
     raise UserError(

@@ -26,10 +26,10 @@ class Plan:
     layers: Kept units and reducers of each layer.
     gmacs: 1e9 multiply-accumulates per image.
     made_by: Origin of the plan, such as method and steps, as JSON.
-    history: Plans that the search passed through; empty if not kept, as in a file.
-    architecture: Spec of the dense model, where the variant's name does not tell it; or None.
-    params: Weights of the compressed network, where a search made new ones; None: those of the
-      dense model, or slices of them. A plan.json does not hold them; `save` writes them beside it.
+    history: Plans that the search passed through; empty if they were not kept, as in a file.
+    architecture: Spec of the dense model, if the variant's name does not determine it; or None.
+    params: Weights of the compressed network, if a search made new ones; None: those of the dense
+      model, or slices of them. A plan.json does not hold them; `save` writes them beside it.
 
   Examples:
     >>> import vitcomp_jax as vc
@@ -62,8 +62,8 @@ class Plan:
     """Returns the layer specs of a model under this plan.
 
     Raises:
-      UserError: If the plan is for another depth, width or token count, or a layer has widths that
-        no layer of the model can be cut to.
+      UserError: If the plan is for another depth, width or token count, or a layer has widths to
+        which the model's layer cannot be cut.
 
     Examples:
       >>> import vitcomp_jax as vc
@@ -97,10 +97,10 @@ class Plan:
   def masked_layers_for(self, spec: ViTSpec) -> tuple[LayerSpec, ...]:
     """Returns layers of the dense model that mask the units cut by the plan.
 
-    A masked patch still has a key and a value, the biases, as in the code of ViT-Slim's authors.
+    A masked patch still has a key and a value (the biases), as in the code of ViT-Slim's authors.
 
     Raises:
-      UserError: If the plan has widths without indices: it cuts no units of the dense layers.
+      UserError: If the plan has widths without indices, as it then cuts no units of dense layers.
 
     Examples:
       >>> import vitcomp_jax as vc
@@ -172,7 +172,7 @@ class PassedPlan:
 
   Attributes:
     step: Number of steps done.
-    loss: Task loss on images that were not trained on.
+    loss: Task loss on held-out images.
     plan: The plan, adjusted to the budget.
   """
 
@@ -194,11 +194,11 @@ def make_plan(
     spec: The model.
     layers: Layers of the model.
     made_by: Origin of the layers, as JSON.
-    indices: Units of the dense layers that slimmed ones keep; None: those in the layers.
-    params: Weights of the model, where they are no slices of the dense one's; None: not kept.
+    indices: Units of the dense layers that slimmed ones keep; None: those that the layers hold.
+    params: Weights of the model, if they are not slices of the dense model's; None: not kept.
 
   Raises:
-    UserError: If a layer still searches, is trained to select tokens, or has fewer heads without
+    UserError: If a layer is still searched or trained to select tokens, or has fewer heads but no
       indices.
 
   Examples:
@@ -246,7 +246,7 @@ def plan_of(model: Backbone) -> Plan | None:
   """Returns the plan of a deployed model; None for a dense one.
 
   Raises:
-    UserError: If no plan can represent its layers, as they still learn or mask.
+    UserError: If no plan can represent its layers, because they still learn or mask.
   """
   spec, dense = model.spec, model.spec.dense_layers
   # Stochastic depth is only for training.
