@@ -1,4 +1,4 @@
-"""Runs training steps: reads batches, writes metrics and checkpoints, and resumes anywhere."""
+"""Runs training steps: reads batches, writes metrics and checkpoints, and resumes at any step."""
 
 import dataclasses
 import itertools
@@ -32,12 +32,12 @@ class Task:
     stage: Name of the checkpoints and metrics.
     state: State before the first step, on any device.
     step_at: Maps a step, counted from 0, to its function from `step.make_step`.
-    batches: Maps a step to this process's rows of the batches from there on; each batch is a
-      function of its step.
+    batches: Maps a step to an iterator over this process's rows of the batches from that step on;
+      each batch depends only on its step.
     steps: Total number of steps.
     log_every: Steps between logged metrics.
     checkpoint_every: Steps between checkpoints.
-    schedule: Learning rate by step, which is logged.
+    schedule: Learning rate by step, for the logs.
     fixed: Arrays that no step changes, such as a teacher's weights.
   """
 
@@ -55,7 +55,7 @@ class Task:
 def train(
   task: Task, workdir: pathlib.Path, layout: Layout, traced: tuple[int, ...] = ()
 ) -> tuple[TrainState, float]:
-  """Runs a stage's steps, from its last checkpoint if there is one.
+  """Runs a stage's steps, starting from its last checkpoint if there is one.
 
   Args:
     task: The training to run.
@@ -64,7 +64,7 @@ def train(
     traced: First and last step to profile; empty for no profile.
 
   Returns:
-    The state after the last step, and the seconds spent, including those before a resumption.
+    The state after the last step, and the seconds spent, including those before resuming.
 
   Raises:
     Preempted: On SIGTERM, after a checkpoint.
@@ -116,7 +116,7 @@ def train(
 
 
 def run(task: Task, layout: Layout) -> TrainState:
-  """Runs a task's steps without a workdir, logs and checkpoints.
+  """Runs a task's steps without a workdir, logs or checkpoints.
 
   Args:
     task: The training to run.
@@ -142,7 +142,7 @@ def run(task: Task, layout: Layout) -> TrainState:
 
 
 class _Clock:
-  """Measures the time of steps and the part of it spent waiting for batches."""
+  """Measures the time of steps, and how much of it is spent waiting for batches."""
 
   def __init__(self) -> None:
     self._restart()
@@ -152,7 +152,7 @@ class _Clock:
     self._steps, self._images, self._waited = 0, 0, 0.0
 
   def time_input(self, batches: Iterator[Mapping[str, np.ndarray]]) -> Mapping[str, np.ndarray]:
-    """Returns the next batch, and adds the time that it took."""
+    """Returns the next batch, and records the time that it took."""
     begin = time.monotonic()
     batch = next(batches)
     self._waited += time.monotonic() - begin
@@ -180,7 +180,7 @@ class _Clock:
 
 
 def _peak_bytes() -> int:
-  """Returns the peak memory of a device; on CPU, of the process."""
+  """Returns the peak memory of a device or, on CPU, of the process."""
   memory = [device.memory_stats() or {} for device in jax.local_devices()]
   peak = max((stats.get("peak_bytes_in_use", 0) for stats in memory), default=0)
   return peak or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 2**10

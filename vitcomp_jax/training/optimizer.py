@@ -17,7 +17,7 @@ def train_steps(config: TrainConfig, num_examples: int) -> int:
 
 
 def train_schedule(config: TrainConfig, num_examples: int) -> optax.Schedule:
-  """Returns a schedule of linear warm-up and cosine decay to the smallest learning rate."""
+  """Returns a schedule of linear warm-up and cosine decay to the minimum learning rate."""
   steps = train_steps(config, num_examples)
   warmup = min(steps - 1, round(config.warmup_epochs * num_examples / config.batch_size))
   scale = config.batch_size / (config.learning_rate_for or config.batch_size)
@@ -53,7 +53,7 @@ def is_of_norm(path: tuple[str, ...]) -> bool:
 
 
 def train_optimizer(config: TrainConfig, num_examples: int) -> optax.GradientTransformation:
-  """Returns AdamW; only kernels decay, not biases, norms, tokens or positions."""
+  """Returns AdamW, which decays only kernels, not biases, norms, tokens or positions."""
   return _clipped(config, num_examples, _is_kernel)
 
 
@@ -83,8 +83,8 @@ def search_schedule(config: SearchConfig, epoch_steps: int) -> optax.Schedule:
   """Returns the learning rate schedule of a search.
 
   Args:
-    config: Its `schedule` is `cosine`, which changes every step; or `authors`, which changes every
-      epoch and lags by one, so that three epochs from 0.01 to 0.001 use 0.01, 0.01 and 0.00775.
+    config: Its `schedule` is `cosine`, which changes every step, or `authors`, which changes every
+      epoch and lags by one epoch: three epochs from 0.01 to 0.001 use 0.01, 0.01 and 0.00775.
     epoch_steps: Steps per epoch, for `authors`.
   """
   if config.schedule == "cosine":

@@ -11,14 +11,14 @@ from jax.experimental import multihost_utils
 
 
 class Preempted(Exception):
-  """Reports that the process was asked to end; the same command resumes it."""
+  """Reports that the process was asked to end; the same command resumes the run."""
 
 
 class Preemption:
   """Catches SIGTERM and Ctrl-C while a loop runs, so that it can end after a step.
 
-  A second Ctrl-C ends it at once. Several processes, which may be signalled at different times,
-  agree on the step to end at; Ctrl-C ends them at once.
+  A second Ctrl-C ends the loop at once. Several processes may be signalled at different times, so
+  they agree on the step to end at; Ctrl-C ends them at once.
   """
 
   def __init__(self) -> None:
@@ -32,7 +32,7 @@ class Preemption:
     return self._asked is not None
 
   def end(self, where: str) -> NoReturn:
-    """Ends the loop; to be called after a checkpoint is written.
+    """Ends the loop; call it after a checkpoint has been written.
 
     Args:
       where: Stage and step, for the message.

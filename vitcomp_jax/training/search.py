@@ -1,4 +1,4 @@
-"""Searches a plan by gradient: trains rates, and chooses among the plans passed through."""
+"""Searches for a plan by gradient: trains rates, and chooses among the plans passed through."""
 
 import dataclasses
 import functools
@@ -35,9 +35,9 @@ from vitcomp_jax.training.step import (
   with_rows,
 )
 
-_KEPT = 3  # plans passed through, besides the last, to try at the end
-# Share of the loss below which mean attention is chosen over the first importance that a model
-# supports: it needs the map of all pairs of tokens, which fused attention does not give.
+_KEPT = 3  # plans to try at the end, besides the last one
+# Mean attention replaces the first importance that a model supports only if its loss is below this
+# share of the other's: it needs the full attention map, which fused attention does not provide.
 _CLEARLY = 0.9
 
 Batches = Iterable[Mapping[str, np.ndarray]]
@@ -49,7 +49,7 @@ class Passed:
 
   Attributes:
     step: Number of steps done.
-    loss: Task loss of the deployed plan, on images that come after those of the steps.
+    loss: Task loss of the deployed plan, on held-out images.
     layers: Layers of the plan, adjusted to the budget.
   """
 
@@ -66,9 +66,9 @@ class Found:
     step: Step of the chosen rates.
     raw: Layers with the learnt counts.
     layers: Layers adjusted to the budget.
-    offset: What the adjustment adds to every expected count, as a share of its list.
+    offset: Offset that the adjustment adds to every expected count, as a share of its list.
     params: Weights of the slimmed network; None if no widths were searched.
-    passed: Tried plans with a finite loss.
+    passed: Plans that were tried and have a finite loss.
   """
 
   step: int
@@ -115,19 +115,19 @@ class SearchTrainer:
   ) -> tuple["SearchTrainer", Mapping[str, Any]]:
     """Returns this search with its importance metric chosen, and the rates to start from.
 
-    What suits one model is the worst for another. So the schedules of `DiffRate.starts` are tried
-    on images, and that of least task loss is taken. With `importance=auto` all are tried by mean
-    attention received too: what is best by one metric may be the worst by another.
+    The best start for one model is the worst for another. The schedules of `DiffRate.starts` are
+    therefore tried on images, and the one with the least task loss is used. With `importance=auto`,
+    all are also tried with mean attention: the best by one metric may be the worst by another.
 
     Args:
       params: Weights of the model.
       factors: Result of `factors`.
-      batches: This process's rows of those images; the first start is taken if there are none.
+      batches: This process's rows of those images; without any, the first start is used.
     """
     batches = list(batches)
     if not self._chooses or not batches:
       return self, self.method.init()
-    # They differ more than the plans that a search passes through: half of the images tell.
+    # Starts differ more than the plans that a search passes through, so half of the images suffice.
     batches = batches[: -(-len(batches) // 2)]
     least, table = self._best_start(params, factors, batches)
     chosen = self
@@ -144,7 +144,7 @@ class SearchTrainer:
   def _best_start(
     self, params: Any, factors: Any, batches: Sequence[Mapping[str, np.ndarray]]
   ) -> tuple[float, np.ndarray]:
-    """Returns the least task loss of the starts, infinite if none is finite, and its table."""
+    """Returns the least task loss of the starts (infinite if none is finite) and its table."""
     starts = self.method.starts()
     losses = self._losses(list(starts.values()), params, factors, batches)
     for name, loss in zip(starts, losses, strict=True):
@@ -156,7 +156,7 @@ class SearchTrainer:
   def _tries_importance(self) -> bool:
     config, method = self.config, self.method
     is_free = config.importance == "auto" and config.what != "widths"
-    # A latency table holds for the importance that it was measured with.
+    # A latency table is valid only for the importance that it was measured with.
     return is_free and method.cost is MACS and method.spec.importance() != "mean_attention"
 
   def with_importance(self, name: Importance) -> "SearchTrainer":
@@ -173,7 +173,7 @@ class SearchTrainer:
 
   @property
   def _chooses(self) -> bool:
-    """Returns whether plans are compared; the authors take zeros first and the last rates."""
+    """Returns whether plans are compared; the authors start from zeros and use the last rates."""
     return self.method.recipe.learns_shares and self.config.choose_images > 0
 
   def task(
@@ -245,9 +245,9 @@ class SearchTrainer:
   def choose(self, state: TrainState, params: Any, factors: Any, batches: Batches) -> Found:
     """Returns the plan with the least task loss among those that the search passed through.
 
-    A gradient measures the effect of one token in a layer, not of many in several layers: a search
-    may pass through a better plan. So a few plans, including the first and the last, are tried on
-    images that were not trained on.
+    A gradient measures the effect of one token in a layer, not of many in several layers, so a
+    search may pass through a better plan than its last. A few plans, including the first and the
+    last, are therefore tried on held-out images.
 
     Args:
       state: State after the last step.
@@ -289,7 +289,7 @@ class SearchTrainer:
 
   @functools.partial(jax.jit, static_argnums=0)
   def _aim(self, params: Any, batch: Mapping[str, Any]) -> jax.Array | None:
-    """Computes the aim of a batch, once for all plans that are tried on it."""
+    """Computes the aim of the task loss for a batch, once for all plans that are tried on it."""
     images, _ = self._task_loss.inputs(with_rows(batch), jax.random.key(0))
     return self._task_loss.aim(params, images)
 
@@ -317,7 +317,7 @@ class SearchTrainer:
     found = []
     for table in tables:
       arch = self.layout.put(rates.arch(rates.clipped(self.method.deployment.whole(table))))
-      # One at a time, as many concurrent programs may deadlock XLA's CPU devices.
+      # One at a time, as too many concurrent programs may deadlock XLA's CPU devices.
       parts = [self.layout.get(self._score(params, arch, factors, *each)) for each in placed]
       found.append(float(np.mean(parts)))
       logging.info("search: a plan has a loss of %.4f", found[-1])

@@ -1,4 +1,4 @@
-"""The task loss of a search: of labels, or of the model that keeps all."""
+"""The task loss of a search, which compares with labels or with the unreduced model."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -20,9 +20,9 @@ from vitcomp_jax.ops import losses
 def best_loss(config: SearchConfig, spec: ViTSpec) -> Loss:
   """Returns the loss of a search, with `auto` resolved.
 
-  A plan that follows the dense model's outputs on a thousand images does as well on others as one
-  that follows their labels, and fits these images less; see docs/results.md. The authors' recipe
-  follows labels.
+  A plan that is searched to match the dense model's outputs on a thousand images does as well on
+  other images as one searched with their labels, and fits the thousand images less; see
+  docs/results.md. The authors' recipe uses labels.
   """
   if config.loss != "auto":
     return config.loss
@@ -32,7 +32,7 @@ def best_loss(config: SearchConfig, spec: ViTSpec) -> Loss:
 
 
 def check_loss(loss: str, spec: ViTSpec, has_labels: bool, where: str) -> None:
-  """Refuses a loss that a model or its data do not allow.
+  """Rejects a loss that a model or its data do not allow.
 
   Args:
     loss: The loss, not `auto`.
@@ -52,11 +52,11 @@ def check_loss(loss: str, spec: ViTSpec, has_labels: bool, where: str) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class TaskLoss:
-  """Computes the cross-entropy with labels, or the divergence from the model that keeps all.
+  """Computes the cross-entropy with labels, or the divergence from the unreduced model.
 
   Attributes:
     spec: The model.
-    dense: Layers that keep all.
+    dense: Layers of the unreduced model, which keeps all tokens and units.
     config: Options of the loss.
     preprocess: Preprocessing of uint8 images.
   """
@@ -77,7 +77,7 @@ class TaskLoss:
     return training_inputs(batch, self.preprocess, self.spec.num_classes, smoothing, key)
 
   def aim(self, params: Any, images: jax.Array) -> jax.Array | None:
-    """Returns the logits or features of the model that keeps all; None if labels are followed.
+    """Returns the unreduced model's logits or features; None if the loss uses labels.
 
     Args:
       params: Weights of the model.

@@ -18,14 +18,14 @@ Batch = Mapping[str, Array]
 class TrainState(flax.struct.PyTreeNode):
   """Holds the state of a training run.
 
-  The order of the examples and all randomness are functions of the seed and the step.
+  The order of the examples and all randomness depend only on the seed and the step.
 
   Attributes:
     step: Number of steps done, i[].
     params: The weights.
     arch: Search variables; empty without a search.
     opt_state: State of the optimizer.
-    ema: Exponential moving average of the weights; None if it is not kept.
+    ema: Exponential moving average of the weights; None if there is none.
     rng: Random key data of the run.
     passed: Search variables at selected steps, each [k ...]; None if they are not kept.
   """
@@ -184,7 +184,7 @@ def _mean_grads(
 
   def split(x: Array) -> Array:
     """Returns [parts b/parts ...]; pairs of rows are dealt out in turn, so that rows stay on their
-    device and with the neighbour that they mix with."""
+    device and next to the row that they are mixed with."""
     together = 2 if x.shape[0] // parts % 2 == 0 else 1
     dealt = x.reshape(-1, parts, together, *x.shape[1:])
     return jnp.swapaxes(dealt, 0, 1).reshape(parts, -1, *x.shape[1:])
