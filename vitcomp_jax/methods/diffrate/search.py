@@ -120,7 +120,8 @@ class DiffRate:
 
     Raises:
       UserError: For a granularity that the recipe does not allow, an unsupported importance metric,
-        a budget below the cost of the smallest plan, or one in ms with a recipe that counts MACs.
+        a budget below the smallest plan's cost or above the dense model's, or a budget in ms with a
+        recipe that counts MACs.
     """
     options, patches = self.options, self.spec.num_patches
     largest = 1 if self.recipe.learns_shares else patches
