@@ -1,17 +1,17 @@
 """vitcomp_jax: makes a Vision Transformer smaller and faster at a budget you choose.
 
-With `import vitcomp_jax as vc`, `vc.load` gives a model and its parameters, `vc.preprocess` its
-input, `vc.apply` its logits. `vc.load_plan` knows the published plans; `vc.tome`, `vc.evit`,
-`vc.dynamicvit`, `vc.uniform`, `vc.linear` and `vc.random` make plans without a search, and
-`vc.search` learns one for a model, its weights and some images.
-`vc.compress` puts a model under a plan, and `vc.count_cost` tells what it costs. `vc.save` writes a
-folder that `vc.load` reads, `vc.export` a file that runs without this library and that
-`vc.load_exported` runs. `vc.unmerge` brings tokens back to the grid of patches, and
-`vc.model_plots` draws what plans and models do.
+After `import vitcomp_jax as vc`, `vc.load` returns a model and its parameters, `vc.preprocess`
+prepares its input, and `vc.apply` computes its logits. `vc.load_plan` loads published plans;
+`vc.tome`, `vc.evit`, `vc.dynamicvit`, `vc.uniform`, `vc.linear` and `vc.random` make plans without
+a search, and `vc.search` learns a plan for a model from its weights and some images.
+`vc.compress` compresses a model by a plan, and `vc.count_cost` counts its cost. `vc.save` writes a
+folder that `vc.load` reads; `vc.export` writes a file that runs without this library and that
+`vc.load_exported` runs. `vc.unmerge` maps tokens back to the grid of patches, and `vc.model_plots`
+draws what plans and models do.
 
-`vc.run` runs the stages of a config in a workdir, `vc.run_stage` one of them. `vc.plots` draws
-metrics of a run, `vc.published_accuracies` gives what others measured. `vc.methods` has the methods
-themselves, for training loops of one's own.
+`vc.run` runs the stages of a config in a workdir, and `vc.run_stage` runs one of them. `vc.plots`
+draws metrics of a run, and `vc.published_accuracies` returns what others measured. `vc.methods` has
+the methods themselves, for your own training loops.
 """
 
 import ast
@@ -24,9 +24,9 @@ __version__ = importlib.metadata.version("vitcomp_jax")
 
 
 def _homes() -> dict[str, str]:
-  """Returns the module that each public name comes from, as the stub for type checkers says.
+  """Returns the module of each public name, as listed in the stub for type checkers.
 
-  The stub is the only list of names; each is imported when it is first asked for.
+  The stub is the only list of names; each name is imported on first access.
   """
   stub = pathlib.Path(__file__).with_suffix(".pyi").read_text(encoding="utf-8")
   homes = {}

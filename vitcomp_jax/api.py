@@ -41,9 +41,9 @@ def load(
   """Loads a model and its parameters.
 
   Args:
-    source: A checkpoint, which says what it is: a folder of Hugging Face transformers, timm,
-      OpenCLIP or `save`, a file, or a hub id such as `google/vit-base-patch16-224`. Or an
-      architecture by timm's or OpenCLIP's name.
+    source: A checkpoint, which describes its own model: a folder written by Hugging Face
+      transformers, timm, OpenCLIP or `save`, a file, or a hub id such as
+      `google/vit-base-patch16-224`. Or the name of an architecture in timm or OpenCLIP.
     weights: Weights of a named architecture: a file, a hub id, or `bundled`; None: random weights.
     plan: A plan, a published plan's name or the path of a plan.json; None: the folder's, or dense.
     num_classes: Outputs of the classifier. None: the weights' classifier; weights without one give
@@ -51,8 +51,8 @@ def load(
       other than the weights': a new, random classifier to train, with a warning.
     image_size: Side of a square, or height and width, in pixels; None: the weights'. Position
       embeddings of another grid are resampled.
-    **fields: Other fields of `ViTSpec` that a checkpoint does not tell, such as `num_heads`,
-      `norm_eps`, `activation` or `pool`; they count more than what it says.
+    **fields: Other fields of `ViTSpec` that a checkpoint may not specify, such as `num_heads`,
+      `norm_eps`, `activation` or `pool`; they override the checkpoint's own values.
 
   Returns:
     A Flax module, and its parameter tree. `model.spec` has the class names and the preprocessing of
@@ -60,7 +60,7 @@ def load(
 
   Raises:
     UserError: If source, weights or plan are missing or do not fit each other, or a checkpoint
-      leaves open what its model is; the message names the argument that is missing.
+      does not determine its model; the message names the missing argument.
 
   Examples:
     >>> import vitcomp_jax as vc
@@ -88,7 +88,7 @@ def load(
 
 
 def _check_fields(fields: Mapping[str, object]) -> None:
-  """Refuses names that are no fields of a spec."""
+  """Rejects names that are not fields of a spec."""
   known = {field.name for field in dataclasses.fields(ViTSpec)} - {"name", "naming", "huggingface"}
   for name in fields:
     if name not in known:
@@ -108,13 +108,13 @@ def _load(
 
 
 def _is_variant(name: str) -> bool:
-  """Returns whether a source is an architecture's name, with or without a tag."""
+  """Returns whether a source is the name of an architecture, with or without a tag."""
   is_tagged = name.split(".")[0] in VARIANTS and not name.endswith(formats.SUFFIXES)
   return name in VARIANTS or is_tagged or name in open_clip.names()
 
 
 def _check_checkpoint(source: str, weights: Path | None) -> None:
-  """Refuses a source that is no checkpoint, and weights beside a checkpoint."""
+  """Rejects a source that is not a checkpoint, and weights given along with a checkpoint."""
   path = paths.expand(source)
   if not (os.path.exists(path) or "/" in source or source.endswith(formats.SUFFIXES)):
     get_spec(source)  # raises, and names the nearest variants
@@ -134,11 +134,12 @@ def compress(model: Backbone, params: Params, plan: Plan | Path) -> tuple[Backbo
     plan: A plan, a published plan's name or the path of a plan.json.
 
   Returns:
-    The compressed model and its parameters: for a dense model the plan's own, if it has some, or
-    slices of the model's, if the plan has indices.
+    The compressed model and its parameters. For a dense model, these are the plan's own parameters
+    if it has any, or slices of the model's if the plan has indices.
 
   Raises:
-    UserError: If the plan is for another model, or needs weights that neither it nor the model has.
+    UserError: If the plan is for another model, or needs weights that neither the plan nor the
+      model has.
 
   Examples:
     >>> import vitcomp_jax as vc
@@ -172,7 +173,7 @@ def compress(model: Backbone, params: Params, plan: Plan | Path) -> tuple[Backbo
 
 
 def _units(layers: Sequence[LayerSpec]) -> list[tuple[object, ...]]:
-  """Returns what tells whose weights fit: each layer's units of the dense layer, or its widths."""
+  """Returns each layer's units or widths, which are equal for models whose weights fit."""
   return [(layer.index, layer.widths, layer.rotated) for layer in layers]
 
 
@@ -182,7 +183,8 @@ def apply(
   """Computes logits (features without a classifier); compiled once per model and batch shape.
 
   Args:
-    model: Result of `load` or `compress`. Models with equal plans are equal, and compile once.
+    model: Result of `load` or `compress`. Models with equal plans are equal and share a
+      compilation.
     params: Parameters of the model.
     images: Images, normalised by `model.spec.mean` and `model.spec.std` as `preprocess` does.
 
@@ -216,14 +218,14 @@ def _apply(model: Backbone, params: Params, images: Array | np.ndarray) -> Array
 def preprocess(
   model: Backbone, images: Sequence[PIL.Image.Image | np.ndarray] | np.ndarray
 ) -> Float[np.ndarray, "b h w 3"]:
-  """Converts images to a model's input as in evaluation: resizes, crops and normalises.
+  """Converts images to a model's input as in evaluation: resizes, crops and normalises them.
 
   Args:
     model: Model whose `spec.preprocess` is applied.
     images: PIL images or arrays uint8[h w 3] (or uint8[h w], grey) of any sizes; or uint8[b h w 3].
 
   Raises:
-    UserError: If an element is no image, or the list is empty.
+    UserError: If an element is not an image, or the list is empty.
 
   Examples:
     >>> import vitcomp_jax as vc

@@ -14,7 +14,7 @@ from vitcomp_jax import multihost, strict_json
 
 @contextlib.contextmanager
 def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
-  """Yields a temporary path to write to, which replaces `path` if the block raises no error."""
+  """Yields a temporary path to write to; it replaces `path` if the block raises no error."""
   if not multihost.is_first():
     with tempfile.TemporaryDirectory() as folder:
       yield pathlib.Path(folder) / path.name
@@ -29,7 +29,7 @@ def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
 
 @contextlib.contextmanager
 def replacing_folder(path: pathlib.Path) -> Iterator[pathlib.Path]:
-  """Yields an empty folder to fill, which replaces `path` if the block raises no error."""
+  """Yields an empty folder to fill; it replaces `path` if the block raises no error."""
   with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as scratch:
     new, old = pathlib.Path(scratch, "new"), pathlib.Path(scratch, "old")
     new.mkdir()
@@ -55,6 +55,6 @@ def write_json(path: pathlib.Path, values: Any) -> None:
   """Writes a JSON file atomically.
 
   Raises:
-    ValueError: If a number is not finite; an existing file is not changed.
+    ValueError: If a number is not finite; an existing file then stays as it is.
   """
   write_text(path, strict_json.dumps(values, indent=1) + "\n")

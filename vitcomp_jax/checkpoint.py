@@ -1,6 +1,6 @@
-"""Saves and restores checkpoints with Orbax, which no other module uses.
+"""Saves and restores checkpoints with Orbax.
 
-Orbax takes long to import, and nothing else needs it.
+This is the only module that uses Orbax, and it imports it on first use, because the import is slow.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ class Checkpointer:
   """Keeps the newest checkpoints of one stage, written atomically in the background."""
 
   def __init__(self, directory: pathlib.Path, keep: int = 2) -> None:
-    """Opens the directory, and creates it if it does not exist.
+    """Opens the directory, creating it if it does not exist.
 
     Args:
       directory: `WORKDIR/checkpoints/STAGE`; each checkpoint is a folder named by its step.
@@ -36,7 +36,7 @@ class Checkpointer:
     options = ocp.CheckpointManagerOptions(
       max_to_keep=keep,
       enable_async_checkpointing=True,
-      # Otherwise unfinished checkpoints, after a kill or on a full disk, would stay forever.
+      # Otherwise unfinished checkpoints, left by a kill or a full disk, would stay forever.
       cleanup_tmp_directories=True,
     )
     self._directory = directory
@@ -45,11 +45,11 @@ class Checkpointer:
     )
 
   def save(self, step: int, state: Any) -> None:
-    """Starts to write a checkpoint in the background.
+    """Starts writing a checkpoint in the background.
 
     Args:
-      step: Number of steps done.
-      state: Pytree of arrays. It is copied, as the next step donates its buffers.
+      step: Number of completed steps.
+      state: Pytree of arrays. It is copied because the next step donates its buffers.
 
     Raises:
       OSError: If this checkpoint or the previous one cannot be written.
@@ -58,20 +58,20 @@ class Checkpointer:
 
     state = jax.tree.map(jnp.copy, state)
     with self._write_errors():
-      # Forced, because Orbax otherwise silently skips a step below its newest.
+      # Without `force`, Orbax silently skips a step older than its newest.
       self._manager.save(step, args=ocp.args.StandardSave(state), force=True)
 
   def restore(self, like: Any) -> tuple[int, Any] | None:
-    """Restores the newest checkpoint that can be read, and removes damaged ones after it.
+    """Restores the newest readable checkpoint, and removes any newer, damaged ones.
 
     Args:
-      like: A state of the same shapes.
+      like: A state with the same shapes.
 
     Returns:
       The step and the state; None if there are no checkpoints.
 
     Raises:
-      UserError: If there are checkpoints and none can be read, or one has other shapes.
+      UserError: If there are checkpoints but none can be read, or one has other shapes.
     """
     import orbax.checkpoint as ocp
 
@@ -80,13 +80,13 @@ class Checkpointer:
     for step in sorted(self._manager.all_steps(), reverse=True):
       try:
         state = self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
-      # The one before may be intact, whatever is wrong with this one.
+      # Whatever is wrong with this checkpoint, the previous one may be intact.
       except Exception as error:
         self._check_shapes(step, like)
         logging.warning("Checkpoint %d cannot be read: %s", step, _first_line(error))
         damaged.append(step)
         continue
-      # Removed only now: if none can be read, the cause may be elsewhere.
+      # Remove them only now: if no checkpoint can be read, they may not be the cause.
       for later in damaged:
         logging.warning("Removed checkpoint %d; going on from checkpoint %d.", later, step)
         self._manager.delete(later)
@@ -99,14 +99,14 @@ class Checkpointer:
     return None
 
   def latest_step(self) -> int | None:
-    """Returns the step of the newest checkpoint, written or being written; None without one."""
+    """Returns the step of the newest checkpoint, even if still being written; None if none."""
     return self._manager.latest_step()
 
   def _check_shapes(self, step: int, like: Any) -> None:
     """Raises a UserError if a checkpoint is intact but has other shapes."""
     try:
       there = _shapes(self._manager.item_metadata(step).tree)
-    except Exception:  # Its shapes cannot be read either: it is damaged.
+    except Exception:  # The shapes cannot be read either, so it is damaged.
       return
     here = _shapes(like)
     differing = sorted(key for key in there.keys() | here.keys() if there.get(key) != here.get(key))
@@ -133,7 +133,7 @@ class Checkpointer:
 
   @contextlib.contextmanager
   def _write_errors(self) -> Iterator[None]:
-    """Converts the system's errors to OSError: TensorStore raises ValueError for a full disk."""
+    """Converts system errors to OSError, as TensorStore raises ValueError for a full disk."""
     try:
       yield
     except Exception as error:
@@ -158,7 +158,7 @@ def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
 def _system_reason(error: BaseException | None) -> str | None:
   """Returns the operating system's message behind an error; None if there is none."""
   while error is not None:
-    # TensorStore has no error type for these.
+    # TensorStore has no error type of its own for these.
     if isinstance(error, OSError) or "os_error_code" in str(error):
       return str(error)
     error = error.__cause__ or error.__context__
@@ -173,17 +173,17 @@ def _first_line(error: Exception) -> str:
 def _silence_background_threads() -> None:
   """Keeps Orbax's threads from printing tracebacks of errors that are raised anyway.
 
-  It lasts for the rest of the process: a thread may print after the error was raised.
+  This stays in effect for the rest of the process, as a thread may print after the error is raised.
   """
   for name in ("absl", "asyncio"):
     logging.getLogger(name).addFilter(lambda record: not _is_orbax_traceback(record))
-  # If several arrays fail together, Orbax drops those not yet begun.
+  # If several arrays fail together, Orbax drops the coroutines that have not started.
   forgotten = r"coroutine '\w*(serialize|_read_)\S*' was never awaited"
   warnings.filterwarnings("ignore", forgotten, RuntimeWarning)
   show = sys.unraisablehook
 
   def show_others(unraisable: Any) -> None:
-    # If several arrays fail together, Orbax closes the event loop after the first.
+    # If several arrays fail together, Orbax closes the event loop after the first failure.
     closed = str(unraisable.exc_value) == "Event loop is closed"
     if not closed and not _passes_orbax(unraisable.exc_traceback):
       show(unraisable)
@@ -195,7 +195,7 @@ def _is_orbax_traceback(record: logging.LogRecord) -> bool:
   if not record.exc_info:
     return False
   trace = record.exc_info[2]
-  # An array's error that was not awaited comes from TensorStore, without Python frames.
+  # An error that was never awaited comes from TensorStore and has no Python frames.
   return _passes_orbax(trace) or (record.name == "asyncio" and trace is None)
 
 

@@ -38,14 +38,14 @@ class Range:
 
 
 def defaults(cls: type) -> ml_collections.ConfigDict:
-  """Returns every key of a config's class with its default, for config files to change."""
+  """Returns every key of a config class with its default, for config files to change."""
   values: dict[str, Any] = {}
   for field in dataclasses.fields(cls):
     kind = _field_type(cls, field.name)
     if dataclasses.is_dataclass(kind):
       values[field.name] = defaults(typing.cast(type, kind))
     elif field.default is None:
-      # A placeholder has the type that an override must have.
+      # The placeholder fixes the type of an override.
       values[field.name] = ml_collections.config_dict.placeholder(_plain_type(kind))
     else:
       values[field.name] = field.default
@@ -55,10 +55,10 @@ def defaults(cls: type) -> ml_collections.ConfigDict:
 def with_overrides(
   cls: type, values: Mapping[str, Any], overrides: Mapping[str, str]
 ) -> dict[str, Any]:
-  """Sets keys from a command line's text: Python literals, or else strings.
+  """Sets keys from the text of a command line: Python literals, or else strings.
 
   Args:
-    cls: The config's class.
+    cls: The config class.
     values: Nested values by key.
     overrides: Text by dotted key.
 
@@ -92,19 +92,19 @@ def _literal(text: str, kind: type) -> Any:
   try:
     return ast.literal_eval(text)
   except (ValueError, SyntaxError, MemoryError, RecursionError):
-    return text  # refused by the type check
+    return text  # the type check rejects it
 
 
 def parse(cls: type[C], values: Mapping[str, Any]) -> C:
   """Makes a config from a (possibly partial) mapping.
 
   Args:
-    cls: The config's class.
+    cls: The config class.
     values: Nested values by key.
 
   Raises:
     UserError: For an unknown key (naming the nearest known one), or a value of the wrong type or
-      out of its range.
+      out of range.
   """
   return typing.cast(C, _parsed(cls, cls, values, ""))
 
@@ -126,7 +126,7 @@ def _parsed(root: type, cls: type, values: Mapping[str, Any], path: str) -> Any:
 
 
 def _unknown(cls: type, path: str) -> UserError:
-  """Returns the error for an unknown key, with the nearest known one."""
+  """Returns the error for an unknown key, which names the nearest known one."""
   inside = [key for key in all_keys(cls) if key.startswith(f"{path}.")]
   if inside:
     return UserError(
@@ -137,7 +137,7 @@ def _unknown(cls: type, path: str) -> UserError:
 
 
 def all_keys(cls: type, path: str = "") -> list[str]:
-  """Returns the dotted names of all keys of a config's class."""
+  """Returns the dotted names of all keys of a config class."""
   keys = []
   for field in dataclasses.fields(cls):
     kind = _field_type(cls, field.name)
@@ -149,7 +149,7 @@ def all_keys(cls: type, path: str = "") -> list[str]:
 
 
 def _checked(value: Any, kind: Any, path: str) -> Any:
-  """Converts a value to a type; refuses one of another type, or out of range."""
+  """Converts a value to a type; rejects a value that has another type or is out of range."""
   options = _options(kind)
   is_bool, is_empty = isinstance(value, bool), value == ""
   if type(None) in options and value in ("none", "None"):
@@ -167,7 +167,7 @@ def _checked(value: Any, kind: Any, path: str) -> Any:
 
 
 def accepted(kind: Any) -> str:
-  """Returns a description of the values accepted by a field."""
+  """Describes the values that a field accepts."""
   return " or ".join(map(_described, _options(kind)))
 
 
@@ -178,7 +178,7 @@ def _options(kind: Any) -> tuple[Any, ...]:
 
 
 def _base_and_known(option: Any) -> tuple[type, Any]:
-  """Returns a plain type and its allowed values; None for any."""
+  """Returns a plain type and its allowed values, which are None if any value is allowed."""
   if typing.get_origin(option) is Annotated:
     return typing.get_args(option)
   if typing.get_origin(option) is Literal:

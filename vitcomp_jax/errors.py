@@ -1,10 +1,10 @@
-"""The one exception a user's mistake raises."""
+"""The exception that is raised for a user's mistake."""
 
 
 class UserError(Exception):
-  """A mistake in what the user gave: shown as one line, exit status 2.
+  """A mistake in the user's input, shown as one line with exit status 2.
 
-  The message says what was expected, what was got and what to do about it.
+  The message says what was expected, what was given instead and what to do about it.
 
   Examples:
     >>> import vitcomp_jax as vc

@@ -1,8 +1,8 @@
 """Loads and runs exported models, without the library's own modules.
 
 The stage `export` writes a folder with `manifest.json` and the artefacts that it lists; the
-function `export` writes one file with its manifest beside it. StableHLO is serialised by
-`jax.export`, ONNX is for ONNX Runtime; both contain the weights, and accept any batch size.
+function `export` writes a single file with its manifest beside it. StableHLO is serialised by
+`jax.export`, and ONNX is for ONNX Runtime; both contain the weights and accept any batch size.
 """
 
 import dataclasses
@@ -34,7 +34,7 @@ class Exported:
   """Holds an exported model, which maps images to logits.
 
   Attributes:
-    run: Maps images to logits, or to features for a model without classifier.
+    run: Maps images to logits, or to features for a model without a classifier.
     manifest: Content of the manifest.
 
   Examples:
@@ -50,10 +50,10 @@ class Exported:
   manifest: Mapping[str, Any]
 
   def __call__(self, images: np.ndarray | jax.Array) -> np.ndarray:
-    """Computes logits, f32[b c], of images [b h w 3] of the type and range in `manifest["input"]`.
+    """Computes logits, f32[b c], of images [b h w 3] in the dtype and range of `manifest["input"]`.
 
     Raises:
-      ValueError: If the images are of another shape or type.
+      ValueError: If the images have another shape or dtype.
 
     Examples:
       >>> import numpy as np
@@ -98,8 +98,8 @@ def load_exported(path: str | os.PathLike[str]) -> Exported:
   """Loads an exported model.
 
   Args:
-    path: File that `export` wrote, `.stablehlo` or `.onnx`; or folder of a run, its folder
-      `export`, or a file in it.
+    path: A file written by `export`, `.stablehlo` or `.onnx`; or the folder of a run, its folder
+      `export`, or a file in that folder.
 
   Raises:
     UserError: If the model does not exist, differs from its manifest, or cannot be run here.
@@ -144,7 +144,7 @@ def load_exported(path: str | os.PathLike[str]) -> Exported:
 
 
 def manifest_beside(file: pathlib.Path) -> pathlib.Path:
-  """Returns the path of a single file's manifest."""
+  """Returns the path of the manifest of a single exported file."""
   return file.with_name(f"{file.name}.json")
 
 
@@ -155,7 +155,7 @@ def read_manifest(path: pathlib.Path) -> dict[str, Any]:
     path: Path of the manifest.
 
   Raises:
-    UserError: If there is no manifest, or it is damaged or of another version.
+    UserError: If there is no manifest, or it is damaged or has another version.
   """
   try:
     manifest = strict_json.loads(path.read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""Writes a model in formats that run without this library, and compares each with the model."""
+"""Writes a model in formats that run without this library, and checks each against the model."""
 
 import dataclasses
 import logging
@@ -26,11 +26,11 @@ from vitcomp_jax.weights import loading, timm_slimmed, writing_back
 from vitcomp_jax.weights.loading import Params
 
 ENDINGS = {".stablehlo": "stablehlo", ".onnx": "onnx", ".safetensors": "timm"}
-_IMAGES = 8  # to compare on in `export`
-# Relative to the largest output, by dtype of the computation: bfloat16 rounds by 1/256.
+_IMAGES = 8  # on which `export` compares
+# Relative to the largest output, by dtype of the computation; bfloat16 rounds by 1/256.
 _TOLERANCE = {None: 1e-4, "float32": 1e-4, "bfloat16": 2e-2, "float16": 2.5e-3}
-# Images that may keep other tokens: of two that are equally important up to rounding, either may be
-# kept.
+# Images that may keep other tokens: if two tokens are equally important up to rounding, either may
+# be kept.
 _TIES = 3
 _BATCHES = (1, 8)  # split points of the images: batches of 1, 7 and the rest
 _LARGEST_ONNX = 2**31 - 2**20  # bytes in a protobuf message, with some margin
@@ -43,7 +43,8 @@ class Program:
   Attributes:
     model: The model, whose spec's preprocessing and class names are written too.
     params: Weights of the model.
-    normalize: Whether it takes uint8 pixels and normalises them itself, or takes normalised floats.
+    normalize: Whether the program takes uint8 pixels and normalises them itself, or takes
+      normalised floats.
     platforms: Platforms of the StableHLO program.
   """
 
@@ -54,17 +55,17 @@ class Program:
 
   @property
   def input_dtype(self) -> str:
-    """Returns the dtype of its images."""
+    """Returns the dtype of the input images."""
     return "uint8" if self.normalize else "float32"
 
   @property
   def output_name(self) -> str:
-    """Returns the name of its output: logits, or features for a model without a classifier."""
+    """Returns the name of the output: logits, or features for a model without a classifier."""
     return "logits" if self.model.spec.num_classes else "features"
 
   @property
   def abstract_images(self) -> jax.ShapeDtypeStruct:
-    """Returns shape and dtype of a batch of any size."""
+    """Returns the shape and dtype of a batch of any size."""
     (b,) = jax_export.symbolic_shape("b")
     return jax.ShapeDtypeStruct((b, *self.model.spec.image_shape), self.input_dtype)
 
@@ -78,8 +79,8 @@ class Program:
 def export(model: Backbone, params: Params, path: str | os.PathLike[str]) -> None:
   """Writes a model as one file that runs without this library.
 
-  The file is read back and its outputs are compared with the model's. `PATH.json` beside it
-  describes its input and output; `load_exported` reads both.
+  The file is read back, and its outputs are compared with the model's. `PATH.json` beside it
+  describes its input and output; `load_exported` reads both files.
 
   Args:
     model: Result of `load` or `compress`.
@@ -87,12 +88,12 @@ def export(model: Backbone, params: Params, path: str | os.PathLike[str]) -> Non
     path: Path whose ending selects the format: `.stablehlo` (any plan; for CPU, CUDA and TPU),
       `.onnx` (any plan, in float32; needs `vitcomp_jax[onnx]`), `.safetensors` (weights for
       timm's model, which may be slimmed to equal widths), or none (a folder for Hugging Face's
-      transformers, of a model that came from there). The first two include the weights, and take
-      any number of images, normalised as by `preprocess`.
+      transformers, if the model came from there). The first two include the weights and accept
+      any number of images, normalised as `preprocess` does.
 
   Raises:
     UserError: For another ending, or a model that the format cannot represent.
-    RuntimeError: If the file's outputs are not the model's; it is removed.
+    RuntimeError: If the file's outputs differ from the model's; the file is removed.
 
   Examples:
     >>> import tempfile
@@ -129,7 +130,7 @@ def export(model: Backbone, params: Params, path: str | os.PathLike[str]) -> Non
 
 
 def check(form: str, program: Program) -> None:
-  """Refuses a format that cannot represent the model.
+  """Rejects a format that cannot represent the model.
 
   Args:
     form: `stablehlo`, `onnx` or `timm`.
@@ -148,7 +149,7 @@ def check(form: str, program: Program) -> None:
 
 
 def write(form: str, program: Program, path: pathlib.Path, images: np.ndarray) -> dict[str, Any]:
-  """Writes one format, and compares it with the model.
+  """Writes one format and compares it with the model.
 
   Args:
     form: `stablehlo`, `onnx` or `timm`.
@@ -157,11 +158,11 @@ def write(form: str, program: Program, path: pathlib.Path, images: np.ndarray) -
     images: Images to compare on, uint8[b h w 3].
 
   Returns:
-    The manifest's entry of the file.
+    The manifest's entry for the file.
 
   Raises:
-    UserError: If the format cannot represent the model, or its outputs are not finite.
-    RuntimeError: If the file's outputs are not the model's; it is removed.
+    UserError: If the format cannot represent the model, or the model's outputs are not finite.
+    RuntimeError: If the file's outputs differ from the model's; the file is removed.
   """
   about = WRITERS[form](program, path)
   multihost.meet(f"export {form}")
@@ -250,7 +251,7 @@ def _check_onnx(model: Backbone) -> None:
 
 
 def _compare(form: str, program: Program, path: pathlib.Path, pixels: np.ndarray) -> dict[str, Any]:
-  """Compares a file's outputs with the model's, in batches of several sizes.
+  """Compares the outputs of a file with the model's, in batches of several sizes.
 
   Returns:
     The number of images, the largest difference relative to the largest output, and the number of
@@ -284,7 +285,7 @@ def _compare(form: str, program: Program, path: pathlib.Path, pixels: np.ndarray
 
 
 def _chooses(model: Backbone) -> bool:
-  """Returns whether the removed tokens depend on the image."""
+  """Returns whether the image determines which tokens are removed."""
   for layer in model.layers:
     for reducer in (layer.select, layer.reduce):
       if not (isinstance(reducer, StaticReducer) and reducer.is_fixed):
@@ -293,7 +294,7 @@ def _chooses(model: Backbone) -> bool:
 
 
 def _timm_outputs(model: Backbone, path: pathlib.Path, images: np.ndarray) -> np.ndarray:
-  """Returns the outputs with timm's attention scale, that of the slimmed head's size."""
+  """Returns the outputs with timm's attention scale, which is that of the slimmed head size."""
   layers = tuple(dataclasses.replace(l, qk_scale=l.head_dim**-0.5) for l in model.layers)
   params = loading.load_params(model.spec, layers, str(path))
   return np.asarray(api.apply(build(model.spec, layers), params, images), np.float32)

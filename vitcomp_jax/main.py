@@ -1,9 +1,9 @@
-"""Runs the stages of an experiment, or goes on with them.
+"""Runs the stages of an experiment, or resumes them.
 
 The config is a file, or the name of one that ships with the package, such as quickstart. The
 workdir is runs/NAME unless given. Every key of the config can be set by --config.KEY=VALUE; the
-keys are listed in vitcomp_jax/config.py. The exit status is 0 for done, 2 for a mistake in the
-command, the config, the data or the weights, or a workdir that another run is using, 130 after
+keys are listed in vitcomp_jax/config.py. The exit status is 0 on success, 2 for a mistake in the
+command, the config, the data or the weights, or for a workdir that another run is using, 130 after
 Ctrl-C, and 1 for anything else.
 """
 
@@ -38,7 +38,7 @@ _DISK_FULL = (
 
 def main(argv: Sequence[str]) -> int:
   """Runs the config's stages; returns the exit status."""
-  # Replaces the handler that absl has installed.
+  # This replaces the handler that absl installed.
   form = "%(asctime)s %(message)s"
   logging.basicConfig(level=logging.INFO, format=form, datefmt="%H:%M:%S", force=True)
   absl.logging.set_verbosity(absl.logging.WARNING)
@@ -59,7 +59,7 @@ def main(argv: Sequence[str]) -> int:
 
 def _run(config: config_lib.Config, workdir: pathlib.Path) -> int:
   """Runs the stages, and prints the table of measured models if there is one."""
-  # Help and mistakes in the command need not wait for JAX and what builds on it.
+  # Imported here, so that --help and mistakes in the command need not wait for JAX.
   import jax
 
   from vitcomp_jax import multihost
@@ -69,12 +69,12 @@ def _run(config: config_lib.Config, workdir: pathlib.Path) -> int:
   from vitcomp_jax.training.preemption import Preempted
 
   def end(number: int, frame: types.FrameType | None) -> NoReturn:
-    """Ends the run outside of training loops, which handle the signal after a step."""
+    """Ends the run outside of training loops, which handle the signal themselves after a step."""
     del number, frame
     raise Preempted("the run ended")
 
   try:
-    if jax.process_count() == 1:  # with several, JAX synchronises the end
+    if jax.process_count() == 1:  # with several processes, JAX synchronises the end
       signal.signal(signal.SIGTERM, end)
     if config.compilation_cache:
       jax.config.update("jax_compilation_cache_dir", paths.expand(config.compilation_cache))
@@ -103,7 +103,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parse(argv: Sequence[str]) -> tuple[config_lib.Config, pathlib.Path]:
-  """Returns the config, with the command line's changes, and the workdir."""
+  """Returns the config, with the changes from the command line, and the workdir."""
   parser = _Parser(
     prog="python -m vitcomp_jax.main",
     usage="%(prog)s --config NAME[:ARG] [--workdir DIR] [--config.KEY=VALUE ...]",
@@ -144,7 +144,7 @@ def _initialize(known: argparse.Namespace) -> None:
   import jax
 
   try:
-    # A machine that is paused for a while, or swaps, has not crashed.
+    # The timeout is long because a machine that is paused for a while, or swaps, has not crashed.
     jax.distributed.initialize(*explicit, heartbeat_timeout_seconds=300)
   except (ValueError, RuntimeError) as error:
     raise UserError(
@@ -177,9 +177,9 @@ def _overrides(arguments: Sequence[str]) -> dict[str, str]:
 
 
 def _config_file(name: str) -> pathlib.Path:
-  """Returns the config file at a path, or the packaged one of a name.
+  """Returns the config file at a path, or the packaged config of that name.
 
-  `configs/NAME.py` also counts as a name, so that documented commands need no checkout.
+  `configs/NAME.py` also counts as a name, so that documented commands work without a checkout.
   """
   path = pathlib.Path(paths.expand(name))
   if path.is_file():
@@ -209,7 +209,7 @@ def _read(path: pathlib.Path, arg: str | None) -> dict[str, Any]:
     config = get_config(arg) if arg else get_config()
   except UserError:
     raise
-  # A config file may raise anything; the user needs its message.
+  # A config file may raise any exception; the user needs its message.
   except (Exception, SystemExit) as error:
     what = f"{type(error).__name__}: {error}"
     raise UserError(f"{path}: {' '.join(what.split())}") from error
@@ -221,7 +221,7 @@ def _read(path: pathlib.Path, arg: str | None) -> dict[str, Any]:
 if __name__ == "__main__":
   _status = main(sys.argv)
   if _status == 130:
-    # XLA may still compile in another thread, which would crash while Python shuts down.
+    # XLA may still be compiling in another thread, which would crash while Python shuts down.
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(_status)

@@ -1,4 +1,4 @@
-"""Writes the metrics of a run as JSON lines and TensorBoard events, and shows its progress."""
+"""Writes the metrics of a run as JSON lines and TensorBoard events, and shows progress."""
 
 import json
 import logging
@@ -20,17 +20,17 @@ class MetricsWriter:
   """Writes the metrics of one stage."""
 
   def __init__(self, workdir: pathlib.Path, stage: str, start_step: int, total_steps: int) -> None:
-    """Opens the files, and drops metrics past `start_step`, which an interrupted run wrote.
+    """Opens the files, and drops metrics after `start_step`, which an interrupted run wrote.
 
     Args:
       workdir: Folder of `metrics.jsonl` and `tensorboard/`.
       stage: Name of the stage.
-      start_step: Number of steps done.
+      start_step: Number of completed steps.
       total_steps: Number of steps in total.
     """
     self._path, self._stage, self._begin = workdir / "metrics.jsonl", stage, time.monotonic()
     self._elapsed = _drop_later(self._path, stage, start_step)
-    multihost.meet("metrics")  # All processes have read the file before it grows.
+    multihost.meet("metrics")  # All processes must read the file before it grows.
     self._board = None
     if multihost.is_first():
       from tensorboardX import SummaryWriter  # slow to import
@@ -46,7 +46,7 @@ class MetricsWriter:
 
   @property
   def seconds(self) -> float:
-    """Returns the seconds spent in the stage, including those logged before a resumption."""
+    """Returns the seconds spent in the stage, including those logged before it was resumed."""
     return self._elapsed + time.monotonic() - self._begin
 
   def write(self, step: int, metrics: Mapping[str, Any]) -> None:
@@ -54,8 +54,8 @@ class MetricsWriter:
 
     Args:
       step: The step, counted from 1.
-      metrics: Numbers and arrays by name. An array of one number is written as a number, others as
-        lists; values that are not finite are `null` in the file.
+      metrics: Numbers and arrays by name. An array with one element is written as a number, others
+        as lists; values that are not finite are `null` in the file.
     """
     if self._board is None:
       return
@@ -91,7 +91,7 @@ class MetricsWriter:
 
 
 def read_metrics(workdir: pathlib.Path, stage: str) -> list[dict[str, Any]]:
-  """Reads the logged metrics of a stage, one record per logged step, in order."""
+  """Reads the metrics of a stage: one record per logged step, in order."""
   path = workdir / "metrics.jsonl"
   if not path.exists():
     return []
@@ -127,7 +127,7 @@ def _plain(value: Any) -> Any:
 
 
 def progress(items: Iterable[T], what: str, total: int) -> Iterable[T]:
-  """Returns the items, with a progress bar if this is a terminal."""
+  """Returns the items, with a progress bar if stderr is a terminal."""
   return tqdm.tqdm(
     items, desc=what, total=total, disable=not (multihost.is_first() and sys.stderr.isatty())
   )

@@ -1,4 +1,4 @@
-"""Converts functions to ONNX with jax2onnx, which `vitcomp_jax[onnx]` brings."""
+"""Converts functions to ONNX with jax2onnx, which `vitcomp_jax[onnx]` installs."""
 
 import importlib.metadata
 import importlib.util
@@ -15,13 +15,13 @@ _PACKAGES = ("jax2onnx", "onnxruntime")
 
 
 def check(dtype: str | None) -> None:
-  """Refuses what ONNX cannot be made of.
+  """Checks that a model can be converted to ONNX.
 
   Args:
     dtype: Precision of the model's computation; None for float32.
 
   Raises:
-    UserError: If a package is not installed, or for another precision than float32.
+    UserError: If a package is not installed, or the precision is not float32.
   """
   missing = [name for name in _PACKAGES if not importlib.util.find_spec(name)]
   if missing:
@@ -36,7 +36,7 @@ def check(dtype: str | None) -> None:
 
 
 def convert(call: Callable[[Array], Array], images: jax.ShapeDtypeStruct, output: str) -> Any:
-  """Converts a function of images to an ONNX model, whose input is named `images`.
+  """Converts a function of images to an ONNX model whose input is named `images`.
 
   Args:
     call: The function.
@@ -52,7 +52,7 @@ def convert(call: Callable[[Array], Array], images: jax.ShapeDtypeStruct, output
   import jax2onnx
 
   before = logging.root.manager.disable
-  # jax2onnx logs its arguments and missing plugins.
+  # jax2onnx logs its arguments and any missing plugins.
   logging.disable(logging.WARNING)
   try:
     return jax2onnx.to_onnx(call, [images], input_names=["images"], output_names=[output])
@@ -64,5 +64,5 @@ def convert(call: Callable[[Array], Array], images: jax.ShapeDtypeStruct, output
 
 
 def versions() -> dict[str, str]:
-  """Returns the versions of the packages that convert and run it."""
+  """Returns the versions of the packages that convert and run ONNX models."""
   return {name: importlib.metadata.version(name) for name in _PACKAGES}

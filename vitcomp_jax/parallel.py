@@ -3,10 +3,10 @@
 - `data`: the state is replicated and the batch is sharded;
 - `fsdp`: the state is sharded too, and gathered only while a step needs it (fully sharded data
   parallel);
-- `pmap`: as `data`, under `jax.pmap`, with an explicit mean of gradients in the step.
+- `pmap`: like `data`, but under `jax.pmap`, with an explicit mean of the gradients in the step.
 
-In `data` and `fsdp` a step is written for the whole batch and XLA partitions it, so that its
-results, including random numbers, do not depend on the number of devices.
+In `data` and `fsdp`, a step is written for the whole batch and XLA partitions it, so its results,
+including random numbers, do not depend on the number of devices.
 """
 
 import functools
@@ -24,7 +24,7 @@ from vitcomp_jax.errors import UserError
 
 AXIS = "data"
 
-# Arrays of fewer elements are replicated: gathering them costs more than holding them.
+# Arrays with fewer elements are replicated: gathering them would cost more than holding them.
 _SHARD_FROM = 2**13
 
 
@@ -38,11 +38,11 @@ class Layout:
       config: The mode and the number of devices; None for `data` on all devices.
 
     Raises:
-      UserError: If there are fewer devices, or several processes would not use all of theirs.
+      UserError: If there are too few devices, or several processes would leave some unused.
     """
     config = config or ParallelConfig()
     self.mode = config.mode
-    # Rows of a batch are contiguous in a process only if its devices are.
+    # A process holds contiguous rows of a batch only if its devices are contiguous.
     devices = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
     count = config.devices or len(devices)
     if count > len(devices):
@@ -71,7 +71,7 @@ class Layout:
       key: Config key of the batch size, for the error message.
       size: Batch size.
       parts: Number of parts of a batch, for gradient accumulation.
-      together: Number of neighbouring rows that must stay together.
+      together: Number of consecutive rows that must stay together.
 
     Raises:
       UserError: If the batch size is not a multiple of their product.
@@ -87,7 +87,7 @@ class Layout:
       )
 
   def rows(self, batch_size: int) -> slice:
-    """Returns the rows of a global batch that this process makes."""
+    """Returns the rows of a global batch that this process provides."""
     size = batch_size // jax.process_count()
     return slice(jax.process_index() * size, (jax.process_index() + 1) * size)
 
@@ -96,26 +96,26 @@ class Layout:
     return jax.tree.map(lambda x: _put(x, self._replicated), tree)
 
   def put_state(self, state: Any) -> Any:
-    """Copies a training state to the devices, sharded by the mode; the copy may be donated."""
+    """Copies a training state to the devices, sharded as the mode says; the copy may be donated."""
     return jax.tree.map(lambda x: _put(x, self._sharding(x)), state)
 
   def put_batch(self, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
-    """Assembles a global batch from each process's rows of it."""
+    """Assembles a global batch from the rows that each process provides."""
     return {
       key: jax.make_array_from_process_local_data(self._by_row, np.asarray(value))
       for key, value in batch.items()
     }
 
   def get(self, tree: Any) -> Any:
-    """Copies whole arrays to the host, the same in every process."""
+    """Copies whole arrays to the host; every process gets the same."""
     return jax.tree.map(_get, tree)
 
   def compile(self, step: Callable[..., tuple[Any, Any]]) -> Callable[..., tuple[Any, Any]]:
     """Compiles a step.
 
     Args:
-      step: (state, batch, fixed) -> (state, metrics), of the whole batch or, if it is called with
-        `axis`, of one device's rows. The state is donated. It may use `gather` and `shard`.
+      step: (state, batch, fixed) -> (state, metrics), for the whole batch or, if called with
+        `axis`, for one device's rows. The state is donated. A step may use `gather` and `shard`.
 
     Returns:
       A function of arguments from `put_state` and `put_batch`.
@@ -125,11 +125,11 @@ class Layout:
     return jax.jit(step, donate_argnums=0)
 
   def gather(self, tree: Any) -> Any:
-    """Replicates arrays that may be sharded; to be called inside a step."""
+    """Replicates arrays that may be sharded; call it inside a step."""
     return self._constrained(tree, lambda _: self._replicated)
 
   def shard(self, tree: Any) -> Any:
-    """Shards arrays as `put_state` does; to be called inside a step."""
+    """Shards arrays as `put_state` does; call it inside a step."""
     return self._constrained(tree, self._sharding)
 
   def _constrained(self, tree: Any, sharding: Callable[[Any], NamedSharding]) -> Any:
@@ -138,7 +138,7 @@ class Layout:
     return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, sharding(x)), tree)
 
   def _sharding(self, x: Any) -> NamedSharding:
-    """Returns the sharding of a state array, along its longest axis that the devices divide."""
+    """Returns the sharding of a state array along its longest axis that the devices can divide."""
     sides = [i for i, side in enumerate(np.shape(x)) if side % self.num_devices == 0]
     if self.mode != "fsdp" or not sides or np.size(x) < _SHARD_FROM:
       return self._replicated
@@ -177,7 +177,7 @@ class Layout:
 
 
 def _put(x: Any, sharding: NamedSharding) -> jax.Array:
-  """Copies an array, even if it has this sharding already, as the step donates its arguments."""
+  """Copies an array, even if it already has this sharding, as the step donates its arguments."""
   if isinstance(x, jax.Array) and not x.is_fully_addressable:
     return jnp.copy(jax.device_put(x, sharding))
   host = np.asarray(x)

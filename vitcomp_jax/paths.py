@@ -9,7 +9,7 @@ _VARIABLE = re.compile(r"\$(?:([A-Za-z_]\w*)|\{([A-Za-z_]\w*)\})", re.ASCII)
 
 
 def expand(path: str | os.PathLike[str]) -> str:
-  """Expands a path as a shell does; shells do not expand all arguments, such as `--workdir=~/run`.
+  """Expands a path as a shell does, since shells do not expand arguments like `--workdir=~/run`.
 
   Args:
     path: A path. A leading `~` or `~USER` is replaced by a home directory; `$NAME` and `${NAME}`

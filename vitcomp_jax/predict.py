@@ -1,10 +1,10 @@
-"""Prints what a model sees in images, and draws what became of their tokens.
+"""Prints what a model sees in images, and draws what becomes of their tokens.
 
     python -m vitcomp_jax.predict --plan PLAN --weights WEIGHTS IMAGE...
     python -m vitcomp_jax.predict --workdir RUN IMAGE...
     python -m vitcomp_jax.predict --exported RUN/export IMAGE...
 
-The exit status is 0 for done, and 2 for a mistake in the command, a file or the weights.
+The exit status is 0 on success, and 2 for a mistake in the command, a file or the weights.
 """
 
 import argparse
@@ -39,7 +39,7 @@ class Classifier:
     logits: Function from uint8[b h w 3] to f32[b c].
     preprocess: Preprocessing of images.
     classes: Class names by label.
-    model: Model whose tokens can be drawn; None for an exported one.
+    model: Model whose tokens can be drawn; None for an exported model.
     params: Weights of the model.
   """
 
@@ -82,7 +82,7 @@ def _answer(path: str, logits: np.ndarray, classes: Sequence[str], top: int) -> 
 
 
 def _draw(options: argparse.Namespace, classifier: Classifier, images: np.ndarray) -> None:
-  """Draws one figure per image, numbered, as files of several folders may share a name."""
+  """Draws one numbered figure per image, as files in different folders may share a name."""
   if classifier.model is None:
     raise UserError("command line: --maps needs the model itself; an exported one gives no tokens.")
   for i, (path, image) in enumerate(zip(options.images, images, strict=True), 1):

@@ -38,7 +38,7 @@ class Record:
       where: File name for errors.
 
     Raises:
-      UserError: If a field is missing, or of another type.
+      UserError: If a field is missing or has another type.
     """
     if not isinstance(values, dict):
       raise _unexpected(where, "an object", values)
@@ -76,7 +76,7 @@ def _plain(value: Any) -> Any:
 
 
 def _parsed(kind: Any, value: Any, where: str) -> Any:
-  """Converts a JSON value to a type; refuses a value of another type."""
+  """Converts a JSON value to a type; rejects a value of another type."""
   origin, args = typing.get_origin(kind) or kind, typing.get_args(kind)
   if origin in (types.UnionType, typing.Union):  # optional types
     return None if value is None else _parsed(args[0], value, where)

@@ -23,19 +23,18 @@ class Row(Record):
     budget: Budget as a share of the dense model's MACs, if the method has rows at several.
     plan: Name or path of a given plan, which is also the row's name.
     variant: Distinguishes rows of one method: weights after `finetune` or `before_finetune`, cut
-      units `masked` instead of removed, or a given `plan` with the name of a schedule.
+      units that are `masked` instead of removed, or a given `plan` with the name of a schedule.
     seed: Seed of the search that made the plan; the first seed if the row is a mean.
-    top1: Top-1 accuracy in percent of all examples; likewise `top5`.
+    top1: Top-1 accuracy over all examples, in percent; likewise `top5`.
     loss: Mean cross-entropy in nats.
     logit_divergence: Divergence from the dense model's logits, measured without labels; likewise
       `feature_divergence`.
-    cosine: Cosine of the angle to the dense model's features, or to its embedding if it projects
-      to one.
+    cosine: Cosine similarity to the dense model's features, or to its embedding if it has one.
     gmacs: 1e9 multiply-accumulates per image.
     params_m: 1e6 parameters.
     images_per_second: Throughput by batch size.
     minutes: Time of the search and the training, if any; the mean over the seeds.
-    top1_se: Standard error of `top1` over the examples; likewise all that end in `_se`.
+    top1_se: Standard error of `top1` over the examples; likewise all fields that end in `_se`.
     top1_of_seeds: Top-1 accuracy of each seed, if the row is a mean.
     reference: Name of the row that paired differences are taken from.
     top1_over_reference: Paired difference of `top1`; likewise `loss_over_reference`.
@@ -84,11 +83,11 @@ class Row(Record):
 
   @property
   def is_evaluated(self) -> bool:
-    """Returns whether outputs were measured, not only speed."""
+    """Returns whether the outputs were measured, and not only the speed."""
     return self.loss is not None or self.feature_divergence is not None
 
   def with_metrics(self, metrics: Mapping[str, float | None]) -> "Row":
-    """Returns the row with metrics, by field name."""
+    """Returns the row with the given metrics, by field name."""
     changes: dict[str, Any] = dict(metrics)
     return dataclasses.replace(self, **changes)
 
@@ -97,7 +96,7 @@ class Row(Record):
 
   @classmethod
   def from_json(cls, values: Any, where: str) -> Self:
-    # Rows of older files have no method, only a name.
+    # Rows in older files have a name but no method.
     if isinstance(values, dict) and "name" in values:
       values = {"method": values["name"], **values}
     return super().from_json(values, where)
@@ -105,13 +104,13 @@ class Row(Record):
 
 @dataclasses.dataclass(frozen=True)
 class RandomSchedules(Record):
-  """Random schedules of one budget, summarised.
+  """A summary of the random schedules at one budget.
 
   Attributes:
     schedules: Number of schedules.
     examples: Number of examples.
     top1: Quantiles of top-1 in percent, by share of the schedules; likewise `loss` in nats.
-    diffrate: Top-1 and loss of the search on the same examples, if there was one.
+    diffrate: Top-1 and loss of the search on the same examples, if there was a search.
     beaten_by_top1: Share of the schedules whose top-1 is below the search's.
     beaten_by_loss: Share of the schedules whose loss is above the search's.
   """
@@ -155,12 +154,12 @@ class Result(Record):
 
 @dataclasses.dataclass(frozen=True)
 class TrainResult(Record):
-  """Effort of a training.
+  """Steps and time of a training run.
 
   Attributes:
     steps: Optimizer steps.
     images: Images seen in all steps.
-    minutes: Training time, including interrupted starts.
+    minutes: Training time, including interrupted attempts.
     timm: How timm loads the slimmed network, or why it cannot.
   """
 
@@ -172,21 +171,21 @@ class TrainResult(Record):
 
 @dataclasses.dataclass(frozen=True)
 class SearchResult(Record):
-  """Effort and result of a search; `raw_` values precede the adjustment to the budget.
+  """Steps, time and result of a search; `raw_` values precede the adjustment to the budget.
 
   Attributes:
     plan: Name of the plan.
     steps: Optimizer steps.
-    images: Images seen in all steps, to choose the plan, and to sort the widths.
-    minutes: Search time, including interrupted starts.
+    images: Images used in all steps, to choose the plan, and to sort the widths.
+    minutes: Search time, including interrupted attempts.
     chosen_step: Step of the chosen plan.
     raw_counts: Tokens after pruning and after merging, by layer; likewise `counts`.
     raw_gmacs: 1e9 multiply-accumulates per image; likewise `gmacs`.
     budget_gmacs: Requested budget; None if it is a latency.
     budget_latency_ms: Requested budget; None if it is in MACs.
-    raw_latency_ms: Latency of `batch` images on `device`, by the latency table of `runtime`;
+    raw_latency_ms: Latency of `batch` images on `device`, from the latency table of `runtime`;
       likewise `latency_ms`.
-    offset: Offset on the expected counts that meets the budget, as a share of each list.
+    offset: Offset added to the expected counts to meet the budget, as a share of each list.
     tried: Step and loss of each tried plan.
     front: Results for all budgets, if there are several.
   """
@@ -214,19 +213,19 @@ class SearchResult(Record):
 
 @dataclasses.dataclass(frozen=True)
 class SlimResult(Record):
-  """Effort and result of slimming.
+  """Steps, time and result of slimming.
 
   Attributes:
     steps: Optimizer steps; 0 if the masks of an earlier search were cut.
     images: Images seen in all steps.
-    minutes: Search time, including interrupted starts.
+    minutes: Search time, including interrupted attempts.
     histogram_limits: Range of the masks' histograms.
     shares: Requested share of each kind of mask.
-    kept: Reached share of each kind of mask.
+    kept: Achieved share of each kind of mask.
     gmacs: 1e9 multiply-accumulates per image.
     of_dense: MACs as a share of the dense model's.
     params_m: 1e6 parameters.
-    authors_params_m: Parameters by the authors' formula; likewise `authors_gmacs`.
+    authors_params_m: 1e6 parameters by the authors' formula; likewise `authors_gmacs`.
     timm: How timm loads the slimmed network, or why it cannot.
     budget_gmacs: Requested budget; None if shares were requested.
   """
@@ -254,7 +253,7 @@ class Timing(Record):
     name: Name of the row.
     batch: Batch size.
     images_per_second: Throughput at the median time.
-    spread: Interquartile range relative to the median.
+    spread: Interquartile range of the times relative to their median.
     latency_ms: Latency of a batch by percentile.
     timings: Number of timed batches.
     compile_s: Compilation time in seconds.
@@ -265,8 +264,8 @@ class Timing(Record):
     speed_up: Ratio of the dense model's time to this model's.
     share_of_promise: `speed_up` relative to `promised`.
     predicted_ms: Latency predicted by a search's latency table.
-    memory_mb: Peak memory; None if the runtime does not tell.
-    runtime: What ran the model.
+    memory_mb: Peak memory; None if the runtime does not report it.
+    runtime: Runtime that ran the model.
   """
 
   name: str
@@ -294,7 +293,7 @@ class BenchmarkResult(Record):
   Attributes:
     device: Device of the run.
     versions: Package versions by name.
-    matmul_peak_gflops: 1e9 floating-point operations per second of a large matrix product.
+    matmul_peak_gflops: 1e9 floating-point operations per second in a large matrix product.
     entries: One entry per model and batch size.
   """
 
@@ -313,13 +312,13 @@ class VisualizeResult(Record):
 
 @dataclasses.dataclass(frozen=True)
 class ExportResult(Record):
-  """The export manifest's entries of the artefacts."""
+  """The export manifest's entries for the artefacts."""
 
   artefacts: tuple[Mapping[str, Any], ...]
 
 
 def environment() -> dict[str, Any]:
-  """Returns device and package versions, as stored in config.json and result.json."""
+  """Returns the device and package versions, as stored in config.json and result.json."""
   device = jax.devices()[0]
   return {
     "device": f"{len(jax.devices())} x {device.device_kind}",

@@ -28,20 +28,20 @@ def save(folder: str | os.PathLike[str], model: Backbone, params: Params) -> Non
   """Writes a model as a folder, which `load` reads back with bit-identical outputs.
 
   The folder holds `model.safetensors` (with timm's names, and class names, image size and
-  preprocessing as metadata), `spec.json`, and `plan.json` if the model is compressed; of a model
-  that came from Hugging Face's transformers also `huggingface/`, which `from_pretrained` loads, if
-  its class holds the model. It is written
-  atomically; a kill may leave a hidden folder beside it. How the plan came about is not kept:
-  `save_plan` writes a plan that says so.
+  preprocessing as metadata), `spec.json`, and `plan.json` if the model is compressed. For a model
+  that came from Hugging Face's transformers, it also holds `huggingface/`, which `from_pretrained`
+  loads, if its class can represent the model. The folder is written atomically; a kill may leave a
+  hidden folder beside it. How the plan was made is not saved; `save_plan` writes a plan that
+  records it.
 
   Args:
-    folder: Folder to write. A folder written by `save` is replaced; any other is refused.
+    folder: Folder to write. A folder written by `save` is replaced; any other is rejected.
     model: Result of `load` or `compress`, or built from a plan's layers.
     params: Parameters of the model, of any float type.
 
   Raises:
-    UserError: If the folder holds something else, the parameters are not the model's, or the model
-      is not described by a variant's name and a plan.
+    UserError: If the folder holds something else, the parameters do not fit the model, or a
+      variant's name and a plan do not describe the model.
 
   Examples:
     >>> import tempfile
@@ -68,7 +68,7 @@ def save(folder: str | os.PathLike[str], model: Backbone, params: Params) -> Non
 
 
 def _write(made: pathlib.Path, model: Backbone, params: Params, plan: Plan | None) -> None:
-  """Fills a folder, and checks the spec by reading it back."""
+  """Fills a folder and checks the spec by reading it back."""
   spec = model.spec
   loading.save_params(spec, params, made / WEIGHTS)
   if plan:
@@ -88,7 +88,7 @@ def _write(made: pathlib.Path, model: Backbone, params: Params, plan: Plan | Non
 
 
 def is_folder(path: str) -> bool:
-  """Returns whether `save` wrote a folder."""
+  """Returns whether a folder was written by `save`."""
   return (pathlib.Path(paths.expand(path)) / SPEC).is_file()
 
 
@@ -121,7 +121,7 @@ def weights_of(folder: str | os.PathLike[str]) -> str:
 
 
 def read_plan(folder: str | os.PathLike[str]) -> Plan | None:
-  """Reads a saved model's plan; None for a dense one."""
+  """Reads a saved model's plan; None for a dense model."""
   folder = pathlib.Path(paths.expand(folder))
   expected, path = _read_values(folder / SPEC)["plan"], folder / PLAN
   if path.is_file() != expected:
@@ -131,7 +131,7 @@ def read_plan(folder: str | os.PathLike[str]) -> Plan | None:
 
 
 def _read_values(path: pathlib.Path) -> dict[str, Any]:
-  """Reads a spec.json, and refuses values of wrong types."""
+  """Reads a spec.json, and rejects values of wrong types."""
   try:
     values = strict_json.loads(path.read_text(encoding="utf-8"))
     if (values["format"], values["version"]) != (FORMAT, VERSION):
@@ -152,7 +152,7 @@ def _read_values(path: pathlib.Path) -> dict[str, Any]:
 
 
 def _check_replaceable(target: pathlib.Path) -> None:
-  """Refuses to replace anything but a folder with only a saved model."""
+  """Refuses to replace anything but a folder that holds only a saved model."""
   if not os.path.lexists(target):
     return
   there = {entry.name for entry in target.iterdir()} if target.is_dir() else {target.name}

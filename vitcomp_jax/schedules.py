@@ -1,7 +1,7 @@
 """Plans without a search: ToMe, EViT, DynamicViT, and hand-made and random schedules.
 
-Each function takes a dense model, and either its method's own parameter or a budget: `macs`, a
-fraction of the dense model's multiply-accumulates, or `gmacs`, 1e9 of them per image.
+Each function takes a dense model, and either the method's own parameter or a budget: `macs`, a
+fraction of the dense model's multiply-accumulates, or `gmacs`, 1e9 multiply-accumulates per image.
 """
 
 import math
@@ -30,8 +30,8 @@ def tome(
 
   Args:
     model: The dense model.
-    r: Tokens to merge in each layer, at most half of them; or a list per layer, or a pair of their
-      mean and inflection, see `methods.tome.tome_counts`.
+    r: Tokens to merge in each layer, at most half of its tokens; or a list with one count per
+      layer; or a pair of mean and inflection, see `methods.tome.tome_counts`.
     macs: Budget as a fraction, instead of `r`.
     gmacs: Budget in 1e9 multiply-accumulates, instead of `r`.
 
@@ -54,13 +54,13 @@ def tome(
     return _within("tome", spec, macs, gmacs)
   _check_alone("r", macs, gmacs)
   _check_r(r, spec.depth)
-  # ToMe's authors use no proportional attention for MAE.
+  # ToMe's authors do not use proportional attention for MAE.
   layers = methods.tome.layers(spec, r, prop_attn=spec.pool != "size_mean")
   return _plan(spec, layers, method="tome", r=r)
 
 
 def _check_r(r: int | Sequence[int | float], depth: int) -> None:
-  """Refuses what is no count, no list of counts, and no pair of mean and inflection."""
+  """Rejects anything but a count, a list of counts, or a pair of mean and inflection."""
   if isinstance(r, tuple) and len(r) == 2:
     is_right = all(map(_is_number, r)) and r[0] >= 0 and -1 <= r[1] <= 1
   elif isinstance(r, list | tuple):
@@ -91,7 +91,7 @@ def evit(
   Args:
     model: The dense model.
     keep: Share of patch tokens to keep at each of the three places; or one share per layer.
-    fuse: Whether removed tokens are fused into one.
+    fuse: Whether the removed tokens are fused into one token.
     macs: Budget as a fraction, instead of `keep`.
     gmacs: Budget in 1e9 multiply-accumulates, instead of `keep`.
 
@@ -127,12 +127,12 @@ def dynamicvit(
   macs: float | None = None,
   gmacs: float | None = None,
 ) -> Plan:
-  """Makes DynamicViT's plan, whose prediction modules have to be trained.
+  """Makes DynamicViT's plan, whose prediction modules must be trained.
 
   Args:
     model: The dense model.
-    keep: Share of patch tokens to keep after a quarter of the layers; its square after a half, and
-      its cube after three quarters.
+    keep: Share of patch tokens to keep after a quarter of the layers; its square is kept after a
+      half, and its cube after three quarters.
     macs: Budget as a fraction, instead of `keep`.
     gmacs: Budget in 1e9 multiply-accumulates, instead of `keep`.
 
@@ -165,7 +165,7 @@ def uniform(
   merge: bool = False,
   importance: str = "auto",
 ) -> Plan:
-  """Makes a plan that prunes, or merges, to one count in all layers.
+  """Makes a plan that prunes or merges to the same token count in all layers.
 
   Args:
     model: The dense model.
@@ -196,7 +196,7 @@ def linear(
   merge: bool = False,
   importance: str = "auto",
 ) -> Plan:
-  """Makes a plan whose counts fall linearly with depth, by pruning or merging.
+  """Makes a plan whose token counts fall linearly with depth, by pruning or merging.
 
   Args:
     model: The dense model.
@@ -222,7 +222,7 @@ def linear(
 def random(
   model: Backbone, *, macs: float | None = None, gmacs: float | None = None, seed: int = 0
 ) -> Plan:
-  """Draws a plan: sorted random counts whose cost is within 1 % of a budget.
+  """Draws a random plan: sorted random counts whose cost is within 1 % of a budget.
 
   Args:
     model: The dense model.

@@ -19,7 +19,7 @@ from vitcomp_jax.parallel import Layout
 from vitcomp_jax.results import Row
 from vitcomp_jax.weights.loading import Params
 
-PAIRED = ("top1", "loss")  # metrics that have errors, and are compared example by example
+PAIRED = ("top1", "loss")  # metrics with standard errors, compared example by example
 Outcomes = dict[str, np.ndarray]  # f32[examples], by metric
 
 
@@ -31,7 +31,7 @@ def outcomes(
   name: str,
   dense_params: Params | None = None,
 ) -> Outcomes:
-  """Measures a model on every example once.
+  """Measures a model once on every example.
 
   Args:
     model: The model.
@@ -39,13 +39,13 @@ def outcomes(
     batches: This process's rows of all examples, from `Dataset.eval_batches`.
     layout: Layout on the devices.
     name: Name of the model, for errors.
-    dense_params: Weights of the dense model, to compare with if there are no labels or no
+    dense_params: Weights of the dense model to compare with, if there are no labels or there is no
       classifier.
 
   Returns:
-    `top1` and `top5` (0 or 100) and the cross-entropy `loss` in nats of every example; or, with
-    `dense_params`, the divergence of the outputs from the dense model's, and the `cosine` of
-    both models' features.
+    `top1` and `top5` (0 or 100) and the cross-entropy `loss` in nats for every example; or, with
+    `dense_params`, the divergence of the outputs from the dense model's, and the `cosine`
+    similarity of the features of both models.
 
   Raises:
     UserError: If outputs are not finite.
@@ -69,14 +69,14 @@ def outcomes(
 
 
 def check_finite(outputs: np.ndarray, what: str) -> None:
-  """Refuses outputs, or metrics per example, that are not all finite.
+  """Rejects outputs, or metrics per example, that are not all finite.
 
   Args:
     outputs: Array of any shape.
     what: Source of the outputs, for the error.
 
   Raises:
-    UserError: If any value is not finite, with the number of such values.
+    UserError: If any value is not finite; the message says how many are not.
   """
   broken = int(np.sum(~np.isfinite(outputs)))
   if broken:
@@ -87,7 +87,7 @@ def check_finite(outputs: np.ndarray, what: str) -> None:
 
 
 def measured(row: Row, found: Outcomes, model: Backbone) -> Row:
-  """Returns a row with the means over all examples, their errors, and the model's cost."""
+  """Returns a row with the means over all examples, their standard errors, and the model's cost."""
   cost = count_cost(model)
   metrics = {key: round(float(np.mean(v, dtype=np.float64)), 6) for key, v in found.items()}
   metrics |= {"gmacs": round(cost.gmacs, 6), "params_m": round(cost.params / 1e6, 4)}
@@ -98,7 +98,7 @@ def measured(row: Row, found: Outcomes, model: Backbone) -> Row:
 
 
 def standard_error(values: np.ndarray) -> float | None:
-  """Returns the standard error of the mean of values, f32[n]; a single one has none."""
+  """Returns the standard error of the mean of values, f32[n]; None for a single value."""
   if values.size < 2:
     return None
   return round(float(values.std(ddof=1, dtype=np.float64) / math.sqrt(values.size)), 6)
@@ -115,7 +115,7 @@ def scores(logits: jax.Array, labels: jax.Array) -> dict[str, jax.Array]:
   before = jnp.arange(logits.shape[1], dtype=labels.dtype)[None] < labels[:, None]
   rank = jnp.sum((logits > own) | ((logits == own) & before), axis=1)
   loss = jax.nn.logsumexp(logits, axis=1) - own[:, 0]
-  # NaN is not above anything, so every label would count as found.
+  # NaN is not greater than anything, so every label would count as correct.
   is_finite = jnp.all(jnp.isfinite(logits), axis=1)
   top1, top5 = (jnp.where(is_finite & (rank < k), 100.0, 0.0) for k in (1, 5))
   return {"top1": top1, "top5": top5, "loss": jnp.where(is_finite, loss, jnp.nan)}
@@ -132,7 +132,7 @@ def _score(
 def _compare(
   model: Backbone, preprocess: Preprocess, params: Params, dense_params: Params, images: jax.Array
 ) -> Mapping[str, jax.Array]:
-  """Computes the divergence and the cosine of the outputs from the dense model's."""
+  """Computes the divergence of the outputs from the dense model's, and their cosine similarity."""
   images = normalize(images, preprocess)
   dense = build(model.spec, model.spec.dense_layers)
   out = model.apply({"params": params}, images, method="forward")

@@ -1,4 +1,4 @@
-"""Searches a plan for a model on arrays, or on any iterable of batches, without a run."""
+"""Searches for a plan on arrays, or on any iterable of batches, without a run."""
 
 import dataclasses
 import itertools
@@ -41,33 +41,33 @@ def search(
   seed: int = 0,
   **options: object,
 ) -> Plan:
-  """Learns how many tokens, and what widths, each layer of a model keeps, under a budget.
+  """Learns how many tokens, and which widths, each layer of a model keeps under a budget.
 
   Args:
     model: Dense model, from `vc.load`.
     params: Weights of the model, which are not changed.
-    data: Images [n h w 3]; a tuple of images and labels [n]; or an iterable of batches of these.
+    data: Images [n h w 3]; a tuple of images and labels [n]; or an iterable of batches of either.
       Images are uint8 of the model's size, or floats from `vc.preprocess`.
     macs: The budget as a fraction of the dense model's multiply-accumulates, in (0, 1].
     gmacs: The budget in 1e9 multiply-accumulates per image.
     latency_ms: The budget as the latency of one image on this device, in milliseconds.
-    runtime: What `latency_ms` is measured with: `jax`, or `onnxruntime` on what `vc.export` writes
-      for it (needs `vitcomp_jax[onnx]`).
-    what: What layers may lose: `tokens`, by pruning and merging, `widths`, which are hidden units
-      and dimensions of heads, or `both`.
+    runtime: Runtime to measure `latency_ms` with: `jax`, or `onnxruntime`, which runs the file that
+      `vc.export` writes for it (needs `vitcomp_jax[onnx]`).
+    what: What layers may lose: `tokens`, by pruning and merging; `widths`, which are hidden units
+      and head dimensions; or `both`.
     loss: `labels` (cross-entropy), `logits` or `features` (divergence from the dense model's);
-      None: `logits`, or `features` where there is no classifier.
+      None: `logits`, or `features` if there is no classifier.
     steps: Optimizer steps.
     batch_size: Images per step if the data are arrays.
     seed: Random seed.
     **options: Other keys of `config.search`, such as `tile` or `learning_rate`.
 
   Returns:
-    The plan, adjusted to the budget, with its weights if widths were searched. Its `history` holds
-    the plans that the search passed through.
+    The plan, adjusted to the budget, with its own weights if widths were searched. Its `history`
+    holds the plans that the search passed through.
 
   Raises:
-    UserError: For data, a budget or an option that does not fit, or a loss that is not finite.
+    UserError: If the data, the budget or an option is invalid, or a loss is not finite.
 
   References:
     Chen et al., `DiffRate <https://arxiv.org/abs/2305.17997>`_, 2023.
@@ -103,7 +103,7 @@ def search(
   method.check()
   trainer = SearchTrainer(method, config, spec.preprocess, layout, seed)
   size = len(first["image"])
-  # Drawn before the others, so that an iterable that ends early has not cost a search.
+  # Drawn first, so that an iterable that ends early fails before the search rather than after it.
   held_back = list(itertools.islice(batches, math.ceil(config.choose_images / size)))
   count = 0 if config.what == "tokens" else math.ceil(config.calibration_images / size)
   factors = trainer.factors(params, list(itertools.islice(batches, count)))
@@ -124,7 +124,7 @@ def search(
 
 
 def _check_model(model: Backbone) -> None:
-  """Refuses what cannot be searched here."""
+  """Rejects a compressed model, and a run of several processes."""
   if model.layers != model.spec.dense_layers:
     raise UserError("model: expected a dense one to search on, got one that is compressed already.")
   if jax.process_count() > 1:
@@ -139,7 +139,7 @@ def _config(
   """Returns the checked options.
 
   Raises:
-    UserError: For an option that does not exist, is out of range, or only means something in a run.
+    UserError: If an option does not exist, is out of range, or only applies to a run.
   """
   for name in ("log_every", "checkpoint_every"):
     if name in options:
@@ -155,7 +155,7 @@ def _latency(spec: ViTSpec, config: SearchConfig, runtime: str) -> CostModel:
 def _checked(
   batches: Iterator[Batch], spec: ViTSpec, has_labels: bool, layout: Layout
 ) -> Iterator[Batch]:
-  """Yields batches for the training step; refuses images and labels that do not fit the model."""
+  """Yields batches for the training step; rejects images and labels that do not fit the model."""
   for batch in batches:
     images, labels = batch["image"], batch["label"]
     height, width = spec.image_size

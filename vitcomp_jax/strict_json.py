@@ -1,4 +1,4 @@
-"""Reads and writes JSON by its standard: no NaN or infinity, and no repeated key in an object."""
+"""Reads and writes strict JSON: no NaN or infinity, and no repeated keys in an object."""
 
 import collections
 import json
@@ -20,7 +20,7 @@ def dumps(values: Any, indent: int | None = None) -> str:
 
 
 def dumps_or_null(values: Any) -> str:
-  """Converts values to one line of JSON, with `null` for numbers that are not finite."""
+  """Converts values to a single line of JSON, with `null` for numbers that are not finite."""
   return dumps(_or_none(values))
 
 
@@ -28,7 +28,7 @@ def loads(text: str) -> Any:
   """Parses JSON.
 
   Raises:
-    ValueError: If it is not JSON, repeats a key (of which Python would keep the last), or has a
+    ValueError: If the text is not JSON, repeats a key (Python would keep the last value), or has a
       number that is not finite.
   """
   twice: list[str] = []
@@ -45,10 +45,10 @@ def loads(text: str) -> Any:
 
 
 def read(path: pathlib.Path) -> dict[str, Any]:
-  """Reads a file with a JSON object that a run has written.
+  """Reads a file with a JSON object, written by a run.
 
   Raises:
-    UserError: If the file cannot be read or holds something else.
+    UserError: If the file cannot be read or does not hold an object.
   """
   try:
     values = loads(path.read_text(encoding="utf-8"))
