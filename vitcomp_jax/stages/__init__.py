@@ -32,7 +32,7 @@ Made = Any  # a plan, a path or the content of a JSON file, depending on the sta
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-  """One stage.
+  """A stage of a run.
 
   Attributes:
     check: Raises a `UserError` if the stage cannot run; called before any stage begins.
@@ -62,14 +62,14 @@ def run_stages(config: Config, workdir: pathlib.Path, names: Sequence[str]) -> R
   """Runs the stages that are not finished yet, after checking all of them.
 
   Raises:
-    UserError: If a stage refuses the config, or another run is using the workdir.
+    UserError: If a stage rejects the config, or another run is using the workdir.
   """
   workdir = pathlib.Path(paths.expand(workdir))
   with owned(workdir):
     run = open_run(config, workdir, names)
     left = [name for name in names if not run.workdir.is_finished(name)]
     if "compare" in names and "compare" not in left and run.workdir.has_other_rows(config):
-      left.append("compare")  # measures the new ones
+      left.append("compare")  # to measure the new rows
     for name in left:
       STAGES[name].check(run)
     if left:
@@ -96,7 +96,7 @@ def run(config: RunConfig, workdir: str | os.PathLike[str] = "runs/python") -> d
     The artefact of each stage by name, as returned by `run_stage`.
 
   Raises:
-    UserError: If a stage refuses the config, or the workdir was made with another one.
+    UserError: If a stage rejects the config, or the workdir was made with another one.
 
   Examples:
     >>> import tempfile
@@ -116,7 +116,7 @@ def run(config: RunConfig, workdir: str | os.PathLike[str] = "runs/python") -> d
 
 
 def _done(name: str, run: Run) -> Record:
-  """Runs a stage; a file in a folder's place, or the other way round, is named in one line."""
+  """Runs a stage; an error due to a file in a folder's place, or vice versa, names the path."""
   try:
     return STAGES[name].run(run)
   except (FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError) as error:
@@ -144,7 +144,7 @@ def run_stage(
     `manifest.json`. A finished stage is not run again.
 
   Raises:
-    UserError: If the name is unknown, the stage refuses the config, or the workdir was made with
+    UserError: If the name is unknown, the stage rejects the config, or the workdir was made with
       another one.
 
   Examples:

@@ -1,4 +1,4 @@
-"""Stage `benchmark`: times the dense and the compressed model, relative to the device's peak."""
+"""Stage `benchmark`: times the dense and compressed models, relative to the device's peak."""
 
 import dataclasses
 import statistics
@@ -22,11 +22,11 @@ from vitcomp_jax.runs.run import Run
 from vitcomp_jax.runs.table import Candidate
 
 _PERCENTILES = (50, 90, 99)
-_PEAK_SIDE = 2048  # of the square matrices whose product measures the peak
+_PEAK_SIDE = 2048  # side of the square matrices whose product measures the peak
 
 
 def check(run: Run) -> None:
-  """Refuses a plan that does not fit, and an empty table."""
+  """Rejects a plan that does not fit the model, and an empty table."""
   if not run.config.benchmark.batch_sizes and run.config.budget.latency_ms is None:
     raise UserError("config.benchmark.batch_sizes: expected at least one batch size, got none.")
   if run.artefacts.plan:
@@ -39,7 +39,7 @@ def run(run: Run) -> BenchmarkResult:
   """Times every model at every batch size, in turns, so that drift affects all equally.
 
   Returns:
-    The content of `benchmark.json`. `result.json` gets the images per second of its rows.
+    The content of `benchmark.json`. The images per second are also added to `result.json`.
   """
   config, candidates = run.config.benchmark, table.deployed(run)
   subjects = _subjects(run, candidates)
@@ -65,7 +65,7 @@ def made(run: Run) -> dict[str, Any]:
 
 
 def _subjects(run: Run, candidates: Mapping[str, Candidate]) -> list[Subject]:
-  """Compiles every model at every batch size, and for the runtime of a latency budget."""
+  """Compiles every model at every batch size, and at that of a latency budget, for its runtime."""
   budget = run.config.budget
   wanted = {(batch, "jax") for batch in run.config.benchmark.batch_sizes}
   if budget.latency_ms is not None:
@@ -134,7 +134,7 @@ def _entry(
 
 
 def _with_prediction(run: Run, entry: Timing, candidate: Candidate) -> Timing:
-  """Adds the latency predicted by the table of this run's search, if there was one."""
+  """Adds the latency predicted by the latency table of this run's search, if there was one."""
   cost = run.inputs.cost if run.workdir.is_finished("search") else None
   if not isinstance(cost, Latency):
     return entry
@@ -147,7 +147,7 @@ def _with_prediction(run: Run, entry: Timing, candidate: Candidate) -> Timing:
 def _add_to_result(
   run: Run, entries: Sequence[Timing], candidates: Mapping[str, Candidate]
 ) -> None:
-  """Adds speeds to the rows of `result.json`, and rows that are missing."""
+  """Adds speeds to the rows of `result.json`, and adds rows that are missing."""
   result = table.result_so_far(run)
   rows = result.by_name
   for name, candidate in candidates.items():

@@ -1,6 +1,6 @@
 """Stage `compare`: one table of methods and budgets, on the same weights and the same examples.
 
-A method that has to learn does so in its own run, in `compare/NAME` of the workdir.
+A method that has to be trained or searched gets its own run, in `compare/NAME` of the workdir.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ _STAGES = {"search": search.run, "slim": slim.run, "finetune": finetune.run}
 
 
 def check(run: Run) -> None:
-  """Refuses methods that do not exist or cannot be compared with this config."""
+  """Rejects methods that do not exist or cannot be compared with this config."""
   config, spec = run.config.compare, run.inputs.spec
   run.inputs.check_trainable("compare")
   run.inputs.check_data("eval")
@@ -86,7 +86,7 @@ def made(run: Run) -> dict[str, Any]:
 
 
 def _plan_row(run: Run, name: str) -> Row:
-  """Measures a plan that the config names."""
+  """Measures a plan listed in the config."""
   plan = load_plan(name)
   row = Row(method=table.method_of(plan), plan=name)
   model = plan.layers_for(run.inputs.spec), run.artefacts.dense_params
@@ -94,7 +94,7 @@ def _plan_row(run: Run, name: str) -> Row:
 
 
 def _compared(run: Run, row: Row, there: Collection[str]) -> Row:
-  """Adds the differences from the row's reference, if that is in the table.
+  """Adds the differences from the row's reference, if the reference is in the table.
 
   Args:
     run: The run.
@@ -108,9 +108,9 @@ def _compared(run: Run, row: Row, there: Collection[str]) -> Row:
 
 
 def _reference(run: Run, row: Row, there: Collection[str]) -> Row | None:
-  """Returns the search's row at the same budget; without a search, that of the first plan.
+  """Returns the search's row at the same budget, or the first plan's row if there is no search.
 
-  What was trained is held against the search that was; without one, against itself before.
+  A trained row is compared with the trained search; without one, with itself before training.
   """
   config = run.config.compare
   if row.variant == "finetune":
@@ -122,14 +122,14 @@ def _reference(run: Run, row: Row, there: Collection[str]) -> Row | None:
     return Row(method=SEARCHED, budget=row.budget)
   if row.plan is None or row.gmacs is None:
     return None
-  for budget in config.budgets:  # that it costs
+  for budget in config.budgets:  # finds the budget that the plan's cost matches
     if abs(row.gmacs / run.inputs.gmacs_of(budget) - 1) < 0.01:
       return Row(method=SEARCHED, budget=budget)
   return None
 
 
 def _method_row(run: Run, text: str, budget: float) -> Row:
-  """Measures a method with the run's weights; a search as the mean over its seeds."""
+  """Measures a method with the run's weights; for a search, takes the mean over its seeds."""
   method, config = parse(text, run.config)
   row = Row(method=text, budget=budget)
   if method in schedules():
@@ -151,7 +151,7 @@ def _method_row(run: Run, text: str, budget: float) -> Row:
 def _searched(
   run: Run, text: str, budget: float, seed: int, stages: tuple[Stage, ...] = ("search",)
 ) -> Run:
-  """Returns the finished search of a method with one seed, whose plan is saved among all plans."""
+  """Returns the finished search of a method with one seed; its plan is saved in `plans/`."""
   config = dataclasses.replace(parse(text, run.config)[1], seed=seed)
   name = f"{text}@{budget:g}-seed{seed}"
   child = _child(run, name, config, stages, budget)
@@ -160,7 +160,7 @@ def _searched(
 
 
 def _mean_minutes(children: Sequence[Run]) -> float:
-  """Returns what the searches and trainings of the runs took on average."""
+  """Returns the mean time that the runs spent on searching and training, in minutes."""
   found = []
   for child in children:
     kinds: dict[str, type[SearchResult | SlimResult | TrainResult]]
@@ -171,7 +171,7 @@ def _mean_minutes(children: Sequence[Run]) -> float:
 
 
 def _trained_row(run: Run, text: str, budget: float) -> Row:
-  """Measures a method with weights trained under its layers, with the first seed."""
+  """Measures a method with weights trained for its layers, with the first seed."""
   method, config = parse(text, run.config)
   row = Row(method=text, budget=budget, variant="finetune")
   if method == SEARCHED:
@@ -190,7 +190,7 @@ def _trained_row(run: Run, text: str, budget: float) -> Row:
 
 def _child(run: Run, name: str, config: Config, stages: tuple[Stage, ...], budget: float) -> Run:
   budgets = BudgetConfig(fraction=budget)
-  # Without the table's rows, which may be others when it goes on.
+  # The table's rows are left out, as they may differ when the run resumes.
   config = dataclasses.replace(config, stages=stages, budget=budgets, compare=CompareConfig())
   return finished_child(run, name, config, _STAGES)
 

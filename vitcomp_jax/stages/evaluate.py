@@ -1,4 +1,4 @@
-"""Stage `evaluate`: measures accuracy and cost of the dense model, the plan and schedules."""
+"""Stage `evaluate`: measures accuracy and cost of the dense model, the plan and the baselines."""
 
 import dataclasses
 from typing import Any
@@ -15,7 +15,7 @@ from vitcomp_jax.runs.run import Run
 
 
 def check(run: Run) -> None:
-  """Refuses a plan or weights that do not fit, labels of unknown classes, and an empty table."""
+  """Rejects a plan or weights that do not fit, labels of unknown classes, and an empty table."""
   config, plan = run.config, run.artefacts.plan
   searches = bool({"search", "slim"} & set(config.stages))
   run.inputs.check_data("eval")
@@ -35,7 +35,7 @@ def check(run: Run) -> None:
 
 
 def _check_dense(run: Run) -> None:
-  """Refuses a row for the dense model if the weights are a slimmed one's."""
+  """Rejects a row for the dense model if the weights are those of a slimmed model."""
   plan = run.artefacts.plan
   is_slimmed = plan is not None and (plan.indices or plan.has_own_widths)
   if is_slimmed and run.config.evaluate.dense:
@@ -69,7 +69,7 @@ def run(run: Run) -> Result:
     there = rows.get(name)
     if there is None or not there.is_evaluated:
       row, examples = table.measured(run, candidate)
-      # The stage `benchmark` may have made the row.
+      # The stage `benchmark` may already have added the row.
       speeds = there.images_per_second if there else None
       rows[name] = dataclasses.replace(row, images_per_second=speeds)
       result = dataclasses.replace(result, rows=tuple(rows.values()), examples=examples)

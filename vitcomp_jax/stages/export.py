@@ -13,11 +13,11 @@ from vitcomp_jax.results import ExportResult, environment
 from vitcomp_jax.runs.run import Run
 from vitcomp_jax.weights.loading import Params
 
-_IMAGES = 64  # to compare every artefact with the model
+_IMAGES = 64  # on which every artefact is compared with the model
 
 
 def check(run: Run) -> None:
-  """Refuses formats that cannot hold the model."""
+  """Rejects formats that cannot represent the model."""
   if run.artefacts.plan:
     run.artefacts.plan.layers_for(run.inputs.spec)
   where = "config.export.formats"
@@ -38,18 +38,18 @@ def run(run: Run) -> ExportResult:
   """Writes the artefacts, compares each with the model, and lists them in the manifest.
 
   Returns:
-    The manifest's entries of the artefacts.
+    The manifest's entries for the artefacts.
 
   Raises:
-    UserError: If a format cannot hold the model, or the model's outputs are not finite.
-    RuntimeError: If an artefact's outputs are not the model's.
+    UserError: If a format cannot represent the model, or the model's outputs are not finite.
+    RuntimeError: If an artefact's outputs differ from the model's.
   """
-  check(run)  # again, as the plan may be newer than the first check
+  check(run)  # again, as the plan may have changed since the first check
   folder, entries = run.workdir.path / "export", []
   if multihost.is_first():
     folder.mkdir(exist_ok=True)
   images = run.inputs.eval_data.sample(_IMAGES)["image"]
-  images = np.resize(images, (_IMAGES, *images.shape[1:]))  # repeated if the set is small
+  images = np.resize(images, (_IMAGES, *images.shape[1:]))  # repeats images of a small data set
   program = _program(run, run.artefacts.params)
   for form in run.config.export.formats:
     entries.append(exporting.write(form, program, folder / exported.FILES[form], images))

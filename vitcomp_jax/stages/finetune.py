@@ -1,4 +1,4 @@
-"""Stages `pretrain` and `finetune`: train the weights of the dense or of the compressed model."""
+"""Stages `pretrain` and `finetune`: train the weights of the dense or the compressed model."""
 
 import dataclasses
 import functools
@@ -29,7 +29,7 @@ from vitcomp_jax.weights.loading import Params
 
 
 def check(run: Run) -> None:
-  """Refuses data, a model or a batch size that cannot be trained with."""
+  """Rejects data, a model or a batch size that cannot be used for training."""
   distill = run.config.distill
   if distill.kind == "none" or distill.weight < 1:
     run.inputs.check_trainable("finetune")
@@ -42,10 +42,10 @@ def check(run: Run) -> None:
 
 
 def run(run: Run) -> TrainResult:
-  """Trains the model under the current plan, from the current weights.
+  """Trains the model under the current plan, starting from the current weights.
 
   Returns:
-    Steps, images and minutes taken. The weights are in `finetuned.safetensors`.
+    Steps, images and minutes taken. The weights are written to `finetuned.safetensors`.
   """
   result, params = fit(run, task(run), run.config.finetune, made(run))
   plan = run.artefacts.plan
@@ -86,11 +86,11 @@ def weights_task(
   params: Params,
   teacher: Params | None = None,
 ) -> loop.Task:
-  """Returns the task of training weights on labels and, optionally, a teacher.
+  """Returns the task that trains weights on labels and, optionally, on a teacher's outputs.
 
   Args:
     run: The run, which holds the data.
-    stage: Name of checkpoints and metrics.
+    stage: Name of the stage in checkpoints and metrics.
     config: Training options.
     layers: Layers of the model.
     params: Initial weights.
@@ -125,7 +125,7 @@ def weights_task(
 
 
 def _group(path: tuple[str, ...]) -> str:
-  """Returns the optimizer's group of a weight where only norms and biases are trained."""
+  """Returns the optimizer group of a weight when only norms and biases are trained."""
   is_small = "bias" in path[-1] or optimizer.is_of_norm(path)
   return "norms" if is_small else optimizer.FROZEN
 
@@ -159,7 +159,7 @@ def _loss(
         learnt = losses.distillation(out.logits, whole.logits, distill.kind, distill.temperature)
       loss = (1 - distill.weight) * loss + distill.weight * learnt
       if places:
-        # Masked tokens stay in place, so they correspond to the teacher's.
+        # Masked tokens stay in place, so all tokens correspond to the teacher's.
         loss = loss + distill.tokens * dynamicvit.token_distance(out.tokens, whole.tokens)
     if places:
       metrics["ratio_loss"] = dynamicvit.ratio_loss(spec, layers, out)

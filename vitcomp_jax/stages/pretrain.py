@@ -1,4 +1,4 @@
-"""Stage `pretrain`: trains the dense model, and writes its weights with timm's names."""
+"""Stage `pretrain`: trains the dense model and writes its weights under timm's names."""
 
 from vitcomp_jax.results import TrainResult
 from vitcomp_jax.runs.run import Run
@@ -7,7 +7,7 @@ from vitcomp_jax.training.loop import Task
 
 
 def check(run: Run) -> None:
-  """Refuses data, a model or a batch size that cannot be trained with."""
+  """Rejects data, a model or a batch size that cannot be used for training."""
   run.inputs.check_trainable("pretrain")
   run.inputs.check_batches("pretrain")
 
@@ -16,7 +16,7 @@ def run(run: Run) -> TrainResult:
   """Trains from the config's weights, or from scratch.
 
   Returns:
-    Steps, images and minutes taken. The weights are in `weights.safetensors`.
+    Steps, images and minutes taken. The weights are written to `weights.safetensors`.
   """
   return fit(run, task(run), run.config.pretrain, made(run))[0]
 

@@ -34,16 +34,16 @@ def loss_of(run: Run) -> Loss:
 def run(run: Run) -> SearchResult:
   """Searches for a plan that meets the budget, or for one plan per budget.
 
-  Several budgets are met in turn, each search continuing from the rates of the one before. Together
-  they take 1.5 times the steps of a single search.
+  Several budgets are met in turn: each search continues from the rates of the previous one.
+  Together they take 1.5 times the steps of a single search.
 
   Returns:
-    The effort and result of the search, before and after the adjustment to the budget; for several
-    budgets those of the last, and all in `front`. The last plan is in `plan.json`; the plans of
-    several budgets are all in `plans/`.
+    The steps, time and result of the search, before and after the adjustment to the budget. With
+    several budgets these are for the last one, and `front` holds those of all. The last plan is in
+    `plan.json`; with several budgets, all plans are in `plans/`.
   """
   if isinstance(run.inputs.cost, Latency):
-    # A resumed run uses the table it began with.
+    # A resumed run uses the table that it began with.
     write_json(run.workdir.path / "latency.json", run.inputs.cost.to_json())
   learnt, results = None, []
   for suffix in run.inputs.targets:
@@ -58,12 +58,12 @@ def run(run: Run) -> SearchResult:
 def _searched(
   run: Run, suffix: str, learnt: Mapping[str, Any] | None
 ) -> tuple[Mapping[str, Any], SearchResult]:
-  """Returns the learnt rates and the result for one budget, whose plan is saved.
+  """Returns the learnt rates and the result for one budget, and saves its plan.
 
   Args:
     run: The run.
     suffix: Suffix of the budget, see `Inputs.targets`.
-    learnt: Rates to continue from; None: the best of several starts.
+    learnt: Rates to continue from; None: those of the best of several starts.
   """
   begin = time.monotonic()
   sorted_widths = factors(run)
@@ -91,11 +91,11 @@ def steps_of(run: Run) -> int:
 
 
 def trainer(run: Run, suffix: str | None = None) -> SearchTrainer:
-  """Returns the search for one budget, once it has begun with the importance that it chose.
+  """Returns the search for one budget, with the importance that it chose if it has begun.
 
   Args:
     run: The run.
-    suffix: Suffix of the budget, see `Inputs.targets`; None: the first.
+    suffix: Suffix of the budget, see `Inputs.targets`; None: that of the first.
   """
   search, path = _configured(run, suffix), _choice_file(run)
   return search.with_importance(strict_json.read(path)["importance"]) if path.exists() else search
@@ -110,7 +110,7 @@ def _configured(run: Run, suffix: str | None) -> SearchTrainer:
 
 
 def _choice_file(run: Run) -> pathlib.Path:
-  """Returns the file of what a search has chosen before its first step."""
+  """Returns the file that records what a search chose before its first step."""
   return run.workdir.path / "search_start.json"
 
 
@@ -125,7 +125,7 @@ def task(
   Args:
     run: The run.
     suffix: Suffix of the budget, as in `trainer`.
-    arch: Rates to begin with; None: those of `DiffRate.init`.
+    arch: Rates to start from; None: those of `DiffRate.init`.
     factors: Sorted lists of the widths, if they are searched.
   """
   suffix = next(iter(run.inputs.targets)) if suffix is None else suffix
@@ -146,28 +146,28 @@ def task(
 def _first_rates(
   run: Run, suffix: str, learnt: Mapping[str, Any] | None, factors: Any
 ) -> Mapping[str, Any] | None:
-  """Returns the rates to begin with, and keeps what is chosen before the first step.
+  """Returns the rates to start from, and records the importance chosen before the first step.
 
   Args:
     run: The run.
     suffix: Suffix of the budget.
-    learnt: Rates of another budget to continue from; None: the best of several starts.
+    learnt: Rates of another budget to continue from; None: those of the best of several starts.
     factors: Sorted lists of the widths, if they are searched.
   """
   if learnt is not None:
     return trainer(run, suffix).method.init(learnt)
   if _is_begun(run, f"search{suffix}"):
-    return None  # a checkpoint has them
+    return None  # the rates come from a checkpoint
   search, arch = _configured(run, suffix).start(
     run.artefacts.params, factors, _held_back(run, suffix)
   )
   write_json(_choice_file(run), {"importance": search.importance})
-  multihost.meet("importance")  # before another process looks for it
+  multihost.meet("importance")  # before another process looks for the file
   return arch
 
 
 def _is_begun(run: Run, stage: str) -> bool:
-  """Returns whether a stage left a checkpoint, or the start of one, in the workdir."""
+  """Returns whether a stage has left a checkpoint, or the beginning of one, in the workdir."""
   folder = run.workdir.path / "checkpoints" / stage
   return any(child.name.isdigit() for child in folder.glob("*"))
 
@@ -183,12 +183,12 @@ def factors(run: Run) -> Any:
 
 
 def unused_batches(run: Run) -> Iterator[Mapping[str, Any]]:
-  """Returns the batches behind all that a search uses, in training order."""
+  """Returns the batches that follow all those that a search uses, in training order."""
   return _batches_behind(run, _batches(run.config.search.calibration_images, run.config.search))
 
 
 def _batches_behind(run: Run, skipped: int) -> Iterator[Mapping[str, Any]]:
-  """Returns the batches behind those that are searched or chosen on, but for some of them."""
+  """Returns the batches after those for the steps and the choice, without the first `skipped`."""
   config = run.config.search
   used = steps_of(run) * len(run.inputs.targets) + _batches(config.choose_images, config)
   return run.inputs.train_batches(config.batch_size, used + skipped)
@@ -199,12 +199,12 @@ def _batches(images: int, config: SearchConfig) -> int:
 
 
 def _steps_before(run: Run, suffix: str) -> int:
-  """Returns the number of steps before those of a budget."""
+  """Returns the number of steps that precede those for a budget."""
   return steps_of(run) * list(run.inputs.targets).index(suffix)
 
 
 def _held_back(run: Run, suffix: str) -> Any:
-  """Returns the batches that follow the search's in training order, for choosing a plan."""
+  """Returns the batches for choosing a plan, which follow the search's in training order."""
   config = run.config.search
   start = _steps_before(run, suffix) + steps_of(run)
   batches = run.inputs.train_batches(config.batch_size, start)
@@ -246,13 +246,13 @@ def _save(run: Run, suffix: str, found: Found) -> None:
 
 
 def _name(run: Run) -> str:
-  """Returns the name of the plan's method, which has two parts on slimmed layers."""
+  """Returns the name of the plan's method, which has two parts for a search on slimmed layers."""
   base, method = run.artefacts.base_plan, run.config.search.method
   return f"vit_slim+{method}" if base and base.indices else method
 
 
 def _images(run: Run) -> int:
-  """Returns the number of images that the search for one budget has seen, for whatever purpose."""
+  """Returns the number of images that the search for one budget uses, for any purpose."""
   config = run.config.search
   calibration = 0 if config.what == "tokens" else config.calibration_images
   return steps_of(run) * config.batch_size + config.choose_images + calibration
@@ -264,7 +264,7 @@ def _where(cost: Latency) -> dict[str, Any]:
 
 
 def _result(run: Run, suffix: str, found: Found, seconds: float) -> SearchResult:
-  """Returns the effort and the result of the search for one budget."""
+  """Returns the steps, time and result of the search for one budget."""
   spec, cost = run.inputs.spec, run.inputs.cost
   spent: dict[str, Any] = {f"budget_{cost.key}": run.inputs.targets[suffix]}
   for each in (MACS, cost):
@@ -292,7 +292,7 @@ def made(run: Run) -> Plan:
 
 
 def _base(run: Run) -> Layers:
-  """Returns the layers to search on: dense ones, or slimmed ones that keep all tokens."""
+  """Returns the layers to search on: dense layers, or slimmed layers that keep all tokens."""
   if run.artefacts.base_plan is None:
     return run.inputs.spec.dense_layers
   layers = run.artefacts.base_plan.layers_for(run.inputs.spec)
@@ -302,7 +302,7 @@ def _base(run: Run) -> Layers:
 
 
 def no_positions() -> UserError:
-  """Returns the error of a search on slimmed layers that remove patches by their positions."""
+  """Returns the error for a search on slimmed layers that remove patches by position."""
   return UserError(
     "stage search: expected a plan that keeps all tokens, got one that removes some; sorting loses "
     "the positions that a slimmed plan names: slim with config.slim.w_patch=0."

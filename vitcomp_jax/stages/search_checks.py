@@ -1,4 +1,4 @@
-"""What the stage `search` refuses before it begins."""
+"""Checks that the stage `search` makes before it begins."""
 
 import jax
 
@@ -12,7 +12,7 @@ from vitcomp_jax.training.search_loss import check_loss
 
 
 def check(run: Run) -> None:
-  """Refuses a budget that cannot be met, and a loss that cannot be computed."""
+  """Rejects a budget that cannot be met, and a loss that cannot be computed."""
   inputs = run.inputs
   inputs.check_data("train")
   slim = run.config.slim
@@ -35,7 +35,7 @@ def check(run: Run) -> None:
 
 
 def _check_widths(run: Run) -> None:
-  """Refuses runs that cannot keep the weights of what a search of widths makes."""
+  """Rejects runs that cannot save the weights that a search of widths makes."""
   got = ""
   if len(run.inputs.targets) > 1:
     got = f"{len(run.inputs.targets)} budgets, each of which has weights of its own"
@@ -50,7 +50,7 @@ def _check_widths(run: Run) -> None:
 
 
 def _check_latency(run: Run) -> None:
-  """Refuses models for which no latency table can be measured."""
+  """Rejects models for which no latency table can be measured."""
   spec, runtime = run.inputs.spec, run.config.budget.runtime
   latency.check(spec, runtime, "config.budget.latency_ms")
   if runtime == "onnxruntime":

@@ -27,11 +27,11 @@ from vitcomp_jax.training.step import init_state, make_step, random_streams, top
 from vitcomp_jax.weights import files, writing_back
 from vitcomp_jax.weights.loading import Params
 
-_TRIED = 16  # images to check for finite outputs of the slimmed network
+_TRIED = 16  # images on which the slimmed network's outputs must be finite
 
 
 def check(run: Run) -> None:
-  """Refuses an initial plan, invalid budgets, and data without labels."""
+  """Rejects an initial plan, invalid budgets, and data without labels."""
   run.inputs.spec.check_plain("stage slim")
   run.inputs.check_trainable("slim")
   run.inputs.check_batches("slim")
@@ -60,8 +60,8 @@ def run(run: Run) -> SlimResult:
   """Runs the search, the cut and the extraction.
 
   Returns:
-    Requested and reached budgets. The slimmed network is in `plan.json` and
-    `slimmed.safetensors`, the dense one it was cut from in `searched.safetensors`.
+    Requested and achieved budgets. The slimmed network is in `plan.json` and
+    `slimmed.safetensors`; the dense network that it was cut from is in `searched.safetensors`.
 
   Raises:
     UserError: If the masks cannot be cut at the budgets, or the slimmed network's outputs are not
@@ -90,7 +90,7 @@ class _Slimmed(NamedTuple):
 
 
 def _searched(run: Run) -> _Searched:
-  """Runs the search, or reads the masks of an earlier one; writes weights and masks."""
+  """Runs the search, or reads the masks of an earlier search; writes weights and masks."""
   config, layout, path = run.config.slim, run.inputs.layout, run.workdir.path
   steps, seconds, params = 0, 0.0, run.artefacts.dense_params
   if config.masks:
@@ -106,7 +106,7 @@ def _searched(run: Run) -> _Searched:
 
 
 def _extract(run: Run, searched: _Searched, masks: Masks) -> _Slimmed:
-  """Returns the smaller network that the masks define."""
+  """Returns the smaller network that is defined by the masks."""
   config, spec, params = run.config.slim, run.inputs.spec, searched.params
   layers, indices = vit_slim.deploy(spec, masks, config.tile)
   if config.keep_factors:
@@ -156,7 +156,7 @@ def _summary(
 
 
 def _check_outputs(run: Run, slimmed: _Slimmed) -> None:
-  """Refuses a network whose outputs are not finite."""
+  """Rejects a network whose outputs are not finite."""
   images = run.inputs.train_data.sample(_TRIED)["image"]
   model = ViT(run.inputs.spec, slimmed.layers)
   outputs = api.apply(model, slimmed.params, normalize(images, run.inputs.preprocess))
@@ -173,7 +173,7 @@ def _method(run: Run) -> ViTSlim:
 
 
 def task(run: Run) -> loop.Task:
-  """Returns the training task of the search: masks and weights."""
+  """Returns the training task of the search, which trains masks and weights."""
   method = _method(run)
   config, spec, data = run.config.slim, run.inputs.spec, run.inputs.train_data
   model = ViT(spec, with_drop_path(method.layers(), config.drop_path))
@@ -216,7 +216,7 @@ def task(run: Run) -> loop.Task:
 
 
 def _read_masks(run: Run, path: str) -> Any:
-  """Reads the masks that another run has learnt.
+  """Reads the masks that another run learnt.
 
   Raises:
     UserError: If they are missing, not finite, or for another model or kind of attention mask.
@@ -239,7 +239,7 @@ def _read_masks(run: Run, path: str) -> Any:
 
 
 def _cut_or_explain(run: Run, arch: Any) -> tuple[Masks, tuple[float, ...]]:
-  """Returns the result of `_cut`; refusals explain how to cut again without a search."""
+  """Returns the result of `_cut`; its errors explain how to cut again without a search."""
   path = run.workdir.path
   try:
     return _cut(run, _method(run), arch)
@@ -251,7 +251,7 @@ def _cut_or_explain(run: Run, arch: Any) -> tuple[Masks, tuple[float, ...]]:
 
 
 def _cut(run: Run, method: ViTSlim, arch: Any) -> tuple[Masks, tuple[float, ...]]:
-  """Returns masks and budgets: the config's, or one share that meets its compute budget."""
+  """Returns masks and budgets: the config's budgets, or one share that meets its compute budget."""
   config, spec = run.config.slim, run.inputs.spec
   if config.budgets is not None:
     return method.cut(arch, config.budgets, config.min_units), config.budgets

@@ -1,4 +1,4 @@
-"""Stage `visualize`: draws all plots for which the run has results, and writes the report."""
+"""Stage `visualize`: draws every plot for which the run has results, and writes the report."""
 
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -23,7 +23,7 @@ _MOST_LAYERS = 14  # with the image itself, three rows of pictures
 
 
 def check(run: Run) -> None:
-  """Refuses what `evaluate` refuses, plans for another model, and layers that do not exist."""
+  """Rejects what `evaluate` rejects, plans for another model, and layers that do not exist."""
   evaluate.check(run)
   for name in run.config.visualize.plans:
     load_plan(name).layers_for(run.inputs.spec)
@@ -34,7 +34,7 @@ def check(run: Run) -> None:
 
 
 def run(run: Run) -> VisualizeResult:
-  """Draws the plots, as PNG and SVG, and writes `report.md` and `report.html`.
+  """Draws the plots as PNG and SVG, and writes `report.md` and `report.html`.
 
   Returns:
     The names of the plots in `figures/`.
@@ -45,7 +45,7 @@ def run(run: Run) -> VisualizeResult:
   rows = table.result_so_far(run).rows
   candidates = table.candidates(run) | _compared(run)
   models = {name: candidate.layers for name, candidate in candidates.items()}
-  # The stage `compare` has drawn its own rows, with random schedules.
+  # The stage `compare` has already drawn its own rows, with the random schedules.
   reports.draw(run, models, () if run.workdir.is_finished("compare") else rows)
   _draw_plans(run, models)
   _draw_published(run, rows)
@@ -62,7 +62,7 @@ def made(run: Run) -> pathlib.Path:
 
 
 def _write_report(run: Run) -> None:
-  """Writes the report of the comparison if there is one, else of the other stages."""
+  """Writes the report of the comparison if there is one, or else that of the other stages."""
   if compared := run.workdir.finished("compare", Result):
     report.write_comparison(run.workdir.path, compared, complete=True)
   else:
@@ -70,7 +70,7 @@ def _write_report(run: Run) -> None:
 
 
 def _compared(run: Run) -> dict[str, Candidate]:
-  """Returns the models of a comparison's searches with the first seed, by row name."""
+  """Returns the models that a comparison's searches found with the first seed, by row name."""
   compared, config = run.workdir.finished("compare", Result), run.config
   if compared is None:
     return {}
@@ -80,14 +80,14 @@ def _compared(run: Run) -> dict[str, Candidate]:
   for row in compared.rows:
     path = folder / f"{row.name}-seed{config.seed}.json"
     plan = load_plan(str(path)) if path.is_file() else None
-    if plan and not plan.has_own_widths:  # whose weights are with its search
+    if plan and not plan.has_own_widths:  # such a plan's weights stay with its search
       layers = plan.layers_for(run.inputs.spec)
       found[row.name] = Candidate(row, layers, run.artefacts.dense_params)
   return found
 
 
 def _draw_plans(run: Run, models: Mapping[str, tuple[LayerSpec, ...]]) -> None:
-  """Draws the run's schedules together with those of other plans."""
+  """Draws the run's schedules together with those of the other plans."""
   spec = run.inputs.spec
   others = {name: load_plan(name).layers_for(spec) for name in run.config.visualize.plans}
   schedules = run_plots.schedules_of(spec, {**models, **others})
@@ -97,7 +97,7 @@ def _draw_plans(run: Run, models: Mapping[str, tuple[LayerSpec, ...]]) -> None:
 
 
 def _draw_published(run: Run, rows: Sequence[Row]) -> None:
-  """Draws the rows together with published results of the same model and task."""
+  """Draws the rows together with published results for the same model and task."""
   data = run.inputs.eval_data
   if run.config.visualize.published and data.name != "fake" and data.num_present == NUM_CLASSES:
     known = published_accuracies(run.inputs.spec)
