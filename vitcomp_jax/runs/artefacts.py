@@ -1,4 +1,4 @@
-"""The current plan and weights: made by stages in this workdir, or named by the config."""
+"""The current plan and weights: made by stages in this workdir, or given by the config."""
 
 import dataclasses
 import functools
@@ -19,8 +19,8 @@ from vitcomp_jax.weights.loading import Params
 class Artefacts:
   """The current plan and weights, each read once.
 
-  Stages replace some of them. So every stage gets a new object (`Run.reread`), and never reads its
-  own artefacts from it.
+  Stages replace some of them, so every stage gets a new object (`Run.reread`), and a stage never
+  reads its own artefacts from it.
 
   Attributes:
     config: Config of the run.
@@ -34,7 +34,7 @@ class Artefacts:
 
   @functools.cached_property
   def plan(self) -> Plan | None:
-    """Returns the plan of this workdir's last search, or the config's; None for a dense model."""
+    """Returns the last plan made in this workdir, or else the config's; None for a dense model."""
     made_here = self.workdir.path / "plan.json"
     is_due = self.workdir.is_finished("search") or self.workdir.is_finished("slim")
     if made_here.exists() or is_due:
@@ -43,7 +43,7 @@ class Artefacts:
 
   @functools.cached_property
   def front(self) -> dict[float, Plan]:
-    """Returns the plans of a search for several budgets, by share of the dense MACs."""
+    """Returns the plans of a search for several budgets, by share of the dense model's MACs."""
     search = self.workdir.finished("search", SearchResult)
     if search is None or not search.front:
       return {}
@@ -69,7 +69,7 @@ class Artefacts:
 
   @functools.cached_property
   def params(self) -> Params:
-    """Returns the weights for `layers`: the latest in this workdir, or the config's."""
+    """Returns the weights for `layers`: the latest ones in this workdir, or the config's."""
     finetuned = self.workdir.path / "finetuned.safetensors"
     if not finetuned.exists():
       return self.params_before_finetune
@@ -122,13 +122,13 @@ class Artefacts:
     )
 
   def save(self, params: Params, path: str | pathlib.Path) -> None:
-    """Writes weights with timm's names, and the model's classes and preprocessing."""
+    """Writes weights under timm's names, with the model's classes and preprocessing."""
     loading.save_params(self.inputs.named_spec, params, path)
 
   def check_weights(self) -> None:
-    """Refuses weights that do not fit the current layers."""
+    """Rejects weights that do not fit the current layers."""
     _ = self.params
 
   def check_dense_weights(self) -> None:
-    """Refuses weights that do not fit the dense model."""
+    """Rejects weights that do not fit the dense model."""
     _ = self.dense_params

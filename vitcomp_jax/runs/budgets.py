@@ -9,7 +9,7 @@ _KINDS = ("fraction", "fractions", "gmacs", "latency_ms")
 
 
 def targets(budget: BudgetConfig, cost: CostModel, spec: ViTSpec) -> dict[str, float]:
-  """Returns the budgets in the cost's unit, by the suffix of their plans' names.
+  """Returns the budgets in the unit of the cost, by the suffix of their plans' names.
 
   Args:
     budget: The budget part of the config.
@@ -21,7 +21,7 @@ def targets(budget: BudgetConfig, cost: CostModel, spec: ViTSpec) -> dict[str, f
 
   Raises:
     UserError: If not exactly one kind of budget is given, a budget is not above 0 and at most the
-      dense model's cost, or several do not fall.
+      dense model's cost, or several budgets are not in decreasing order.
   """
   kind, asked = given(budget)
   dense = cost.static(spec, spec.dense_layers)
@@ -40,7 +40,7 @@ def targets(budget: BudgetConfig, cost: CostModel, spec: ViTSpec) -> dict[str, f
 
 
 def check_single_gmacs(budget: BudgetConfig) -> None:
-  """Refuses budgets that only a search of token counts can meet: several budgets, or a latency."""
+  """Rejects budgets that only a search of token counts can meet: several budgets, or a latency."""
   for name in ("latency_ms", "fractions"):
     if getattr(budget, name) is not None:
       raise UserError(
@@ -50,7 +50,7 @@ def check_single_gmacs(budget: BudgetConfig) -> None:
 
 
 def given(budget: BudgetConfig) -> tuple[str, float]:
-  """Returns the only given kind of budget, and its value.
+  """Returns the kind of budget that is given, and its value.
 
   Raises:
     UserError: If none or several are given.

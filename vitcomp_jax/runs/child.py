@@ -11,7 +11,7 @@ Stages = Mapping[str, Callable[[Run], Record]]
 
 
 def finished_child(run: Run, name: str, config: Config, stages: Stages) -> Run:
-  """Returns a finished run in `compare/NAME`, resuming one that was interrupted.
+  """Returns a finished run in `compare/NAME`, resuming it if it was interrupted.
 
   Args:
     run: Parent run.

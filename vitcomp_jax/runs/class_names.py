@@ -10,11 +10,11 @@ from vitcomp_jax.models.spec import ViTSpec
 
 @dataclasses.dataclass(frozen=True)
 class Splits:
-  """The data's splits, each opened once, as a folder may hold a million files.
+  """The splits of the data, each opened only once, as a folder may hold a million files.
 
   Attributes:
     config: The data part of the config.
-    trains: Whether the run trains, and so has training images.
+    trains: Whether the run trains, and so needs training images.
   """
 
   config: DataConfig
@@ -22,12 +22,12 @@ class Splits:
 
   @functools.cached_property
   def train(self) -> sources.Source | None:
-    """Returns the training images; None for `fake`, which need no files."""
+    """Returns the training images; None for the data set `fake`, which needs no files."""
     return self._opened("train")
 
   @functools.cached_property
   def eval(self) -> sources.Source | None:
-    """Returns the evaluation images; None for `fake`, which need no files."""
+    """Returns the evaluation images; None for the data set `fake`, which needs no files."""
     return self._opened("eval")
 
   @functools.cached_property
@@ -48,7 +48,7 @@ class ClassNames:
   Attributes:
     splits: Splits of the data.
     recorded: Names recorded when the run began; empty if it has not begun.
-    head_is_new: Whether this run's classifier is trained from scratch, or random.
+    head_is_new: Whether the classifier of this run is trained from scratch, or random.
   """
 
   splits: Splits
@@ -67,7 +67,7 @@ class ClassNames:
     return len(self.recorded or self.asked or self.splits.class_names) or None
 
   def of_outputs(self, spec: ViTSpec, of_labels: tuple[str, ...]) -> tuple[str, ...]:
-    """Returns the names of a model's outputs, in order; empty if unknown, or for features.
+    """Returns the names of a model's outputs, in order; empty if unknown or without a classifier.
 
     Args:
       spec: The model.
@@ -83,7 +83,7 @@ class ClassNames:
     return of_labels or spec.class_names
 
   def of_labels(self, spec: ViTSpec) -> tuple[str, ...]:
-    """Returns the names of outputs to which the data's classes are matched.
+    """Returns the names of the outputs that the data's classes are matched with.
 
     Raises:
       UserError: If the classes cannot be matched unambiguously.
@@ -96,6 +96,6 @@ class ClassNames:
     data, names, known = self.splits.config, self.splits.class_names, spec.class_names
     if self.head_is_new and not (known and labels.are_numbers(names)):
       return labels.name_trained_outputs(names, spec.num_classes, known, data.name)
-    # Only folders have a configurable order.
+    # Only image folders have a configurable order.
     order = data.class_order if data.name == "folder" else "sorted"
     return labels.name_outputs(names, spec.num_classes, known, data.name, order)

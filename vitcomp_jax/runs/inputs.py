@@ -21,13 +21,13 @@ from vitcomp_jax.runs import budgets
 from vitcomp_jax.runs.class_names import ClassNames
 from vitcomp_jax.weights import description, loading
 
-# Fields of the spec that weights may leave open.
+# Fields of the spec that weights may not specify.
 _OPEN = ("num_heads", "norm_eps", "activation", "pool", "projection")
 
 
 @dataclasses.dataclass(frozen=True)
 class Inputs:
-  """Inputs of a run, which no stage changes; each is made on first use.
+  """The inputs of a run, which no stage changes; each is created on first use.
 
   Attributes:
     config: Config of the run.
@@ -43,8 +43,8 @@ class Inputs:
   def spec(self) -> ViTSpec:
     """Returns the spec of the dense model, from its weights and the config.
 
-    A trained or random head gets one output per class of the data, unless the config sets their
-    number.
+    A head that is trained or random gets one output per class of the data, unless the config sets
+    the number of classes.
     """
     model = self.config.model
     dtype = None if model.dtype == "float32" else model.dtype
@@ -69,23 +69,23 @@ class Inputs:
 
   @property
   def _has_classifier(self) -> bool:
-    """Returns whether the variant, or the weights' model, has a classifier."""
+    """Returns whether the variant, or else the weights' model, has a classifier."""
     model = self.config.model
     return loading.spec_for(model.variant, None if model.variant else model.weights).num_classes > 0
 
   @property
   def named_spec(self) -> ViTSpec:
-    """Returns the spec with the names of this run's classes."""
+    """Returns the spec with this run's class names."""
     return dataclasses.replace(self.spec, class_names=self.class_names)
 
   @functools.cached_property
   def class_names(self) -> tuple[str, ...]:
-    """Returns the names of the model's outputs, in order; empty if unknown, or for features."""
+    """Returns the model's output names, in order; empty if unknown or without a classifier."""
     return self.names.of_outputs(self.spec, self._label_names or ())
 
   @functools.cached_property
   def _label_names(self) -> tuple[str, ...] | None:
-    """Returns the names of the data's classes among the outputs; None if labels are not used."""
+    """Returns the output names that the data's classes match; None if labels are not used."""
     spec, names = self.spec, self.names
     if self.config.data.labels == "required":
       return names.of_labels(spec)
@@ -100,7 +100,7 @@ class Inputs:
 
   @property
   def leaves_labels_out(self) -> bool:
-    """Returns whether the data have labels that do not fit the model, and are not used."""
+    """Returns whether the data's labels are ignored because they do not fit the model."""
     return self._label_names is None
 
   @property
@@ -110,11 +110,11 @@ class Inputs:
 
   @functools.cached_property
   def cost(self) -> CostModel:
-    """Returns the cost that the budget limits; measures a latency table on first use."""
+    """Returns the cost that the budget limits; a latency table is measured on first use."""
     budget = self.config.budget
     if budget.latency_ms is None:
       return MACS
-    budgets.given(budget)  # raises before minutes of measuring
+    budgets.given(budget)  # raises errors before minutes of measuring
     kept = self.workdir / "latency.json"
     if kept.exists():
       return latency.read(kept, budget.runtime)
@@ -125,12 +125,12 @@ class Inputs:
 
   @functools.cached_property
   def targets(self) -> dict[str, float]:
-    """Returns the budgets in the cost's unit, see `budgets.targets`."""
+    """Returns the budgets in the unit of the cost, see `budgets.targets`."""
     return budgets.targets(self.config.budget, self.cost, self.spec)
 
   @property
   def target_gmacs(self) -> float:
-    """Returns the budget of a stage that accepts only one, in 1e9 multiply-accumulates."""
+    """Returns the budget for a stage that accepts only one, in 1e9 multiply-accumulates."""
     budgets.check_single_gmacs(self.config.budget)
     return self.targets[""]
 
@@ -175,9 +175,9 @@ class Inputs:
     return self.train_data.train_batches(batch_size, start_step, self.layout.rows(batch_size))
 
   def eval_batches(self) -> Iterator[Batch]:
-    """Returns this process's rows of batches that hold every example once.
+    """Returns this process's rows of batches that contain every example once.
 
-    Their size is `config.evaluate.batch_size`, rounded up to a multiple of the devices.
+    The batch size is `config.evaluate.batch_size`, rounded up to a multiple of the device count.
     """
     count = self.layout.num_devices
     size = -(-self.config.evaluate.batch_size // count) * count
@@ -185,19 +185,19 @@ class Inputs:
 
   @property
   def has_scores(self) -> bool:
-    """Returns whether the evaluation images have labels, and the model a classifier."""
+    """Returns whether the evaluation images have labels and the model has a classifier."""
     return self.eval_data.has_labels and self.spec.has_classifier
 
   def check_data(self, split: str) -> None:
-    """Refuses a split, `train` or `eval`, that is missing or has classes the model lacks."""
+    """Rejects a split, `train` or `eval`, that is missing or has classes that the model lacks."""
     _ = self.train_data if split == "train" else self.eval_data
 
   def check_budget(self) -> None:
-    """Refuses a budget that only the stage `search` can meet, or that is out of range."""
+    """Rejects a budget that only the stage `search` can meet, or that is out of range."""
     _ = self.target_gmacs
 
   def check_trainable(self, stage: str) -> None:
-    """Refuses data without labels, or a model without a classifier."""
+    """Rejects data without labels, or a model without a classifier."""
     if not self.train_data.has_labels or not self.spec.has_classifier:
       raise UserError(
         f"stage {stage}: expected labels and a classifier, got {self.spec.name} with "
@@ -205,7 +205,7 @@ class Inputs:
       )
 
   def check_batches(self, stage: str) -> None:
-    """Refuses a stage's batch size that is no multiple of the devices."""
+    """Rejects a stage's batch size that the devices and parts cannot divide evenly."""
     config = getattr(self.config, stage)
     pairs = 2 if self.config.data.mixup or self.config.data.cutmix else 1
     self.layout.check_batch_size(f"{stage}.batch_size", config.batch_size, config.parts, pairs)

@@ -1,4 +1,4 @@
-"""Locks a workdir, so that one run at a time uses it."""
+"""Locks a workdir, so that only one run uses it at a time."""
 
 import contextlib
 import datetime
@@ -20,21 +20,21 @@ from vitcomp_jax.errors import UserError
 _LOCK, _OWNER = ".lock", ".owner.json"  # filelock may empty its own file
 _NO_LOCKS = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK}
 _TRIES, _PAUSE = 10, 0.1  # while an owner takes or releases the lock
-_LONGEST = 1000  # bytes of a refusal sent to the other processes
+_LONGEST = 1000  # bytes of an error message that is sent to the other processes
 
 
 @contextlib.contextmanager
 def owned(workdir: pathlib.Path) -> Iterator[None]:
   """Locks a workdir until the block ends or the process dies.
 
-  In a run of several processes, the first takes the lock and all others get its answer. The folder
-  is made if missing; folders made here that are still empty at the end are removed.
+  In a run of several processes, the first takes the lock and all others get its result. The folder
+  is created if missing; folders created here that are still empty at the end are removed.
 
   Args:
     workdir: Folder of the run.
 
   Raises:
-    UserError: If another run, named in the message, holds the lock, or the folder is not writable.
+    UserError: If another run holds the lock (the message names it), or the folder is not writable.
   """
   with contextlib.ExitStack() as held:
     refusal = None
@@ -50,7 +50,7 @@ def owned(workdir: pathlib.Path) -> Iterator[None]:
 
 
 def _own(workdir: pathlib.Path, held: contextlib.ExitStack) -> None:
-  """Takes a workdir; `held` releases it."""
+  """Takes ownership of a workdir; `held` releases it."""
   lock, owner = workdir / _LOCK, workdir / _OWNER
   try:
     _lock(workdir, held)
@@ -70,10 +70,10 @@ def _own(workdir: pathlib.Path, held: contextlib.ExitStack) -> None:
 
 
 def _lock(workdir: pathlib.Path, held: contextlib.ExitStack) -> None:
-  """Makes a workdir if missing, and locks it."""
+  """Creates a workdir if it is missing, and locks it."""
   for left in reversed(range(_TRIES)):
     _make(workdir, held)
-    # Without `fallback_to_soft`, as a marker file would outlive a killed owner.
+    # No `fallback_to_soft`, because a marker file would outlive a killed owner.
     lock = filelock.FileLock(workdir / _LOCK, timeout=0, fallback_to_soft=False)
     try:
       held.enter_context(lock)
@@ -85,14 +85,14 @@ def _lock(workdir: pathlib.Path, held: contextlib.ExitStack) -> None:
           f"--workdir {workdir}: expected one that no other run is using, got one in use by "
           f"{owner or 'another process'}; wait until it ends, or give another --workdir."
         ) from None
-    except FileNotFoundError:  # a refused run has just removed the folder it made
+    except FileNotFoundError:  # another run that failed to start has just removed its folder
       if not left:
         raise
     time.sleep(_PAUSE)
 
 
 def _make(workdir: pathlib.Path, held: contextlib.ExitStack) -> None:
-  """Makes a folder and its parents; `held` removes those left empty."""
+  """Creates a folder and its parents; `held` removes those that are left empty."""
   missing = [folder for folder in (workdir, *workdir.parents) if not folder.exists()]
   for folder in reversed(missing):  # so that the innermost is removed first
     held.callback(_remove_empty, folder)

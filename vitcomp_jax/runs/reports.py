@@ -1,4 +1,4 @@
-"""Draws and reports the results of a run's stages so far."""
+"""Draws and reports the results of a run so far."""
 
 from collections.abc import Mapping, Sequence
 
@@ -32,7 +32,7 @@ def draw(run: Run, models: Mapping[str, tuple[LayerSpec, ...]], rows: Sequence[R
 
 
 def write_report(run: Run, complete: bool = False) -> None:
-  """Writes the report of the results and plots so far.
+  """Writes the report on the results and plots so far.
 
   Args:
     run: The run.

@@ -32,12 +32,12 @@ class Run:
   artefacts: Artefacts
 
   def reread(self) -> "Run":
-    """Returns the run with the artefacts reread after a stage."""
+    """Returns the run with its artefacts reread after a stage."""
     return dataclasses.replace(self, artefacts=Artefacts(self.config, self.workdir, self.inputs))
 
 
 def make_run(config: Config, path: pathlib.Path, running: Sequence[str] = ()) -> Run:
-  """Makes a run of a config and a folder; nothing is written yet.
+  """Makes a run from a config and a folder; nothing is written yet.
 
   Args:
     config: Config of the run.
@@ -64,7 +64,7 @@ def open_run(config: Config, path: pathlib.Path, running: Sequence[str] = ()) ->
     running: Stages to run now in addition to the config's.
 
   Raises:
-    UserError: If the workdir was made with another config; a comparison may have other rows.
+    UserError: If the workdir was made with another config, except for the rows of a comparison.
   """
   check_resumable(Workdir(path), config, other_rows="compare" in running)
   return make_run(config, path, running)

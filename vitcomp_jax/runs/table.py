@@ -20,7 +20,7 @@ from vitcomp_jax.weights.loading import Params
 
 @dataclasses.dataclass(frozen=True)
 class Candidate:
-  """A model that has a row.
+  """A model that has a row in the table.
 
   Attributes:
     row: Row that identifies the model, without metrics.
@@ -38,7 +38,7 @@ class Candidate:
 
 
 def candidates(run: Run) -> dict[str, Candidate]:
-  """Returns the model of every row that `evaluate` measures, by name."""
+  """Returns the model of every row that `evaluate` measures, by row name."""
   artefacts, found = run.artefacts, deployed(run)
   if artefacts.plan:
     halves, whole = _halves(run, artefacts.plan), found.pop(plan_row(run, artefacts.plan).name)
@@ -51,7 +51,7 @@ def candidates(run: Run) -> dict[str, Candidate]:
 
 
 def deployed(run: Run) -> dict[str, Candidate]:
-  """Returns the dense model, the front's models, and the current plan's, by name."""
+  """Returns the dense model, the models of the front, and that of the current plan, by row name."""
   artefacts, spec = run.artefacts, run.inputs.spec
   found = []
   if run.config.evaluate.dense:
@@ -65,10 +65,10 @@ def deployed(run: Run) -> dict[str, Candidate]:
 
 
 def plan_row(run: Run, plan: Plan) -> Row:
-  """Returns the row of a plan, named by its method and, if searched for several, its budget."""
+  """Returns the row of a plan, named by its method and, with several budgets, by its budget."""
   method = method_of(plan)
   budget = next((share for share, other in run.artefacts.front.items() if other == plan), None)
-  # A schedule computed here may have a row of the same name.
+  # A baseline's row may have the same name.
   variant: Variant | None = "plan" if method in ("dense", *run.config.evaluate.baselines) else None
   return Row(method=method, budget=budget, variant=variant, seed=seed_of(plan))
 
@@ -101,7 +101,7 @@ def _halves(run: Run, plan: Plan) -> list[Candidate]:
 
 
 def _other_weights(run: Run, plan: Plan) -> list[Candidate]:
-  """Returns the plan before `finetune`, and masked in the dense model, if configured."""
+  """Returns the plan before `finetune`, and the plan masked in the dense model, if configured."""
   config, artefacts, row = run.config.evaluate, run.artefacts, plan_row(run, plan)
   found = []
   if config.before_finetune:
@@ -115,7 +115,7 @@ def _other_weights(run: Run, plan: Plan) -> list[Candidate]:
 
 
 def _baselines(run: Run) -> list[Candidate]:
-  """Returns schedules without a search, at the budgets of the run's plans."""
+  """Returns the schedules without a search, at the budgets of the run's plans."""
   names = run.config.evaluate.baselines
   if not names:
     return []
@@ -133,7 +133,7 @@ def _baselines(run: Run) -> list[Candidate]:
 
 
 def _importance(run: Run) -> str:
-  """Returns the importance metric of hand-made schedules; `auto` is that of the plan, if any."""
+  """Returns the importance metric of hand-made schedules; `auto` takes that of the plan, if any."""
   asked = run.config.search.importance
   for layer in run.artefacts.layers if asked == "auto" else ():
     if isinstance(layer.reduce, PruneMerge):
@@ -151,7 +151,7 @@ def outcomes(run: Run, model: Backbone, params: Params, name: str) -> Outcomes:
 
 
 def measured(run: Run, candidate: Candidate) -> tuple[Row, int]:
-  """Measures a model; returns its row, and the number of examples."""
+  """Measures a model; returns its row and the number of examples."""
   model = build(run.inputs.spec, candidate.layers)
   found = outcomes(run, model, candidate.params, candidate.name)
   return scoring.measured(candidate.row, found, model), len(next(iter(found.values())))
@@ -164,7 +164,7 @@ def empty_result(run: Run) -> Result:
 
 
 def result_so_far(run: Run) -> Result:
-  """Returns a result with the rows measured so far, and their number of examples."""
+  """Returns a result with the rows measured so far and their number of examples."""
   empty, path = empty_result(run), run.workdir.path / "result.json"
   if not path.exists():
     return empty

@@ -1,4 +1,4 @@
-"""The folder of a run: its config, and the stages finished in it."""
+"""The folder of a run: its config, and its finished stages."""
 
 import dataclasses
 import operator
@@ -17,9 +17,9 @@ from vitcomp_jax.results import Record, environment
 
 R = TypeVar("R", bound=Record)
 
-# Keys that do not affect a run's outcome, and so may change between its starts.
+# Keys that do not affect a run's outcome, and so may change when it is resumed.
 _FREE = ("parallel", "profile", "data.workers", "data.on_error", "compilation_cache")
-# Keys of a comparison that say which rows it has; each is measured by itself, and kept.
+# Keys that determine the rows of a comparison; each row is measured by itself and kept.
 _ROWS = ("methods", "plans", "budgets", "finetuned", "finetune_budgets")
 
 
@@ -28,7 +28,7 @@ class Workdir:
   """The folder of a run.
 
   Attributes:
-    path: Path of the folder, which `begin` makes if missing.
+    path: Path of the folder, which `begin` creates if missing.
   """
 
   path: pathlib.Path
@@ -47,13 +47,13 @@ class Workdir:
   def begin(
     self, config: Config, class_names: Sequence[str], leaves_labels_out: bool = False
   ) -> None:
-    """Records the config, or stages added to it since; makes the folder if missing.
+    """Records the config, or stages added to it since; creates the folder if missing.
 
     Raises:
       UserError: If the folder cannot be written, or the run began with other class names.
     """
     is_there = self.config_file.exists()
-    multihost.meet("open")  # all processes have checked before the first one writes it
+    multihost.meet("open")  # all processes must check before the first one writes the file
     if is_there:
       self._go_on(config, tuple(class_names), leaves_labels_out)
       return
@@ -86,7 +86,7 @@ class Workdir:
       )
     there = found["config"]
     resumed = _with_rows(there, config_parsing.to_dict(config))
-    if resumed != there:  # first, or a run that is killed in between would count as finished
+    if resumed != there:  # do this first, or a run killed in between would count as finished
       self._marker("compare").unlink(missing_ok=True)
     if len(there["stages"]) < len(config.stages):
       resumed["stages"] = list(config.stages)
@@ -94,14 +94,14 @@ class Workdir:
       write_json(self.config_file, found | {"config": resumed})
 
   def has_other_rows(self, config: Config) -> bool:
-    """Returns whether the run began with other rows of a comparison than it is to have now."""
+    """Returns whether the comparison began with rows other than those requested now."""
     if not self.config_file.exists():
       return False
     there = strict_json.read(self.config_file)["config"]
     return _with_rows(there, config_parsing.to_dict(config)) != there
 
   def is_finished(self, stage: str) -> bool:
-    """Returns whether a stage has run to its end."""
+    """Returns whether a stage has finished."""
     return self._marker(stage).exists()
 
   def finished(self, stage: str, kind: type[R]) -> R | None:
@@ -127,12 +127,12 @@ class Workdir:
 
 
 def check_resumable(workdir: Workdir, config: Config, other_rows: bool = False) -> None:
-  """Refuses a folder that cannot be read, or was made with another config.
+  """Rejects a folder that cannot be read, or was made with another config.
 
   Args:
     workdir: The folder.
     config: Config of the run.
-    other_rows: Whether the rows of a comparison may be others than it was made with.
+    other_rows: Whether the rows of a comparison may have changed since.
   """
   path = workdir.path
   try:
@@ -148,7 +148,7 @@ def check_resumable(workdir: Workdir, config: Config, other_rows: bool = False) 
 
 
 def _with_rows(made_with: Mapping[str, Any], asked: Mapping[str, Any]) -> dict[str, Any]:
-  """Returns a run's config with the rows of a comparison that are asked for now."""
+  """Returns a run's config with the rows of a comparison that are requested now."""
   before = made_with.get("compare")
   if not isinstance(before, dict):
     return dict(made_with)
@@ -163,7 +163,7 @@ def _check_config(workdir: Workdir, config: Config, other_rows: bool) -> None:
       f"{workdir.config_file}: expected a run's config, got {reprlib.repr(made_with)}; remove it."
     )
   values = config_parsing.to_dict(config)
-  # A run may be extended by further stages, and then resumed with the old config.
+  # A run may be extended by further stages and then be resumed with the old config.
   made_with = _with_rows(made_with, values) if other_rows else made_with
   before = made_with.get("stages")
   if before and all(map(operator.eq, before, values["stages"])):
@@ -191,7 +191,7 @@ def _differing_keys(old: Mapping[str, Any], new: Mapping[str, Any], path: str = 
 
 
 def _git_commit() -> str | None:
-  """Returns the commit of the code; None if it does not run from a checkout."""
+  """Returns the Git commit of the code; None if it does not run from a checkout."""
   command = ["git", "rev-parse", "HEAD"]
   try:
     result = subprocess.run(
