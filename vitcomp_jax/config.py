@@ -83,7 +83,7 @@ class DataConfig:
   class_order: Literal["sorted", "natural"] | None = None
   # Pixels of zeros to pad every side with first; none, here and for the next keys: the weights'.
   pad: CountOrZero | None = None
-  # Share of the resized image that the crop keeps.
+  # Share of the resized image's side that the crop keeps.
   crop_pct: Annotated[float, Range(above=0, most=1)] | None = None
   crop_mode: Literal["center", "squash", "border"] | None = None  # as in timm
   interpolation: Literal["bicubic", "bilinear", "lanczos", "nearest"] | None = None  # for resizing

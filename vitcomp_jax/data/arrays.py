@@ -17,17 +17,17 @@ def endless_batches(data: object, batch_size: int, seed: int) -> tuple[Iterator[
 
   Args:
     data: Images [n h w 3]; a tuple of images and labels [n]; or an iterable of batches, each of
-      which is images, a tuple of images and labels, or a mapping with `image` and optionally
-      `label`. Arrays are shuffled in every epoch; an iterable is repeated.
+      which is an array of images, a tuple of images and labels, or a mapping with `image` and
+      optionally `label`. Arrays are reshuffled every epoch; an iterable is repeated.
     batch_size: Size of batches from arrays.
     seed: Seed of the shuffling.
 
   Returns:
-    Iterator over `image` [b h w 3] and `label` int32[b] (0 without labels); and whether there are
-    labels.
+    An iterator over `image` [b h w 3] and `label` int32[b] (0 without labels); and whether there
+    are labels.
 
   Raises:
-    UserError: If `data` is of another kind or has no images; while iterating, if only some batches
+    UserError: If `data` has another type or has no images; while iterating, if only some batches
       have labels, or if an iterable cannot be repeated.
   """
   if hasattr(data, "shape") or (isinstance(data, tuple) and _is_pair(data)):
@@ -42,15 +42,15 @@ def endless_batches(data: object, batch_size: int, seed: int) -> tuple[Iterator[
 
 
 def _is_pair(data: object) -> TypeGuard[tuple[ArrayLike, ArrayLike]]:
-  """Returns whether this is images and labels, and not two batches."""
+  """Returns whether the data are a pair of images and labels, rather than two batches."""
   if not (isinstance(data, tuple | list) and len(data) == 2 and hasattr(data[0], "shape")):
     return False
-  # Labels of a wrong shape are labels still; what has four axes is images.
+  # Labels of a wrong shape still count as labels; an array with four axes holds images.
   return len(data[0].shape) == 4 and len(getattr(data[1], "shape", (0,))) < 4
 
 
 def _batch(data: object) -> Batch:
-  """Returns images, and labels where there are some, by name."""
+  """Returns the images, and the labels if there are any, by name."""
   if isinstance(data, Mapping):
     given = {name: data[name] for name in ("image", "label") if name in data}
   elif _is_pair(data):
@@ -72,7 +72,7 @@ def _batch(data: object) -> Batch:
 
 
 def _check_labels(labels: np.ndarray, count: int) -> None:
-  """Refuses what is not one class index for each image."""
+  """Rejects labels that are not one class index per image."""
   if labels.shape != (count,):
     raise UserError(
       f"data: expected {count} labels, one for each image, got an array of shape "
@@ -94,7 +94,7 @@ def _drawn(arrays: Batch, batch_size: int, seed: int) -> Iterator[Batch]:
 
 
 def _repeated(data: Iterable[object]) -> Iterator[Batch]:
-  """Yields the batches of an iterable, endlessly repeated."""
+  """Yields the batches of an iterable, repeated endlessly."""
   total = 0
   while True:
     before = total

@@ -28,7 +28,7 @@ class Dataset:
     split: Name of the split in the data set.
     class_names: Class names by label, including classes without an example; empty without labels.
     num_classes: Number of class names.
-    num_present: Number of classes in the split, which may be smaller.
+    num_present: Number of classes in the split, which may be smaller than `num_classes`.
     has_labels: Whether there are labels; without them, every label is -1.
     num_examples: Number of images, including corrupt ones.
     pre: Preprocessing of the images.
@@ -45,16 +45,16 @@ class Dataset:
     workers: int,
     label_names: Sequence[str] = (),
   ) -> None:
-    """Matches the labels; reads no image yet.
+    """Matches the labels; no image is read yet.
 
     Args:
       source: The examples.
-      indices: Indices of the examples that are used, int[n].
+      indices: Indices of the examples to use, int[n].
       pre: Preprocessing of the images.
       seed: Seed of the order and the augmentation.
-      augmentation: Holds the augmentation of training images: `augment`, `erase`, `mixup`, `cutmix`
-        and `repeats`.
-      skip_corrupt: Whether corrupt images are skipped and counted, or raise an error.
+      augmentation: Augmentation of training images, in its fields `augment`, `erase`, `mixup`,
+        `cutmix` and `repeats`.
+      skip_corrupt: Whether corrupt images are skipped and counted rather than raise an error.
       workers: Number of threads that decode images.
       label_names: As for `loader.load`.
 
@@ -79,7 +79,7 @@ class Dataset:
   def train_batches(
     self, batch_size: int, start_step: int = 0, rows: slice = slice(None)
   ) -> Iterator[Batch]:
-    """Returns endless batches; every epoch has a new order, see `sampling.TrainOrder`.
+    """Returns endless batches, in a new order every epoch; see `sampling.TrainOrder`.
 
     Args:
       batch_size: Size of the whole batch; may be larger than the data set.
@@ -87,8 +87,8 @@ class Dataset:
       rows: Rows of each batch to make; processes that share a batch make different rows.
 
     Returns:
-      Iterator over `image` uint8[b h w 3], `label` int32[b], `index` int64[b] in the source, and
-      the draws that `mixing.training_inputs` needs.
+      An iterator over `image` uint8[b h w 3], `label` int32[b], `index` int64[b] in the source, and
+      the random draws that `mixing.training_inputs` needs.
     """
     _check_batch_size(batch_size)
     order = TrainOrder(self.num_examples, self._augmentation.repeats, self._seed)
@@ -107,9 +107,9 @@ class Dataset:
       rows: Rows of each batch to make, as in `train_batches`.
 
     Returns:
-      Iterator over `image` uint8[b h w 3], `label` int32[b], `index` int64[b] in the source (-1 for
-      padding) and `mask` float32[b], 1 for examples, 0 for padding and corrupt images. It raises a
-      UserError at its end if all images are corrupt.
+      An iterator over `image` uint8[b h w 3], `label` int32[b], `index` int64[b] in the source (-1
+      for padding) and `mask` float32[b], 1 for examples, 0 for padding and corrupt images. At its
+      end, it raises a UserError if all images are corrupt.
     """
     _check_batch_size(batch_size)
     count = math.ceil(self.num_examples / batch_size)
@@ -120,10 +120,10 @@ class Dataset:
     return self._with_some_readable(self._iterate(grain.MapDataset.range(count).map(make), 0))
 
   def sample(self, count: int) -> Batch:
-    """Returns a few images, spread evenly over the data set, to plot.
+    """Returns a few images to plot, spread evenly over the data set.
 
     Args:
-      count: Number of images; at most all are returned.
+      count: Number of images; if larger than the data set, all images are returned.
 
     Returns:
       `image` uint8[n h w 3], `label` int32[n] and `index` int64[n] in the source.
@@ -141,7 +141,7 @@ class Dataset:
       raise self._reader.only_corrupt()
 
   def _iterate(self, batches: grain.MapDataset, start_step: int) -> Iterator[Batch]:
-    """Makes the batches in threads, a few ahead."""
+    """Makes the batches in threads, a few batches ahead."""
     threads = self._workers if self._reader.memory is None else 1
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(2, threads))
     iterator = iter(batches.to_iter_dataset(options))
@@ -149,7 +149,7 @@ class Dataset:
     return _with_one_line_errors(iterator)
 
   def _train_batch(self, step: int, rows: range, positions: list[int]) -> Batch:
-    """Makes rows of a batch; the augmentation depends on the step and the row alone."""
+    """Makes rows of a batch; their augmentation depends only on the seed, the step and the row."""
     config = self._augmentation
     if config.augment in CROPS:
       items = map(self._reader.readable, positions, self._generators("augment", step, rows))
@@ -184,7 +184,7 @@ class Dataset:
 
 
 def _with_one_line_errors(batches: Iterator[Batch]) -> Iterator[Batch]:
-  """Yields the batches; cuts the traceback that Grain appends to an error's message."""
+  """Yields the batches; removes the traceback that Grain appends to an error's message."""
   try:
     yield from batches
   except UserError as error:

@@ -1,4 +1,4 @@
-"""Scans folders for image files and their classes, and counts the files left out."""
+"""Scans folders for image files and their classes, and counts the files that are left out."""
 
 import collections
 import dataclasses
@@ -7,20 +7,20 @@ import os
 from vitcomp_jax.data import images
 
 File = tuple[str, str]  # folder and name
-# Folders with one of these suffixes are no classes.
+# Folders with one of these suffixes are not classes.
 _COMMON = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
-_NAMED = 5  # kinds of files in a message
+_NAMED = 5  # number of kinds of files to list in a message
 
 
 @dataclasses.dataclass
 class Found:
-  """Holds the image files found in a split's folder.
+  """The image files found in the folder of a split.
 
   Attributes:
     classes: Images of each class, in the order of torchvision's ImageFolder.
-    loose: Images outside of class folders, if there are no such folders.
+    loose: Images outside class folders, if there are no class folders.
     left_out: Number of files that are not used, by kind.
-    examples: One such file of each kind.
+    examples: One unused file of each kind.
   """
 
   classes: dict[str, list[File]] = dataclasses.field(default_factory=dict)
@@ -34,7 +34,7 @@ class Found:
     self.examples[kind] = min(path, self.examples.get(kind, path))
 
   def told(self) -> str:
-    """Describes the files left out in a message; empty if there are none."""
+    """Describes the files that are left out, for a message; empty if there are none."""
     if not (count := self.left_out.total()):
       return ""
     kinds = sorted(self.left_out, key=lambda kind: (-self.left_out[kind], kind))
@@ -53,7 +53,7 @@ def find(folder: str) -> Found:
     folder: Folder of a split.
 
   Returns:
-    The images by class; without class folders they are `loose`.
+    The images by class; they are in `loose` if there are no class folders.
 
   Raises:
     OSError: If a folder cannot be read.
@@ -73,9 +73,9 @@ def find(folder: str) -> Found:
 
 
 def _below(folder: str, found: Found, why: str, above: frozenset[tuple[int, int]]) -> list[File]:
-  """Returns the images of a folder at any depth; leaves them out if `why` gives a reason."""
+  """Returns the images in a folder at any depth; leaves them out if `why` gives a reason."""
   identity = _identity(folder)
-  if identity in above:  # A link to one of its own parents.
+  if identity in above:  # a link to one of its own parents
     return []
   inner, files = _entries(folder)
   taken = _images(folder, files, found, why)
@@ -85,7 +85,7 @@ def _below(folder: str, found: Found, why: str, above: frozenset[tuple[int, int]
 
 
 def _images(folder: str, files: list[os.DirEntry[str]], found: Found, why: str) -> list[File]:
-  """Returns the images among the files of one folder, and leaves out the others."""
+  """Returns the images among the files of one folder, and leaves out the other files."""
   taken, suffixes = [], images.suffixes()
   for entry in files:
     suffix = os.path.splitext(entry.name)[1].lower()
@@ -111,7 +111,7 @@ def _entries(folder: str) -> tuple[list[os.DirEntry[str]], list[os.DirEntry[str]
 def _is_folder(entry: os.DirEntry[str]) -> bool:
   try:
     return entry.is_dir()
-  except OSError:  # A link to itself.
+  except OSError:  # a link to itself
     return False
 
 

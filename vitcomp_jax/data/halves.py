@@ -11,14 +11,14 @@ from vitcomp_jax.errors import UserError
 
 
 class Half:
-  """Holds a random half of a folder's images, always the same one."""
+  """A random half of a folder's images, which is the same every time."""
 
   def __init__(self, whole: FolderSource, split: str) -> None:
     """Draws the images.
 
     Args:
       whole: The folder.
-      split: `train` for one half, any other name for the other.
+      split: `train` for one half, any other name for the other half.
     """
     order = np.random.default_rng(0).permutation(len(whole))
     middle = (len(whole) + 1) // 2
@@ -35,7 +35,7 @@ class Half:
 
 
 class Unlabelled:
-  """Holds the images of a source without their labels."""
+  """The images of a source, without their labels."""
 
   def __init__(self, source: Source) -> None:
     self._source = source
@@ -60,7 +60,7 @@ def has_splits(directory: str | None) -> bool:
 
 
 def half(directory: str | None, split: str, class_order: str) -> Half:
-  """Opens one half of the images in a folder, or in its only split.
+  """Opens one half of the images in a folder, or in the folder's only split.
 
   Args:
     directory: The folder.

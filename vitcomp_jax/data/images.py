@@ -11,9 +11,9 @@ import PIL.ImageOps
 
 from vitcomp_jax.errors import UserError
 
-# Formats without a decoder, and those for which Pillow starts another program.
+# Formats without a decoder, and formats for which Pillow starts another program.
 _FOREIGN = ("BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF")
-_DEEP = ("I", "F")  # No range is known that 8 bits could be scaled from.
+_DEEP = ("I", "F")  # their range is unknown, so they cannot be scaled to 8 bits
 _Turn = PIL.Image.Transpose
 _TURNS = {  # by EXIF orientation, as in `PIL.ImageOps.exif_transpose`
   2: _Turn.FLIP_LEFT_RIGHT,
@@ -26,7 +26,7 @@ _TURNS = {  # by EXIF orientation, as in `PIL.ImageOps.exif_transpose`
 }
 
 # Pillow warns about large images and odd metadata without naming the file. Images that cannot be
-# decoded raise an error, which names it; a filter per image would not be thread-safe.
+# decoded raise an error that names it. A warning filter per image would not be thread-safe.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
@@ -37,13 +37,13 @@ class CorruptImage(UserError):
 @functools.cache
 def suffixes() -> frozenset[str]:
   """Returns the lower-case suffixes of the files that the installed Pillow can decode."""
-  known = {*_formats(), "MPO"}  # JPEG's reader opens MPO too.
+  known = {*_formats(), "MPO"}  # the JPEG reader also opens MPO
   return frozenset(s for s, name in PIL.Image.registered_extensions().items() if name in known)
 
 
 @functools.cache
 def _formats() -> tuple[str, ...]:
-  PIL.Image.preinit()  # The common formats, which are tried first.
+  PIL.Image.preinit()  # registers the common formats, so that they are tried first
   PIL.Image.init()
   return tuple(name for name in PIL.Image.ID if name not in _FOREIGN)
 
@@ -52,14 +52,14 @@ def decode(content: bytes, what: str) -> PIL.Image.Image:
   """Decodes an image file.
 
   Args:
-    content: The file's bytes.
+    content: Bytes of the file.
     what: Name of the file in error messages, including those of `to_rgb`.
 
   Returns:
     The image, fully decoded.
 
   Raises:
-    CorruptImage: If it cannot be decoded.
+    CorruptImage: If the file cannot be decoded.
   """
   try:
     image = PIL.Image.open(io.BytesIO(content), formats=_formats())
@@ -68,7 +68,7 @@ def decode(content: bytes, what: str) -> PIL.Image.Image:
     raise CorruptImage(f"{what}: not an image") from error
   except PIL.Image.DecompressionBombError as error:
     raise CorruptImage(f"{what}: too many pixels ({_line(error)})") from error
-  except Exception as error:  # Pillow raises errors of any type for broken files.
+  except Exception as error:  # Pillow raises errors of any type for broken files
     raise CorruptImage(f"{what}: {_line(error)}") from error
   image.filename = what
   return image
@@ -82,14 +82,14 @@ def to_rgb(
   Args:
     image: PIL image, which is scaled to 8 bits if it has 16 per channel; or uint8[h w],
       uint8[h w 1] or uint8[h w 3].
-    pad: Pixels added on every side.
+    pad: Pixels added to every side.
     exif_orientation: Whether the image is first rotated or flipped as its EXIF tag says.
 
   Returns:
     The RGB image.
 
   Raises:
-    CorruptImage: If it cannot be converted; the message names the file if it is known.
+    CorruptImage: If the image cannot be converted; the message names the file if known.
   """
   if isinstance(image, np.ndarray):
     image = _from_array(image)
@@ -102,7 +102,7 @@ def to_rgb(
     if exif_orientation and (turn := exif_turn(image)) is not None:
       image = image.transpose(turn)
     if image.mode.startswith("I;16"):
-      # The high byte, as Pillow decodes 16-bit colours; `convert` would clip to white.
+      # Keep the high byte, as Pillow does for 16-bit colours; `convert` would clip to white.
       image = PIL.Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     rgb = image.convert("RGB")
   except (OSError, ValueError) as error:
@@ -119,12 +119,12 @@ def _from_array(array: np.ndarray) -> PIL.Image.Image:
 
 
 def exif_turn(image: PIL.Image.Image | np.ndarray) -> PIL.Image.Transpose | None:
-  """Returns the transpose that an image's EXIF tag asks viewers for; None if there is none."""
+  """Returns the transpose that an image's EXIF tag requests from viewers; None if there is none."""
   if isinstance(image, np.ndarray):
     return None
   try:
     return _TURNS.get(image.getexif().get(PIL.ExifTags.Base.Orientation, 1))
-  except Exception:  # Viewers ignore EXIF data that cannot be read.
+  except Exception:  # viewers ignore EXIF data that cannot be read
     return None
 
 

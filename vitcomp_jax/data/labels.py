@@ -11,7 +11,7 @@ from vitcomp_jax.data import class_names
 from vitcomp_jax.errors import UserError
 
 IMAGENET = "imagenet1k"
-_LISTED = 5  # names in a message
+_LISTED = 5  # number of names to list in a message
 
 
 def sort_classes(names: Iterable[str], order: str = "sorted") -> tuple[str, ...]:
@@ -25,18 +25,18 @@ def sort_classes(names: Iterable[str], order: str = "sorted") -> tuple[str, ...]
   Returns:
     The names in the order of their labels.
   """
-  # Sorted first, so that names that differ only by case have one order on every machine.
+  # Sort first, so that names that differ only by case have the same order on every machine.
   found = sorted(names)
   return tuple(sorted(found, key=_natural) if order == "natural" else found)
 
 
 def _natural(name: str) -> list[str | int]:
-  # Text and digits alternate, so that values of one type are compared.
+  # Text and digits alternate, so that only values of the same type are compared.
   return [int(part) if i % 2 else part for i, part in enumerate(re.split(r"(\d+)", name.lower()))]
 
 
 def are_numbers(names: Sequence[str]) -> bool:
-  """Returns whether all names are plain numbers, which carry no more information than positions."""
+  """Returns whether all names are plain numbers, which say no more than positions do."""
   return all(name.isdecimal() for name in names)
 
 
@@ -44,7 +44,7 @@ def read_names(path: str) -> tuple[str, ...]:
   """Reads the names of a model's outputs, in order.
 
   Args:
-    path: A text file with a name per line; or `imagenet1k` for ImageNet-1k's WordNet ids.
+    path: A text file with one name per line; or `imagenet1k` for ImageNet-1k's WordNet ids.
 
   Raises:
     UserError: If the file cannot be read, or a name is empty or repeated.
@@ -111,10 +111,10 @@ def name_outputs(
     order: Order in which class folders were sorted, as `config.data.class_order`; None if not set.
 
   Returns:
-    `known`, if it includes the data's classes; ImageNet-1k's WordNet ids, if it is not known and
-    the data's classes are such ids for 1,000 outputs; otherwise the data's own names, assumed to be
-    in the order of the outputs, with a warning. If those are numbers, `known` has other names and
-    `order` is None, they are sorted in natural order.
+    `known`, if it includes the data's classes. ImageNet-1k's WordNet ids, if the output names are
+    unknown (or are ImageNet-1k's in words) and the data's classes are such ids for 1,000 outputs.
+    Otherwise the data's own names, assumed to be in the order of the outputs, with a warning; if
+    they are numbers, `known` has other names and `order` is None, they are sorted naturally.
 
   Raises:
     UserError: If neither the names nor their number fit.
@@ -128,7 +128,7 @@ def name_outputs(
   if known and not (are_numbers(names) and not are_numbers(known)):
     match(names, known, where)
   if known and order is None:
-    # The folders' numbers are positions in the weights' order.
+    # The folders are numbered by their positions in the order of the weights' outputs.
     names = sort_classes(names, "natural")
   if len(names) != num_classes:
     raise UserError(
@@ -148,14 +148,14 @@ def name_trained_outputs(
   Args:
     names: Names of the data's classes, in order.
     num_classes: Number of outputs of the model.
-    known: Names of the outputs in the initial weights; empty if they have none, or another number
-      of outputs.
+    known: Names of the outputs in the initial weights; empty if the weights have no names, or
+      another number of outputs.
     where: Name of the data, for the error message.
 
   Returns:
-    `known`, if it includes the data's classes, so that the classifier can be kept; ImageNet-1k's
-    WordNet ids, if the data's classes are such ids for 1,000 outputs; otherwise the data's names,
-    followed by `unused` ones.
+    `known`, if it includes the data's classes, so that the classifier can be kept. ImageNet-1k's
+    WordNet ids, if the data's classes are such ids for 1,000 outputs. Otherwise the data's names,
+    padded with names `unused N`.
 
   Raises:
     UserError: If there are more classes than outputs.
@@ -173,7 +173,7 @@ def name_trained_outputs(
 
 
 def check_count(asked: Sequence[str], num_classes: int) -> None:
-  """Raises a UserError if there is not one name for each output of the model."""
+  """Raises a UserError unless there is one name for each output of the model."""
   if len(asked) != num_classes:
     raise UserError(
       f"config.data.classes: expected {num_classes} names, as many as the model has outputs, got "

@@ -27,15 +27,15 @@ def load(
     pre: Preprocessing of the images.
     seed: Seed of the order, the augmentation and the subset.
     fake_classes: Number of classes of the data set `fake`.
-    source: The split, if it is open already.
-    label_names: Names of the model's outputs, in order, among which the data's classes are found;
+    source: The split, if it is already open.
+    label_names: Names of the model's outputs, in order, which the data's classes are matched with;
       empty for the data's own names.
 
   Returns:
     The data set.
 
   Raises:
-    UserError: If the data set, the split or a value of the config is not usable.
+    UserError: If the data set, the split or a value in the config is not usable.
   """
   if split not in ("train", "eval"):
     raise ValueError(f"split: expected train or eval, got {split!r}.")

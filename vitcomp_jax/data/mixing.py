@@ -1,7 +1,7 @@
 """Mixup, CutMix and random erasing, drawn on the host and applied inside the step.
 
-The draws are functions of the seed, the step and the row, and so independent of the number of
-devices and processes. A row mixes with its neighbour (0 with 1, 2 with 3, ...), which is on the
+The draws are functions of the seed, the step and the row, so they do not depend on the number of
+devices and processes. A row is mixed with its neighbour (0 with 1, 2 with 3, ...), which is on the
 same device; the order of examples is random, so neighbours are random pairs.
 """
 
@@ -24,16 +24,16 @@ _ERASED_LOG_ASPECT = math.log(0.3), -math.log(0.3)
 def draw_mix(
   size: tuple[int, int], rng: np.random.Generator, mixup: float, cutmix: float
 ) -> tuple[float, Box]:
-  """Draws the parameters of Mixup or CutMix for a batch; if both are on, one of them at random.
+  """Draws the parameters of Mixup or CutMix for a batch; if both are on, picks one at random.
 
   Args:
     size: Height and width of the images, in pixels.
-    rng: Source of the draws.
+    rng: Random generator.
     mixup: Alpha of Mixup's Beta distribution; 0 turns Mixup off.
     cutmix: Alpha of CutMix's Beta distribution; 0 turns CutMix off.
 
   Returns:
-    The share that each image keeps of itself, and CutMix's box, which its neighbour fills; the box
+    The share of itself that each image keeps, and CutMix's box, which the neighbour fills; the box
     is empty for Mixup.
 
   References:
@@ -57,11 +57,11 @@ def draw_mix(
 
 
 def draw_erased(size: tuple[int, int], rng: np.random.Generator, probability: float) -> Box:
-  """Draws the box of an image to erase; it is empty if nothing is erased.
+  """Draws the box to erase from an image; the box is empty if nothing is erased.
 
   Args:
     size: Height and width of the image, in pixels.
-    rng: Source of the draws.
+    rng: Random generator.
     probability: Probability that a box is erased.
 
   References:
@@ -83,12 +83,12 @@ def draw_erased(size: tuple[int, int], rng: np.random.Generator, probability: fl
 def mix(
   images: jax.Array, targets: jax.Array, share: jax.Array, box: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-  """Mixes each image and target with its neighbour's.
+  """Mixes each image and target with those of its neighbour.
 
   Args:
     images: f[b h w 3], b even.
     targets: f[b classes].
-    share: f[b], share that each image keeps of itself.
+    share: f[b], share of itself that each image keeps.
     box: i[b 4], CutMix's boxes, which neighbours fill; empty for Mixup.
 
   Returns:

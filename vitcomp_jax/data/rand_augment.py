@@ -1,7 +1,7 @@
 """RandAugment as DeiT uses it, `rand-m9-mstd0.5-inc1` in timm, with Pillow's operations.
 
-Two operations are drawn for each image, with replacement; each is applied with probability 0.5, at
-a magnitude around 9 of 10.
+Two operations are drawn for each image, with replacement; each is applied with probability 0.5 and
+a magnitude of about 9 out of 10.
 
 Cubuk et al., `RandAugment <https://arxiv.org/abs/1909.13719>`_, 2019;
 Touvron et al., `DeiT <https://arxiv.org/abs/2012.12877>`_, 2021, Table 9.
@@ -30,8 +30,8 @@ def rand_augment(image: Image, rng: np.random.Generator, fill: Colour) -> Image:
 
   Args:
     image: RGB, of any size.
-    rng: Source of the draws.
-    fill: Fill colour of the borders, in [0, 255], such as the data's mean.
+    rng: Random generator.
+    fill: Fill colour for the borders, in [0, 255], such as the mean of the data.
   """
   for name in rng.choice(list(OPERATIONS), _LAYERS):
     if rng.random() >= _PROBABILITY:
@@ -75,7 +75,7 @@ def _translate_y(image: Image, strength: float, rng: np.random.Generator, fill: 
 
 def _posterize(image: Image, strength: float, *_: object) -> Image:
   bits = 4 - int(4 * strength)
-  if not bits:  # A black image, which Pillow refuses to make.
+  if not bits:  # Pillow rejects 0 bits, which give a black image
     return image.point(lambda _: 0)
   return PIL.ImageOps.posterize(image, bits)
 
@@ -90,7 +90,7 @@ def _solarize_add(image: Image, strength: float, *_: object) -> Image:
 
 
 def _enhanced(kind: Callable[[Image], Any]) -> Operation:
-  """Returns an operation that enhances by a random factor, further from 1 for more strength."""
+  """Returns an operation that enhances by a random factor, which strength moves away from 1."""
 
   def apply(image: Image, strength: float, rng: np.random.Generator, fill: Colour) -> Image:
     del fill

@@ -15,19 +15,19 @@ from vitcomp_jax.data.rand_augment import rand_augment
 from vitcomp_jax.errors import UserError
 
 CROPS = ("crop_flip", "rand_augment")  # augmentations that start from the original image
-_MEMORY_BYTES = 2**30  # Most memory for the decoded images of a data set.
-_SMALL_SIDE = 64  # Pixels; larger images are decoded whenever they are needed.
-_READ_AT_ONCE = 1024  # Records.
+_MEMORY_BYTES = 2**30  # maximum memory for the decoded images of a data set
+_SMALL_SIDE = 64  # pixels; larger images are decoded each time they are needed
+_READ_AT_ONCE = 1024  # records
 
 
 @dataclasses.dataclass(frozen=True)
 class Item:
-  """Holds an example that is ready for a batch.
+  """An example that is ready to be batched.
 
   Attributes:
     image: The image, uint8[h w 3].
-    label: The model's output for its class; -1 without labels.
-    index: The example's index in the source.
+    label: Index of the model's output for its class; -1 without labels.
+    index: Index of the example in the source.
   """
 
   image: np.ndarray
@@ -42,7 +42,7 @@ class Reader:
 
   Attributes:
     source: The examples.
-    indices: Indices of the examples that are used, int[n].
+    indices: Indices of the examples to use, int[n].
   """
 
   def __init__(
@@ -54,15 +54,15 @@ class Reader:
     augment: str,
     skip_corrupt: bool,
   ) -> None:
-    """Takes the source; reads nothing yet.
+    """Stores the arguments; nothing is read yet.
 
     Args:
       source: The examples.
-      indices: Indices of the examples that are used, int[n].
-      labels: The model's output for each class of the source; empty without labels.
+      indices: Indices of the examples to use, int[n].
+      labels: Index of the model's output for each class of the source; empty without labels.
       pre: Preprocessing of the images.
       augment: Augmentation of training images, one of `transforms.AUGMENTS`.
-      skip_corrupt: Whether corrupt images are skipped and counted, or raise an error.
+      skip_corrupt: Whether corrupt images are skipped and counted rather than raise an error.
     """
     self.source, self.indices = source, indices
     self._labels, self._pre, self._augment = labels, pre, augment
@@ -80,8 +80,8 @@ class Reader:
     """Reads one example.
 
     Args:
-      position: Its place among `indices`.
-      rng: Source of the random crop; None for the evaluation transform.
+      position: Position of the example in `indices`.
+      rng: Random generator of the crop; None for the evaluation transform.
 
     Returns:
       The example; None if its image is corrupt.
@@ -98,8 +98,8 @@ class Reader:
     """Reads one example, or the next one whose image is not corrupt.
 
     Args:
-      position: Its place among `indices`.
-      rng: Source of the random crop; None for the evaluation transform.
+      position: Position of the example in `indices`.
+      rng: Random generator of the crop; None for the evaluation transform.
 
     Raises:
       UserError: If all images are corrupt, or corrupt images are not skipped.
@@ -116,7 +116,7 @@ class Reader:
 
   @functools.cached_property
   def memory(self) -> list[Item | None] | None:
-    """Decodes all examples if the images are small and fit in memory; None otherwise."""
+    """Decodes and returns all examples if the images are small and fit in memory, or else None."""
     shape, size = self.source.image_shape, self._pre.image_size
     if shape is None or max(shape) > _SMALL_SIDE or self._augment in CROPS:
       return None
@@ -157,7 +157,7 @@ class Reader:
     return np.asarray(cropped)
 
   def _warn_turned(self, image: PIL.Image.Image | np.ndarray, index: int) -> None:
-    """Warns once about images that viewers turn and this library takes as stored."""
+    """Warns once about images that viewers rotate but this library reads as stored."""
     if self._turned_told or images.exif_turn(image) is None:
       return
     self._turned_told = True
@@ -170,7 +170,7 @@ class Reader:
     )
 
   def _skip(self, index: int, error: sources.CorruptImage) -> None:
-    """Counts a corrupt image, or raises an error if corrupt images are not skipped."""
+    """Counts a corrupt image, or raises an error if corrupt images are not to be skipped."""
     if not self._skip_corrupt:
       raise UserError(
         f"Corrupt image: {error}; mend or remove it, or set config.data.on_error=skip."

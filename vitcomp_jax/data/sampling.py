@@ -1,7 +1,7 @@
-"""Random choices that the seed alone decides: the subset, the order of the examples, the draws.
+"""Random choices that depend only on the seed: the subset, the order of examples, and the draws.
 
-Batch k of a run is a pure function of `(seed, k)`: a run that resumes at step k sees exactly the
-batches that an uninterrupted run sees from there on.
+Batch k of a run is a pure function of `(seed, k)`, so a run that resumes at step k sees exactly the
+batches that an uninterrupted run sees from that step on.
 """
 
 import grain
@@ -9,7 +9,7 @@ import numpy as np
 
 from vitcomp_jax.errors import UserError
 
-_EPOCHS = 2**32  # Endless: Grain has no more orders.
+_EPOCHS = 2**32  # in effect endless; Grain has no more shuffles
 
 
 def generator(seed: int, purpose: str, *position: int) -> np.random.Generator:
@@ -22,7 +22,7 @@ def subset(length: int, count: int | None, seed: int, key: str) -> np.ndarray:
 
   Args:
     length: Number of examples in the data set.
-    count: Number of examples to draw; None takes them all.
+    count: Number of examples to draw; None: all.
     seed: Seed of the draw.
     key: Config key that holds `count`, for the error message.
 
@@ -40,10 +40,10 @@ def subset(length: int, count: int | None, seed: int, key: str) -> np.ndarray:
 
 
 class TrainOrder:
-  """Holds the order of training examples, which is new in every epoch.
+  """The order of training examples, which changes every epoch.
 
-  With repeated augmentation (Hoffer et al., 2020) an epoch still has as many images as the data
-  set, but it takes every r-th image r times; the r copies share a batch.
+  With repeated augmentation (Hoffer et al., 2020), an epoch still has as many images as the data
+  set, but it takes every r-th image r times; the r copies are in the same batch.
   """
 
   def __init__(self, num_examples: int, repeats: int, seed: int) -> None:
@@ -54,7 +54,7 @@ class TrainOrder:
       repeats: Augmentations r of each image in a batch.
       seed: Seed of the order.
     """
-    # Grain's epochs use seed, seed + 1, ...: neighbouring seeds must not share permutations.
+    # Grain's epochs use seed, seed + 1, ...; hashing keeps nearby seeds from sharing permutations.
     seed = int(generator(seed, "order").integers(2**32))
     self._order = grain.MapDataset.range(num_examples).shuffle(seed).repeat(_EPOCHS)
     self._num_examples, self._repeats = num_examples, repeats
@@ -64,6 +64,6 @@ class TrainOrder:
     n, repeats = self._num_examples, self._repeats
     place = step * batch_size + np.arange(batch_size)
     shown = place // n * n + place % n // repeats
-    # Rows mix with their neighbours, which must not be the same image.
+    # Rows are mixed with their neighbours, which must not be copies of the same image.
     apart = np.concatenate([shown[i::repeats] for i in range(repeats)])
     return [int(self._order[int(i)]) for i in apart[rows]]

@@ -19,25 +19,25 @@ from vitcomp_jax.data.images import CorruptImage, decode
 from vitcomp_jax.errors import UserError
 
 EVAL_SPLITS = ("validation", "val", "test")
-_NAMED = 5  # folders in a message
+_NAMED = 5  # number of folders to list in a message
 
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-  """Holds an image, PIL or uint8[h w c], and the index of its class."""
+  """An image, PIL or uint8[h w c], and the index of its class."""
 
   image: PIL.Image.Image | np.ndarray
   label: int  # -1 without labels
 
 
 class Source(Protocol):
-  """Provides the examples of a split of a data set.
+  """The examples in a split of a data set.
 
   Attributes:
     name: Name of the data set.
     split: Name of the split.
     class_names: Class names by label; empty without labels.
-    image_shape: Height and width if all images have the same; None otherwise.
+    image_shape: Height and width if they are the same for all images; None otherwise.
   """
 
   name: str
@@ -79,7 +79,7 @@ class ArraySource:
 
 
 class FakeSource:
-  """Generates noise images with random labels, which the index determines."""
+  """Generates noise images with random labels, both determined by the index."""
 
   def __init__(self, split: str, size: tuple[int, int], num_classes: int) -> None:
     lengths = {"train": 1280, "validation": 256}
@@ -108,7 +108,7 @@ class FolderSource:
     """Finds the files, and warns about those that are left out.
 
     Args:
-      directory: Folder that holds the folders of the splits.
+      directory: Folder that contains the folders of the splits.
       split: Name of the split.
       class_order: Order of the classes, see `labels.sort_classes`.
 
@@ -169,7 +169,7 @@ class TfdsSource:
     self.class_names = tuple(features["label"].names) if has_labels else ()
     height, width = features["image"].shape[:2]
     self.image_shape = (height, width) if height and width else None
-    # Decoded here, not in TFDS, to detect corrupt images and to avoid a copy.
+    # Images are decoded here, not in TFDS, to detect corrupt ones and to avoid a copy.
     self._records = builder.as_data_source(
       split=split, decoders={"image": tfds.decode.SkipDecoding()}
     )
@@ -182,7 +182,7 @@ class TfdsSource:
     return self._example(record, index)
 
   def read(self, indices: Sequence[int]) -> list[Example | CorruptImage]:
-    """Reads several examples as the function `read`, about three times faster than one by one."""
+    """Reads several examples like the function `read`, about three times faster than one by one."""
     records = self._records.__getitems__(list(indices))
     pairs = zip(records, indices, strict=True)
     return [_caught(functools.partial(self._example, *pair)) for pair in pairs]
@@ -200,7 +200,7 @@ def read(source: Source, indices: Sequence[int]) -> list[Example | CorruptImage]
     indices: Indices of the examples.
 
   Returns:
-    The example, or the error if its image is corrupt, for each index.
+    For each index, the example, or the error if its image is corrupt.
   """
   if isinstance(source, TfdsSource):
     return source.read(indices)
@@ -288,7 +288,7 @@ def _tfds(name: str, directory: str | None, split: str | None) -> Source:
       f"{name}: expected the feature `image`, got {', '.join(features)}; use a data set of images."
     )
   known = tuple(builder.info.splits)
-  base = split and re.split(r"\W", split)[0]  # `train[:90%]` is a slice of `train`.
+  base = split and re.split(r"\W", split)[0]  # `train[:90%]` is a slice of `train`
   chosen = _known_split(name, base, known)
   try:
     return TfdsSource(builder, split or chosen)
@@ -304,7 +304,7 @@ def _tfds(name: str, directory: str | None, split: str | None) -> Source:
 
 
 def _tfds_builder(name: str, directory: str | None) -> Any:
-  """Returns TFDS's builder, made from the prepared files without network or TensorFlow."""
+  """Returns the TFDS builder for the prepared files, without network access or TensorFlow."""
   try:
     import tensorflow_datasets as tfds
   except ImportError as error:

@@ -1,4 +1,4 @@
-"""Transforms images to the model's input, pixel-equal to timm's evaluation transform.
+"""Transforms images to the model's input; pixels equal those of timm's evaluation transform.
 
 Images stay uint8 until `normalize`, which runs inside the jitted step.
 """
@@ -22,14 +22,14 @@ _RESAMPLING = {
   "lanczos": PIL.Image.Resampling.LANCZOS,
   "nearest": PIL.Image.Resampling.NEAREST,
 }
-_LARGE = 2**24  # Pixels of a resized image above which only the crop is computed.
+_LARGE = 2**24  # pixels of a resized image above which only the crop is computed
 
 Array = TypeVar("Array")
 
 
 @dataclasses.dataclass(frozen=True)
 class Preprocess:
-  """Describes the preprocessing of images.
+  """The preprocessing of images.
 
   Attributes:
     image_size: Height and width of the model's input, in pixels.
@@ -37,7 +37,7 @@ class Preprocess:
     std: Standard deviations of the red, green and blue values.
     crop_pct: Share of the resized image's side that the centre crop keeps.
     interpolation: `bicubic`, `bilinear`, `lanczos` or `nearest`.
-    pad: Pixels of zeros added on every side first.
+    pad: Pixels of zeros added to every side first.
     crop_mode: `center` resizes the shorter side and crops the centre; `squash` resizes both sides
       and crops the centre; `border` resizes the longer side and pads with the mean.
     exif_orientation: Whether images are rotated or flipped as their EXIF tag says.
@@ -72,7 +72,7 @@ class Preprocess:
 
   @property
   def fill(self) -> tuple[int, int, int]:
-    """Returns the mean as an RGB colour in [0, 255], to fill borders with."""
+    """Returns the mean as an RGB colour in [0, 255], for filling borders."""
     red, green, blue = (min(max(round(255 * value), 0), 255) for value in self.mean)
     return red, green, blue
 
@@ -81,7 +81,7 @@ def evaluation_image(image: PIL.Image.Image | np.ndarray, pre: Preprocess) -> np
   """Resizes an image and crops its centre, as timm's evaluation transform does.
 
   Args:
-    image: PIL image, or uint8 array as in `images.to_rgb`.
+    image: PIL image, or uint8 array as for `images.to_rgb`.
     pre: Preprocessing of the image.
 
   Returns:
@@ -94,7 +94,7 @@ def evaluation_image(image: PIL.Image.Image | np.ndarray, pre: Preprocess) -> np
   height, width = pre.image_size
   resized = _resized_size((rgb.height, rgb.width), pre)
   top, left = _offset(resized[0], height), _offset(resized[1], width)
-  # The part of the crop inside the image; the rest is filled below.
+  # This is the part of the crop inside the image; the rest is filled below.
   bottom, right = min(top + height, resized[0]), min(left + width, resized[1])
   window = (max(left, 0), max(top, 0), right, bottom)
   part = _resized_part(rgb, (resized[1], resized[0]), window, pre.interpolation)
@@ -106,16 +106,16 @@ def evaluation_image(image: PIL.Image.Image | np.ndarray, pre: Preprocess) -> np
 
 
 def _resized_size(size: tuple[int, int], pre: Preprocess) -> tuple[int, int]:
-  """Returns height and width after the resize, rounded as in torchvision and timm."""
+  """Returns the height and width after resizing, rounded as in torchvision and timm."""
   height, width = size
   target = [math.floor(side / pre.crop_pct) for side in pre.image_size]
   if pre.crop_mode == "squash":
     return target[0], target[1]
   if pre.crop_mode == "center" and target[0] == target[1]:
-    if width <= height:  # torchvision's Resize truncates the longer side.
+    if width <= height:  # torchvision's Resize truncates the longer side
       return int(target[0] * height / width), target[0]
     return target[0], int(target[0] * width / height)
-  # timm's ResizeKeepRatio rounds both.
+  # timm's ResizeKeepRatio rounds both sides.
   choose = max if pre.crop_mode == "border" else min
   ratio = choose(height / target[0], width / target[1])
   return max(round(height / ratio), 1), max(round(width / ratio), 1)
@@ -133,21 +133,21 @@ def _resized_part(
   window: tuple[int, int, int, int],
   interpolation: str,
 ) -> PIL.Image.Image:
-  """Resizes an image and crops a window; of a large result only the window is computed.
+  """Resizes an image and crops a window; if the result is large, only the window is computed.
 
   Args:
     image: RGB image.
     size: Width and height of the resized image.
     window: Left, top, right and bottom in the resized image.
-    interpolation: Interpolation of the resize.
+    interpolation: Interpolation for resizing.
 
   Returns:
     The window of the resized image.
   """
   if math.prod(size) <= _LARGE:
     return _resize(image, size[1], size[0], interpolation).crop(window)
-  # A long strip is resized to far more pixels than are kept. Pillow can resize a box of an image,
-  # with other rounding errors. It computes in 32 bits, so it gets only the pixels that it needs.
+  # A long strip would be resized to far more pixels than are kept. Pillow can resize only a box of
+  # an image, with other rounding errors. It computes in 32 bits, so pass only the pixels it needs.
   scales = np.array(image.size) / size
   first, last = window[:2] * scales, window[2:] * scales
   reach = np.ceil(3 * np.maximum(scales, 1)) + 1  # of Lanczos, the widest filter
@@ -170,7 +170,7 @@ def normalize(images: Array, pre: Preprocess) -> Array:
 
   Args:
     images: uint8[... 3], of NumPy or JAX; floats are assumed to be normalised and returned as is.
-    pre: Preprocessing, of which `mean` and `std` are used.
+    pre: Preprocessing; only `mean` and `std` are used.
 
   Returns:
     float32[... 3], of the same library.
@@ -180,12 +180,12 @@ def normalize(images: Array, pre: Preprocess) -> Array:
   shape = (1,) * (images.ndim - 1) + (3,)  # type: ignore[attr-defined]
   mean = np.asarray(pre.mean, np.float32).reshape(shape)
   std = np.asarray(pre.std, np.float32).reshape(shape)
-  pixels = cast(Any, images).astype(np.float32)  # NumPy and JAX arrays have no common type.
+  pixels = cast(Any, images).astype(np.float32)  # NumPy and JAX arrays have no common type
   return cast(Array, (pixels / np.float32(255) - mean) / std)
 
 
 def flip_shift(images: np.ndarray, flips: np.ndarray, shifts: np.ndarray) -> np.ndarray:
-  """Flips and shifts images, filling with zeros.
+  """Flips and shifts images, filling gaps with zeros.
 
   Args:
     images: uint8[b h w c].
@@ -211,7 +211,7 @@ def random_flip_shift(
 
   Args:
     images: uint8[b h w c].
-    rngs: Source of the draws of each image.
+    rngs: Random generator of each image.
     max_shift: Largest shift, in pixels.
 
   Returns:
@@ -232,7 +232,7 @@ def random_crop_box(
 
   Args:
     size: Height and width of the image, in pixels.
-    rng: Source of the draws.
+    rng: Random generator.
     scale: Range of the box's share of the image's area, drawn uniformly.
     ratio: Range of width over height, drawn log-uniformly.
 
@@ -246,7 +246,7 @@ def random_crop_box(
     w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
     if 0 < w <= width and 0 < h <= height:
       return int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1)), h, w
-  # No box fitted: take the largest central one with an allowed ratio.
+  # No box fitted: take the largest central box with an allowed ratio.
   w, h = width, height
   if width / height < ratio[0]:
     h = round(width / ratio[0])
@@ -261,9 +261,9 @@ def random_crop_flip(
   """Resizes a random box of an image to the input size, and flips it with probability 0.5.
 
   Args:
-    image: PIL image, or uint8 array as in `images.to_rgb`.
+    image: PIL image, or uint8 array as for `images.to_rgb`.
     pre: Preprocessing of the image; `crop_pct` and `crop_mode` are not used.
-    rng: Source of the draws.
+    rng: Random generator.
 
   Returns:
     An RGB image of `pre.image_size`.
@@ -274,7 +274,7 @@ def random_crop_flip(
   rgb = to_rgb(image, pre.pad, pre.exif_orientation)
   top, left, height, width = random_crop_box((rgb.height, rgb.width), rng)
   box = (left, top, left + width, top + height)
-  # Cropped first, so that no pixel outside of the box contributes.
+  # Crop first, so that no pixel outside the box contributes.
   rgb = _resize(rgb.crop(box), *pre.image_size, pre.interpolation)
   flip = PIL.Image.Transpose.FLIP_LEFT_RIGHT
   return rgb.transpose(flip) if rng.random() < 0.5 else rgb
