@@ -1,1 +1,1 @@
-"""Reports and plots of results, plans and models; knows no stage."""
+"""Reports and plots of results, plans and models; independent of the stages."""

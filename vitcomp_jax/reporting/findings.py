@@ -1,4 +1,4 @@
-"""Results of a search or a slimming, and the resulting plan, as blocks of a report."""
+"""Results of a search or of slimming, and the resulting plan, as blocks of a report."""
 
 from collections.abc import Sequence
 
@@ -13,7 +13,7 @@ Counts = Sequence[tuple[int, int]]
 
 
 def search_blocks(search: SearchResult) -> list[Block]:
-  """Returns the effort and result of a search; a table if it was for several budgets."""
+  """Returns the steps, time and result of a search; as a table if it was for several budgets."""
   if search.front:
     return [_front_table(search.front)]
   unit, asked, where = "GMACs", search.budget_gmacs, ""
@@ -38,7 +38,7 @@ def search_blocks(search: SearchResult) -> list[Block]:
 
 
 def _front_table(front: Sequence[SearchResult]) -> Table:
-  """Returns a table of a search for several budgets, one line per budget."""
+  """Returns the table of a search for several budgets, with one line per budget."""
   heads = ["plan", "budget (GMACs)", "as learnt", "adjusted", "kept step", "its loss"]
   lines = []
   for search in front:
@@ -67,7 +67,7 @@ def _chosen_text(search: SearchResult) -> list[str]:
 
 
 def slim_items(slim: SlimResult) -> Items:
-  """Returns the effort and result of slimming."""
+  """Returns the steps, time and result of slimming."""
   asked = f"Shares asked for: {percents(slim.shares)}"
   if slim.budget_gmacs:
     share = 100 * next(iter(slim.shares.values()))
@@ -94,8 +94,8 @@ def plan_blocks(plan: Plan | None, counts: Counts, search: SearchResult | None) 
 
   Args:
     plan: The plan; None: only the search is described.
-    counts: Tokens after pruning and after merging in each of its layers.
-    search: Result of the search for the plan, if it was in this run.
+    counts: Tokens after pruning and after merging in each layer of the plan.
+    search: Result of the search for the plan, if it was part of this run.
   """
   columns: dict[str, list[str]] = {}
   text = ""
@@ -111,7 +111,7 @@ def plan_blocks(plan: Plan | None, counts: Counts, search: SearchResult | None) 
 
 
 def _removes(plan: Plan | None) -> bool:
-  """Returns whether a layer prunes or merges."""
+  """Returns whether any layer prunes or merges."""
   return plan is not None and any(layer.reduce != KeepAll() for layer in plan.layers)
 
 
@@ -131,7 +131,7 @@ def _width_columns(layers: Sequence[PlanLayer]) -> dict[str, list[str]]:
 
 
 def _own_width_columns(plan: Plan) -> dict[str, list[str]]:
-  """Tabulates the widths of layers whose weights are no slices of the dense ones."""
+  """Tabulates the widths of layers whose weights are not slices of the dense model's."""
   pairs = zip(plan.dense_spec.dense_layers, plan.layers, strict=True)
   qk, value, hidden = zip(*(layer.apply_to(base).widths for base, layer in pairs), strict=True)
   columns = {"query dimensions": qk, "value dimensions": value, "hidden units": hidden}
@@ -141,7 +141,7 @@ def _own_width_columns(plan: Plan) -> dict[str, list[str]]:
 def _token_columns(
   num_tokens: int | None, counts: Counts, search: SearchResult | None
 ) -> dict[str, list[str]]:
-  """Tabulates the learnt plan beside the adjusted one, or the given plan."""
+  """Tabulates the learnt plan beside the adjusted plan, or the given plan."""
   plans = {"": counts}
   if search is not None:
     plans = {"learnt: ": search.raw_counts, "adjusted: ": search.counts}

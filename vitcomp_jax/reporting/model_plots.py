@@ -36,7 +36,7 @@ def token_maps(
     params: Weights of the model.
     images: uint8[n h w 3].
     titles: Titles of the images; None: numbers.
-    layers: Layers after which tokens are drawn, from 1; None: all.
+    layers: Layers after which to draw tokens, counted from 1; None: all.
     about: Sentence to add below, such as the model's name.
   """
   spec, chosen = model.spec, _named(model, patch_tokens(model, params, images), layers)
@@ -63,14 +63,14 @@ def cls_attention(
   layers: Sequence[int] | None = None,
   about: str = "",
 ) -> Figure:
-  """Draws the attention of CLS, or without it the mean of all tokens, to each patch of images.
+  """Draws the attention to each patch from CLS or, without CLS, the mean over all tokens.
 
   Args:
     model: Model with static reducers.
     params: Weights of the model.
     images: uint8[n h w 3].
     titles: Titles of the images; None: numbers.
-    layers: Layers to draw, from 1; None: all.
+    layers: Layers to draw, counted from 1; None: all.
     about: Sentence to add below, such as the model's name.
   """
   if _shown_attention(model.spec) != "cls":
@@ -80,13 +80,13 @@ def cls_attention(
 
 
 def schedules(spec: ViTSpec, plans: Mapping[str, Plan]) -> Figure:
-  """Draws the tokens that each layer keeps under plans, by name."""
+  """Draws the tokens that each layer keeps under each of the plans, which are given by name."""
   models = {name: plan.layers_for(spec) for name, plan in plans.items()}
   return plots.schedules(run_plots.schedules_of(spec, models), spec.num_tokens)
 
 
 def spaced(depth: int, most: int) -> list[int]:
-  """Returns up to `most` evenly spaced layers, from 1, including the last."""
+  """Returns up to `most` evenly spaced layers, counted from 1, including the last."""
   return sorted({depth * part // most for part in range(1, most + 1)} - {0})
 
 
@@ -104,7 +104,7 @@ def _titles(titles: Sequence[str] | None, images: np.ndarray) -> Sequence[str]:
 def _inside(
   model: Backbone, params: Params, images: np.ndarray
 ) -> tuple[list[np.ndarray], list[np.ndarray]]:
-  """Returns the token that holds each patch, and the attention to each patch, per layer."""
+  """Returns, for each layer, the token that holds each patch and the attention to each patch."""
   found: tuple[list[np.ndarray], list[np.ndarray]]
   found = jax.device_get(_traced_inside(model, params, jnp.asarray(images)))
   return found
@@ -130,7 +130,7 @@ def _traced_inside(
       before = jnp.broadcast_to(patches, (images.shape[0], patches.size))
     (attention,) = of_layer(spec, captured["intermediates"], i).values()
     _, stats = attention["__call__"][0]
-    # A layer that removes tokens before attention removes none after it.
+    # A layer that removes tokens before attention does not remove any after it.
     held = before if layer.select == keep_all else tokens.source
     share = _per_patch(IMPORTANCES[_shown_attention(spec)](stats, tokens), held)
     sources.append(_on_first_grid(spec, i, tokens.source))
@@ -147,7 +147,7 @@ def _on_first_grid(spec: ViTSpec, layer: int, values: jax.Array) -> jax.Array:
 
 
 def _shown_attention(spec: ViTSpec) -> str:
-  """Returns the drawn metric: attention of CLS, or without it the mean of all tokens."""
+  """Returns the metric to draw: attention from CLS or, without CLS, the mean over all tokens."""
   return "cls" if spec.class_token else "mean_attention"
 
 

@@ -18,11 +18,11 @@ def published_accuracies(spec: ViTSpec) -> dict[str, list[tuple[float, float]]]:
   """Returns published accuracies of a model.
 
   Args:
-    spec: The model; there are none for a modified spec, such as another image size.
+    spec: The model; a modified spec, such as one with another image size, has none.
 
   Returns:
-    GMACs and top-1 in percent, by method and source. GMACs are counted here if the source states
-    none.
+    GMACs and top-1 in percent, by method and source. GMACs are counted here if the source does not
+    state them.
 
   Examples:
     >>> import vitcomp_jax as vc
@@ -52,7 +52,7 @@ def _of_plans(spec: ViTSpec) -> dict[str, list[tuple[float, float]]]:
 
 
 def _gmacs(spec: ViTSpec, point: Mapping[str, Any]) -> float:
-  """Returns the stated GMACs, or counts them for the point's plan, ToMe's r or the dense model."""
+  """Returns the stated GMACs, or counts those of the point's plan, ToMe's r or the dense model."""
   if "gmacs" in point:
     return float(point["gmacs"])
   if "plan" in point:
@@ -62,6 +62,6 @@ def _gmacs(spec: ViTSpec, point: Mapping[str, Any]) -> float:
 
 
 def _results() -> dict[str, dict[str, Any]]:
-  """Returns sources and their points, by variant and method."""
+  """Returns the sources and their points, by variant and method."""
   file = importlib.resources.files("vitcomp_jax") / "bundled" / "published_results.json"
   return dict(json.loads(file.read_text()))

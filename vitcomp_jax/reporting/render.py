@@ -1,6 +1,6 @@
-"""Documents as blocks, written as Markdown and as one self-contained HTML page.
+"""Documents made of blocks, written as Markdown and as a single self-contained HTML page.
 
-Text is plain, except for `code` between backticks.
+Text is plain, except for `code` in backticks.
 """
 
 import base64
@@ -57,14 +57,14 @@ class Items:
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-  """A table of formatted cells: names in the first column, numbers in the others."""
+  """A table of formatted cells, with names in the first column and numbers in the others."""
 
   caption: str
   heads: Sequence[str]
   lines: Sequence[Sequence[str]]
 
   def markdown(self) -> str:
-    """Returns a table with aligned columns, numbers to the right."""
+    """Returns a table with aligned columns; numbers are aligned to the right."""
     widths = [max(map(len, column)) for column in zip(self.heads, *self.lines, strict=True)]
     rules = [f":{'-' * (widths[0] - 1)}", *(f"{'-' * (w - 1)}:" for w in widths[1:])]
     table = "\n".join(
@@ -92,8 +92,8 @@ class Picture:
   """A plot saved as PNG and SVG.
 
   Attributes:
-    folder: Folder of the plot, inside the document's folder.
-    name: Name of the two files, without endings.
+    folder: Folder of the plot, in the document's folder.
+    name: Name of the two files, without suffixes.
     alt: Kind of plot, as alternative text.
     caption: Description of the content.
   """
@@ -122,7 +122,7 @@ def to_markdown(blocks: Sequence[Block]) -> str:
 
 
 def to_html(title: str, blocks: Sequence[Block]) -> str:
-  """Returns the text of an HTML page that needs no other file."""
+  """Returns the text of an HTML page that needs no other files."""
   body = "\n".join(block.html() for block in blocks)
   return _PAGE.replace("TITLE", html.escape(title)).replace("BODY", body)
 

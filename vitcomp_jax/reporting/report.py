@@ -21,7 +21,7 @@ from vitcomp_jax.results import BenchmarkResult, Result, SearchResult, SlimResul
 
 @dataclasses.dataclass(frozen=True)
 class Findings:
-  """Results of a run's stages so far, besides the table.
+  """Results of a run's stages so far, apart from the table.
 
   Attributes:
     plan: Current plan; None: dense.
@@ -47,7 +47,7 @@ def write_report(
     workdir: Folder for the report, which may hold `figures/`.
     result: Content of `result.json`.
     found: Other results to report.
-    complete: Whether all plots are drawn, and missing ones are explained.
+    complete: Whether all plots have been drawn, so that missing ones are explained.
 
   Raises:
     UserError: If the files cannot be written.

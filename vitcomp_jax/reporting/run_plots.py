@@ -32,13 +32,13 @@ def draw_schedules(folder: pathlib.Path, spec: ViTSpec, models: Mapping[str, Lay
 
 
 def draw_accuracy(folder: pathlib.Path, rows: Sequence[Row]) -> None:
-  """Writes `accuracy`, if any row has one."""
+  """Writes `accuracy`, if any row has an accuracy."""
   if any(row.top1 is not None for row in rows):
     plots.save(plots.accuracy_against_gmacs(rows), folder, "accuracy")
 
 
 def schedules_of(spec: ViTSpec, models: Mapping[str, Layers]) -> dict[str, list[tuple[int, int]]]:
-  """Returns the counts of the models that remove tokens, without duplicates."""
+  """Returns the token counts of the models that remove tokens, without duplicates."""
   schedules: dict[str, list[tuple[int, int]]] = {}
   for name, layers in models.items():
     counts = kept_counts(spec, layers)
@@ -48,7 +48,7 @@ def schedules_of(spec: ViTSpec, models: Mapping[str, Layers]) -> dict[str, list[
 
 
 def kept_counts(spec: ViTSpec, layers: Layers) -> list[tuple[int, int]]:
-  """Returns the tokens after pruning and after merging, equal if a layer does not merge."""
+  """Returns the tokens after pruning and after merging; they are equal if a layer only prunes."""
   counts = []
   for layer, (entering, _) in zip(layers, macs.static_counts(spec, layers), strict=True):
     assert isinstance(layer.reduce, StaticReducer)
@@ -59,7 +59,7 @@ def kept_counts(spec: ViTSpec, layers: Layers) -> list[tuple[int, int]]:
 def draw_search(
   folder: pathlib.Path, workdir: pathlib.Path, targets: Mapping[str, float], cost: CostModel
 ) -> None:
-  """Writes `search`: loss and cost over the steps of a search, for several budgets in turn.
+  """Writes `search`: loss and cost over the steps of a search, with several budgets in sequence.
 
   Args:
     folder: Folder of the plots.

@@ -1,4 +1,4 @@
-"""Tables of measurements: accuracy and cost, comparisons, speed."""
+"""Tables of measurements: accuracy and cost, comparisons, and speed."""
 
 from collections.abc import Mapping, Sequence
 
@@ -24,7 +24,7 @@ def formatted(value: float | None, spec: str) -> str:
 
 
 def rows_table(rows: Sequence[Row]) -> Block:
-  """Returns a table with one line per row; empty columns are left out."""
+  """Returns a table with one line per row, without empty columns."""
   if not rows:
     return Text("No model was measured: the stage `evaluate` has not run.")
   dense = _dense_gmacs(rows)
@@ -64,14 +64,14 @@ def _dense_gmacs(rows: Sequence[Row]) -> float | None:
 
 
 def _gmacs_cells(gmacs: float | None, dense: float | None) -> list[str]:
-  """Returns a row's GMACs, and their share of the dense model's."""
+  """Returns a row's GMACs and their share of the dense model's."""
   if gmacs is None:
     return [MISSING, MISSING]
   return [number(gmacs), f"{100 * gmacs / dense:.1f} %" if dense else MISSING]
 
 
 def comparison_blocks(result: Result) -> list[Block]:
-  """Returns the table of a comparison, and a sentence for each set of random schedules."""
+  """Returns the table of a comparison and a sentence for each set of random schedules."""
   rows, dense = result.rows, _dense_gmacs(result.rows)
   heads = ["model", "top-1 (%)", "cross-entropy"]
   heads += ["top-1 over reference", "cross-entropy over reference"]
@@ -118,14 +118,14 @@ def _random_text(budget: str, found: RandomSchedules) -> str:
 
 
 def _with_error(value: float | None, error: float | None, spec: str) -> str:
-  # A single example has no error.
+  # A single example has no standard error.
   if value is None or error is None:
     return formatted(value, spec)
   return f"{value:{spec}} ± {error:{spec.removeprefix('+')}}"
 
 
 def speed_blocks(benchmark: BenchmarkResult) -> list[Block]:
-  """Returns the table of a benchmark, and its explanation."""
+  """Returns the table of a benchmark and its explanation."""
   is_predicted = any(entry.predicted_ms is not None for entry in benchmark.entries)
   heads = ["model", "batch", "images/s", "spread", "p50 (ms)", "p90 (ms)", "p99 (ms)"]
   heads += ["speed-up", "MACs promise", "of the peak", "memory (MB)", "compiling (s)"]

@@ -1,7 +1,7 @@
 """The plots of a run: functions that draw measured values, and `save`, which writes figures.
 
-The colours are Okabe and Ito's, which colour-blind readers can distinguish; line styles and markers
-distinguish the same lines in gray print.
+The colours are those of Okabe and Ito, which colour-blind readers can distinguish; line styles and
+markers also distinguish the lines when printed in gray.
 """
 
 from vitcomp_jax.reporting.plots.accuracy_cost import accuracy_against_gmacs

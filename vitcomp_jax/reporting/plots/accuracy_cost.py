@@ -18,7 +18,7 @@ from vitcomp_jax.reporting.plots.style import (
 )
 from vitcomp_jax.results import Row
 
-_MOST_LABELS = 12  # labelled points; more get a legend
+_MOST_LABELS = 12  # maximum number of labelled points; more points get a legend
 
 
 def accuracy_against_gmacs(
@@ -29,8 +29,8 @@ def accuracy_against_gmacs(
   """Draws top-1 accuracy against compute; rows of one method at several budgets are joined.
 
   Args:
-    rows: Rows of a result, or their JSON in `result.json`; those without `top1` or `gmacs` are
-      left out.
+    rows: Rows of a result, or their JSON in `result.json`; rows without `top1` or `gmacs` are left
+      out.
     cloud: GMACs and top-1 of random schedules.
     published: GMACs and top-1 that were not measured here, by source; drawn with open markers.
   """
@@ -93,7 +93,7 @@ def _point(row: Row) -> tuple[float, float]:
 
 
 def _method_style(method: str, methods: list[str]) -> tuple[str, str, float]:
-  """Returns the colour, the marker and its size."""
+  """Returns the colour, the marker and the marker size."""
   if method.startswith("dense"):
     return BLACK, "*", 13
   index = [m for m in methods if not m.startswith("dense")].index(method)

@@ -1,4 +1,4 @@
-"""Pictures made of patches, and figures made of pictures."""
+"""Figures made of pictures, and pictures made of patches."""
 
 import math
 import textwrap
@@ -13,9 +13,9 @@ from vitcomp_jax.reporting.plots.style import DPI, SMALL, new_figure
 
 Picture = tuple[str, np.ndarray]  # title, and uint8[h w 3]
 
-_CELL = 240  # pixels, about, of the longer side of a picture
+_CELL = 240  # approximate longer side of a picture, in pixels
 _GAP, _HEAD, _FOOT_LINE, _BAR = 14, 30, 24, 64  # pixels
-_MOST_COLUMNS = 5  # large enough on a printed page
+_MOST_COLUMNS = 5  # so that pictures are large enough on a printed page
 _FOOT = 8  # font size in points
 
 
@@ -25,11 +25,11 @@ def mosaic(
   bar: ScalarMappable | None = None,
   bar_label: str = "",
 ) -> Figure:
-  """Arranges pictures in a figure, each of their pixels as one pixel of the PNG.
+  """Arranges pictures in a figure, so that each of their pixels is one pixel of the PNG.
 
   Args:
     blocks: Pictures of one size, one block per image, each on as many lines as it needs.
-    foot: Text below.
+    foot: Text below the pictures.
     bar: Colour map for a colour bar; None: no bar.
     bar_label: Label of the colour bar.
   """
@@ -67,12 +67,12 @@ def mosaic(
 
 def _shortened(text: str, width: int) -> str:
   """Shortens a title to fit above an image."""
-  most = width // 10  # pixels of an average letter
+  most = width // 10  # about 10 pixels per letter
   return text if len(text) <= most else f"{text[: most - 1]}…"
 
 
 def enlarge(image: np.ndarray) -> np.ndarray:
-  """Enlarges an image by repeating pixels, to about 240 on the longer side."""
+  """Enlarges an image to about 240 pixels on the longer side, by repeating pixels."""
   scale = max(1, round(_CELL / max(image.shape[:2])))
   return image.repeat(scale, 0).repeat(scale, 1)
 

@@ -23,7 +23,7 @@ def label_points(
     labels: x, y, text and colour of each point's label.
   """
   figure.draw_without_rendering()
-  figure.set_layout_engine("none")  # the layout must not change any more
+  figure.set_layout_engine("none")  # the layout must not change after this
   centers = [axes.transData.transform(label[:2]) for label in labels]
   taken = [Bbox.from_bounds(x - 12, y - 12, 24, 24) for x, y in centers]
   taken += _along_lines(axes)
@@ -71,7 +71,7 @@ def _boxes(center: np.ndarray, width: float, height: float) -> Iterator[Bbox]:
 
 
 def _badness(box: Bbox, taken: Sequence[Bbox], frame: Bbox) -> float:
-  """Computes the area of a box that overlaps others or the frame's outside, in pixels."""
+  """Computes the area of a box that overlaps other boxes or lies outside the frame, in pixels."""
   inside = Bbox.intersection(box, frame)
   outside = box.width * box.height - (inside.width * inside.height if inside else 0)
   shared = (Bbox.intersection(box, other) for other in taken)
@@ -79,7 +79,7 @@ def _badness(box: Bbox, taken: Sequence[Bbox], frame: Bbox) -> float:
 
 
 def _covered(box: Bbox, center: np.ndarray, centers: Sequence[np.ndarray]) -> float:
-  """Computes a penalty for other points on the line from a point to its label."""
+  """Computes a penalty for other points near the line from a point to its label."""
   path = np.linspace(center, np.clip(center, box.p0, box.p1), 20)
   others = [c for c in centers if np.hypot(*(c - center)) > 8]
   return 50.0 * sum(bool(np.any(np.hypot(*(path - c).T) < 8)) for c in others)

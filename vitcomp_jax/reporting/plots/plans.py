@@ -20,11 +20,11 @@ from vitcomp_jax.reporting.plots.style import (
 def tokens_left(
   counts: Sequence[Sequence[int]], num_tokens: int | None = None
 ) -> list[tuple[int, int]]:
-  """Computes the tokens left in each layer; counts above the tokens left have no effect.
+  """Computes the tokens left after each layer; a count above the tokens left has no effect.
 
   Args:
     counts: `prune_keep` and `merge_keep` of each layer.
-    num_tokens: Tokens before the first layer; None: its `prune_keep`.
+    num_tokens: Tokens before the first layer; None: the first layer's `prune_keep`.
 
   Returns:
     Tokens after pruning and after merging, per layer.
@@ -62,7 +62,7 @@ def schedules(plans: Mapping[str, Sequence[tuple[int, int]]], num_tokens: int) -
 def _draw_plan(
   axes: Axes, index: int, name: str, left: Sequence[tuple[int, int]], num_tokens: int
 ) -> None:
-  """Draws a staircase: a step down for a layer's pruning, and one shortly after for its merging."""
+  """Draws a staircase, with one step down where a layer prunes and another where it merges."""
   color, marker = COLORS[index % len(COLORS)], MARKERS[index % len(MARKERS)]
   x, y, n = [0.5], [num_tokens], num_tokens
   drops: dict[str, list[tuple[float, int]]] = {"none": [], color: []}

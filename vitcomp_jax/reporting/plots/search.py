@@ -1,4 +1,4 @@
-"""Plots of the course of a search."""
+"""Plots of the progress of a search."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any

@@ -1,4 +1,4 @@
-"""Plots of the units that ViT-Slim keeps, and of its masks."""
+"""Plots of the units that ViT-Slim keeps and of its masks."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -49,7 +49,7 @@ def kept_widths(kept: Mapping[str, Sequence[float]]) -> Figure:
   """Draws the shares of units that each slimmed layer keeps.
 
   Args:
-    kept: Kept share in every layer, by kind of unit, such as hidden units.
+    kept: Kept share in each layer, by kind of unit, such as hidden units.
   """
   depth = max(map(len, kept.values()))
   figure, axes = subplots(width=max(7.0, 0.5 * depth + 1.5), height=4.0)
@@ -97,7 +97,7 @@ def kept_patches(kept: Sequence[np.ndarray], grid: tuple[int, int]) -> Figure:
   """Draws the patches that each layer keeps.
 
   Args:
-    kept: Kept patches of every layer, row by row, bool[p].
+    kept: Kept patches of each layer, row by row, bool[p].
     grid: Rows and columns of patches.
   """
   columns = min(len(kept), 6)

@@ -1,4 +1,4 @@
-"""Style shared by all plots: colours, sizes, axes, and saving."""
+"""Style shared by all plots: colours, sizes, axes and saving."""
 
 import math
 import pathlib
@@ -20,7 +20,7 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "p", "h", "d")
 LINES = ("-", (0, (5, 1.5)), (0, (1.5, 1.2)), (0, (5, 1.5, 1.2, 1.5)))
 TITLE, TEXT, SMALL = 11, 10, 9  # font sizes in points
 
-# Without date and version, equal plots are equal files.
+# Without date and version, equal plots give equal files.
 _METADATA = {"png": {"Software": None}, "svg": {"Date": None, "Creator": None}}
 
 
@@ -36,14 +36,14 @@ def save(figure: Figure, folder: pathlib.Path, name: str) -> None:
 def new_figure(
   width: float, height: float, layout: Literal["constrained"] | None = "constrained"
 ) -> Figure:
-  """Returns an empty figure of a size in inches, without pyplot, which would keep a reference."""
+  """Returns an empty figure, sized in inches, without pyplot, which would keep a reference."""
   figure = Figure(figsize=(width, height), dpi=DPI, layout=layout)
   FigureCanvasAgg(figure)
   return figure
 
 
 def subplots(width: float, height: float, rows: int = 1) -> tuple[Figure, Axes]:
-  """Returns a figure of stacked panels, and the top one; `figure.axes` has all."""
+  """Returns a figure of stacked panels and its top panel; `figure.axes` has all panels."""
   figure = new_figure(width, height)
   panels = figure.subplots(rows, 1, sharex=True, squeeze=False)
   return figure, panels[0, 0]
@@ -61,12 +61,12 @@ def name_axes(axes: Axes, x: str, y: str) -> None:
 
 
 def columns(points: Sequence[tuple[float, float]]) -> tuple[list[float], list[float]]:
-  """Returns points as the two columns that `plot` takes."""
+  """Converts points to the two columns that `plot` takes."""
   return [x for x, _ in points], [y for _, y in points]
 
 
 def number(value: float) -> str:
-  """Returns a number with four significant digits, such as GMACs."""
+  """Formats a number, such as GMACs, with four significant digits."""
   if value == 0 or not math.isfinite(value):
     return str(value)
   return f"{value:.{max(0, 3 - math.floor(math.log10(abs(value))))}f}"

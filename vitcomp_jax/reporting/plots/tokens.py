@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 
 from vitcomp_jax.reporting.plots.image_grid import enlarge, hatched, mosaic, spread
 
-_OUTLINE = (230, 159, 0)  # style.ORANGE: visible on black and on white
+_OUTLINE = (230, 159, 0)  # style.ORANGE, visible on black and on white
 _GRID = (110, 110, 110)  # between patches with a token of their own
 
 
@@ -24,7 +24,7 @@ def token_maps(
   Args:
     images: uint8[n h w 3].
     sources: Token that holds each patch by layer name, int[n p]; -1: pruned.
-    num_prefix: Tokens that hold no patch.
+    num_prefix: Number of tokens that hold no patch.
     grid: Rows and columns of patches.
     titles: Titles of the images.
     about: Sentence to add below, such as the model's name.
@@ -51,7 +51,7 @@ def _count(source: np.ndarray, num_prefix: int) -> int:
 
 
 def token_map(image: np.ndarray, source: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
-  """Draws an enlarged image with merged patches outlined and pruned ones hatched.
+  """Draws an enlarged image with merged patches outlined and pruned patches hatched.
 
   Args:
     image: uint8[h w 3].
@@ -63,7 +63,7 @@ def token_map(image: np.ndarray, source: np.ndarray, grid: tuple[int, int]) -> n
   """
   picture = enlarge(paint_groups(image, source, grid))
   group = spread(np.asarray(source), picture.shape, grid)
-  picture[hatched(group < 0)] += 45  # pruned patches are at most 51
+  picture[hatched(group < 0)] += 45  # pixels of pruned patches are at most 51
   patch = spread(np.arange(grid[0] * grid[1]), picture.shape, grid)
   size = np.array([np.sum(source == s) if s >= 0 else 0 for s in source])[patch]
   picture[_edges(group, 1)] = _GRID
@@ -72,7 +72,7 @@ def token_map(image: np.ndarray, source: np.ndarray, grid: tuple[int, int]) -> n
 
 
 def _edges(group: np.ndarray, width: int) -> np.ndarray:
-  """Returns the pixels at most `width / 2` from another group."""
+  """Returns the pixels that are at most `width / 2` from another group."""
   edges = np.zeros(group.shape, bool)
   across, down = group[:, 1:] != group[:, :-1], group[1:] != group[:-1]
   edges[:, 1:] |= across
@@ -84,7 +84,7 @@ def _edges(group: np.ndarray, width: int) -> np.ndarray:
 
 
 def _near(mask: np.ndarray, distance: int) -> np.ndarray:
-  """Returns the pixels at most `distance` from one in the mask, along each axis."""
+  """Returns the pixels that are at most `distance` from a masked pixel along each axis."""
   padded = np.pad(mask, distance)
   span = 2 * distance + 1
   windows = np.lib.stride_tricks.sliding_window_view(padded, (span, span))
@@ -92,9 +92,9 @@ def _near(mask: np.ndarray, distance: int) -> np.ndarray:
 
 
 def paint_groups(image: np.ndarray, source: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
-  """Paints patches that share a token in their mean colour; pruned ones at 20 % brightness.
+  """Paints patches that share a token in their mean colour, and pruned ones at 20 % brightness.
 
-  A patch with a token of its own is unchanged.
+  A patch with a token of its own stays unchanged.
 
   Args:
     image: uint8[h w 3].
