@@ -1,1 +1,1 @@
-"""Pretrained weights: files, timm's names, position embeddings, slicing."""
+"""Pretrained weights: files, timm's names, position embeddings and slicing."""

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from vitcomp_jax.errors import UserError
 from vitcomp_jax.weights.tensors import Tensor, concatenate
 
-# Training checkpoints hold the weights under this prefix, beside the optimizer's state.
+# Training checkpoints hold the weights under this prefix, along with the optimizer's state.
 TARGET = "opt/target/"
 POSITIONS = "Transformer/posembed_input/pos_embedding"
 # A layer that timm dropped; in files that have it, the classifier is all zero.
@@ -47,7 +47,7 @@ def to_timm(arrays: Mapping[str, Tensor], path: str) -> dict[str, Tensor]:
 
   Args:
     arrays: Tensors by Google's names, such as `Transformer/encoderblock_0/LayerNorm_0/scale`.
-    path: The file's path, for error messages.
+    path: Path of the file, for error messages.
 
   Returns:
     Tensors by timm's names, with query, key and value fused.
@@ -82,22 +82,22 @@ def to_timm(arrays: Mapping[str, Tensor], path: str) -> dict[str, Tensor]:
 
 
 def _split(name: str) -> tuple[str, str]:
-  """Returns a block's number and the name inside it; both empty for names outside blocks."""
+  """Returns the number of a block and the name inside it; both are empty outside the blocks."""
   match = re.fullmatch(r"Transformer/encoderblock_(\d+)/(.*)", name)
   return (match[1], match[2]) if match else ("", "")
 
 
 def fused(arrays: Mapping[str, Tensor], first: str, parts: tuple[str, ...], path: str) -> Tensor:
-  """Joins projections of attention, [d h k] or [h k] each, to [(n h k) d] or [(n h k)].
+  """Joins n attention projections, each [d h k] or [h k], into [(n h k) d] or [(n h k)].
 
   Args:
     arrays: Tensors by name.
     first: Name of the first projection's kernel or bias.
     parts: Names of all projections, such as query, key and value, in order.
-    path: The file's path, for error messages.
+    path: Path of the file, for error messages.
 
   Raises:
-    UserError: If one is missing, or they differ in shape.
+    UserError: If a projection is missing, or their shapes differ.
   """
   found = [arrays.get(first.replace(f"/{parts[0]}/", f"/{part}/")) for part in parts]
   there = [tensor for tensor in found if tensor is not None]

@@ -11,9 +11,11 @@ from collections.abc import Iterable, Mapping
 from vitcomp_jax.weights import augreg
 from vitcomp_jax.weights.tensors import Tensor
 
-# Where the image tower is: beside a text tower, or alone; with the parts of training or without.
+# Possible prefixes of the image tower: with or without a text tower, and with or without the other
+# parts of a training checkpoint.
 _TOWERS = ("params/img/", "img/", "params/", "")
-# Names in a block that differ from AugReg's: Flax counts per class here, and over all there.
+# Names in a block that differ from AugReg's: here Flax numbers the modules of each class
+# separately, there it numbers all modules in sequence.
 _INSIDE = {
   "MultiHeadDotProductAttention_0/": "MultiHeadDotProductAttention_1/",
   "LayerNorm_1/": "LayerNorm_2/",
@@ -40,7 +42,7 @@ _POOL = {
 
 
 def is_big_vision(names: Iterable[str]) -> bool:
-  """Returns whether names are big_vision's rather than AugReg's: positions lie outside blocks."""
+  """Returns whether names are big_vision's, not AugReg's: positions are outside the transformer."""
   return any(re.fullmatch("(params/)?(img/)?pos_embedding", name) for name in names)
 
 
@@ -49,9 +51,9 @@ def to_timm(arrays: Mapping[str, Tensor], path: str) -> dict[str, Tensor]:
 
   Args:
     arrays: Tensors by big_vision's names, such as `params/img/Transformer/encoderblock_0/…`, or
-      `params/img/Transformer/encoderblock/…` with all blocks in one tensor. What belongs to no
-      image tower is left out; the log states it.
-    path: The file's path, for error messages.
+      `params/img/Transformer/encoderblock/…` with all blocks in one tensor. Tensors outside the
+      image tower are left out, and logged.
+    path: Path of the file, for error messages.
 
   Returns:
     Tensors by timm's names, with query, key and value fused.
@@ -80,12 +82,12 @@ def to_timm(arrays: Mapping[str, Tensor], path: str) -> dict[str, Tensor]:
 
 
 def _part(name: str) -> str:
-  """Returns the start of a name that says which part of a model it belongs to."""
+  """Returns the beginning of a name, which tells what part of a model it belongs to."""
   return "/".join(name.split("/")[:2])
 
 
 def _augreg_name(name: str) -> str:
-  """Returns AugReg's name of a tensor outside the pooling head."""
+  """Returns AugReg's name for a tensor outside the pooling head."""
   if name == "pos_embedding":
     return augreg.POSITIONS
   match = re.fullmatch(r"(Transformer/encoderblock_\d+/)(\w+/)(.*)", name)
@@ -93,7 +95,7 @@ def _augreg_name(name: str) -> str:
 
 
 def _pool_to_timm(pool: Mapping[str, Tensor], path: str) -> dict[str, Tensor]:
-  """Converts the head that pools by attention, whose key and value are fused."""
+  """Converts the attention pooling head; its key and value are fused."""
   state = {}
   for name, tensor in pool.items():
     if name.startswith(f"{_ATTENTION}/value/"):

@@ -1,4 +1,4 @@
-"""Describes checkpoints of any library: their model, class names, preprocessing and tensors."""
+"""Describes checkpoints from any library: their model, class names, preprocessing and tensors."""
 
 import dataclasses
 import json
@@ -25,7 +25,7 @@ from vitcomp_jax.weights.dialects.described import Configs, Described, described
 from vitcomp_jax.weights.dialects.shapes import fields_from_shapes, square_grid
 from vitcomp_jax.weights.tensors import State
 
-# Fields that every model has and no default suits.
+# Fields that every model needs and that have no suitable default.
 _NEEDED = (
   "patch_size",
   "width",
@@ -37,21 +37,21 @@ _NEEDED = (
   "pool",
   "image_size",
 )
-_LISTED = 4  # variants named in an error
+_LISTED = 4  # number of variants to list in an error
 
 Fields = Mapping[str, object]
 
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-  """Weights that are opened, under timm's names; no tensor is read yet.
+  """Opened weights, under timm's names; no tensor is read yet.
 
   Attributes:
-    name: The file, folder or hub id, as the user named it.
+    name: The file, folder or hub id, as the user gave it.
     tensors: Tensors by timm's names, in PyTorch's layout.
-    about: What this library's metadata say of the weights.
+    about: Description of the weights in this library's metadata.
     configs: JSON files beside the weights, by name.
-    described: What another library's names and configuration say of the model.
+    described: Description of the model by another library's names and configuration.
   """
 
   name: str
@@ -62,7 +62,7 @@ class Checkpoint:
 
   @property
   def architecture(self) -> str | None:
-    """Returns timm's name of the model; None if no metadata, configuration or hub id tells it."""
+    """Returns timm's name of the model; None if no metadata, configuration or hub id has it."""
     known = self.about.variant or timm_config.architecture(self.configs)
     said = self.described.fields.get("name")
     return known or (str(said) if said else tags.architecture(self.name))
@@ -81,15 +81,16 @@ class Checkpoint:
 
 
 def open_checkpoint(weights: str, cache_dir: str | None = None, widen: bool = True) -> Checkpoint:
-  """Opens weights, and renames their tensors to timm's names.
+  """Opens weights and renames their tensors to timm's names.
 
   Args:
     weights: File, folder or hub id, as for `files.open_source`.
-    cache_dir: The hub's cache; None for the default.
+    cache_dir: Cache folder of the hub; None for the default.
     widen: Whether half precision is converted to float32.
 
   Raises:
-    UserError: As `files.open_source`, and if a configuration beside the weights is not understood.
+    UserError: As for `files.open_source`, and if a configuration beside the weights is not
+      understood.
   """
   source = files.open_source(weights, cache_dir, widen)
   tensors, described = dialects.translate(source.tensors, source.configs)
@@ -103,18 +104,18 @@ def describe(
 ) -> tuple[ViTSpec, dict[str, str]]:
   """Returns the spec of a checkpoint's model, and where each field comes from.
 
-  The first of these sources that knows a field counts: arguments; this library's metadata; the
-  configuration of transformers, timm or OpenCLIP; the tensors' grid; the pre-training tag; the
-  variant, if the user names one; the tensors; timm's table of the architecture that the weights
-  name.
+  Each field is taken from the first of these sources that has it: arguments; this library's
+  metadata; the configuration of transformers, timm or OpenCLIP; the tensors' grid; the pre-training
+  tag; the variant, if the user names one; the tensors; timm's table for the architecture that the
+  weights name.
 
   Args:
     checkpoint: The weights.
-    variant: A variant's name; whether its shapes are the tensors' is checked when they are read.
+    variant: A variant's name; its shapes are compared with the tensors' when these are read.
     given: Fields of `ViTSpec` that the user gives.
 
   Raises:
-    UserError: If a field stays open that tensors do not tell, or the weights say that they are of
+    UserError: If all sources lack a required field, or the weights are described as those of
       another variant.
   """
   shapes = fields_from_shapes(checkpoint.tensors)
@@ -134,7 +135,7 @@ def describe(
     asked = FREE_FIELDS | (given or {}).keys()
     free = {name: value for name, value in said.fields.items() if name in asked}
     return dataclasses.replace(base, **values_of(free)), dict(said.origins)
-  # Rows of positions may be those of the prefix or of a grid that is no square.
+  # Extra rows of positions may belong to the prefix, or to a grid that is not square.
   if base is not None:
     shapes.pop("pos_on_prefix", None)
   else:
@@ -151,10 +152,10 @@ def describe(
 
 
 def named_spec(name: str) -> ViTSpec:
-  """Returns the spec of an architecture by timm's name, with or without a tag, or by OpenCLIP's.
+  """Returns the spec of an architecture by its name in timm, with or without a tag, or OpenCLIP.
 
   Raises:
-    UserError: If there is no such name.
+    UserError: If the name is unknown.
   """
   fields = open_clip.names().get(name)
   return get_spec(name) if fields is None else spec_of({"name": name, **fields})
@@ -168,12 +169,12 @@ def _base(checkpoint: Checkpoint, variant: str | None) -> ViTSpec | None:
   if name is None:
     return None
   if name not in VARIANTS and not checkpoint.about.fields:
-    get_spec(name)  # raises, and says why timm's model of that name is not supported
+    get_spec(name)  # raises an error that says why timm's model of that name is not supported
   return VARIANTS.get(name)
 
 
 def _statements(checkpoint: Checkpoint) -> dict[str, Fields]:
-  """Returns what metadata and configurations say of these weights, by source."""
+  """Returns the fields that metadata and configurations state for these weights, by source."""
   about, configs, said = checkpoint.about, checkpoint.configs, checkpoint.described
   statements: dict[str, Fields] = {}
   if about.variant is not None:
@@ -190,35 +191,35 @@ def _statements(checkpoint: Checkpoint) -> dict[str, Fields]:
       usual = {} if rotary is None else dataclasses.asdict(rotary)
       fields["rotary"] = {**usual, **fields["rotary"]}
     if "dist_token" in checkpoint.tensors:
-      fields.pop("pool", None)  # timm says `token` of CLS and distillation token too
+      fields.pop("pool", None)  # timm writes `token` for CLS with a distillation token too
     statements[timm_config.CONFIG] = fields
   return statements
 
 
 def _table_of(name: str | None) -> dict[str, object]:
-  """Returns all fields of a variant; none if there is no such plain variant."""
+  """Returns all fields of a variant; empty if there is no variant of that name."""
   spec = VARIANTS.get(name or "")
   return fields_of(spec, with_defaults=True) if spec is not None else {}
 
 
 def _of_architecture(checkpoint: Checkpoint) -> dict[str, object]:
-  """Returns the fields of the architecture that the weights name, by timm's config or hub id."""
+  """Returns the fields of the architecture that timm's config or the hub id names."""
   fields = _table_of(checkpoint.architecture)
   return fields | timm_config.model_fields(checkpoint.configs, checkpoint.name) if fields else {}
 
 
 def _square_images(checkpoint: Checkpoint, known: Fields) -> dict[str, object]:
-  """Returns the size of images whose patches fill the square that the tensors have positions for.
+  """Returns the size of images whose patches fill the grid that the tensors have positions for.
 
   Args:
     checkpoint: The weights.
-    known: Fields of the spec as far as they are known; the patch size is the tensors'.
+    known: The fields of the spec known so far; the patch size is that of the tensors.
   """
   grid = checkpoint.about.grid or square_grid(checkpoint.tensors, bool(known.get("pos_on_prefix")))
   patch = known.get("patch_size")
   if grid is None or not isinstance(patch, int):
     return {}
-  # The sides of the model's own images may be no multiples of its patches'.
+  # The sides of the model's own images may not be multiples of its patch size.
   size = known.get("image_size")
   if isinstance(size, tuple | list) and (size[0] // patch, size[1] // patch) == grid:
     return {"image_size": tuple(size)}
@@ -226,11 +227,11 @@ def _square_images(checkpoint: Checkpoint, known: Fields) -> dict[str, object]:
 
 
 def _prefix_positions(checkpoint: Checkpoint, known: Fields) -> dict[str, object]:
-  """Returns whether the prefix has positions, where images of the known size have as many patches.
+  """Returns whether the prefix has positions, if the known image size explains their number.
 
   Args:
     checkpoint: The weights.
-    known: Fields of the spec as far as they are known; the patch size is the tensors'.
+    known: The fields of the spec known so far; the patch size is that of the tensors.
   """
   size, patch = known.get("image_size"), known.get("patch_size")
   if "pos_embed" not in checkpoint.tensors or not isinstance(size, tuple | list):
@@ -244,7 +245,7 @@ def _prefix_positions(checkpoint: Checkpoint, known: Fields) -> dict[str, object
 
 
 def _tagged(checkpoint: Checkpoint) -> dict[str, object]:
-  """Returns preprocessing and image size by timm's config or tag."""
+  """Returns the preprocessing and image size from timm's config or the tag."""
   fields = timm_config.image_fields(checkpoint.configs)
   name = timm_config.tag(checkpoint.configs) or checkpoint.name
   if tag := tags.tag_of(name):
@@ -254,7 +255,7 @@ def _tagged(checkpoint: Checkpoint) -> dict[str, object]:
 
 
 def _defaults(checkpoint: Checkpoint, base: ViTSpec, shapes: Fields) -> dict[str, object]:
-  """Returns the architecture's fields, without what a change of its width leaves open."""
+  """Returns the architecture's fields, without those that a change of its width leaves unknown."""
   fields = fields_of(base, with_defaults=True)
   is_changed = shapes.get("width", base.width) != base.width
   if is_changed and not timm_config.has_arguments(checkpoint.configs):
@@ -263,15 +264,15 @@ def _defaults(checkpoint: Checkpoint, base: ViTSpec, shapes: Fields) -> dict[str
 
 
 def _check_agrees(checkpoint: Checkpoint, spec: ViTSpec, statement: Fields) -> None:
-  """Refuses weights that say they are of another architecture than the variant's.
+  """Rejects weights that are described as those of another architecture than the variant's.
 
   Args:
     checkpoint: The weights.
     spec: The variant.
-    statement: What the weights say, but for what their shapes tell as well.
+    statement: Fields that the weights state, except those that their shapes determine.
   """
   theirs = checkpoint.architecture or checkpoint.described.fields.get("name", "another model")
-  # A variant with a dot uses the same tensors differently, such as MAE's mean of patches.
+  # A variant with a dot in its name uses the same tensors differently, such as MAE's mean pooling.
   if theirs == spec.name.split(".")[0]:
     return
   for name, value in values_of(statement).items():
@@ -284,7 +285,7 @@ def _check_agrees(checkpoint: Checkpoint, spec: ViTSpec, statement: Fields) -> N
 
 
 def _check_complete(checkpoint: Checkpoint, fields: Fields, shapes: Fields) -> None:
-  """Refuses fields that stay open, and names the variants that the tensors would fit."""
+  """Raises an error if fields are missing, which names the variants that the tensors would fit."""
   missing = [name for name in _NEEDED if name not in fields]
   by_attention = {"rotary", "relative_bias"} & fields.keys()
   if fields.get("positions") == "none" and not by_attention:
@@ -301,7 +302,7 @@ def _check_complete(checkpoint: Checkpoint, fields: Fields, shapes: Fields) -> N
 
 
 def _fitting(shapes: Fields) -> Sequence[str]:
-  """Returns names of variants whose tensors have these shapes."""
+  """Returns the names of variants whose tensors have these shapes."""
   free = {"image_size", "num_classes"}
   found = []
   for name, spec in VARIANTS.items():

@@ -9,9 +9,9 @@ from vitcomp_jax.errors import UserError
 
 # The metadata key under which this library describes the weights that it writes.
 KEY = "vitcomp_jax"
-# The weight of a classifier's last layer: timm's names, and CAFormer's authors'.
+# Names of the weight of a classifier's last layer: timm's, and those of CAFormer's authors.
 _CLASSIFIERS = ("head.weight", "head.fc.fc2.weight", "head.fc2.weight")
-# The values of `data.Preprocess` that belong to weights, and their types.
+# The fields of `data.Preprocess` that are stored with weights, and their types.
 _COLOURS, _NUMBER = (list, tuple), (int, float)
 PREPROCESS: dict[str, Any] = {
   "mean": _COLOURS,
@@ -26,12 +26,12 @@ PREPROCESS: dict[str, Any] = {
 
 @dataclasses.dataclass(frozen=True)
 class Description:
-  """Describes weights, without building a model.
+  """A description of weights that needs no model.
 
   Attributes:
-    source: The file or hub id, as the user named it.
+    source: The file or hub id, as the user gave it.
     shapes: Shapes of the tensors by name.
-    variant: The variant that they were written for; None if unknown.
+    variant: The variant that the weights were written for; None if unknown.
     class_names: Names of the classifier's outputs, in order; empty if unknown.
     image_size: Height and width of the input images, in pixels; None if unknown.
     grid: Rows and columns of the position embeddings; None if unknown.
@@ -52,7 +52,7 @@ class Description:
 
   @property
   def num_classes(self) -> int:
-    """Returns the number of the classifier's outputs; 0 without a classifier."""
+    """Returns the number of classifier outputs; 0 without a classifier."""
     return next((self.shapes[name][0] for name in _CLASSIFIERS if name in self.shapes), 0)
 
 
@@ -62,16 +62,16 @@ def describe(
   """Reads the description of weights from their metadata.
 
   Args:
-    source: The file or hub id, as the user named it, for error messages.
+    source: The file or hub id, as the user gave it, for error messages.
     shapes: Shapes of the tensors by name.
     metadata: Text stored with the tensors, by key.
 
   Returns:
-    The description; without this library's key, the shapes alone.
+    The description; only the shapes if the metadata lacks this library's key.
 
   Raises:
-    UserError: If this library's part of the metadata is damaged, or has another number of class
-      names than the classifier has outputs.
+    UserError: If this library's part of the metadata is damaged, or its number of class names
+      differs from the number of classifier outputs.
   """
   if KEY not in metadata:
     return Description(source, shapes)
@@ -117,8 +117,8 @@ def metadata(
     class_names: Names of the classifier's outputs; empty if unknown.
     image_size: Height and width of the input images, in pixels.
     grid: Rows and columns of the position embeddings.
-    preprocess: Values of `data.Preprocess` by name; others are ignored.
-    fields: Fields of the model's spec; None for a variant's.
+    preprocess: Values of `data.Preprocess` by name; other values are ignored.
+    fields: Fields of the model's spec; None for those of the variant.
     huggingface: The config.json of transformers that the weights came with, as text; or empty.
   """
   values: dict[str, Any] = {
@@ -132,7 +132,7 @@ def metadata(
     values["fields"] = dict(fields)
   if huggingface:
     values["huggingface"] = huggingface
-  # One key, because safetensors writes several in an arbitrary order: equal runs' files differed.
+  # A single key, because safetensors writes keys in arbitrary order: files of equal runs differed.
   return {KEY: json.dumps(values, allow_nan=False)}
 
 
@@ -144,7 +144,7 @@ def _pair(values: Sequence[int]) -> tuple[int, int]:
 
 
 def _preprocess(values: Mapping[str, Any]) -> dict[str, Any]:
-  """Checks values of `data.Preprocess`, and makes tuples of lists."""
+  """Checks values of `data.Preprocess`, and converts lists to tuples."""
   found = {}
   for name, kind in PREPROCESS.items():
     value = values[name]

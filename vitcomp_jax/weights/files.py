@@ -23,16 +23,16 @@ from vitcomp_jax.weights.unreadable import line
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-  """Weights that are opened: headers are read, tensors are not.
+  """Opened weights: the headers are read, but not the tensors.
 
   Attributes:
-    name: The weights as the user named them, for messages.
+    name: The weights as the user gave them, for messages.
     path: The file that was found.
-    tensors: Tensors in PyTorch's layout, by the names in the file without the prefixes that
-      wrappers put before all of them; of an `.npz` file of Google's, by timm's names.
-    metadata: Text that the file stores with its tensors, by key: a safetensors file's metadata, or
-      what a training script wrote, such as timm's `arch`.
-    configs: What the JSON files beside the weights say, by the files' names.
+    tensors: Tensors in PyTorch's layout, by their names in the file without any prefixes that
+      wrappers added to all of them; for a Google `.npz` file, by timm's names.
+    metadata: Text that the file stores with its tensors, by key: the metadata of a safetensors
+      file, or what a training script wrote, such as timm's `arch`.
+    configs: Contents of the JSON files beside the weights, by file name.
   """
 
   name: str
@@ -45,21 +45,21 @@ class Source:
 def open_source(weights: str, cache_dir: str | None = None, widen: bool = True) -> Source:
   """Opens weights of any kind.
 
-  The kind of a file is detected from its content. From a training checkpoint the averaged weights
-  are taken if it has them. Prefixes that wrappers added to the names are removed. The log states
-  what is read and what is not.
+  The kind of a file is detected from its content. If a training checkpoint has averaged weights,
+  those are read. Prefixes that wrappers added to the names are removed. The log states what is read
+  and what is not.
 
   Args:
     weights: A safetensors file, a PyTorch file such as `.pth`, `.pt`, `.bin`, `.ckpt` or `.pth.tar`
-      (requires PyTorch), an `.npz` file of Google's, the index of a sharded file, or a folder with
-      one of these. Or a Hugging Face id such as `timm/deit_small_patch16_224.fb_in1k`, with or
-      without the prefix `hf-hub:` and a revision `@main`; repositories in the local cache are read
-      without network.
-    cache_dir: The hub's cache; None for the default.
+      (requires PyTorch), a Google `.npz` file, the index of a sharded file, or a folder with one of
+      these. Or a Hugging Face id such as `timm/deit_small_patch16_224.fb_in1k`, with or without the
+      prefix `hf-hub:` and a revision `@main`; repositories in the local cache are read without
+      network access.
+    cache_dir: Cache folder of the hub; None for the default.
     widen: Whether half precision is converted to float32.
 
   Raises:
-    UserError: If the weights do not exist, are damaged, or are of an unknown kind.
+    UserError: If the weights do not exist, are damaged, or have an unknown format.
   """
   path = _locate(weights, cache_dir)
   found, metadata = folders.open_file(path)
@@ -72,7 +72,7 @@ def open_source(weights: str, cache_dir: str | None = None, widen: bool = True) 
 
 
 def read(weights: str, cache_dir: str | None = None, widen: bool = True) -> dict[str, np.ndarray]:
-  """Reads weights of any kind, with timm's (or their authors') names and PyTorch's layout.
+  """Reads weights of any kind, under timm's (or their authors') names and in PyTorch's layout.
 
   Args:
     weights: As for `open_source`.
@@ -83,21 +83,21 @@ def read(weights: str, cache_dir: str | None = None, widen: bool = True) -> dict
     Arrays by name.
 
   Raises:
-    UserError: As `open_source`.
+    UserError: As for `open_source`.
   """
   source = open_source(weights, cache_dir, widen)
   return {name: np.asarray(tensor) for name, tensor in source.tensors.items()}
 
 
 def describe(weights: str, cache_dir: str | None = None) -> Description:
-  """Reads the shapes and metadata of weights; only headers are read.
+  """Reads the shapes and metadata of weights, which needs only the headers.
 
   Args:
     weights: As for `open_source`.
     cache_dir: As for `open_source`.
 
   Raises:
-    UserError: As `open_source`, and if the metadata is damaged.
+    UserError: As for `open_source`, and if the metadata is damaged.
   """
   source = open_source(weights, cache_dir)
   shapes = {name: tensor.shape for name, tensor in source.tensors.items()}
@@ -115,7 +115,7 @@ def read_metadata(weights: str, cache_dir: str | None = None) -> dict[str, str]:
     Text by key; empty for files without metadata.
 
   Raises:
-    UserError: As `open_source`.
+    UserError: As for `open_source`.
   """
   return dict(open_source(weights, cache_dir).metadata)
 
@@ -126,13 +126,13 @@ def write(
   metadata: Mapping[str, str] | None = None,
   naming: str = "vit",
 ) -> None:
-  """Writes parameters as a safetensors file with timm's names, atomically.
+  """Writes parameters atomically as a safetensors file with timm's names.
 
   Args:
     params: Flax parameter tree.
     path: The file to write; missing directories are created.
     metadata: Text to store with the parameters, by key.
-    naming: Class of timm that names the parameters, see `models.spec.ViTSpec`.
+    naming: timm class whose parameter names are used, see `models.spec.ViTSpec`.
 
   Raises:
     UserError: If the file cannot be written.
@@ -142,7 +142,7 @@ def write(
     target.parent.mkdir(parents=True, exist_ok=True)
     with replacing(target) as unfinished:
       unfinished.touch()
-      mode = unfinished.stat().st_mode  # safetensors writes files that only their owner can read
+      mode = unfinished.stat().st_mode  # safetensors writes files that only the owner can read
       state = timm_eva.in_class(to_timm(params), naming)
       safetensors.numpy.save_file(
         {name: np.asarray(tensor, order="C") for name, tensor in state.items()},

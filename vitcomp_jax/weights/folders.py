@@ -1,4 +1,4 @@
-"""Finds weights in folders, with all their shards and the JSON files beside them."""
+"""Finds weights in folders, along with all their shards and the JSON files beside them."""
 
 import logging
 import re
@@ -20,20 +20,20 @@ WEIGHTS = (
   "open_clip_model.safetensors",
   "open_clip_pytorch_model.bin",
 )
-# What they write about the model, beside its weights.
+# The files in which they describe the model, beside its weights.
 CONFIGS = (
   "config.json",
   "preprocessor_config.json",
   "processor_config.json",
   "open_clip_config.json",
 )
-# What training leaves beside the weights: not the model.
+# Files that training leaves beside the weights, which are not the model.
 _TRAINING = re.compile(r"(optimizer|scheduler|scaler|rng_state|random_states|training_args).*")
 _SHARD = re.compile(r".+-\d+-of-(?!0*1\.)\d+\.\w+")
 
 
 def choose(names: Collection[str], folder: str) -> str | None:
-  """Chooses the file of weights in a folder: one of `WEIGHTS`, or the only one.
+  """Chooses the file of weights in a folder: one of `WEIGHTS`, or else the only candidate.
 
   Args:
     names: Names of the files in the folder.
@@ -43,7 +43,7 @@ def choose(names: Collection[str], folder: str) -> str | None:
     The name of the file, or of the index of its shards; None if no file could hold weights.
 
   Raises:
-    UserError: If several could be meant.
+    UserError: If several files are possible.
   """
   known = [name for name in WEIGHTS if name in names]
   if known:
@@ -64,7 +64,7 @@ def find(folder: Path) -> Path:
   """Returns the file of weights in a folder, or the index of its shards.
 
   Raises:
-    UserError: If there is none, or several could be meant.
+    UserError: If there is no such file, or several are possible.
   """
   name = choose([path.name for path in folder.iterdir() if path.is_file()], str(folder))
   if name is None:
@@ -76,16 +76,16 @@ def find(folder: Path) -> Path:
 
 
 def open_file(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-  """Opens a file of weights, or all shards that an index names.
+  """Opens a file of weights, or all shards listed in an index.
 
   Args:
     path: The file.
 
   Returns:
-    Tensors by name, and the text that is stored with them, by key.
+    Tensors by name, and the text stored with them, by key.
 
   Raises:
-    UserError: If the file, or a shard, is missing or damaged, or is a shard itself.
+    UserError: If the file or a shard is missing or damaged, or the file is itself a shard.
   """
   if _SHARD.fullmatch(path.name):
     raise UserError(f"weights {path} are one of several shards; give the folder that has them all.")
@@ -110,7 +110,7 @@ def open_file(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def shards(index: Path) -> dict[str, str]:
-  """Returns the name of the shard that holds a tensor, by the tensor's name.
+  """Returns the name of the shard that holds each tensor, by tensor name.
 
   Raises:
     UserError: If the index is damaged.
@@ -125,7 +125,7 @@ def shards(index: Path) -> dict[str, str]:
 
 
 def configs(folder: Path) -> dict[str, Mapping[str, object]]:
-  """Reads the JSON files that say what the weights beside them are.
+  """Reads the JSON files that describe the weights beside them.
 
   Returns:
     Their contents by name; empty if there are none.

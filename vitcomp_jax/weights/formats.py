@@ -1,4 +1,4 @@
-"""Opens one file of weights, of any kind: safetensors, NumPy's `.npz`, and PyTorch's."""
+"""Opens a single file of weights of any kind: safetensors, NumPy's `.npz`, or PyTorch's."""
 
 import json
 import zipfile
@@ -36,23 +36,23 @@ _DTYPES = {
 
 
 def open_file(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-  """Opens a file of weights, whose kind its content tells; reads no tensor.
+  """Opens a file of weights and detects its kind from the content; no tensor is read.
 
   Args:
     path: The file.
 
   Returns:
-    Tensors by name, and the text that is stored with them, by key.
+    Tensors by name, and the text stored with them, by key.
 
   Raises:
-    UserError: If it is empty, damaged, of no known kind, or holds a program.
+    UserError: If the file is empty, damaged, of an unknown kind, or holds a program.
   """
   match _kind(path):
     case "safetensors":
       return _open_safetensors(path)
     case "npz":
       arrays = _open_npz(path)
-      if "patch_embed.proj.weight" in arrays:  # timm's names, as in any other file
+      if "patch_embed.proj.weight" in arrays:  # the file uses timm's names, as others do
         return arrays, {}
       authors = big_vision if big_vision.is_big_vision(arrays) else augreg
       return authors.to_timm(arrays, str(path)), {}
@@ -61,10 +61,10 @@ def open_file(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def _kind(path: Path) -> str:
-  """Detects the kind of a file from its content, or from its suffix if the content is unknown.
+  """Detects the kind of a file from its content, or from its suffix if the content is unclear.
 
   Raises:
-    UserError: If it is empty, or of no known kind.
+    UserError: If the file is empty or of an unknown kind.
   """
   with path.open("rb") as file:
     head = file.read(9)
@@ -76,7 +76,7 @@ def _kind(path: Path) -> str:
     except zipfile.BadZipFile as error:
       raise damaged(path, error) from error
     return "npz" if any(name.endswith(".npy") for name in names) else "torch"
-  if head[:2] == b"\x80\x02":  # a pickle of protocol 2, PyTorch's format before zip
+  if head[:2] == b"\x80\x02":  # a protocol 2 pickle, PyTorch's format before zip
     return "torch"
   if head[8:] == b"{" or path.suffix == ".safetensors":
     return "safetensors"
@@ -89,7 +89,7 @@ def _kind(path: Path) -> str:
 
 
 def _open_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-  """Reads the header: its length, JSON of that length, then the tensors' bytes."""
+  """Reads the header: its length, then JSON of that length; the tensors' bytes follow it."""
   try:
     with safetensors.safe_open(path, framework="np"):  # checks the whole header
       pass
@@ -116,7 +116,7 @@ def _open_npz(path: Path) -> dict[str, Tensor]:
     with path.open("rb") as file, zipfile.ZipFile(file) as archive:
       for member in archive.infolist():
         tensors[member.filename.removesuffix(".npy")] = _member(path, file, archive, member)
-  # Errors depend on where the damage is; some of NumPy's advise loading pickles, which is unsafe.
+  # Errors depend on where the damage is; some of NumPy's suggest loading pickles, which is unsafe.
   except Exception as error:
     raise damaged(path, ValueError("not an archive of plain arrays")) from error
   return tensors
@@ -125,7 +125,7 @@ def _open_npz(path: Path) -> dict[str, Tensor]:
 def _member(
   path: Path, file: BinaryIO, archive: zipfile.ZipFile, member: zipfile.ZipInfo
 ) -> Tensor:
-  """Returns an array of an archive; one that is not compressed can be read from the file itself."""
+  """Returns an array in an archive; an uncompressed one can be read directly from the file."""
   with archive.open(member) as stream:
     version = np.lib.format.read_magic(stream)
     read_header = {
@@ -136,7 +136,7 @@ def _member(
     header = stream.tell()
   if dtype.hasobject:
     raise ValueError(f"{member.filename} holds Python objects")
-  # NumPy stores bfloat16 as two bytes without a meaning.
+  # NumPy stores bfloat16 as two untyped bytes.
   meaning = np.dtype(ml_dtypes.bfloat16) if dtype == np.dtype("V2") else dtype
   if is_fortran or member.compress_type != zipfile.ZIP_STORED:
     return Computed(shape, meaning, lambda: _read_member(path, member.filename).view(meaning))
@@ -150,7 +150,7 @@ def _read_member(path: Path, name: str) -> np.ndarray:
   try:
     with np.load(path, allow_pickle=False) as arrays:
       array: np.ndarray = arrays[name]
-  # As above.
+  # Errors of any type, as in `_open_npz`.
   except Exception as error:
     raise damaged(path, ValueError(f"{name} is damaged")) from error
   return array

@@ -1,4 +1,4 @@
-"""Finds weights of the Hugging Face hub: in its local cache, or over the network."""
+"""Finds weights on the Hugging Face hub: in the local cache, or over the network."""
 
 import re
 from pathlib import Path
@@ -11,7 +11,7 @@ PREFIX = "hf-hub:"
 
 
 def is_id(weights: str) -> bool:
-  """Returns whether `weights` is a Hugging Face id; a file or folder of that name goes first."""
+  """Returns whether `weights` is a Hugging Face id; an existing file or folder takes precedence."""
   if weights.startswith(PREFIX):
     return True
   looks_alike = re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", weights)
@@ -22,18 +22,19 @@ def is_id(weights: str) -> bool:
 def find(weights: str, cache_dir: str | None = None) -> Path:
   """Returns the local file of a repository's weights, after downloading it if necessary.
 
-  What is in the cache is used without asking the network. Otherwise the weights are downloaded,
-  with all their shards and what the repository says about them.
+  Cached weights are used without network access. Otherwise the weights are downloaded, with all
+  their shards and the repository's configs.
 
   Args:
     weights: `OWNER/NAME` or `hf-hub:OWNER/NAME`, either with or without `@REVISION`.
-    cache_dir: The hub's cache; None for the default.
+    cache_dir: Cache folder of the hub; None for the default.
 
   Returns:
-    The file, or the index of its shards, in a folder that holds its configs too.
+    The file, or the index of its shards, in a folder that also holds its configs.
 
   Raises:
-    UserError: If it is neither in the cache nor can be downloaded, or several files could be meant.
+    UserError: If the file is not in the cache and cannot be downloaded, or several files are
+      possible.
   """
   import huggingface_hub.constants  # slow to import, and rarely needed
 
@@ -44,7 +45,7 @@ def find(weights: str, cache_dir: str | None = None) -> Path:
     return path or _downloaded(hub_id, revision or None, cache_dir)
   except UserError:
     raise
-  # The hub's client and the HTTP client below it raise many unrelated types.
+  # The hub client and the HTTP client below it raise errors of many unrelated types.
   except Exception as error:
     raise UserError(
       f"weights {hub_id}: none of {', '.join(folders.WEIGHTS)} is in the local hub cache {cache}, "
@@ -54,12 +55,12 @@ def find(weights: str, cache_dir: str | None = None) -> Path:
 
 
 def _cached(cache: Path, hub_id: str, revision: str) -> Path | None:
-  """Returns the weights in the cache; None if they are not there, or not all of their shards."""
+  """Returns the weights in the cache; None if they, or some of their shards, are missing."""
   repository = cache / f"models--{hub_id.replace('/', '--')}"
   reference = repository / "refs" / revision
   commit = reference.read_text().strip() if reference.is_file() else revision
   snapshot = repository / "snapshots" / commit
-  # Links in a snapshot are broken where an interrupted download left no file.
+  # An interrupted download leaves broken links in a snapshot.
   names = [path.name for path in snapshot.glob("*") if path.is_file()]
   name = folders.choose(names, hub_id)
   if name is None or not set(_shards(snapshot / name)) <= set(names):
@@ -68,14 +69,14 @@ def _cached(cache: Path, hub_id: str, revision: str) -> Path | None:
 
 
 def _downloaded(hub_id: str, revision: str | None, cache_dir: str | None) -> Path:
-  """Downloads weights, all their shards, and the configs beside them."""
+  """Downloads weights, all their shards and the configs beside them."""
   import huggingface_hub
 
   def fetch(name: str) -> Path:
     path = huggingface_hub.hf_hub_download(hub_id, name, revision=revision, cache_dir=cache_dir)
     return Path(path)
 
-  # Unlike `list_repo_files` it fails at once where there is no network.
+  # Unlike `list_repo_files`, this fails at once if there is no network.
   about = huggingface_hub.HfApi().model_info(hub_id, revision=revision)
   names = [file.rfilename for file in about.siblings or []]
   name = folders.choose([name for name in names if "/" not in name], hub_id)
@@ -88,5 +89,5 @@ def _downloaded(hub_id: str, revision: str | None, cache_dir: str | None) -> Pat
 
 
 def _shards(path: Path) -> list[str]:
-  """Returns the shards of an index; none for other files."""
+  """Returns the shards listed in an index; empty for other files."""
   return sorted(set(folders.shards(path).values())) if path.name.endswith(folders.INDEX) else []

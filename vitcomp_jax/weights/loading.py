@@ -44,19 +44,19 @@ def spec_for(
   dtype: str | None = None,
   given: Mapping[str, object] | None = None,
 ) -> ViTSpec:
-  """Returns the spec of weights, or of a variant; reads no tensors.
+  """Returns the spec of weights or of a variant; no tensor is read.
 
   Args:
-    variant: A variant's name; None: what the weights say.
+    variant: A variant's name; None: the one that the weights describe.
     weights: File, folder, hub id, or `bundled`, as in `load`; None: random weights of a variant.
     num_classes: Outputs of the classifier, as in `load`.
     image_size: Image size in pixels, as in `load`.
     dtype: Dtype of the computation; None: that of inputs and weights.
-    given: Other fields of the spec, where the weights do not tell.
+    given: Other fields of the spec, which take precedence over what the weights specify.
 
   Raises:
-    UserError: For an unknown variant, or weights that are missing, of another variant, or of a
-      model that they do not describe.
+    UserError: If the variant is unknown, or the weights are missing, of another variant, or do not
+      describe their model.
   """
   if num_classes is not None and (type(num_classes) is not int or num_classes < 0):
     raise UserError(f"num_classes: expected a whole number, 0 or more, got {num_classes!r}.")
@@ -75,12 +75,12 @@ def spec_for(
       )
     spec = get_spec(variant, num_classes, image_size, dtype)
     return dataclasses.replace(spec, **values_of(given or {}))
-  # It raises for an unknown name, before any file is looked for.
+  # This raises an error for an unknown name, before any file is looked for.
   usual = None if variant is None else named_spec(variant).image_size
   checkpoint = open_checkpoint(_located(variant, weights))
   asked = dict(given or {}) | ({} if image_size is None else {"image_size": tuple(sides)})
   if image_size is not None and variant is not None and variant not in open_clip.names():
-    get_spec(variant, image_size=image_size)  # raises for a size that the patch does not divide
+    get_spec(variant, image_size=image_size)  # rejects a size that the patch size does not divide
   spec, origins = describe(checkpoint, variant, asked)
   log_origins(checkpoint, origins)
   _check_grid(spec, checkpoint)
@@ -101,7 +101,7 @@ def spec_for(
 
 
 def _check_grid(spec: ViTSpec, checkpoint: Checkpoint) -> None:
-  """Refuses another grid for weights with biases by relative position, which are not resampled."""
+  """Rejects another grid for weights with relative position biases, which are not resampled."""
   if spec.relative_bias is None:
     return
   rows, columns = spec.grid
@@ -115,12 +115,12 @@ def _check_grid(spec: ViTSpec, checkpoint: Checkpoint) -> None:
 
 
 def save_params(spec: ViTSpec, params: Params, path: str | os.PathLike[str]) -> None:
-  """Writes weights as safetensors with timm's names and metadata.
+  """Writes weights as safetensors, with timm's names and metadata.
 
   Args:
-    spec: The model, whose name, class names, image size and preprocessing are the metadata.
+    spec: The model, whose name, class names, image size and preprocessing become the metadata.
     params: Parameters of the model.
-    path: Path of the file; folders are made.
+    path: Path of the file; missing folders are created.
 
   Raises:
     UserError: If the file cannot be written.
@@ -143,7 +143,7 @@ def load_params(
   fresh_predictors: bool = False,
   widen: bool = True,
 ) -> Params:
-  """Returns a model's parameters: weights fitted to it, or random ones.
+  """Returns a model's parameters: weights fitted to the model, or random parameters.
 
   Args:
     spec: The model.
@@ -153,10 +153,10 @@ def load_params(
     fresh_head: Whether to accept weights for another number of classes or other class names, with a
       random head and a warning.
     indices: Units that slimmed layers keep; weights of the dense network are sliced, those of the
-      slimmed one are not.
-    fresh_predictors: Whether to accept weights without DynamicViT's prediction modules, with random
-      ones.
-    widen: Whether weights of half precision become float32.
+      slimmed network are not.
+    fresh_predictors: Whether to accept weights without DynamicViT's prediction modules, and make
+      random ones.
+    widen: Whether half precision is converted to float32.
   """
   if weights is None:
     model, images = build(spec, layers), jnp.zeros((1, *spec.image_shape))
@@ -188,8 +188,8 @@ def load_params(
 
 
 def _put_on_device(weights: str, array: np.ndarray, name: str) -> jax.Array:
-  """Returns an array of the device; refuses what is not finite."""
-  with np.errstate(over="ignore"):  # float64 may exceed float32's range
+  """Copies an array to the device; rejects values that are not finite floats."""
+  with np.errstate(over="ignore"):  # float64 may exceed the range of float32
     array = np.asarray(array, jax.dtypes.canonicalize_dtype(array.dtype))
   if not (jnp.issubdtype(array.dtype, jnp.floating) and np.isfinite(array).all()):
     raise UserError(f"weights {weights}: expected finite floats, got others in {name}.")
@@ -202,7 +202,7 @@ def _split_predictors(
   """Returns layers without DynamicViT's prediction modules, and random modules by block name.
 
   Raises:
-    UserError: If there are prediction modules, and they may not be random.
+    UserError: If the layers have prediction modules, and random ones are not allowed.
   """
   places = [i for i, layer in enumerate(layers) if isinstance(layer.select, nn.Module)]
   if not places:
@@ -221,7 +221,7 @@ def _split_predictors(
 
 
 def _has_widths(state: State, layers: tuple[LayerSpec, ...]) -> bool:
-  """Returns whether weights with timm's names are those of slimmed layers."""
+  """Returns whether weights with timm's names have the widths of the given layers."""
   expected = {}
   for i, layer in enumerate(layers):
     expected[f"blocks.{i}.attn.qkv.weight"] = 2 * layer.widths.qk + layer.widths.value
@@ -231,7 +231,7 @@ def _has_widths(state: State, layers: tuple[LayerSpec, ...]) -> bool:
 
 def abstract_params(model: Backbone) -> Params:
   """Returns the shapes of a model's parameters."""
-  return jax.tree.map(lambda shape: shape, _traced_params(model))  # a copy, theirs to change
+  return jax.tree.map(lambda shape: shape, _traced_params(model))  # a copy that callers may change
 
 
 @functools.lru_cache(maxsize=32)
@@ -241,16 +241,17 @@ def _traced_params(model: Backbone) -> Params:
 
 
 def check_params(model: Backbone, params: Params) -> None:
-  """Refuses parameters that are not a model's.
+  """Rejects parameters that do not fit a model.
 
   Raises:
-    UserError: If parameters are missing, unexpected or misshapen; lists them by timm's names.
+    UserError: If parameters are missing, unexpected or misshapen; the message lists them by timm's
+      names.
   """
   check(params, abstract_params(model))
 
 
 def _located(variant: str | None, weights: str) -> str:
-  """Returns weights as given, with `bundled` replaced by the path of the packaged file."""
+  """Returns the weights as given, but the path of the packaged file for `bundled`."""
   return bundled_weights(variant) if weights == "bundled" else weights
 
 
@@ -258,7 +259,7 @@ def bundled_weights(variant: str | None) -> str:
   """Returns the path of the weights that ship with the package.
 
   Raises:
-    UserError: If there are none for this variant.
+    UserError: If there are no such weights for this variant.
   """
   folder = importlib.resources.files("vitcomp_jax") / "bundled"
   path = folder / f"{variant}.safetensors"

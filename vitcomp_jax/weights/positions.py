@@ -11,10 +11,10 @@ def resample_positions(
   new_grid: tuple[int, int],
   antialias: bool,
 ) -> Float[np.ndarray, "1 m d"]:
-  """Resizes position embeddings bicubically, rows and columns separately.
+  """Resizes position embeddings bicubically, along rows and columns separately.
 
   Both rules agree with PyTorch's bicubic `interpolate` with `align_corners=False`. They differ even
-  for a growing grid, in the kernel's parameter and at the borders.
+  when the grid grows: in the kernel's parameter and at the borders.
 
   Args:
     positions: Embeddings of the prefix tokens, then of the patches in row-major order.
@@ -24,7 +24,8 @@ def resample_positions(
     antialias: True for timm's rule, False for the rule of DINOv2's authors.
 
   Returns:
-    Embeddings with m = `prefix + new_grid[0] * new_grid[1]`; float64 for float64, else float32.
+    Embeddings with m = `prefix + new_grid[0] * new_grid[1]`; float64 if the input is, or else
+    float32.
 
   Raises:
     ValueError: If the number of embeddings does not match the prefix and the old grid.
@@ -53,7 +54,7 @@ def antialiased_weights(old: int, new: int) -> Float[np.ndarray, "new old"]:
     new: Number of output samples.
 
   Returns:
-    A row of weights for each output sample, of sum 1.
+    A row of weights for each output sample, with sum 1.
   """
   scale = old / new
   stretch = max(scale, 1.0)
@@ -76,13 +77,13 @@ def plain_weights(old: int, new: int) -> Float[np.ndarray, "new old"]:
     new: Number of output samples.
 
   Returns:
-    A row of weights for each output sample, of sum 1.
+    A row of weights for each output sample, with sum 1.
   """
   weights = np.zeros((new, old))
   centre = (np.arange(new) + 0.5) * (old / new) - 0.5
   for offset in range(-1, 3):
     tap = np.floor(centre).astype(int) + offset
-    # Taps past the border share one sample, so they have to add up.
+    # Taps beyond the border share one sample, so their weights must add up.
     np.add.at(
       weights,
       (np.arange(new), np.clip(tap, 0, old - 1)),

@@ -1,4 +1,4 @@
-"""Tensors of files that are read only when they are needed, one at a time."""
+"""Tensors in files that are read only when needed, one at a time."""
 
 import abc
 import dataclasses
@@ -14,9 +14,9 @@ from vitcomp_jax.weights.unreadable import damaged
 
 @dataclasses.dataclass(frozen=True)
 class Tensor(abc.ABC):
-  """A tensor of a file, which NumPy takes for an array: `np.asarray(tensor)` reads it.
+  """A tensor in a file that NumPy accepts as an array: `np.asarray(tensor)` reads it.
 
-  It holds no open file and keeps nothing in memory, so that reading twice reads the file twice.
+  It holds no open file and keeps nothing in memory, so reading it twice reads the file twice.
 
   Attributes:
     shape: Lengths of the axes.
@@ -41,7 +41,7 @@ class Tensor(abc.ABC):
     return math.prod(self.shape)
 
   def __array__(self, dtype: np.dtype | None = None, copy: bool | None = None) -> np.ndarray:
-    """Reads the values, as NumPy asks for them."""
+    """Reads the values, when NumPy asks for them."""
     if copy is False:
       raise ValueError("a tensor of a file cannot be had without a copy")
     array = self.read()
@@ -63,17 +63,17 @@ class Tensor(abc.ABC):
     return Computed(self.shape, np.dtype(dtype), lambda: self.read().astype(dtype, copy=False))
 
   def row(self, index: int) -> "Tensor":
-    """Returns what is at `index` of the first axis."""
+    """Returns the part at `index` of the first axis."""
     return self.map(lambda array: array[index], self.shape[1:])
 
 
 @dataclasses.dataclass(frozen=True)
 class Stored(Tensor):
-  """A tensor whose bytes lie in a file one after another.
+  """A tensor whose bytes are contiguous in a file.
 
   Attributes:
     path: The file.
-    offset: Where the tensor starts, in bytes.
+    offset: Offset of the tensor in the file, in bytes.
   """
 
   path: Path
@@ -81,22 +81,22 @@ class Stored(Tensor):
 
   def read(self) -> np.ndarray:
     try:
-      # A mapped file would count as resident memory beside the array.
+      # A memory-mapped file would count as resident memory in addition to the array.
       array = np.fromfile(self.path, self.dtype, self.size, offset=self.offset)
       return array.reshape(self.shape)
-    # It was there, and long enough, when it was opened.
+    # The file existed, and was long enough, when it was opened.
     except (OSError, ValueError) as error:
       raise damaged(self.path, error) from error
 
   def row(self, index: int) -> Tensor:
-    """Returns what is at `index` of the first axis; only that is read."""
+    """Returns the part at `index` of the first axis; only that part is read."""
     size = self.dtype.itemsize * math.prod(self.shape[1:])
     return Stored(self.shape[1:], self.dtype, self.path, self.offset + index * size)
 
 
 @dataclasses.dataclass(frozen=True)
 class Computed(Tensor):
-  """A tensor that a function returns, which reads it.
+  """A tensor that a function reads and returns.
 
   Attributes:
     load: Returns an array of the tensor's shape and dtype.
@@ -108,17 +108,17 @@ class Computed(Tensor):
     return self.load()
 
 
-# Tensors of a model by name. Arrays are as good as tensors of files: use `shape`, `ndim`, `dtype`,
-# `astype` and `np.asarray`.
+# Tensors of a model by name. They may be arrays or tensors in files, so use only `shape`, `ndim`,
+# `dtype`, `astype` and `np.asarray`.
 State = Mapping[str, Tensor | np.ndarray]
 
 
 def concatenate(parts: Sequence[Tensor | np.ndarray], axis: int = 0) -> Tensor:
-  """Returns a tensor of several that are read and joined when it is read.
+  """Joins tensors into one, whose parts are read when it is read.
 
   Args:
-    parts: Tensors of equal shapes but for `axis`.
-    axis: The axis along which they are joined, counted from the first or, if negative, the last.
+    parts: Tensors whose shapes are equal except along `axis`.
+    axis: The axis along which to join them, counted from the first or, if negative, the last.
 
   Raises:
     ValueError: If their shapes do not fit.
@@ -135,6 +135,6 @@ def concatenate(parts: Sequence[Tensor | np.ndarray], axis: int = 0) -> Tensor:
 
 
 def widened(tensor: Tensor) -> Tensor:
-  """Returns half precision as float32, and other types unchanged."""
+  """Converts half precision to float32, and leaves other types unchanged."""
   half = tensor.dtype in (np.float16, ml_dtypes.bfloat16)
   return tensor.astype(np.float32) if half else tensor

@@ -26,13 +26,13 @@ from vitcomp_jax.weights.timm_names import (
 
 Fresh = Callable[[], State] | None  # makes initial parameters under timm's names
 
-# Parameters that no classifier uses; nothing else is dropped unasked.
+# Parameters that no classifier uses; no others are dropped without being asked for.
 IGNORED = (
   "mask_token",  # stands for masked patches during pre-training only
-  "pre_logits.*",  # ImageNet-21k: a layer that timm dropped; the heads behind it are all zero
+  "pre_logits.*",  # ImageNet-21k: a layer that timm dropped; the heads after it are all zero
 )
 HEADS = ("head", "head_dist", "head.fc.fc2")  # the last layers of classifiers
-MAX_LISTED = 10  # names per kind in an error
+MAX_LISTED = 10  # number of names per kind to list in an error
 
 
 def check(params: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
@@ -43,7 +43,8 @@ def check(params: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
     expected: Flax tree of shapes (anything with a `shape`).
 
   Raises:
-    UserError: If parameters are missing, unexpected or misshapen; lists them by timm's names.
+    UserError: If parameters are missing, unexpected or misshapen; the message lists them by timm's
+      names.
   """
   _check_shapes(timm_shapes(params), timm_shapes(expected))
 
@@ -62,10 +63,10 @@ def port(
   """Fits weights under timm's names to a model.
 
   - Position embeddings of another grid are resampled. If the weights have as many patches as the
-    model, their grid is taken to be the model's, unless `old_grid` differs.
-  - A classifier is dropped if the model has none. If the model's has another number of classes, or
-    the weights have none, it comes from `initial`.
-  - MAE's pre-training weights lack `fc_norm`, which comes from `initial` too.
+    model, their grid is assumed to be the model's, unless `old_grid` differs.
+  - The classifier is dropped if the model has none. If the model has another number of classes, or
+    the weights have no classifier, it comes from `initial`.
+  - MAE's pre-training weights lack `fc_norm`, which also comes from `initial`.
 
   Dropped, initialised and resampled parameters are logged.
 
@@ -73,13 +74,13 @@ def port(
     state: Arrays by name, in PyTorch's layout, as `files.read` returns them.
     expected: The model's Flax tree of shapes.
     grid: The model's patches per column and per row (height, width).
-    prefix_positions: Leading rows of the model's `pos_embed` that belong to no patch.
+    prefix_positions: Number of leading rows of the model's `pos_embed` that belong to no patch.
     antialias: Rule for resampling positions, see `resample_positions`.
-    old_grid: The grid of the weights; None for the model's grid if that has as many patches, a
-      square otherwise.
-    initial: Makes initial parameters, at least of `head`, `head_dist` and `fc_norm` if the model
-      has them; called only if needed. None requires all parameters from the weights.
-    put: What to do with each array, see `to_flax`.
+    old_grid: The grid of the weights; None: the model's grid if it has as many patches, or else a
+      square.
+    initial: Makes initial parameters, at least those of `head`, `head_dist` and `fc_norm` if the
+      model has them; called only if needed. None: all parameters must come from the weights.
+    put: Function to apply to each array, see `to_flax`.
 
   Returns:
     The Flax parameter tree, in the weights' precision.
@@ -111,7 +112,7 @@ def _is_ignored(name: str) -> bool:
 
 
 def _from_dynamicvit(state: State, shapes: Mapping[str, Shape]) -> dict[str, Array]:
-  """Renames DynamicViT's predictors, which its authors number, after the layers they precede."""
+  """Renames DynamicViT's predictors, which its authors number, by the layers that they precede."""
   layers = sorted({int(name.split(".")[1]) for name in shapes if ".select." in name})
   renamed = {}
   for name, array in state.items():
@@ -132,7 +133,7 @@ def without_head(state: State) -> dict[str, Array]:
 
 
 def _fit_heads(state: State, shapes: Mapping[str, Shape], fresh: Fresh) -> dict[str, Array]:
-  """Drops the classifier or takes a fresh one if the model needs it."""
+  """Drops the classifier, or takes a fresh one, if the model requires it."""
   wanted = [head for head in HEADS if f"{head}.weight" in shapes]
   if not wanted:
     left = without_head(state)
@@ -143,7 +144,7 @@ def _fit_heads(state: State, shapes: Mapping[str, Shape], fresh: Fresh) -> dict[
     return dict(state)
 
   def fits(head: str) -> bool:
-    # An incomplete classifier is a damaged file, which the check at the end reports.
+    # An incomplete classifier means a damaged file, which the final check reports.
     parts = [array for name, array in state.items() if owner(name) == head]
     return bool(parts) and all(a.shape[:1] == shapes[f"{head}.weight"][:1] for a in parts)
 
@@ -159,7 +160,7 @@ def _fit_heads(state: State, shapes: Mapping[str, Shape], fresh: Fresh) -> dict[
 
 
 def _fit_pretraining(state: State, shapes: Mapping[str, Shape], fresh: Fresh) -> dict[str, Array]:
-  """Replaces the norm of MAE's pre-training by a fresh norm of pooled features.
+  """Replaces the norm from MAE's pre-training with a fresh norm for pooled features.
 
   Raises:
     UserError: If there are no initial parameters.
@@ -184,7 +185,7 @@ def _fit_positions(
   grid: tuple[int, int],
   antialias: bool,
 ) -> np.ndarray:
-  """Resamples positions of another grid; leaves those that fit no grid to the final check."""
+  """Resamples positions of another grid; positions that fit no grid are left to the final check."""
   if positions.ndim != 3 or positions.shape[::2] != shape[::2]:
     return positions
   patches = positions.shape[1] - prefix
@@ -199,7 +200,7 @@ def _fit_positions(
 
 
 def _check_shapes(found: Mapping[str, Shape], expected: Mapping[str, Shape]) -> None:
-  """Raises a UserError of one line that lists every difference."""
+  """Raises a one-line UserError that lists every difference."""
   missing = [f"{name} {shape}" for name, shape in expected.items() if name not in found]
   extra = [f"{name} {shape}" for name, shape in found.items() if name not in expected]
   differing = [name for name in expected if name in found and found[name] != expected[name]]
@@ -224,7 +225,7 @@ def _check_shapes(found: Mapping[str, Shape], expected: Mapping[str, Shape]) -> 
 
 
 def _prefix_hint(found: Iterable[str], expected: Container[str]) -> str:
-  """Returns a hint if names would fit without a common prefix, else nothing."""
+  """Returns a hint if names would fit without a common prefix, or else an empty string."""
   extra = [name for name in found if name not in expected]
   for prefix in {name.partition(".")[0] + "." for name in extra}:
     count = sum(name.startswith(prefix) and name.removeprefix(prefix) in expected for name in extra)

@@ -1,4 +1,4 @@
-"""Reads the config.json that timm writes beside weights, as on its hub."""
+"""Reads the config.json that timm writes beside weights, as on the hub."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -19,7 +19,7 @@ _ACTIVATIONS = {
 }
 _NORMS = {"layernorm": "layer", "rmsnorm": "rms"}
 _ROTARY = {"cat": "index", "dinov3": "centred", "mixed": "mixed"}
-# Arguments of timm's classes that are fields under another name.
+# Arguments of timm's classes, and the fields that correspond to them.
 _RENAMED = {
   "embed_dim": "width",
   "depth": "depth",
@@ -34,7 +34,7 @@ _RENAMED = {
   "use_post_norm": "norm_after",
   "attn_pool_num_heads": "pool_heads",
 }
-# Arguments that the tensors tell as well, or that matter in training only.
+# Arguments that can also be read from the tensors, or that matter only in training.
 _IGNORED = frozenset(
   """attn_drop_rate attn_pool_mlp_ratio dynamic_img_pad dynamic_img_size drop_path_rate drop_rate
   fc_norm final_norm fix_init head_init_scale init_values mlp_ratio num_classes patch_drop_rate
@@ -46,25 +46,25 @@ _IGNORED = frozenset(
 
 
 def architecture(configs: Configs) -> str | None:
-  """Returns the name of timm's model; None if there is no config of timm's."""
+  """Returns the name of timm's model; None without a timm config."""
   name = configs.get(CONFIG, {}).get("architecture")
   return name if isinstance(name, str) else None
 
 
 def tag(configs: Configs) -> str | None:
-  """Returns `NAME.TAG` of the weights; None if the config names no tag."""
+  """Returns `NAME.TAG` of the weights; None if the config has no tag."""
   name, pretrained = architecture(configs), _mapping(configs.get(CONFIG, {}), "pretrained_cfg")
   found = pretrained.get("tag")
   return f"{name}.{found}" if name and isinstance(found, str) and found else None
 
 
 def has_arguments(configs: Configs) -> bool:
-  """Returns whether the config lists the arguments in which the model differs from its name's."""
+  """Returns whether the config lists arguments that differ from those of timm's named model."""
   return "model_args" in configs.get(CONFIG, {})
 
 
 def class_names(configs: Configs) -> tuple[str, ...]:
-  """Returns the names of the classifier's outputs; empty if the config has none for each."""
+  """Returns the names of the classifier's outputs; empty unless the config has a name for each."""
   config = configs.get(CONFIG, {})
   names = config.get("label_names")
   if isinstance(names, Mapping):
@@ -74,14 +74,14 @@ def class_names(configs: Configs) -> tuple[str, ...]:
 
 
 def model_fields(configs: Configs, source: str) -> dict[str, Any]:
-  """Returns the fields in which the model differs from that of timm's name.
+  """Returns the fields in which the model differs from timm's model of that name.
 
   Args:
     configs: JSON files beside the weights, by name.
     source: The weights, for messages.
 
   Raises:
-    UserError: If an argument of the model is none that this library knows.
+    UserError: If this library does not know an argument of the model.
   """
   config = configs.get(CONFIG, {})
   arguments = dict(_mapping(config, "model_args"))
@@ -96,7 +96,7 @@ def model_fields(configs: Configs, source: str) -> dict[str, Any]:
 
 
 def image_fields(configs: Configs) -> dict[str, object]:
-  """Returns preprocessing and image size of timm's `pretrained_cfg`."""
+  """Returns the preprocessing and image size in timm's `pretrained_cfg`."""
   pretrained = _mapping(configs.get(CONFIG, {}), "pretrained_cfg")
   fields: dict[str, object] = {}
   for name in ("mean", "std", "crop_pct", "crop_mode", "interpolation"):
@@ -115,7 +115,7 @@ def _mapping(values: Mapping[str, object], key: str) -> Mapping[str, object]:
 
 
 def _field(name: str, value: object, source: str) -> dict[str, object]:
-  """Returns the field that an argument of timm's class sets, if any."""
+  """Returns the field, if any, that an argument of a timm class sets."""
   if name in _RENAMED:
     return {_RENAMED[name]: value}
   if name in _IGNORED or name.startswith(("rope_", "use_rot_pos_emb", "ref_feat_shape")):
@@ -140,7 +140,7 @@ def _field(name: str, value: object, source: str) -> dict[str, object]:
 
 
 def _rotary(arguments: Mapping[str, object]) -> dict[str, object]:
-  """Returns the fields of a rotary embedding that arguments of timm's `Eva` set."""
+  """Returns the fields of the rotary embedding that arguments of timm's `Eva` set."""
   fields: dict[str, object] = {}
   for name, field in (
     ("rope_temperature", "temperature"),

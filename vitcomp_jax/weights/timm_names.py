@@ -8,8 +8,8 @@
 | LayerNorm `weight [d]`                     | `scale [d]`                             |
 | `bias`, `gamma`, tokens, positions         | the same                                |
 
-The rank distinguishes linear layers, convolutions and norms. Query, key and value stay one fused
-kernel in timm's order of rows (q, k, v; each head by head).
+The rank distinguishes linear layers, convolutions and norms. Query, key and value remain one fused
+kernel with timm's order of rows (q, k, v; each head by head).
 """
 
 import re
@@ -25,17 +25,17 @@ Shape = tuple[int, ...]
 
 _TO_FLAX = {2: (1, 0), 4: (2, 3, 1, 0)}
 _TO_TIMM = {2: (1, 0), 4: (3, 2, 0, 1)}
-# Modules of timm whose parameter is called `scale`, not `weight`.
+# timm modules whose parameter is called `scale`, not `weight`.
 _SCALES = ("res_scale", "layer_scale", "act")
 
 
 def to_flax(state: State, put: Callable[[np.ndarray, str], Any] | None = None) -> Params:
-  """Converts timm's tensors to the Flax parameter tree by renaming and transposing alone.
+  """Converts timm's tensors to the Flax parameter tree, only by renaming and transposing.
 
   Args:
     state: Arrays by timm's names, in PyTorch's layout.
-    put: Function of each array and its name that returns what the tree is to hold, such as an array
-      on a device, so that no two copies of all are in memory; None: the array.
+    put: Function of each array and its name that returns the leaf of the tree, such as an array on
+      a device, which avoids two copies of all arrays in memory; None: the array.
 
   Returns:
     Nested dicts of the same arrays in Flax's layout. `to_timm` is the exact inverse.
@@ -56,7 +56,7 @@ def to_flax(state: State, put: Callable[[np.ndarray, str], Any] | None = None) -
 
 
 def to_timm(params: Mapping[str, Any]) -> dict[str, np.ndarray]:
-  """Converts a Flax parameter tree to timm's tensors by renaming and transposing alone.
+  """Converts a Flax parameter tree to timm's tensors, only by renaming and transposing.
 
   Args:
     params: Nested dicts of arrays.

@@ -1,4 +1,4 @@
-"""Exports slimmed networks to timm's `VisionTransformer`, which has one width for all layers."""
+"""Exports slimmed networks to timm's `VisionTransformer`, whose layers all have the same width."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -21,7 +21,7 @@ def for_timm(spec: ViTSpec, layers: Sequence[LayerSpec], params: Params) -> tupl
     params: Parameters of the network.
 
   Returns:
-    The parameters, and a description of timm's model that they are for.
+    The parameters, and a description of the timm model that they are for.
 
   Raises:
     UserError: If timm's model cannot represent the network.
@@ -56,8 +56,8 @@ def arguments(layers: Sequence[LayerSpec], width: int) -> dict[str, Any] | None:
     width: Channels of a token.
 
   Returns:
-    `num_heads`, `mlp_ratio` and `attn_head_dim` (of timm 1.0.31's `Attention`); None if the layers
-    differ in width, or values from queries and keys, which timm cannot represent.
+    `num_heads`, `mlp_ratio` and `attn_head_dim` (of timm 1.0.31's `Attention`); None if widths
+    differ between layers, or between values and queries or keys, which timm cannot represent.
   """
   (heads, head_dim, value_dim, mlp_dim), *others = set(_sizes(layers))
   if others or value_dim is not None:
@@ -73,7 +73,7 @@ def _sizes(layers: Sequence[LayerSpec]) -> list[tuple[int, int, int | None, int]
 
 
 def rescale(params: Mapping[str, Any], head_dim: int, slimmed_head_dim: int) -> Params:
-  """Rescales queries for timm, which scales attention by the slimmed head's size, not the dense's.
+  """Rescales queries for timm, which scales attention by the slimmed, not the dense, head size.
 
   Args:
     params: Parameters of the slimmed network.
@@ -81,7 +81,7 @@ def rescale(params: Mapping[str, Any], head_dim: int, slimmed_head_dim: int) -> 
     slimmed_head_dim: Dimensions of a slimmed head.
 
   Returns:
-    The parameters, with the ratio of both scales in the queries.
+    The parameters, with the ratio of the two scales folded into the queries.
   """
   factor = math.sqrt(slimmed_head_dim / head_dim)
 

@@ -1,4 +1,4 @@
-"""Opens PyTorch's files, of which only plain tensors are read and never a pickle's code."""
+"""Opens PyTorch's files; reads only plain tensors, and never runs the code of a pickle."""
 
 import argparse
 import functools
@@ -22,8 +22,8 @@ from vitcomp_jax.weights.tensors import Computed, Stored, Tensor
 from vitcomp_jax.weights.unreadable import damaged, line
 
 SUFFIXES = (".pth", ".pt", ".bin", ".ckpt", ".tar")
-# What training scripts often store beside the weights, such as their arguments and the best
-# accuracy so far: to make such an object of a pickle runs no code of the pickle's.
+# Types that training scripts often store beside the weights, such as their arguments and the best
+# accuracy so far. Unpickling such an object runs no code from the pickle.
 _HARMLESS: list[object] = [
   argparse.Namespace,
   pathlib.PosixPath,
@@ -31,7 +31,8 @@ _HARMLESS: list[object] = [
   np.dtype,
   *(type(np.dtype(kind)) for kind in ("?", "i4", "i8", "f4", "f8")),
 ]
-# The functions that NumPy's pickles call for a scalar and an array, by NumPy 1's names and 2's.
+# The functions that NumPy's pickles call for a scalar and an array, under the names that NumPy 1
+# and NumPy 2 give them.
 _NUMPY = [
   (np.float64().__reduce__()[0], "scalar"),
   (np.zeros(0).__reduce__()[0], "_reconstruct"),
@@ -47,7 +48,7 @@ def open_file(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
   """Opens the tensors of a PyTorch checkpoint, which only PyTorch can read safely.
 
   Args:
-    path: The file. Files older than PyTorch's zip format are read at once.
+    path: The file. Files that predate PyTorch's zip format are read immediately.
 
   Returns:
     Tensors by name, and the text that a training script stored beside them, such as timm's `arch`.
@@ -80,12 +81,12 @@ def open_file(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def _load(torch: Any, path: Path) -> tuple[object, list[Any]]:
-  """Returns what a file holds, and all its storages: the memory of its tensors.
+  """Returns the content of a file, and its storages, which are the memory of its tensors.
 
-  A file in the zip format is mapped, and no storage is read.
+  A file in the zip format is memory-mapped, and no storage is read.
 
   Raises:
-    UserError: If it is damaged, or a program or an object whose code would have to be run.
+    UserError: If the file is damaged, or holds a program or an object whose code would have to run.
   """
   is_zip = zipfile.is_zipfile(path)
   if is_zip and _is_program(path):
@@ -97,7 +98,7 @@ def _load(torch: Any, path: Path) -> tuple[object, list[Any]]:
 
   def stay(storage: Any, location: str) -> Any:
     storages.append(storage)
-    return storage  # wherever it was, it is on the CPU now
+    return storage  # on the CPU, wherever it was saved from
 
   try:
     with torch.serialization.safe_globals(_HARMLESS):
@@ -110,23 +111,23 @@ def _load(torch: Any, path: Path) -> tuple[object, list[Any]]:
       "run code: save the model's state_dict() alone with torch.save, or convert it to "
       ".safetensors."
     ) from error
-  # PyTorch's other errors depend on where the damage is.
+  # The types of PyTorch's other errors depend on where the damage is.
   except Exception as error:
     raise damaged(path, error) from error
 
 
 def _is_program(path: Path) -> bool:
-  """Returns whether an archive is one that `torch.jit.save` wrote."""
+  """Returns whether an archive was written by `torch.jit.save`."""
   with zipfile.ZipFile(path) as archive:
     return any(name.endswith("/constants.pkl") for name in archive.namelist())
 
 
 def _mapped_at(path: Path, storages: list[Any]) -> int | None:
-  """Returns the address at which a file is mapped; None if it is not, or that cannot be told.
+  """Returns the address at which a file is mapped; None if it is not mapped, or this is unknown.
 
-  With it tensors are read from the file itself: mapped memory would stay resident beside the
-  arrays. The mapped storages are all that the archive holds, so that they can only lie as they do
-  in the archive if the address is right.
+  The address allows tensors to be read from the file itself, because mapped memory would stay
+  resident in addition to the arrays. The address is verified: all storages in the archive are
+  mapped, and their layout in memory must equal that in the archive.
   """
   if not zipfile.is_zipfile(path):
     return None
@@ -145,7 +146,7 @@ def _lazy(torch: Any, name: str, tensor: Any, path: Path, start: int | None) -> 
   """Returns a tensor that becomes an array when it is read.
 
   Raises:
-    UserError: If NumPy has no such type: quantized, sparse and other tensors.
+    UserError: If NumPy lacks its type, as for quantized, sparse and other tensors.
   """
   kind = str(tensor.dtype).removeprefix("torch.")
   try:
@@ -164,8 +165,8 @@ def _lazy(torch: Any, name: str, tensor: Any, path: Path, start: int | None) -> 
 
 
 def _to_array(torch: Any, tensor: Any) -> np.ndarray:
-  """Returns a copy, so that what is made of it does not change the tensor."""
-  if tensor.dtype == torch.bfloat16:  # which PyTorch cannot give to NumPy
+  """Returns a copy, so that changes to the array do not change the tensor."""
+  if tensor.dtype == torch.bfloat16:  # PyTorch cannot convert it to NumPy
     return _to_array(torch, tensor.view(torch.int16)).view(ml_dtypes.bfloat16)
   array: np.ndarray = tensor.detach().numpy()
   return array.copy()

@@ -1,4 +1,4 @@
-"""Finds the weights of a model among what training scripts and wrappers store."""
+"""Finds the weights of a model in the checkpoints that training scripts and wrappers store."""
 
 import logging
 import re
@@ -6,8 +6,8 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from vitcomp_jax.weights import dialects
 
-# Keys that hold the weights of training checkpoints; averaged weights first, as in timm. Those of
-# DINO's teacher and I-JEPA's target are averages too, which their authors evaluate.
+# Keys that hold the weights in training checkpoints; averaged weights come first, as in timm. The
+# weights of DINO's teacher and I-JEPA's target are also averages, and their authors evaluate them.
 NESTED = (
   "state_dict_ema",
   "model_ema",
@@ -24,9 +24,9 @@ NESTED = (
   "student",
   "encoder",
 )
-# What stands before the names of averaged weights where those of training are beside them.
+# Prefixes of averaged weights that are stored beside the trained weights.
 AVERAGED = ("teacher.", "model_ema.", "ema_model.", "averaged_model.", "ema.")
-# What wrappers put before every name: DistributedDataParallel, torch.compile,
+# Prefixes that wrappers add to every name: DistributedDataParallel, torch.compile,
 # FullyShardedDataParallel, Lightning's modules, and MoCo, whose authors evaluate `base_encoder`.
 WRAPPERS = (
   "module.",
@@ -43,7 +43,7 @@ WRAPPERS = (
 )
 PREFIXES = (*AVERAGED, *WRAPPERS)
 # Names that no Vision Transformer has: losses, metrics, counters, queues, and the projections that
-# self-supervised training throws away (of DINO, DINOv2, MoCo v3).
+# are discarded after self-supervised training (DINO, DINOv2, MoCo v3).
 _ASIDE = re.compile(
   r"\w*(loss|criterion|metric|accuracy|auroc)\w*(\.|$)|(train|val|valid|test)_\w+\."
   r"|n_averaged$|queue(_ptr)?$|(predictor|projector|dino_head|ibot_head)\."
@@ -52,10 +52,10 @@ _ASIDE = re.compile(
 
 
 def in_effect(checkpoint: object, source: str) -> Mapping[object, object]:
-  """Returns the state dict of a training checkpoint, averaged if it has one; empty without one.
+  """Returns the state dict of a training checkpoint, averaged if possible; empty if it has none.
 
   Args:
-    checkpoint: What a file holds.
+    checkpoint: Content of a file.
     source: The file, for the log, which says what is read.
   """
   state = checkpoint if isinstance(checkpoint, Mapping) else {}
@@ -64,7 +64,7 @@ def in_effect(checkpoint: object, source: str) -> Mapping[object, object]:
     others = [str(other) for other in state if other != key]
     keys.append(f"{key}, not {', '.join(others)}" if others else key)
     state = state[key]
-    if key == "target_encoder" and "predictor" in others:  # I-JEPA, which nothing else tells
+    if key == "target_encoder" and "predictor" in others:  # I-JEPA, recognised only by this
       state = {f"{key}.{name}": tensor for name, tensor in state.items()}
   if keys:
     logging.info("weights %s: read what is under %s", source, "; there under ".join(keys))
@@ -72,19 +72,20 @@ def in_effect(checkpoint: object, source: str) -> Mapping[object, object]:
 
 
 def _holds_tensors(value: object) -> bool:
-  """Returns whether there is a tensor in a tree of mappings."""
+  """Returns whether a tree of mappings contains a tensor."""
   if isinstance(value, Mapping):
     return any(_holds_tensors(part) for part in value.values())
   return hasattr(value, "shape")
 
 
 def model_names(names: Iterable[str], source: str) -> dict[str, str]:
-  """Finds a model's names below the prefixes that wrappers put before them.
+  """Finds a model's names without the prefixes that wrappers add to them.
 
-  A prefix is removed if all names share it, or if those without it plainly belong to no model:
-  losses and metrics, the projections of self-supervised training, or a twin of the model, such as
-  the one whose average is kept. What is left out is logged. Otherwise the names stay as they are,
-  and so do names that a library or a model's authors gave, who tell the model by them.
+  A prefix is removed if all names share it, or if the names without it clearly do not belong to the
+  model: losses and metrics, the projections of self-supervised training, or a twin of the model,
+  such as the trained weights beside their average. Names that are left out are logged. Otherwise
+  the names stay as they are, as do the names of a known library or of a model's authors, by which
+  the model is recognised.
 
   Args:
     names: Names of all tensors.
@@ -109,7 +110,7 @@ def _wrapper(names: Collection[str]) -> str | None:
 
 
 def _is_wrapper(prefix: str, names: Iterable[str]) -> bool:
-  """Returns whether a model's names start with `prefix`, and all others are no model's."""
+  """Returns whether a model's names start with `prefix`, and no other name belongs to the model."""
   inside = {_bare(name) for name in names if _is_inside(name, prefix)}
   twins = inside if prefix in (*AVERAGED, "base_encoder.") else set()
   outside = [name for name in names if not _is_inside(name, prefix)]

@@ -1,4 +1,4 @@
-"""Says in one line why a file of weights cannot be read."""
+"""Explains in one line why a file of weights cannot be read."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ from vitcomp_jax.errors import UserError
 
 
 def damaged(path: Path, error: Exception) -> UserError:
-  """Returns the error of a file that is damaged or not of the kind its name says."""
+  """Returns the error for a file that is damaged or not of the kind that its name suggests."""
   return UserError(
     f"weights {path} cannot be read ({line(error)}); the file is damaged or not of the kind "
     "its name says: fetch or write it again."

@@ -1,4 +1,4 @@
-"""Writes models as the libraries have them that their weights came from."""
+"""Writes models in the formats of the libraries that their weights came from."""
 
 import json
 import logging
@@ -37,7 +37,7 @@ def write(
     folder: Folder to write to.
 
   Returns:
-    Sentences that say what was written and how to load it, or why it was not.
+    Text that says what was written and how to load it, or why it was not written.
   """
   try:
     timm_params, how = timm_slimmed.for_timm(spec, layers, params)
@@ -66,7 +66,7 @@ def save_huggingface(
     folder: Folder to write, atomically.
 
   Raises:
-    UserError: If no class of transformers holds the model, with the reason.
+    UserError: If no class of transformers can represent the model; the message gives the reason.
   """
   if not spec.huggingface:
     raise UserError(
