@@ -1,4 +1,4 @@
-"""Names of other libraries and of models' authors, converted to timm's names."""
+"""Converts the tensor names of other libraries and of models' authors to timm's names."""
 
 import logging
 from collections.abc import Collection
@@ -8,24 +8,24 @@ from vitcomp_jax.weights.dialects.described import Configs, Described, described
 from vitcomp_jax.weights.dialects.renaming import as_head
 from vitcomp_jax.weights.tensors import State
 
-# The first that recognises a checkpoint's names reads it.
+# The first dialect that recognises a checkpoint's names reads it.
 DIALECTS = (huggingface, open_clip, authors, timm_eva)
 
 
 def recognises(names: Collection[str]) -> bool:
-  """Returns whether names of tensors are those of a library or of a model's authors."""
+  """Returns whether tensors have the names of a known library or of a model's authors."""
   return any(dialect.recognises(names) for dialect in DIALECTS)
 
 
 def translate(tensors: State, configs: Configs) -> tuple[State, Described]:
-  """Renames tensors to timm's names, and reads what their names and configurations say.
+  """Renames tensors to timm's names, and reads the model's description from names and configs.
 
   Args:
-    tensors: Tensors by the names of a file.
+    tensors: Tensors by their names in a file.
     configs: JSON files beside the weights, by name.
 
   Returns:
-    The tensors by timm's names, unknown ones as they are; and what is known of the model.
+    The tensors by timm's names, with unknown names unchanged; and what is known about the model.
   """
   for dialect in DIALECTS:
     if dialect.recognises(tensors.keys()):

@@ -1,7 +1,7 @@
-"""Files as the authors of models published them.
+"""Files in the form that the models' authors published.
 
-A family is recognised by names that only its authors' code gives. What that code fixes is known
-then: the number of heads of the authors' widths, norms' epsilon, activation and pooling.
+A family is recognised by names that only its authors' code uses. Everything that this code fixes is
+then known: the number of heads for the authors' widths, the norms' epsilon, activation and pooling.
 """
 
 from collections.abc import Collection
@@ -20,16 +20,16 @@ FAMILIES = (*meta.FAMILIES, PERCEPTION_ENCODER, EVA02, BEIT, PRETRAINING, CAFORM
 
 
 def recognises(names: Collection[str]) -> bool:
-  """Returns whether tensors have the names that authors of a known family gave them."""
+  """Returns whether tensors have the names that the authors of a known family use."""
   return _family(names) is not None
 
 
 def to_timm(tensors: State, configs: Configs | None = None) -> dict[str, Array]:
-  """Renames tensors to timm's names; drops those of pre-training only.
+  """Renames tensors to timm's names; drops those that only pre-training uses.
 
   Args:
     tensors: Tensors by the authors' names.
-    configs: JSON files beside the weights, by name; none are needed.
+    configs: JSON files beside the weights, by name; not used.
 
   Raises:
     UserError: If the model has a part that is not supported.
@@ -40,14 +40,14 @@ def to_timm(tensors: State, configs: Configs | None = None) -> dict[str, Array]:
 
 
 def describe(configs: Configs, tensors: State) -> Described | None:
-  """Reads what the names and shapes of tensors say.
+  """Describes a model by the names and shapes of its tensors.
 
   Args:
-    configs: JSON files beside the weights, by name; the authors have none.
+    configs: JSON files beside the weights, by name; not used, as the authors have none.
     tensors: Tensors by the authors' names.
 
   Returns:
-    The description; None if the names are others.
+    The description; None if the names are not those of a known family.
 
   Raises:
     UserError: If the model has a part that is not supported.

@@ -13,8 +13,8 @@ from vitcomp_jax.weights.dialects.open_clip import image_tower, tower_names
 from vitcomp_jax.weights.dialects.renaming import has
 from vitcomp_jax.weights.tensors import State
 
-# Parts of pre-training: what stands for masked patches, the prediction of visual words, and BEiT
-# v2's layers on top of the CLS token. Buffers follow from the size of images.
+# Parts used only in pre-training: the mask token, the prediction of visual words, and BEiT v2's
+# layers on top of the CLS token; and buffers, which the image size determines.
 _UNUSED = (
   r"mask_token",
   r"(lm_head|cls_pt_layers)\..*",
@@ -26,7 +26,7 @@ _PRETRAINING = ("mask_token", "lm_head.weight")
 
 
 def _pool(tensors: State) -> Fields:
-  """Returns the pooling: with `fc_norm` it is a mean, else that of CLS if there is a classifier."""
+  """Returns the pooling: the mean if there is `fc_norm`, or else CLS if there is a classifier."""
   if "fc_norm.weight" in tensors:
     return {"pool": "size_mean"}
   return {"pool": "cls"} if "head.weight" in tensors else {}
@@ -37,13 +37,13 @@ def _beit_fields(tensors: State, shapes: Mapping[str, object]) -> Fields:
 
 
 def _eva02_fields(tensors: State, shapes: Mapping[str, object]) -> Fields:
-  """Returns what EVA-02's code fixes; the table of rotations tells the size of a head."""
+  """Returns the fields that EVA-02's code fixes; the table of rotations gives the head size."""
   table = next(name for name in tensors if has([name], _TABLE))
   width = shapes.get("width")
   fields: Fields = {
     "norm_eps": 1e-6,
     "activation": "gelu" if shapes.get("mlp") == "mlp" else "silu",
-    # Positions are rescaled to the grid of 16 x 16 patches of pre-training.
+    # Positions are rescaled to the 16 x 16 grid of patches used in pre-training.
     "rotary": {"kind": "index", "reference": (16, 16)},
   }
   if isinstance(width, int):
@@ -52,7 +52,7 @@ def _eva02_fields(tensors: State, shapes: Mapping[str, object]) -> Fields:
 
 
 def _is_in_pretraining(names: Collection[str]) -> bool:
-  """Returns whether layers are EVA's or BEiT's, with parts of pre-training beside them."""
+  """Returns whether layers are EVA's or BEiT's and parts of pre-training are present."""
   return timm_eva.recognises(names) and not set(_PRETRAINING).isdisjoint(names)
 
 
@@ -86,7 +86,7 @@ BEIT = Family(
   finish=timm_eva.to_timm,
   fields=_beit_fields,
 )
-# Without a bias by relative position, names do not tell which of both it is.
+# Without a relative position bias, the names do not tell EVA and BEiT apart.
 PRETRAINING = Family(
   "EVA or BEiT in pre-training", _is_in_pretraining, dropped=_UNUSED, finish=timm_eva.to_timm
 )

@@ -1,4 +1,4 @@
-"""What configurations and tensors say about a model."""
+"""Descriptions of models, collected from configurations and tensors."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -9,11 +9,11 @@ Configs = Mapping[str, Mapping[str, object]]
 
 @dataclasses.dataclass(frozen=True)
 class Described:
-  """Describes a model as far as it is known.
+  """A possibly incomplete description of a model.
 
   Attributes:
-    fields: Fields of `models.spec.ViTSpec` by name, only those that are known; `rotary` is a dict
-      of the fields of `models.rotary.Rotary`.
+    fields: The known fields of `models.spec.ViTSpec`, by name; `rotary` is a dict of the fields of
+      `models.rotary.Rotary`.
     class_names: Names of the classifier's outputs, in order; empty if unknown.
     origins: Where each field comes from: the name of a file, `tensors`, or the authors' code.
   """
@@ -24,10 +24,10 @@ class Described:
 
 
 def described(*sources: tuple[str, Mapping[str, object]]) -> Described:
-  """Collects fields from several sources; of a field that several know, the first counts.
+  """Collects fields from several sources; earlier sources take precedence.
 
   Args:
-    *sources: Name of each source and the fields that it knows.
+    *sources: Name of each source, and the fields that it has.
   """
   fields: dict[str, object] = {}
   origins: dict[str, str] = {}

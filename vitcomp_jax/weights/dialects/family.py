@@ -1,4 +1,4 @@
-"""Models whose authors published files under names of their own."""
+"""Models whose authors published files with their own tensor names."""
 
 import dataclasses
 from collections.abc import Callable, Collection, Mapping
@@ -24,17 +24,17 @@ def _as_it_is(state: dict[str, Array]) -> dict[str, Array]:
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-  """Says how authors name tensors, and what their code fixes.
+  """Describes how authors name tensors, and what their code fixes.
 
   Attributes:
-    name: The family, as it is told in logs.
-    is_in: Returns whether tensors' names are the authors' beyond doubt.
-    select: Returns the tensors of the image encoder, where a file holds more.
-    dropped: Regular expressions of the names of tensors that the model does not use.
+    name: Name of the family in logs.
+    is_in: Returns whether the names of tensors are unmistakably the authors'.
+    select: Returns the tensors of the image encoder, if a file holds more.
+    dropped: Regular expressions for the names of tensors that the model does not use.
     patterns: Regular expressions and replacements that make timm's names, applied in order.
-    finish: Changes what renaming does not, such as the layout.
-    fields: Returns what the authors' code fixes, from the tensors by the authors' names and from
-      the fields that shapes tell.
+    finish: Makes the changes other than renaming, such as changes of layout.
+    fields: Returns the fields that the authors' code fixes, given the tensors by the authors' names
+      and the fields that the shapes determine.
   """
 
   name: str
@@ -46,11 +46,11 @@ class Family:
   fields: Callable[[State, Mapping[str, object]], Fields] = _no_fields
 
   def to_timm(self, tensors: State) -> dict[str, Array]:
-    """Returns the tensors under timm's names, without those that the model does not use."""
+    """Returns the tensors by timm's names, without those that the model does not use."""
     return self.finish(renamed(self.select(tensors), self.patterns, self.dropped))
 
 
 def heads_by_width(heads: Mapping[int, int], shapes: Mapping[str, object]) -> Fields:
-  """Returns the number of heads of the authors' model of that width; nothing for other widths."""
+  """Returns the number of heads of the authors' model of the same width; empty if there is none."""
   width = shapes.get("width")
   return {"num_heads": heads[width]} if isinstance(width, int) and width in heads else {}

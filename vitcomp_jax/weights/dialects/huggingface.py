@@ -1,7 +1,7 @@
 """Checkpoints of Hugging Face transformers: their parameters under timm's names, and their specs.
 
-Read are encoders of images and their classifiers. Decoders of masked autoencoders, towers for text,
-poolers of pre-trainings and tokens of masked patches are left out, which the log tells.
+Image encoders and their classifiers are read. Decoders of masked autoencoders, text towers, poolers
+from pre-training and mask tokens are left out, and logged.
 """
 
 import dataclasses
@@ -35,7 +35,7 @@ from vitcomp_jax.weights.tensors import Computed, State
 
 Configs = Mapping[str, Mapping[str, Any]]
 
-# Parameters of an encoder that take no part in its output.
+# Parameters of an encoder that do not affect its output.
 _UNNEEDED = (
   "*.relative_position_index",
   "embeddings.mask_token",
@@ -43,7 +43,7 @@ _UNNEEDED = (
   "pooler.dense.*",
   "rope_embeddings.*",
 )
-# And beside it.
+# Such parameters beside an encoder.
 _UNNEEDED_BESIDE = (
   "decoder.*",
   "lm_head.*",
@@ -55,21 +55,22 @@ _UNNEEDED_BESIDE = (
 
 
 def recognises(names: Collection[str]) -> bool:
-  """Returns whether names are those of a Vision Transformer of transformers."""
+  """Returns whether names are those of a Vision Transformer in transformers."""
   return bool(encoder_prefixes(names))
 
 
 def to_timm(tensors: State, configs: Configs | None = None) -> dict[str, Array]:
   """Renames a checkpoint's tensors to timm's names, and fuses queries, keys and values.
 
-  Nothing is read. Unknown names are kept as they are; what is left out is logged.
+  No tensor is read. Unknown names are kept as they are; tensors that are left out are logged.
 
   Args:
     tensors: Tensors by transformers' names, of any version.
-    configs: Not used: the names say it all.
+    configs: Not used, as the names suffice.
 
   Raises:
-    UserError: If there is not just one encoder of images, or two tensors for one parameter.
+    UserError: If there is not exactly one image encoder, or there are two tensors for one
+      parameter.
   """
   del configs
   state, left_out = _converted(tensors)
@@ -82,20 +83,20 @@ def to_timm(tensors: State, configs: Configs | None = None) -> dict[str, Array]:
 def describe(configs: Configs, tensors: State) -> Described | None:
   """Describes a checkpoint's model by its configuration and tensors.
 
-  What the model puts out: a classifier its logits; CLIP with a projection the embedding; SigLIP
-  the result of its pooling head; BEiT that of its pooler; I-JEPA, which has no CLS token, the mean
-  of its tokens; all others the CLS token.
+  The output of the model is: for a classifier, its logits; for CLIP with a projection, the
+  embedding; for SigLIP, the output of its pooling head; for BEiT, that of its pooler; for I-JEPA,
+  which has no CLS token, the mean of its tokens; for all others, the CLS token.
 
   Args:
     configs: JSON files beside the weights, by name.
     tensors: Tensors by transformers' names.
 
   Returns:
-    The description; without a configuration what the tensors say. None if the names are not
-    transformers', or the configuration is another library's.
+    The description; without a configuration, only what the tensors determine. None if the names are
+    not transformers', or the configuration is another library's.
 
   Raises:
-    UserError: If the configuration sets what this library's model does not have, or does not fit
+    UserError: If the configuration sets something that this library's model lacks, or does not fit
       the tensors.
   """
   config = configs.get("config.json", {})
@@ -103,10 +104,10 @@ def describe(configs: Configs, tensors: State) -> Described | None:
     return None
   found: dict[str, Any] = fields_from_shapes(_converted(tensors)[0])
   if not found:
-    return Described({})  # parts of a model, which the check of the names reports
+    return Described({})  # parts are missing, which the check of the names reports
   projects = {"projection": True} if has(tensors, "visual_projection.weight") else {}
   if not config:
-    # DeiT reads CLS alone, unless a second classifier reads the other token.
+    # DeiT reads only CLS, unless a second classifier reads the distillation token.
     is_deit = found["distilled"] and not has(tensors, "distillation_classifier.weight")
     names = projects | ({"pool": "cls"} if is_deit else {})
     return described(("names", names), ("tensors", found))
@@ -129,7 +130,7 @@ def describe(configs: Configs, tensors: State) -> Described | None:
 
 
 def _converted(tensors: State) -> tuple[dict[str, Array], list[str]]:
-  """Returns the tensors by timm's names, and the names of those that are left out."""
+  """Returns the tensors by timm's names, and the names of tensors that are left out."""
   state, left_out = _renamed(tensors)
   _reshape(state)
   _split_pooling(state)
@@ -140,7 +141,7 @@ def _converted(tensors: State) -> tuple[dict[str, Array], list[str]]:
 
 
 def _renamed(tensors: State) -> tuple[dict[str, Array], list[str]]:
-  """Renames tensors; returns the names of those that are left out, too."""
+  """Renames tensors; also returns the names of tensors that are left out."""
   prefixes = encoder_prefixes(tensors)
   if len(prefixes) != 1:
     raise UserError(
@@ -165,7 +166,7 @@ def _renamed(tensors: State) -> tuple[dict[str, Array], list[str]]:
       short = name.removeprefix(beside)
       ours, others = head_name(short), _UNNEEDED_BESIDE
     if is_clip and ours in ("norm.weight", "norm.bias"):
-      ours = f"fc_{ours}"  # CLIP norms the CLS token alone.
+      ours = f"fc_{ours}"  # CLIP applies the norm only to the CLS token
     if any(fnmatch.fnmatchcase(short, pattern) for pattern in others):
       left_out.append(name)
     elif ours in state:
@@ -181,7 +182,7 @@ def _reshape(state: dict[str, Array]) -> None:
   """Gives the tensors before and after the layers timm's shapes."""
   kernel = state["patch_embed.proj.weight"]
   width = kernel.shape[0]
-  if kernel.ndim == 2:  # SigLIP 2's, of patches flattened with the channels last
+  if kernel.ndim == 2:  # SigLIP 2 flattens patches with the channels last
     side = math.isqrt(kernel.shape[1] // 3)
     if kernel.shape[1] != 3 * side * side:
       raise UserError(
@@ -192,15 +193,15 @@ def _reshape(state: dict[str, Array]) -> None:
       lambda array: array.reshape(width, side, side, 3).transpose(0, 3, 1, 2),
       (width, 3, side, side),
     )
-  if "cls_token" in state:  # CLIP's is a vector.
+  if "cls_token" in state:  # CLIP's is a vector
     state["cls_token"] = reshaped(state["cls_token"], 1, 1, width)
-  if "pos_embed" in state:  # CLIP's are a table.
+  if "pos_embed" in state:  # CLIP's is a table
     positions = state["pos_embed"]
     state["pos_embed"] = reshaped(positions, 1, positions.size // width, width)
   if "reg_token" in state and not state["reg_token"].size:
     del state["reg_token"]
   if {"reg_token", "cls_token", "pos_embed"} <= state.keys():
-    # Registers have no positions; timm adds that of the CLS token to the token.
+    # Registers have no positions; timm adds the position of the CLS token to the token itself.
     token, positions = state["cls_token"], state["pos_embed"]
     dtype = np.result_type(token.dtype, positions.dtype, np.float32)
     state["cls_token"] = Computed(
@@ -208,12 +209,12 @@ def _reshape(state: dict[str, Array]) -> None:
     )
     shape = 1, positions.shape[1] - 1, width
     state["pos_embed"] = changed(positions, lambda array: array[:, 1:], shape)
-  if "head.weight" in state:  # CLIP's projection has no bias.
+  if "head.weight" in state:  # CLIP's projection has no bias
     state.setdefault("head.bias", _zeros(state["head.weight"]))
 
 
 def _split_pooling(state: dict[str, Array]) -> None:
-  """Splits the fused projections of SigLIP's pooling into that of the query and the others."""
+  """Splits the fused projections of SigLIP's pooling head into those of the query and the rest."""
   for leaf in ("weight", "bias"):
     fused = state.pop(f"attn_pool.in_proj_{leaf}", None)
     if fused is not None:
@@ -223,10 +224,10 @@ def _split_pooling(state: dict[str, Array]) -> None:
 
 
 def _fuse(state: dict[str, Array], attention: str) -> None:
-  """Fuses a layer's projections to queries, keys and values; keys alone may have no bias."""
+  """Fuses a layer's projections to queries, keys and values; only keys may lack a bias."""
   parts = [f"{attention}{part}" for part in "qkv"]
   if not all(f"{part}.weight" in state for part in parts):
-    return  # The check of the names reports it.
+    return  # the check of the names reports what is missing
   has_bias = [f"{part}.bias" in state for part in parts]
   if has_bias == [True, False, True]:
     for part in "qv":
@@ -239,7 +240,7 @@ def _fuse(state: dict[str, Array], attention: str) -> None:
 
 
 def _fill_biases(state: dict[str, Array], layer: str) -> None:
-  """Adds biases of zeros where only some of a layer's last projections and MLP have one."""
+  """Adds zero biases if only some of a layer's output projection and MLP have a bias."""
   modules = [f"{layer}attn.proj", *(f"{layer}mlp.{fc}" for fc in ("fc1", "fc1_g", "fc1_x", "fc2"))]
   there = [module for module in modules if f"{module}.weight" in state]
   if any(f"{module}.bias" in state for module in there):
@@ -248,5 +249,5 @@ def _fill_biases(state: dict[str, Array], layer: str) -> None:
 
 
 def _zeros(weight: Array) -> np.ndarray:
-  """Returns the bias that a projection without one adds."""
+  """Returns a bias of zeros for a projection without a bias."""
   return np.zeros(weight.shape[0], np.float32)

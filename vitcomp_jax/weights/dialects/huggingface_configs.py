@@ -1,4 +1,4 @@
-"""Configurations of Hugging Face transformers as fields of a spec."""
+"""Converts configurations of Hugging Face transformers to fields of a spec."""
 
 import dataclasses
 import math
@@ -13,7 +13,7 @@ Config = Mapping[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-  """What the classes of one kind of model fix, and what their configuration leaves unsaid.
+  """What the classes for one kind of model fix, and the defaults of their configuration.
 
   Attributes:
     name: First part of the classes' names.
@@ -22,9 +22,9 @@ class Family:
     activation: Default of `hidden_act`.
     pool: Pooling of features.
     classifier_pool: Pooling of classifiers.
-    any_size: Whether images of any size are taken, by resampled positions.
+    any_size: Whether images of any size are accepted, by resampling positions.
     antialias: Whether positions are resampled with antialiasing.
-    processor: First part of the name of the class that prepares images.
+    processor: First part of the name of the class that preprocesses images.
   """
 
   name: str
@@ -81,7 +81,7 @@ _ACTIVATIONS = {
   "silu": "silu",
   "swish": "silu",
 }
-# Settings that the tensors decide: they must agree.
+# Settings that must agree with the tensors, which determine them.
 _SIZES = {
   "hidden_size": "width",
   "num_hidden_layers": "depth",
@@ -91,10 +91,10 @@ _SIZES = {
 
 
 def family_of(config: Config) -> tuple[Family, Config]:
-  """Returns the family of a configuration's model, and the settings of its encoder of images.
+  """Returns the family of a configuration's model, and the settings of its image encoder.
 
   Raises:
-    UserError: If this library does not have the model.
+    UserError: If this library does not support the model.
   """
   kind = str(config["model_type"])
   kind, settings = kind.removesuffix("_vision_model"), config
@@ -122,7 +122,7 @@ def architectures(config: Config) -> tuple[str, ...]:
 
 
 def is_classifier(config: Config, names: Collection[str]) -> bool:
-  """Returns whether a checkpoint is a classifier's, which may have no outputs.
+  """Returns whether a checkpoint is that of a classifier, which may have no outputs.
 
   Args:
     config: The configuration; empty if unknown.
@@ -133,15 +133,15 @@ def is_classifier(config: Config, names: Collection[str]) -> bool:
 
 
 def fields_of(config: Config, found: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]:
-  """Returns the fields of a spec that a configuration says.
+  """Returns the fields of a spec that a configuration sets.
 
   Args:
     config: The configuration.
-    found: Fields that the tensors say.
+    found: Fields that the tensors determine.
     names: transformers' names of the tensors.
 
   Raises:
-    UserError: If a setting is not one of this library's model, or the tensors differ from it.
+    UserError: If this library's model does not support a setting, or the tensors do not match it.
   """
   family, settings = family_of(config)
   patch_size = _square(settings, "patch_size", found["patch_size"])
@@ -185,10 +185,10 @@ def fields_of(config: Config, found: Mapping[str, Any], names: Collection[str]) 
 
 
 def class_names(config: Config, num_classes: int) -> tuple[str, ...]:
-  """Returns the names of a classifier's outputs; empty if they only number them.
+  """Returns the names of a classifier's outputs; empty if the names are only numbers.
 
   Raises:
-    UserError: If there are not as many as outputs.
+    UserError: If the number of names differs from the number of outputs.
   """
   labels = config.get("id2label")
   if not isinstance(labels, Mapping):
@@ -206,7 +206,7 @@ def class_names(config: Config, num_classes: int) -> tuple[str, ...]:
 
 
 def _square(settings: Config, name: str, default: object) -> int:
-  """Returns a length, which may be given as equal height and width."""
+  """Returns a side length, which may be given as equal height and width."""
   value = settings.get(name, default)
   height, width = value if isinstance(value, list | tuple) else (value, value)
   if height != width:
@@ -216,7 +216,7 @@ def _square(settings: Config, name: str, default: object) -> int:
 
 def _image_size(family: Family, settings: Config, patch_size: int) -> tuple[int, int]:
   if family.name == "Siglip2":
-    # Its positions are a square grid; images of other grids have them resampled for each.
+    # Its positions form a square grid, and are resampled for each image with another grid.
     side = math.isqrt(settings.get("num_patches", 256)) * patch_size
     return side, side
   value = settings.get("image_size", 224)
@@ -230,7 +230,7 @@ def _pool(
   if has(names, "distillation_classifier.weight"):
     return "cls_dist"
   if family.name in ("Beit", "Data2VecVision"):
-    # Tokens are normed after the mean; where they are normed before, CLS is read.
+    # With mean pooling the norm comes after the mean; if it comes before, CLS is read.
     is_mean = settings.get("use_mean_pooling", True) and not final_norm
     return "size_mean" if is_mean else "cls"
   if is_classifier(config, names):

@@ -1,4 +1,4 @@
-"""How Hugging Face transformers prepares images, as fields of a spec."""
+"""Converts the image preprocessing of Hugging Face transformers to fields of a spec, and back."""
 
 import dataclasses
 import logging
@@ -15,12 +15,12 @@ _INTERPOLATIONS = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}
 
 @dataclasses.dataclass(frozen=True)
 class _Processor:
-  """What a class does where its file does not say.
+  """What a class does if its file does not specify it.
 
   Attributes:
-    resample: Filter of the resize, by Pillow's number.
-    crops: Whether a crop of the centre follows the resize.
-    keeps_ratio: Whether a single length is that of the shorter side, instead of both.
+    resample: Resizing filter, by Pillow's number.
+    crops: Whether a centre crop follows the resizing.
+    keeps_ratio: Whether a single length is that of the shorter side rather than of both.
   """
 
   resample: int
@@ -41,7 +41,7 @@ _PROCESSORS = {
 
 
 def find_preparation(configs: Mapping[str, Config]) -> tuple[str, Config] | None:
-  """Returns the name and the settings of the file that says how images are prepared, if any."""
+  """Returns the name and the settings of the file that describes the preprocessing, if any."""
   if "preprocessor_config.json" in configs:
     return "preprocessor_config.json", configs["preprocessor_config.json"]
   settings = configs.get("processor_config.json", {}).get("image_processor")
@@ -53,19 +53,20 @@ def find_preparation(configs: Mapping[str, Config]) -> tuple[str, Config] | None
 def image_fields(
   file: str, settings: Config, family: Family, image_size: tuple[int, int]
 ) -> dict[str, object]:
-  """Returns the fields of a spec that the preparation of images says.
+  """Returns the fields of a spec that the preprocessing of images sets.
 
   Args:
     file: Name of the file, for messages.
-    settings: Its settings.
+    settings: Settings in the file.
     family: The model's family.
-    image_size: Height and width that the model's configuration says.
+    image_size: Height and width in the model's configuration.
 
   Returns:
-    Values by the names of `models.spec.ViTSpec`'s fields; the image size if the model takes any.
+    Values by the names of `models.spec.ViTSpec`'s fields; the image size only if the model accepts
+    any size.
 
   Raises:
-    UserError: If this library does not prepare images so.
+    UserError: If this library does not support the preprocessing.
   """
   settings = {name: value for name, value in settings.items() if value is not None}
   kind = str(settings.get("image_processor_type", settings.get("feature_extractor_type", "")))
@@ -106,7 +107,7 @@ def image_fields(
 def _resize(
   file: str, settings: Config, processor: _Processor
 ) -> tuple[tuple[int, int], float, str]:
-  """Returns the size of the images that are made, the share kept by the crop, and its mode."""
+  """Returns the size of the resulting images, the share that the crop keeps, and its mode."""
   size, crops = settings.get("size"), settings.get("do_center_crop", processor.crops)
   shorter = None
   if isinstance(size, int) and processor.keeps_ratio:
@@ -129,12 +130,12 @@ def _resize(
       "file, and give the preprocessing."
     )
   if math.floor(made[0] / crop_pct) != resized[0] or math.floor(made[1] / crop_pct) != resized[1]:
-    crop_pct = made[0] / (resized[0] + 0.5)  # rounds down to the size
+    crop_pct = made[0] / (resized[0] + 0.5)  # so that rounding down gives the size
   return made, crop_pct, "center" if shorter else "squash"
 
 
 def _pair(size: object) -> tuple[int, int] | None:
-  """Returns height and width; None if they are not both given."""
+  """Returns height and width; None unless both are given."""
   if isinstance(size, int):
     return size, size
   if isinstance(size, Mapping) and {"height", "width"} <= set(size):
@@ -143,7 +144,7 @@ def _pair(size: object) -> tuple[int, int] | None:
 
 
 def _colours(file: str, settings: Config) -> dict[str, object]:
-  """Returns mean and standard deviation of values in [0, 1]."""
+  """Returns the mean and the standard deviation for values in [0, 1]."""
   scale = 255 * settings.get("rescale_factor", 1 / 255)
   if not settings.get("do_rescale", True):
     scale = 255.0
@@ -170,7 +171,7 @@ def preparation_of(fields: Mapping[str, Any]) -> dict[str, Any]:
     fields: Fields of a spec.
 
   Raises:
-    UserError: If transformers does not prepare images so.
+    UserError: If transformers does not support the preprocessing.
   """
   height, width = fields["image_size"]
   resized = [math.floor(side / fields["crop_pct"]) for side in (height, width)]

@@ -1,7 +1,7 @@
 """Names that Hugging Face transformers gives the parameters of its Vision Transformers.
 
-Each table gives the names of modules and parameters by timm's, as `save_pretrained` writes them.
-Queries, keys and values are apart: they are called `attn.q`, `attn.k` and `attn.v` here.
+Each table maps timm's names of modules and parameters to those that `save_pretrained` writes.
+Queries, keys and values are separate; they are called `attn.q`, `attn.k` and `attn.v` here.
 """
 
 import dataclasses
@@ -95,10 +95,10 @@ _CLIP_STEM = {
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-  """Names of an encoder's modules and parameters, by timm's.
+  """Names of an encoder's modules and parameters, by timm's names.
 
   Attributes:
-    layers: Prefix of layer number 0, 1, ... in place of `{}`.
+    layers: Prefix of a layer, with `{}` for its number from 0.
     layer: Names within a layer.
     stem: Names outside the layers.
   """
@@ -127,7 +127,7 @@ DINOV3 = Layout("layer.{}.", _DINOV3_LAYER, _DINOV3_STEM)
 DINOV3_GATED = Layout("layer.{}.", _DINOV3_GATED_LAYER, _DINOV3_STEM)
 CLIP = Layout("encoder.layers.{}.", _CLIP_LAYER, _CLIP_STEM)
 
-# Outside the encoder; the last layers of classifiers.
+# Modules outside the encoder: the last layers of classifiers.
 HEADS = {
   "classifier": "head",
   "cls_classifier": "head",
@@ -135,7 +135,7 @@ HEADS = {
   "visual_projection": "head",
   "layernorm": "norm",  # of BEiT's pre-training
 }
-# Names in memory since version 5, which the state dict has.
+# Names in memory since version 5, which appear in the state dict.
 _NEWER = {
   "attention.q_proj": "attn.q",
   "attention.k_proj": "attn.k",
@@ -164,16 +164,16 @@ _STEM_NAMES["shared_position_bias.relative_position_bias_table"] = (
 
 
 def encoder_prefixes(names: Collection[str]) -> list[str]:
-  """Returns what the names of each encoder of images begin with, such as `vit.`."""
+  """Returns the prefix of the names of each image encoder, such as `vit.`."""
   return [match[1] for name in names if (match := _PATCHES.fullmatch(name))]
 
 
 def timm_name(name: str, is_gated: bool) -> str | None:
-  """Returns timm's name of a parameter of an encoder; None if it is not known.
+  """Returns timm's name for a parameter of an encoder; None if the parameter is unknown.
 
   Args:
     name: The parameter's name within the encoder.
-    is_gated: Whether the MLPs have one projection for gates and another for values.
+    is_gated: Whether the MLPs have separate projections for gates and values.
   """
   match = _LAYER.fullmatch(name)
   if match is None:
@@ -187,7 +187,7 @@ def timm_name(name: str, is_gated: bool) -> str | None:
 
 
 def head_name(name: str) -> str | None:
-  """Returns timm's name of a parameter beside the encoder; None if it is not known."""
+  """Returns timm's name for a parameter outside the encoder; None if the parameter is unknown."""
   return _renamed(name, HEADS)
 
 

@@ -8,9 +8,9 @@ from vitcomp_jax.weights.dialects.huggingface_configs import Config, Family
 from vitcomp_jax.weights.dialects.shapes import fields_from_shapes
 from vitcomp_jax.weights.tensors import State
 
-TOWERS = ("CLIP", "Siglip", "Siglip2")  # Their configurations may be part of a whole model's.
+TOWERS = ("CLIP", "Siglip", "Siglip2")  # their configs may be part of the config of a whole model
 BEITS = ("Beit", "Data2VecVision")
-_OBLONG = ("ViT", "DeiT", "IJepa", "DINOv3ViT", *BEITS)  # take images that are no squares
+_OBLONG = ("ViT", "DeiT", "IJepa", "DINOv3ViT", *BEITS)  # accept images that are not square
 _MAX_RATIO = 64
 
 
@@ -21,12 +21,12 @@ def settings_of(
 
   Args:
     family: The encoder's family.
-    settings: Those of the checkpoint that the model came from.
+    settings: Settings of the checkpoint that the model came from.
     state: The model's tensors by timm's names.
-    fields: All fields of its spec.
+    fields: All fields of the model's spec.
 
   Raises:
-    UserError: If the family's configuration cannot say a size.
+    UserError: If the family's configuration cannot express a size.
   """
   found: dict[str, Any] = fields_from_shapes(state)
   height, width = fields["image_size"]
@@ -37,7 +37,7 @@ def settings_of(
   written = dict(settings) | {"num_hidden_layers": found["depth"]}
   if found["depth"] != settings.get("num_hidden_layers", found["depth"]):
     for name in ("out_features", "out_indices", "stage_names"):
-      written.pop(name, None)  # They name layers.
+      written.pop(name, None)  # they name layers
   if family.name == "Siglip2":
     written["num_patches"] = (height // found["patch_size"]) ** 2
   else:
@@ -59,12 +59,12 @@ def settings_of(
 
 
 def tower_config(kind: str, config: Config, settings: Config, state: State) -> dict[str, Any]:
-  """Returns the configuration of a class of CLIP or SigLIP.
+  """Returns the configuration for a class of CLIP or SigLIP.
 
   Args:
     kind: Name of the class.
     config: The configuration of the checkpoint that the model came from.
-    settings: The new settings of its tower.
+    settings: The new settings of the image tower.
     state: The model's tensors by timm's names.
   """
   base = str(config["model_type"]).removesuffix("_vision_model")
@@ -80,7 +80,7 @@ def tower_config(kind: str, config: Config, settings: Config, state: State) -> d
 
 
 def labels_of(config: Config, count: int, class_names: Sequence[str]) -> dict[str, Any]:
-  """Returns the settings that name a classifier's outputs, by number if they have no names."""
+  """Returns the settings that name a classifier's outputs, with numbers if they have no names."""
   names = list(class_names) or [f"LABEL_{index}" for index in range(count)]
   before = config.get("id2label")
   if not class_names and isinstance(before, Mapping) and len(before) == count:
@@ -92,12 +92,12 @@ def labels_of(config: Config, count: int, class_names: Sequence[str]) -> dict[st
 
 
 def _ratio(family: Family, found: Mapping[str, Any]) -> int:
-  """Returns DINOv2's ratio of hidden units to the width, which must be whole."""
+  """Returns DINOv2's ratio of hidden units to the width, which must be an integer."""
   width, hidden = found["width"], found["mlp_dim"]
   for ratio in range(1, _MAX_RATIO + 1):
     units = ratio * width
     if found["mlp"] != "mlp":
-      units = (units * 2 // 3 + 7) // 8 * 8  # as many weights with gates as without
+      units = (units * 2 // 3 + 7) // 8 * 8  # so that gates do not add weights
     if units == hidden:
       return ratio
   raise UserError(
@@ -107,6 +107,6 @@ def _ratio(family: Family, found: Mapping[str, Any]) -> int:
 
 
 def _with_dtype(config: Config, state: State) -> dict[str, Any]:
-  """Returns settings that tell the tensors' precision where they told one."""
+  """Returns the settings, with any precision replaced by that of the tensors."""
   dtype = state["patch_embed.proj.weight"].dtype.name
   return dict(config) | {name: dtype for name in ("dtype", "torch_dtype") if name in config}

@@ -1,4 +1,4 @@
-"""Models as checkpoints of Hugging Face transformers that `from_pretrained` loads."""
+"""Converts models to checkpoints of Hugging Face transformers that `from_pretrained` loads."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -21,7 +21,7 @@ from vitcomp_jax.weights.dialects.renaming import Array, changed, fuse, reshaped
 from vitcomp_jax.weights.dialects.shapes import fields_from_shapes
 from vitcomp_jax.weights.tensors import State, concatenate
 
-# Prefix of the encoder in classifiers, and its names without and with gates.
+# Prefix of the encoder in classifiers, and its layouts without and with gates.
 _PLACES = {
   "ViT": ("vit.", layouts.VIT, layouts.VIT),
   "ViTMAE": ("vit.", layouts.VIT, layouts.VIT),
@@ -36,7 +36,7 @@ _PLACES = {
   "Siglip": ("vision_model.", layouts.CLIP, layouts.CLIP),
   "Siglip2": ("vision_model.", layouts.CLIP, layouts.CLIP),
 }
-# What a configuration and a class must say as the spec does.
+# Fields in which the configuration and the class must agree with the spec.
 _COMPARED = """activation class_token distilled fc_norm final_norm image_size norm norm_eps norm_pre
 num_classes num_heads num_registers patch_size pool positions relative_bias width""".split()
 
@@ -44,15 +44,16 @@ num_classes num_heads num_registers patch_size pool positions relative_bias widt
 def to_huggingface(
   state: State, config: Config, fields: Mapping[str, Any], class_names: Sequence[str] = ()
 ) -> tuple[dict[str, Array], dict[str, Any]]:
-  """Returns a model's tensors and configuration as transformers has them.
+  """Returns a model's tensors and configuration in the form of transformers.
 
-  The class is a classifier if the model has one, otherwise the bare model: of CLIP and SigLIP the
-  tower alone, of pre-trainings the encoder. Parameters that take no part in the model's output are
-  as in a new model (a mask token), or missing (a pooler), so that transformers draws them.
+  The class is a classifier if the model has a classifier, or else the bare model: for CLIP and
+  SigLIP only the image tower, for pre-training only the encoder. Parameters that do not affect the
+  model's output are those of a new model (a mask token), or missing (a pooler), so that
+  transformers initialises them.
 
   Args:
     state: Tensors by timm's names.
-    config: The content of `config.json` of the checkpoint that the model came from.
+    config: Content of the `config.json` of the checkpoint that the model came from.
     fields: All fields of the model's spec by name; `rotary` as a dict.
     class_names: Names of the classifier's outputs; empty if unknown.
 
@@ -60,7 +61,7 @@ def to_huggingface(
     Tensors by transformers' names, and the new content of `config.json`.
 
   Raises:
-    UserError: If transformers has no class that holds the model; says why.
+    UserError: If no class of transformers can represent the model; the message gives the reason.
   """
   if config["model_type"] == "vit_mae" and "head.weight" in state:
     config = {**config, "model_type": "vit", "architectures": ["ViTModel"]}  # for fine-tuning
@@ -79,7 +80,7 @@ def to_huggingface(
 
 
 def _class_of(family: Family, state: State) -> str:
-  """Returns the name of the class that holds a model."""
+  """Returns the name of the class that represents a model."""
   name = family.name
   if "head_dist.weight" in state:
     return f"{name}ForImageClassificationWithTeacher"
@@ -98,7 +99,7 @@ def _class_of(family: Family, state: State) -> str:
 
 
 def _check_widths(kind: str, state: State) -> None:
-  """Refuses layers of other widths than a configuration can say."""
+  """Rejects layers whose widths a configuration cannot express."""
   width = state["patch_embed.proj.weight"].shape[0]
   inner = {state[f"{layer}attn.qkv.weight"].shape[0] for layer in _layers(state)}
   hidden = {state[f"{layer}mlp.fc2.weight"].shape[1] for layer in _layers(state)}
@@ -118,7 +119,7 @@ def _check_widths(kind: str, state: State) -> None:
 
 
 def _renamed(family: Family, kind: str, state: State) -> dict[str, Array]:
-  """Returns tensors by the names, and with the shapes, of a class."""
+  """Returns the tensors with the names and shapes of a class."""
   prefix, plain, gated = _PLACES[family.name]
   is_gated = fields_from_shapes(state)["mlp"] != "mlp"
   layout = gated if is_gated else plain
@@ -148,13 +149,13 @@ def _renamed(family: Family, kind: str, state: State) -> dict[str, Array]:
 
 
 def _layers(state: State) -> list[str]:
-  """Returns what the names of each layer begin with."""
+  """Returns the prefix of the names of each layer."""
   found = (re.match(r"blocks\.\d+\.", name) for name in state)
   return list(dict.fromkeys(match[0] for match in found if match))
 
 
 def _split_attention(family: Family, state: dict[str, Array], attention: str) -> None:
-  """Splits queries, keys and values, and gives them the biases that the class has."""
+  """Splits queries, keys and values, and adds the biases that the class has."""
   weights = thirds(state.pop(f"{attention}qkv.weight"))
   biases: dict[str, Array] = {}
   if f"{attention}qkv.bias" in state:
@@ -166,7 +167,7 @@ def _split_attention(family: Family, state: dict[str, Array], attention: str) ->
       raise UserError(f"transformers: expected keys without a bias for {family.name}, got one.")
     needed = "qv"
   elif family.name == "DINOv3ViT":
-    needed = ""  # its configuration says which
+    needed = ""  # its configuration says which have biases
   else:
     needed = "qkv" if biases or family.name in TOWERS else ""
   for part, weight in zip("qkv", weights, strict=True):
@@ -176,7 +177,7 @@ def _split_attention(family: Family, state: dict[str, Array], attention: str) ->
 
 
 def _arrange_mlp(state: dict[str, Array], mlp: str, layout: layouts.Layout) -> None:
-  """Joins or splits the projections to gates and values, as the class has them."""
+  """Joins or splits the projections to gates and values, as the class requires."""
   is_split = f"{mlp}fc1_g.weight" in state
   if layout is layouts.DINOV2_GATED and is_split:
     for leaf in ("weight", "bias"):
@@ -190,10 +191,10 @@ def _arrange_mlp(state: dict[str, Array], mlp: str, layout: layouts.Layout) -> N
 
 
 def _restore_stem(family: Family, kind: str, state: dict[str, Array]) -> None:
-  """Gives the tensors before and after the layers the class's shapes."""
+  """Gives the tensors before and after the layers the shapes of the class."""
   width = state["patch_embed.proj.weight"].shape[0]
   if family.name == "Dinov2WithRegisters" and "reg_token" in state:
-    # The position of CLS is part of the token.
+    # The position of CLS is already part of the token.
     none = np.zeros((1, 1, width), np.float32)
     state["pos_embed"] = concatenate([none, state["pos_embed"]], axis=1)
   if family.name in ("Dinov2WithRegisters", "DINOv3ViT"):
@@ -225,11 +226,11 @@ def _restore_tower(family: Family, kind: str, state: dict[str, Array]) -> None:
     if f"fc_norm.{leaf}" in state:
       state[f"norm.{leaf}"] = state.pop(f"fc_norm.{leaf}")
     elif kind == "CLIPForImageClassification":
-      state[f"norm.{leaf}"] = start(width, np.float32)  # which it has but does not use
+      state[f"norm.{leaf}"] = start(width, np.float32)  # the class has it but does not use it
 
 
 def _check(kind: str, config: Config, tensors: State, fields: Mapping[str, Any]) -> None:
-  """Refuses a model that its class would compute otherwise."""
+  """Rejects a model that its class would compute differently."""
   read = describe({"config.json": config}, tensors)
   assert read is not None
   for name in _COMPARED:

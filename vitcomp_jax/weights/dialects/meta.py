@@ -1,7 +1,7 @@
-"""Files of facebookresearch: DINO, MoCo v3, MAE, I-JEPA, DINOv2, and DINOv3.
+"""Files of facebookresearch: DINO, MoCo v3, MAE, I-JEPA, DINOv2 and DINOv3.
 
-Where a file says that it is of one of these, their code says what tensors do not. Plain files of
-DINO, DeiT or MAE's encoder have timm's names and do not say it.
+If a file is recognisably from one of these, the authors' code determines what the tensors do not.
+Plain files of DINO, DeiT or MAE's encoder have timm's names and are not recognisable.
 """
 
 from collections.abc import Collection, Mapping
@@ -24,12 +24,12 @@ _PROJECTIONS = (r"(dino_head|ibot_head|koleo)\..*", r"head\.(mlp|last_layer)\..*
 
 
 def activation(shapes: Mapping[str, object]) -> str:
-  """Returns the activation of all of these models: gates take the SiLU."""
+  """Returns the activation of all these models: GELU, or SiLU with gates."""
   return "gelu" if shapes.get("mlp") == "mlp" else "silu"
 
 
 def _self_supervised(heads: Mapping[int, int], shapes: Mapping[str, object]) -> Fields:
-  """Returns what ViTs trained without labels share."""
+  """Returns the fields that ViTs trained without labels share."""
   fields = {"norm_eps": 1e-6, "activation": activation(shapes), "pool": "cls"}
   return fields | heads_by_width(heads, shapes)
 
@@ -71,8 +71,8 @@ _MOCO = Family(
   fields=lambda tensors, shapes: _self_supervised({384: 12, 768: 12}, shapes),
 )
 
-# He et al., `MAE <https://arxiv.org/abs/2111.06377>`_, 2021. Its decoder tells a pre-training file;
-# features of a frozen encoder are those of the CLS token, as in the authors' linear probing.
+# He et al., `MAE <https://arxiv.org/abs/2111.06377>`_, 2021. A decoder identifies a pre-training
+# file; the features of a frozen encoder are the CLS token, as in the authors' linear probing.
 _MAE = Family(
   "MAE",
   lambda names: {"mask_token", "decoder_embed.weight", "decoder_pos_embed"} <= set(names),
@@ -95,7 +95,7 @@ _I_JEPA = Family(
 
 
 # Oquab et al., `DINOv2 <https://arxiv.org/abs/2304.07193>`_, 2023. Names are timm's, except for the
-# mask token, registers and SwiGLU; in training, layers are in chunks that keep their numbers.
+# mask token, registers and SwiGLU. In training, layers are in chunks but keep their numbers.
 def _is_dinov2(names: Collection[str]) -> bool:
   has_scales = has(names, r"(backbone\.)?blocks\.(\d+\.)?\d+\.ls1\.gamma")
   has_mask = not {"mask_token", "backbone.mask_token"}.isdisjoint(names)
@@ -103,7 +103,7 @@ def _is_dinov2(names: Collection[str]) -> bool:
 
 
 def _finish_dinov2(state: dict[str, Array]) -> dict[str, Array]:
-  """Adds the position of the CLS token to it where there are registers, which have none."""
+  """Adds its position to the CLS token if there are registers, which have no positions."""
   if {"reg_token", "cls_token", "pos_embed"} <= state.keys():
     token, positions = state["cls_token"], state["pos_embed"]
     state["cls_token"] = np.asarray(token) + np.asarray(positions)[:, :1]
@@ -149,7 +149,7 @@ def _is_dinov3(names: Collection[str]) -> bool:
 
 
 def _split_biases(state: dict[str, Array]) -> dict[str, Array]:
-  """Leaves out the bias of keys, which is masked."""
+  """Drops the bias of keys, which is masked."""
   for name in [name for name in state if name.endswith(".attn.qkv.bias_mask")]:
     del state[name]
     bias = name.removesuffix("_mask")
@@ -159,7 +159,7 @@ def _split_biases(state: dict[str, Array]) -> dict[str, Array]:
 
 
 def _dinov3_fields(tensors: State, shapes: Mapping[str, object]) -> Fields:
-  """Returns what DINOv3's code fixes; the stored periods tell head size and temperature."""
+  """Returns what DINOv3's code fixes; the stored periods give the head size and temperature."""
   periods = np.asarray(tensors["rope_embed.periods"], np.float64)
   count = len(periods)
   width = shapes.get("width")

@@ -1,4 +1,4 @@
-"""CAFormer under the names of its authors, which DiffRate's authors use too.
+"""CAFormer under its authors' names, which DiffRate's authors also use.
 
 Yu et al., `MetaFormer Baselines for Vision <https://arxiv.org/abs/2210.13452>`_, 2022.
 """
@@ -8,7 +8,7 @@ import re
 from vitcomp_jax.weights.dialects.family import Family
 from vitcomp_jax.weights.dialects.renaming import Array, reshaped
 
-# On their grid the first two stages have, in timm, projections as convolutions of single places.
+# In timm, the projections of the first two stages are 1 x 1 convolutions on the grid.
 _ON_GRID = r"stages\.[01]\.blocks\..*\.weight"
 
 

@@ -1,4 +1,4 @@
-"""Image towers of OpenCLIP and of OpenAI's CLIP: their names, configurations and model names.
+"""Image towers of OpenCLIP and OpenAI's CLIP: their tensor names, configurations and model names.
 
 Cherti et al., `Reproducible scaling laws <https://arxiv.org/abs/2212.07143>`_, 2022;
 Radford et al., `CLIP <https://arxiv.org/abs/2103.00020>`_, 2021.
@@ -27,9 +27,9 @@ from vitcomp_jax.weights.tensors import State
 
 _BUNDLED = "bundled/open_clip_models.json"
 TOWER = "visual."
-# Only programs that OpenAI published store these, as tensors; its image towers use QuickGELU.
+# Only the programs that OpenAI published store these, as tensors; their image towers use QuickGELU.
 _OPENAI = ("input_resolution", "context_length", "vocab_size")
-# What stands beside the image tower: the text tower, a caption decoder, and the loss's scalars.
+# Names beside the image tower: the text tower, a caption decoder, and the scalars of the loss.
 BESIDE = (
   r"(transformer|token_embedding|ln_final|text|text_decoder)\..*",
   r"positional_embedding|text_projection|logit_scale|logit_bias|attn_mask",
@@ -51,7 +51,7 @@ PATTERNS = (
   (r"\.mlp\.c_proj\.", ".mlp.fc2."),
   (r"\.mlp\.ln\.", ".mlp.norm."),
 )
-# Parts that our model lacks, by the names of their tensors.
+# Parts that this library's model lacks, by the names of their tensors.
 _REFUSED = {
   r"attn_pool(_contrastive)?\..*": "attentional pooling (CoCa)",
   r"layer\d\..*": "a ResNet as image tower",
@@ -65,7 +65,7 @@ _REFUSED = {
 def recognises(names: Collection[str]) -> bool:
   """Returns whether tensors are those of an image tower, with or without the text tower.
 
-  Perception Encoder has such names too, but either pools by a `probe` or has no `ln_post`.
+  Perception Encoder has similar names, but either pools by a `probe` or has no `ln_post`.
   """
   inside = tower_names(names)
   is_own = {"conv1.weight", "ln_post.weight"} <= inside and "attn_pool.probe" not in inside
@@ -74,7 +74,7 @@ def recognises(names: Collection[str]) -> bool:
 
 
 def tower_names(names: Collection[str]) -> set[str]:
-  """Returns the names inside an image tower, which may be all of a file or one part of it."""
+  """Returns the names inside an image tower, which may be a whole file or a part of it."""
   tower = TOWER if any(name.startswith(TOWER) for name in names) else ""
   return {name.removeprefix(tower) for name in names if name.startswith(tower)}
 
@@ -84,8 +84,8 @@ def to_timm(tensors: State, configs: Configs | None = None) -> dict[str, Array]:
 
   Args:
     tensors: Tensors by OpenCLIP's names.
-    configs: JSON files beside the weights, by name. OpenCLIP's says whether the last norm stands
-      behind pooling; without it, the norm stands before.
+    configs: JSON files beside the weights, by name. OpenCLIP's says whether the last norm comes
+      after pooling; without this file, it is assumed to come before.
 
   Returns:
     Tensors by timm's names; the projection to the space shared with text is the classifier.
@@ -107,14 +107,14 @@ def to_timm(tensors: State, configs: Configs | None = None) -> dict[str, Array]:
 
 
 def image_tower(tensors: State) -> State:
-  """Returns the image tower alone, of a file that may have a text tower beside it."""
+  """Returns only the image tower of a file that may also hold a text tower."""
   if not any(name.startswith(TOWER) for name in tensors):
     return tensors
   return renamed(tensors, ((f"^{re.escape(TOWER)}", ""),), BESIDE)
 
 
 def with_axes(state: dict[str, Array]) -> dict[str, Array]:
-  """Gives tokens and positions the axis of images, and the projection the layout of a head."""
+  """Adds the batch axis to tokens and positions, and gives the projection the layout of a head."""
   for name in {"cls_token", "pos_embed"} & state.keys():
     width = state[name].shape[-1]
     state[name] = reshaped(state[name], 1, math.prod(state[name].shape) // width, width)
@@ -122,7 +122,7 @@ def with_axes(state: dict[str, Array]) -> dict[str, Array]:
 
 
 def _from_timm_tower(tensors: State) -> dict[str, Array]:
-  """Renames the tensors of a tower that timm made, and of the projection behind it."""
+  """Renames the tensors of a tower made by timm, and of the projection after it."""
   state = timm_eva.to_timm(renamed(tensors, ((r"^trunk\.", ""),)))
   bias = state.pop("head.proj.bias", None)
   if "head.proj.weight" in state:
@@ -131,20 +131,20 @@ def _from_timm_tower(tensors: State) -> dict[str, Array]:
 
 
 def describe(configs: Configs, tensors: State) -> Described | None:
-  """Reads what the configuration and the tensors say.
+  """Describes a model by its configuration and tensors.
 
-  Without a configuration the activation, the number of heads, the norms' epsilon and the pooling
-  are unknown.
+  Without a configuration, the activation, the number of heads, the norms' epsilon and the pooling
+  are unknown, except for OpenAI's own files.
 
   Args:
     configs: JSON files beside the weights, by name.
     tensors: Tensors by OpenCLIP's names.
 
   Returns:
-    The description; None if the tensors are none of an image tower.
+    The description; None if the tensors are not those of an image tower.
 
   Raises:
-    UserError: If the tower has a part, or the configuration a value, that is not supported.
+    UserError: If a part of the tower or a value in the configuration is not supported.
   """
   if not recognises(tensors.keys()):
     return None
@@ -156,27 +156,27 @@ def describe(configs: Configs, tensors: State) -> Described | None:
 
 
 def _fields(configs: Configs) -> dict[str, object]:
-  """Returns what the configuration says; nothing without one."""
+  """Returns the fields that the configuration sets; empty without a configuration."""
   if CONFIG not in configs:
     return {}
   return fields_from_config({"preprocess_cfg": {}, **configs[CONFIG]})
 
 
 def _openai(shapes: Mapping[str, object]) -> dict[str, object]:
-  """Returns what OpenAI's code fixes for all of its models."""
+  """Returns the fields that OpenAI's code fixes for all its models."""
   tower = {name: shapes[name] for name in ("width", "patch_size")} | {"layers": shapes["depth"]}
   model = {"vision_cfg": tower, "quick_gelu": True, "embed_dim": shapes["num_classes"]}
   fields = fields_from_config({"model_cfg": model, "preprocess_cfg": {}})
-  del fields["image_size"]  # a default; the positions tell
+  del fields["image_size"]  # only a default; the positions determine it
   return fields
 
 
 @functools.cache
 def names() -> Mapping[str, Mapping[str, object]]:
-  """Returns fields of the spec by OpenCLIP's and OpenAI's names of models, such as `ViT-B-32`.
+  """Returns fields of the spec by OpenCLIP's and OpenAI's model names, such as `ViT-B-32`.
 
-  The activation is that of OpenCLIP's configuration of that name: OpenAI's weights belong to
-  `ViT-B-32-quickgelu`, or OpenAI's own `ViT-B/32`.
+  The activation is that of OpenCLIP's configuration of that name, so OpenAI's weights belong to
+  `ViT-B-32-quickgelu`, or to OpenAI's own `ViT-B/32`.
   """
   text = importlib.resources.files("vitcomp_jax").joinpath(_BUNDLED).read_text("utf-8")
   models = json.loads(text)["models"]

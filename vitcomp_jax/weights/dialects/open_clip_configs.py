@@ -1,4 +1,4 @@
-"""Configurations of OpenCLIP's models, as `open_clip_config.json` holds them."""
+"""Reads configurations of OpenCLIP's models, as stored in `open_clip_config.json`."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -12,7 +12,7 @@ Values = Mapping[str, Any]
 # OpenCLIP's and OpenAI's defaults.
 _MEAN, _STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 _CROP_MODES = {"shortest": "center", "squash": "squash"}
-# Values that a tower may have without a part that our model lacks.
+# Supported values of settings that can otherwise add a part that this library's model lacks.
 _ALLOWED: Mapping[str, Sequence[object]] = {
   "attentional_pool": (False, None),
   "scaled_cosine_attn": (False, None),
@@ -31,14 +31,14 @@ _TIMM_POOLS = {"map": "map", "token": "cls", "avg": "size_mean"}
 
 
 def fields_from_config(config: Values) -> dict[str, object]:
-  """Returns what a configuration says about the image tower.
+  """Returns the fields that a configuration sets for the image tower.
 
   Args:
     config: `model_cfg`, and `preprocess_cfg` if the preprocessing is known.
 
   Returns:
-    Fields of `models.spec.ViTSpec` by name. Of a tower that timm makes these are its `name` in
-    timm and what OpenCLIP adds; the rest is timm's to say.
+    Fields of `models.spec.ViTSpec` by name. For a tower made by timm, these are its `name` in timm
+    and what OpenCLIP adds; timm determines the rest.
 
   Raises:
     UserError: If the configuration sets something that is not supported.
@@ -60,7 +60,7 @@ def _timm_tower(tower: Values) -> dict[str, object]:
 
 
 def _own_tower(model: Values, tower: Values) -> dict[str, object]:
-  """Returns the fields of a tower of OpenCLIP's own class."""
+  """Returns the fields of a tower that is of OpenCLIP's own class."""
   if isinstance(tower.get("layers"), list):
     raise UserError(f"{CONFIG}: layers: expected a number, got {tower['layers']}, a ResNet's.")
   norm, act = tower.get("norm_kwargs") or {}, tower.get("act_kwargs") or {}
@@ -96,7 +96,7 @@ def _own_tower(model: Values, tower: Values) -> dict[str, object]:
 
 
 def _preprocess(config: Values) -> dict[str, object]:
-  """Returns the preprocessing, with OpenCLIP's defaults for what is not set."""
+  """Returns the preprocessing, with OpenCLIP's defaults for values that are not set."""
   fields: dict[str, object] = {
     "mean": tuple(config.get("mean") or _MEAN),
     "std": tuple(config.get("std") or _STD),

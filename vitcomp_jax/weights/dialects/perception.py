@@ -14,7 +14,7 @@ _HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1536: 16}
 
 
 def is_perception_encoder(names: Collection[str]) -> bool:
-  """Returns whether names are those of a tower that pools by a probe, or has no last norm."""
+  """Returns whether names are those of a tower that pools by a probe or has no last norm."""
   inside = tower_names(names)
   is_tower = {"conv1.weight", "ln_pre.weight", "transformer.resblocks.0.ln_1.weight"} <= inside
   return is_tower and ("attn_pool.probe" in inside or "ln_post.weight" not in inside)
@@ -34,7 +34,7 @@ def _fields(tensors: State, shapes: Mapping[str, object]) -> Fields:
   fields: Fields = {
     "norm_eps": 1e-5,
     "activation": "gelu",
-    # Rotations count from one where a CLS token takes the place of zero.
+    # Rotations count from one if there is a CLS token, which takes position zero.
     "rotary": {
       "kind": "index",
       "columns_first": True,

@@ -9,7 +9,7 @@ import numpy as np
 from vitcomp_jax.weights.tensors import State, Tensor, concatenate
 
 Array = Tensor | np.ndarray
-_MAX_LISTED = 5  # names in the log
+_MAX_LISTED = 5  # number of names to list in the log
 
 
 def renamed(
@@ -17,16 +17,16 @@ def renamed(
   patterns: Sequence[tuple[str, str]],
   dropped: Iterable[str] = (),
 ) -> dict[str, Array]:
-  """Renames tensors, and drops those that the model does not use; the log says which.
+  """Renames tensors, and drops and logs those that the model does not use.
 
   Args:
     tensors: Tensors by name.
-    patterns: Regular expressions and what replaces each match; applied in order, each to the name
-      that the one before has left.
-    dropped: Regular expressions of whole names.
+    patterns: Regular expressions and the replacement of each match; applied in order, each to the
+      result of the previous one.
+    dropped: Regular expressions for whole names.
 
   Returns:
-    Tensors by new name; names that no expression matches are kept.
+    Tensors by new name; names that no expression matches are unchanged.
   """
   drop = re.compile("|".join(f"(?:{pattern})" for pattern in dropped) or r"(?!)")
   unused = [name for name in tensors if drop.fullmatch(name)]
@@ -61,23 +61,23 @@ def changed(
 
 
 def reshaped(tensor: Array, *shape: int) -> Array:
-  """Returns a tensor with other axes."""
+  """Returns a tensor with another shape."""
   return changed(tensor, lambda array: array.reshape(shape), shape)
 
 
 def transposed(tensor: Array) -> Array:
-  """Returns a matrix with its axes exchanged."""
+  """Returns the transpose of a matrix."""
   return changed(tensor, lambda array: array.T, tensor.shape[::-1])
 
 
 def rows(tensor: Array, start: int, stop: int) -> Array:
-  """Returns a range of the first axis."""
+  """Returns a range of rows, along the first axis."""
   shape = (stop - start, *tensor.shape[1:])
   return changed(tensor, lambda array: array[start:stop], shape)
 
 
 def thirds(tensor: Array) -> tuple[Array, Array, Array]:
-  """Splits the first axis in three: queries, keys and values."""
+  """Splits the first axis into three parts: queries, keys and values."""
   size = tensor.shape[0] // 3
   return rows(tensor, 0, size), rows(tensor, size, 2 * size), rows(tensor, 2 * size, 3 * size)
 
@@ -88,7 +88,7 @@ def fuse(state: dict[str, Array], names: Sequence[str], into: str) -> None:
 
 
 def as_head(weight: Array, bias: Array | None = None) -> dict[str, Array]:
-  """Returns a projection, f[c d], as a classifier; without a bias the classifier's is zero."""
+  """Returns a projection, f[c d], as a classifier, whose bias is zero if none is given."""
   bias = np.zeros(weight.shape[0], weight.dtype) if bias is None else bias
   return {"head.weight": weight, "head.bias": bias}
 

@@ -1,4 +1,4 @@
-"""What the shapes of tensors under timm's names say about a Vision Transformer."""
+"""Derives fields of a Vision Transformer's spec from the shapes of tensors under timm's names."""
 
 import math
 import re
@@ -11,15 +11,15 @@ _FIRST = "blocks.0."
 def fields_from_shapes(tensors: State) -> dict[str, object]:
   """Derives fields of `models.spec.ViTSpec` from shapes.
 
-  Left out is what shapes cannot tell: activation, epsilons, pooling by a token or a mean, the
-  number of heads unless a tensor has an axis for heads or for a head's channels, and the kind of
-  norms without biases. The grid is taken to be a square.
+  Fields that shapes do not determine are left out: activation, epsilons, pooling by a token or a
+  mean, the number of heads unless a tensor has an axis for heads or for a head's channels, and the
+  kind of norms without biases. The grid is assumed to be square.
 
   Args:
     tensors: Tensors by timm's names.
 
   Returns:
-    Fields by name; none if the tensors have no patch embedding and layers.
+    Fields by name; empty if the tensors have no patch embedding or no layers.
   """
   shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
   kernel, down = (shapes.get(n) for n in ("patch_embed.proj.weight", _FIRST + "mlp.fc2.weight"))
@@ -68,12 +68,12 @@ def _mlp(shapes: dict[str, tuple[int, ...]]) -> str:
 
 
 def _norm(shapes: dict[str, tuple[int, ...]]) -> dict[str, object]:
-  """Returns the kind of the norms if they have biases, which only layer norms have."""
+  """Returns the kind of norm if it has biases, which only layer norms have."""
   return {"norm": "layer"} if _FIRST + "norm1.bias" in shapes else {}
 
 
 def _heads(shapes: dict[str, tuple[int, ...]]) -> dict[str, object]:
-  """Returns the number of heads and the kind of relative bias, where an axis tells."""
+  """Returns the number of heads and the kind of relative bias, if an axis determines them."""
   fields: dict[str, object] = {}
   width = shapes["patch_embed.proj.weight"][0]
   if head_norm := shapes.get(_FIRST + "attn.q_norm.weight"):
@@ -88,7 +88,7 @@ def _heads(shapes: dict[str, tuple[int, ...]]) -> dict[str, object]:
 
 
 def _pool(shapes: dict[str, tuple[int, ...]]) -> dict[str, object]:
-  """Returns the pooling if it has parameters of its own."""
+  """Returns the pooling, if it has parameters of its own."""
   if "dist_token" in shapes:
     return {"pool": "cls_dist"}
   if hidden := shapes.get("attn_pool.mlp.fc1.weight"):
@@ -107,7 +107,7 @@ def _grid(shapes: dict[str, tuple[int, ...]], fields: dict[str, object]) -> dict
 
 
 def square_grid(tensors: State, on_prefix: bool) -> tuple[int, int] | None:
-  """Returns the grid that position embeddings or a bias table have rows for, if it is a square.
+  """Returns the grid that position embeddings or a bias table have rows for, if it is square.
 
   Args:
     tensors: Tensors by timm's names.
@@ -125,7 +125,7 @@ def _square_of(shapes: dict[str, tuple[int, ...]], on_prefix: bool) -> tuple[int
     return (side, side) if side and side * side == rows else None
   for module in (_FIRST + "attn", "rel_pos_bias"):
     if table := shapes.get(f"{module}.relative_position_bias_table"):
-      # A grid of r rows and columns has (2r - 1)^2 differences; three more are of CLS.
+      # A grid of r rows and columns has (2r - 1)^2 differences; CLS adds three more.
       side = (math.isqrt(max(table[0] - 3, 0)) + 1) // 2
       return (side, side) if (2 * side - 1) ** 2 + 3 == table[0] else None
   return None

@@ -1,4 +1,4 @@
-"""Names of timm's classes Eva and Beit, which differ from those of its VisionTransformer."""
+"""Converts names of timm's classes Eva and Beit, which differ from its VisionTransformer's."""
 
 import re
 from collections.abc import Collection
@@ -13,12 +13,12 @@ _OWN = r"blocks\.\d+\.(gamma_[12]|attn\.([qv]_bias|[qkv]_proj\.(weight|bias)))"
 
 
 def recognises(names: Collection[str]) -> bool:
-  """Returns whether layers have names as in timm's Eva or Beit (or in DeiT-III's files)."""
+  """Returns whether layers are named as in timm's Eva or Beit (or in DeiT-III's files)."""
   return has(names, _OWN)
 
 
 def describe(configs: Configs, tensors: State) -> Described | None:
-  """Returns nothing: names of layers do not say more than the tensors."""
+  """Returns None, because the names of layers say no more than the tensors."""
   del configs, tensors
   return None
 
@@ -28,11 +28,11 @@ def to_timm(tensors: State, configs: Configs | None = None) -> dict[str, Array]:
 
   Args:
     tensors: Tensors by the names of Eva or Beit.
-    configs: JSON files beside the weights, by name; none are needed.
+    configs: JSON files beside the weights, by name; not used.
 
   Returns:
-    Tensors by the names of timm's VisionTransformer; where keys have no bias, `attn.q_bias` and
-    `attn.v_bias` stay apart.
+    Tensors by the names of timm's VisionTransformer; if keys have no bias, `attn.q_bias` and
+    `attn.v_bias` stay separate.
 
   Raises:
     UserError: If several queries share one key.
@@ -44,7 +44,7 @@ def to_timm(tensors: State, configs: Configs | None = None) -> dict[str, Array]:
     weights = [f"{attn}{part}_proj.weight" for part in _PARTS]
     biases = [f"{attn}{part}_proj.bias" for part in _PARTS]
     if not all(name in state for name in weights):
-      continue  # the check of all names reports what is missing
+      continue  # the check of the names reports what is missing
     shapes = [tuple(state[name].shape) for name in weights]
     if len(set(shapes)) > 1:
       raise UserError(
@@ -65,7 +65,7 @@ def to_timm_eva(state: State, fused: bool) -> dict[str, Array]:
 
   Args:
     state: Tensors by the names of timm's VisionTransformer.
-    fused: Whether the model has one projection to queries, keys and values, its `qkv_fused`.
+    fused: Whether the model has a single projection to queries, keys and values (`qkv_fused`).
   """
   state = renamed(state, [(r"^(blocks\.\d+)\.ls([12])\.gamma$", r"\1.gamma_\2")])
   if fused:
@@ -84,7 +84,7 @@ def in_class(state: State, naming: str) -> dict[str, Array]:
 
   Args:
     state: Tensors by the names of timm's VisionTransformer.
-    naming: `vit` for these very names, `eva` or `beit`, or `eva_split` for an Eva with separate
+    naming: `vit` to keep these names, `eva` or `beit`, or `eva_split` for an Eva with separate
       projections to queries, keys and values.
   """
   return dict(state) if naming == "vit" else to_timm_eva(state, fused=naming != "eva_split")
