@@ -1,1 +1,1 @@
-"""Experiments: one file each, whose `get_config()` returns the config of a run."""
+"""Experiments, one per file; `get_config()` returns the config of a run."""

@@ -2,9 +2,9 @@
 
   python -m vitcomp_jax.main --config configs/benchmark_mae_h.py
 
-The weights are random and the images generated, which does not change the speed: nothing has to be
-downloaded. It takes 6 GB of memory and a few minutes on two CPU cores. The results are in
-`benchmark.json` and `report.md` of the workdir. Other batch sizes:
+The weights are random and the images are generated, which does not affect the speed, so nothing has
+to be downloaded. The run takes 6 GB of memory and a few minutes on two CPU cores. The results are
+in `benchmark.json` and `report.md` in the workdir. To set other batch sizes:
 `--config.benchmark.batch_sizes="(1,8)"`.
 """
 

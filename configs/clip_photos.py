@@ -1,13 +1,13 @@
-"""Compresses CLIP ViT-B/16's image tower to half of its MACs on 300 photos, on a CPU.
+"""Compresses the image tower of CLIP ViT-B/16 to half of its MACs with 300 photos, on a CPU.
 
   python -m vitcomp_jax.main --config configs/clip_photos.py --config.data.dir=DIR
   python tools/linear_probe.py runs/clip_photos
 
 `DIR` holds the photos as a TFDS data set, `imagenette224`: Imagenette's ten classes of ImageNet, at
-224 pixels. The search does not use their labels, but follows the dense model's embedding; the
-second command classifies the embeddings of all models. The weights are OpenAI's, from the Hugging
-Face hub. Steps and images are fewer than usual, as a step of this model takes 14 times that of
-DeiT-Ti.
+224 pixels. The search does not use the labels, but follows the dense model's embedding; the second
+command classifies the embeddings of all models. The weights are OpenAI's, from the Hugging Face
+hub. There are fewer steps and images than usual, because a step of this model takes 14 times as
+long as one of DeiT-Ti.
 """
 
 import ml_collections

@@ -1,4 +1,4 @@
-"""Defaults shared by several experiments."""
+"""Settings shared by several experiments."""
 
 from collections.abc import Collection
 
@@ -13,11 +13,12 @@ IMAGENET_TRAIN_IMAGES = 1_281_167
 def imagenet(variant: str, weights: str | None) -> ml_collections.ConfigDict:
   """Returns a config for ImageNet-1k with DeiT's augmentation (Touvron et al., 2021, Table 9).
 
-  It has random crops and flips, RandAugment, random erasing, Mixup, CutMix and three repetitions.
+  This includes random crops and flips, RandAugment, random erasing, Mixup, CutMix and three
+  repetitions.
 
   Args:
     variant: Name of the model.
-    weights: Weights of the model; None for random ones.
+    weights: Weights of the model; None for random weights.
   """
   config = default_config()
   config.model.variant = variant
@@ -36,8 +37,8 @@ def imagenet(variant: str, weights: str | None) -> ml_collections.ConfigDict:
 def deit_training(training: ml_collections.ConfigDict, epochs: float) -> None:
   """Sets DeiT's optimization in a config.
 
-  It is AdamW, learning rate 5e-4 per 512 images, 5 epochs of warm-up, cosine decay to 1e-5, weight
-  decay 0.05, label smoothing 0.1, stochastic depth 0.1.
+  That is: AdamW, learning rate 5e-4 per 512 images, 5 epochs of warm-up, cosine decay to 1e-5,
+  weight decay 0.05, label smoothing 0.1 and stochastic depth 0.1.
 
   Args:
     training: The part of a config to change.
@@ -59,15 +60,15 @@ def diffrate_finetuning(
 ) -> ml_collections.ConfigDict:
   """Returns a config that fine-tunes and evaluates DiffRate's published plan on ImageNet-1k.
 
-  Following the authors, it trains for 30 epochs from 2e-5 to 1e-6 with DeiT's augmentation. The
-  rest is DeiT's recipe.
+  As in the authors' code, it trains for 30 epochs with a learning rate from 2e-5 to 1e-6 and DeiT's
+  augmentation. The rest is DeiT's recipe.
 
   Args:
     variant: Name of the model.
     weights: Fine-tuned weights of the model.
     plan: Name of the published plan.
     drop_path: Stochastic depth at the last layer.
-    large: Whether to shard the state over the devices, and compute in half precision.
+    large: Whether to shard the state over the devices and compute in half precision.
   """
   config = imagenet(variant, weights)
   config.stages = ("finetune", "evaluate", "visualize")
@@ -89,12 +90,12 @@ def diffrate_finetuning(
 def diffrate_imagenet(
   arg: str | None, variant: str, weights: str, gmacs: float
 ) -> ml_collections.ConfigDict:
-  """Returns a config for DiffRate's search on ImageNet-1k as its authors ran it, and an evaluation.
+  """Returns a config that searches with DiffRate on ImageNet-1k as its authors did, and evaluates.
 
-  From the authors: their recipe, 3 epochs of batches of 1,024 images, learning rate from 0.01 to
-  0.001 by their epoch-wise cosine, candidates 4 tokens apart, logits that start at zero, a budget
-  term of weight 5, label smoothing of 0.1, DeiT's augmentation. Only their stochastic depth of 0.1
-  is left out.
+  The authors' settings are their recipe, 3 epochs of batches of 1,024 images, a learning rate from
+  0.01 to 0.001 with their epoch-wise cosine, candidates 4 tokens apart, logits that start at zero,
+  a budget term with weight 5, label smoothing of 0.1, and DeiT's augmentation. Only their
+  stochastic depth of 0.1 is left out.
 
   Args:
     arg: Budget in GMACs, the ARG of `--config FILE:ARG`; None for `gmacs`.
@@ -123,17 +124,17 @@ def diffrate_imagenet(
 
 
 def check_part(part: str, known: Collection[str]) -> None:
-  """Refuses an ARG of `--config FILE:ARG` that names no part of the file.
+  """Rejects an ARG of `--config FILE:ARG` that is not a part of the file.
 
   Raises:
-    UserError: If it is none of the known ones.
+    UserError: If it is not one of the known parts.
   """
   if part not in known:
     raise UserError(f"config: expected one of {', '.join(known)} behind the colon, got {part}.")
 
 
 def budget(arg: str | None, default: float) -> float:
-  """Parses the ARG of `--config FILE:ARG`, a budget or share.
+  """Parses the ARG of `--config FILE:ARG`, which is a budget or a share.
 
   Raises:
     ValueError: If it is not a number.
@@ -149,12 +150,12 @@ def budget(arg: str | None, default: float) -> float:
 def vitslim_imagenet(arg: str | None, variant: str, weights: str) -> ml_collections.ConfigDict:
   """Returns a config for ViT-Slim on ImageNet-1k: 50 epochs of search, 300 of re-training.
 
-  From the authors: the epochs, the weights of the three norms, masks with the weights' learning
-  rate and no weight decay. The rest is DeiT's recipe, see `imagenet` and `deit_training`.
+  The authors' settings are the epochs, the weights of the three norms, and masks with the weights'
+  learning rate and no weight decay. The rest is DeiT's recipe, see `imagenet` and `deit_training`.
 
   Args:
-    arg: Share of head dimensions and of hidden units to keep, the ARG of `--config FILE:ARG`; None
-      for 0.7.
+    arg: Share of head dimensions and hidden units to keep, the ARG of `--config FILE:ARG`; None for
+      0.7.
     variant: Name of the model.
     weights: Weights of the model.
   """
@@ -182,16 +183,16 @@ def vitslim_mini(
     data: Name of the data set, `bundled` or `fashion_mnist`.
     epochs: Epochs of the search.
     finetune_epochs: Epochs of the re-training.
-    warmup_epochs: Epochs of warm-up, of both.
-    mask_learning_rate: Learning rate of the masks, which have to move far from 1 in a few epochs.
-    checkpoint_every: Steps between checkpoints, of both.
+    warmup_epochs: Epochs of warm-up, for both.
+    mask_learning_rate: Learning rate of the masks, which must move far from 1 in a few epochs.
+    checkpoint_every: Steps between checkpoints, for both.
   """
   config = default_config()
   config.stages = ("slim", "finetune", "evaluate", "visualize")
   config.model.variant = "vit_mini_patch3_30"
   config.model.weights = "bundled"
   config.data.name = data
-  config.data.pad = 1  # 28 pixels to 30, which patches of 3 divide
+  config.data.pad = 1  # from 28 pixels to 30, a multiple of the patch size 3
   for training, length, rate in (
     (config.slim, epochs, 3e-4),
     (config.finetune, finetune_epochs, 5e-4),

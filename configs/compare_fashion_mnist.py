@@ -5,17 +5,17 @@
 
 The part after the colon is one of
 
-- `off_the_shelf`, the default: the methods without training, DiffRate's rates with three seeds;
-- `again`: the same with the searched plans of `configs/plans`, in minutes;
+- `off_the_shelf`, the default: the methods without training, and DiffRate's rates with three seeds;
+- `again`: the same with the plans already searched in `configs/plans`, in minutes;
 - `random`: DiffRate's plans among 300 random schedules for each budget, on 2,000 images;
 - `finetuned`: DiffRate, ToMe, EViT, DynamicViT and ViT-Slim at 65 %, each trained for the same
-  epochs from the same weights by the same distillation;
+  number of epochs from the same weights with the same distillation;
 - `ablation`: the effect of DiffRate's importance, actions, images and steps, at 50 %;
 - `tuning`: `off_the_shelf` on the 5,000 training images that are held out for choosing settings.
 
-Searches and trainings use the first 55,000 training images, evaluations all 10,000 test images. One
-line in `methods` or `finetuned` adds a method. An interrupted comparison is resumed. The results
-are in `docs/results.md`.
+Searching and training use the first 55,000 training images, and evaluation all 10,000 test images.
+One line in `methods` or `finetuned` adds a method. An interrupted comparison is resumed. The
+results are in `docs/results.md`.
 """
 
 import pathlib
@@ -36,14 +36,14 @@ def get_config(part: str = "off_the_shelf") -> ml_collections.ConfigDict:
   config.model.weights = "bundled"
   config.data.name = "fashion_mnist"
   config.data.train_split = "train[:55000]"
-  config.data.pad = 1  # 28 pixels to 30, which patches of 3 divide
+  config.data.pad = 1  # from 28 pixels to 30, a multiple of the patch size 3
   if part == "tuning":
     config.data.eval_split = "train[55000:]"
   if part in ("again", "random"):
     plans = pathlib.Path(__file__).parent / "plans" / "fashion_mnist"
     config.compare.searched = str(plans)
 
-  # This small model's CLS attention is no good importance metric; see docs/results.md.
+  # CLS attention is a poor importance metric for this small model; see docs/results.md.
   config.search.importance = "mean_attention"
   config.search.steps = 160
   config.search.batch_size = 32

@@ -5,8 +5,8 @@
 The model after the colon is `deit_small` (the default), `deit_base`, `mae_large` or `mae_huge`;
 MAE's fine-tuned weights are `.pth` files from its authors. No model is trained: DiffRate's rates
 are searched as in `configs/diffrate_vit*.py`, its authors' schedules have their own rows, and the
-strength of the other methods is set by the budget. It needs accelerators. Nothing was measured
-here; published results are in those configs.
+budget sets the strength of the other methods. This needs accelerators. Nothing was measured here;
+published results are listed in those configs.
 """
 
 import ml_collections

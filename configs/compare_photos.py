@@ -1,19 +1,20 @@
-"""Compares methods on a real DeiT-Ti and 2,000 photos of ImageNet's classes, on a CPU.
+"""Compares methods on a real DeiT-Ti with 2,000 photos of ImageNet's classes, on a CPU.
 
   python -m vitcomp_jax.main --config configs/compare_photos.py:budgets --config.data.dir=DIR
 
 `DIR` holds the photos as a TFDS data set, `in1k_photos`: `train` has one photo of each of the 1,000
-classes (`EliSchwartz/imagenet-sample-images`), to search on, and `validation` the 1,000 of the NIPS
-2017 competition's development set, which judge. They are 224 pixels wide. The weights are timm's,
-from the Hugging Face hub. The part after the colon is one of
+classes (`EliSchwartz/imagenet-sample-images`), for searching, and `validation` has the 1,000 photos
+of the NIPS 2017 competition's development set, for evaluation. They are 224 pixels wide. The
+weights are timm's, from the Hugging Face hub. The part after the colon is one of
 
 - `budgets`, the default: searches of tokens, of widths and of both, ToMe, and the published plans,
-  at the costs of these and at 0.5 and 0.4 GMACs; norms and biases of what was found are then tuned
-  on the same photos to the dense model's features, without labels;
+  at the costs of these plans and at 0.5 and 0.4 GMACs; the norms and biases of the models found are
+  then tuned on the same photos to match the dense model's features, without labels;
 - `off_the_shelf`: the methods without training, at the published plans' costs;
 - `random`: the search of tokens among 300 random schedules for each of two budgets, on 500 photos;
 - `ablation`: importance, actions, loss, steps and number of photos, at 65 % of the MACs;
-- `tuning`: what the settings were chosen on: 800 photos of `train` to search on, the others judge.
+- `tuning`: the split on which settings were chosen: 800 photos of `train` for searching, and the
+  other 200 for evaluation.
 
 An interrupted comparison is resumed, and rows can be added to a finished one. The results are in
 `docs/results.md`.
@@ -82,7 +83,7 @@ def get_config(part: str = "budgets") -> ml_collections.ConfigDict:
       "diffrate[what=both]",
     )
 
-  # The repair of what was cut: norms and biases follow the dense model's features.
+  # To recover from the cuts, norms and biases are trained to follow the dense model's features.
   training = config.finetune
   training.trains = "norms"
   training.epochs, training.batch_size = 3.0, 32

@@ -7,9 +7,9 @@ use this data set. The weights are bundled with the package.
   python -m vitcomp_jax.main --config configs/diffrate_fashion_mnist.py:0.65
 
 The number after the colon is the budget as a share of the dense model's MACs, by default 0.65. The
-search uses the 60,000 training images, the evaluation the 10,000 test images. Hand-made schedules
-of the same MACs are evaluated too. There is no published accuracy to compare with; the results of a
-run are in its `report.md`.
+search uses the 60,000 training images, and the evaluation the 10,000 test images. Hand-made
+schedules with the same MACs are also evaluated. There is no published accuracy to compare with; the
+results of a run are in its `report.md`.
 """
 
 import ml_collections
@@ -24,7 +24,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   config.model.variant = "vit_mini_patch3_30"
   config.model.weights = "bundled"
   config.data.name = "fashion_mnist"
-  config.data.pad = 1  # 28 pixels to 30, which patches of 3 divide
+  config.data.pad = 1  # from 28 pixels to 30, a multiple of the patch size 3
   config.budget.fraction = common.budget(arg, 0.65)
   config.evaluate.baselines = ("uniform", "uniform_merge")
   return config

@@ -5,12 +5,12 @@ Paper: Chen et al., DiffRate, ICCV 2023 (https://arxiv.org/abs/2305.17997).
   python -m vitcomp_jax.main --config configs/diffrate_vitl_mae.py:42.3
 
 The number after the colon is the budget in GMACs, by default 42.3. `imagenet2012` must have been
-prepared by TFDS in ArrayRecord form. The weights are the official fine-tuned ones of MAE,
+prepared by TFDS in ArrayRecord format. The weights are MAE's official fine-tuned weights,
 `mae_finetuned_vit_large.pth`, from MAE's authors: download them, and set the path with
 `--config.model.weights=PATH`. Reading a `.pth` file requires PyTorch.
 
-Published, without fine-tuning (DiffRate with the authors' own schedule, which is
-the plan `diffrate/mae_large@42.3`):
+Published results without fine-tuning (DiffRate with the authors' own schedule, which is the plan
+`diffrate/mae_large@42.3`):
 
   dense     61.555 GMACs  85.96 % top-1  (as re-evaluated by later work)
   DiffRate  42.290 GMACs  85.658 % top-1, 97.442 % top-5  (DiffRate README)

@@ -5,11 +5,11 @@ Paper: Chen et al., DiffRate, ICCV 2023 (https://arxiv.org/abs/2305.17997).
   python -m vitcomp_jax.main --config configs/diffrate_vits.py:2.9
 
 The number after the colon is the budget in GMACs, by default 2.9. `imagenet2012` must have been
-prepared by TFDS in ArrayRecord form. The weights are downloaded from the Hugging Face hub,
+prepared by TFDS in ArrayRecord format. The weights are downloaded from the Hugging Face hub,
 `timm/deit_small_patch16_224.fb_in1k`.
 
-Published, without fine-tuning (DiffRate with the authors' own schedule, which is
-the plan `diffrate/deit_small@2.9`):
+Published results without fine-tuning (DiffRate with the authors' own schedule, which is the plan
+`diffrate/deit_small@2.9`):
 
   dense      4.599 GMACs  79.9 % top-1  (DeiT README)
   DiffRate   2.905 GMACs  79.538 % top-1, 94.828 % top-5  (DiffRate README)

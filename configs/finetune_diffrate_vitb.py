@@ -4,12 +4,12 @@ Paper: Chen et al., DiffRate, ICCV 2023 (https://arxiv.org/abs/2305.17997).
 
   python -m vitcomp_jax.main --config configs/finetune_diffrate_vitb.py --config.data.dir=DIR
 
-Any other plan, such as one from `configs/diffrate_vitb.py`, is set by
+To use another plan, such as one from `configs/diffrate_vitb.py`, set
 `--config.model.plan=RUN/plan.json`. `imagenet2012` must have been prepared by TFDS in ArrayRecord
-form; `--config.data.name=fake` tries the command without it.
+format; `--config.data.name=fake` tries the command without it.
 
-Published, off the shelf (DiffRate README; not measured here): 81.498 % top-1 at 11.517 GMACs; dense
-81.8 % (DeiT README).
+Published off-the-shelf results (DiffRate README; not measured here): 81.498 % top-1 at 11.517
+GMACs; dense 81.8 % (DeiT README).
 """
 
 import ml_collections

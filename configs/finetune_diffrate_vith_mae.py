@@ -4,15 +4,15 @@ Paper: Chen et al., DiffRate, ICCV 2023 (https://arxiv.org/abs/2305.17997).
 
   python -m vitcomp_jax.main --config configs/finetune_diffrate_vith_mae.py --config.data.dir=DIR
 
-Any other plan, such as one from `configs/diffrate_vith_mae.py`, is set by
+To use another plan, such as one from `configs/diffrate_vith_mae.py`, set
 `--config.model.plan=RUN/plan.json`. `imagenet2012` must have been prepared by TFDS in ArrayRecord
-form; `--config.data.name=fake` tries the command without it. The weights are the official
-fine-tuned ones of MAE, from its authors: download them, and set the path with
-`--config.model.weights=PATH`; reading a `.pth` file requires PyTorch. The state is sharded
-over the devices (`config.parallel.mode="fsdp"`). The stochastic depth is that of ViT-L.
+format; `--config.data.name=fake` tries the command without it. The weights are MAE's official
+fine-tuned weights, from its authors: download them, and set the path with
+`--config.model.weights=PATH`; reading a `.pth` file requires PyTorch. The state is sharded over the
+devices (`config.parallel.mode="fsdp"`). The stochastic depth is that of ViT-L.
 
-Published, off the shelf (DiffRate README; not measured here): 86.664 % top-1 at 103.337 GMACs;
-dense 86.88 % (as re-evaluated by later work).
+Published off-the-shelf results (DiffRate README; not measured here): 86.664 % top-1 at 103.337
+GMACs; dense 86.88 % (as re-evaluated by later work).
 """
 
 import ml_collections

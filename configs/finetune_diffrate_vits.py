@@ -4,12 +4,12 @@ Paper: Chen et al., DiffRate, ICCV 2023 (https://arxiv.org/abs/2305.17997).
 
   python -m vitcomp_jax.main --config configs/finetune_diffrate_vits.py --config.data.dir=DIR
 
-Any other plan, such as one from `configs/diffrate_vits.py`, is set by
+To use another plan, such as one from `configs/diffrate_vits.py`, set
 `--config.model.plan=RUN/plan.json`. `imagenet2012` must have been prepared by TFDS in ArrayRecord
-form; `--config.data.name=fake` tries the command without it.
+format; `--config.data.name=fake` tries the command without it.
 
-Published (DiffRate's paper; not measured here): 79.8 % top-1 after fine-tuning at 2.9 GMACs; dense
-79.9 %. Off the shelf the same schedule reaches 79.538 % (DiffRate README).
+Published results (DiffRate's paper; not measured here): 79.8 % top-1 after fine-tuning at 2.9
+GMACs; dense 79.9 %. Off the shelf, the same schedule reaches 79.538 % (DiffRate README).
 """
 
 import ml_collections

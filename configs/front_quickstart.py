@@ -1,12 +1,12 @@
-"""Searches plans for 90 to 50 % of a small ViT's MACs in one run, on the bundled images.
+"""Searches for plans at 90 to 50 % of a small ViT's MACs in one run, on the bundled images.
 
     python -m vitcomp_jax.main --config configs/front_quickstart.py
 
 The model, the data and the rest of the search are those of `configs/quickstart.py`. The budget
-decreases; each search starts from the rates of the previous one, and all of them together take 1.5
-times `search.steps`. `plans/` has a plan for each budget, `plan.json` is the last.
-The report compares them with uniform merging at the same MACs. A separate search for one of the
-budgets, for comparison:
+decreases; each search starts from the rates of the previous one, and together they take 1.5 times
+`search.steps`. `plans/` has a plan for each budget, and `plan.json` is the last plan. The report
+compares them with uniform merging at the same MACs. To compare with a separate search for one of
+the budgets:
 
     python -m vitcomp_jax.main --config configs/quickstart.py --workdir runs/alone \\
       --config.budget.fraction=0.8
@@ -22,7 +22,7 @@ def get_config() -> ml_collections.ConfigDict:
   config.budget.fraction = None
   config.budget.fractions = (0.9, 0.8, 0.65, 0.5)
   config.search.steps = 120
-  # With fewer steps for each budget, the choice among its plans matters more.
+  # With fewer steps per budget, the choice among the plans matters more.
   config.search.choose_images = 1024
   config.evaluate.baselines = ("uniform_merge",)
   return config

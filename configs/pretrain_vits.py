@@ -1,13 +1,13 @@
-"""Trains DeiT-S from scratch on ImageNet-1k, by DeiT's recipe.
+"""Trains DeiT-S from scratch on ImageNet-1k with DeiT's recipe.
 
 Paper: Touvron et al., DeiT, ICML 2021 (https://arxiv.org/abs/2012.12877).
 
   python -m vitcomp_jax.main --config configs/pretrain_vits.py --config.data.dir=DIR
 
-`imagenet2012` must have been prepared by TFDS in ArrayRecord form; `--config.data.name=fake` tries
-the command without it. It needs accelerators.
+`imagenet2012` must have been prepared by TFDS in ArrayRecord format; `--config.data.name=fake`
+tries the command without it. Training needs accelerators.
 
-Published (DeiT README; not measured here): 79.9 % top-1.
+Published result (DeiT README; not measured here): 79.9 % top-1.
 """
 
 import ml_collections

@@ -5,8 +5,9 @@
 The package bundles everything it needs: 6,000 images of Fashion-MNIST, and the weights from
 `configs/pretrain_fashion_mnist.py`. DiffRate (Chen et al., ICCV 2023, arXiv 2305.17997) learns how
 many tokens each layer keeps, without fine-tuning. The report compares the dense model, the searched
-plan, ToMe, and two hand-made schedules of the same MACs. With so few of them the test images tell
-methods apart; down to half, merging to one count everywhere is about as good on this model.
+plan, ToMe, and two hand-made schedules with the same MACs. At such a low budget the test images can
+tell the methods apart; down to half of the MACs, merging to the same count in all layers is about
+as good on this model.
 """
 
 import ml_collections

@@ -7,10 +7,11 @@ use this data set. The weights are bundled with the package.
   python -m vitcomp_jax.main --config configs/vitslim_fashion_mnist.py
   python -m vitcomp_jax.main --config configs/vitslim_fashion_mnist.py:both@0.7
 
-The argument after the colon is the searched dimension, `attn`, `mlp`, `both` or `all` (with the
-patches), and the share of it to keep. Without a share, attention and MLP are cut to half of the
-model's MACs. Search and re-training use the 60,000 training images, the evaluation the 10,000 test
-images. There is no published accuracy to compare with; results are in `docs/results.md`.
+The argument after the colon is the dimension to search, `attn`, `mlp`, `both` or `all` (which
+includes patches), and the share of it to keep. Without a share, attention and MLP are cut to half
+of the model's MACs. Search and re-training use the 60,000 training images, and evaluation uses the
+10,000 test images. There is no published accuracy to compare with; results are in
+`docs/results.md`.
 """
 
 import ml_collections

@@ -1,4 +1,4 @@
-"""ViT-Slim's quick start: slims a small ViT to 65 % of its MACs, and trains it again, in minutes.
+"""ViT-Slim's quick start: slims a small ViT to 65 % of its MACs and trains it again, in minutes.
 
     python -m vitcomp_jax.main --config configs/vitslim_quickstart.py
 

@@ -5,12 +5,12 @@ Paper: Chavan et al., ViT-Slim, CVPR 2022 (https://arxiv.org/abs/2201.00814). We
 
   python -m vitcomp_jax.main --config configs/vitslim_vitb.py:0.6 --config.data.dir=DIR
 
-The number after the colon is the share of head dimensions and of hidden units to keep, by default
-0.6; see `configs/vitslim_vits.py` for several shares from one search. For the sources of the recipe
-see `configs/common.py`. It needs accelerators.
+The number after the colon is the share of head dimensions and hidden units to keep, by default 0.6;
+see `configs/vitslim_vits.py` for several shares from one search, and `configs/common.py` for the
+sources of the recipe. This needs accelerators.
 
-Published (not measured here), on the 50,000 validation images after re-training: 82.4 % top-1 at
-10.6 GMACs and 52.6 million parameters, with 0.6 of head dimensions and of hidden units.
+Published result (not measured here) on the 50,000 validation images after re-training: 82.4 % top-1
+at 10.6 GMACs and 52.6 million parameters, with 0.6 of the head dimensions and hidden units.
 """
 
 import ml_collections
