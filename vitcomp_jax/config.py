@@ -44,20 +44,20 @@ Stage = Literal[
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-  # timm's name, one of `vc.list_variants()`; none: the architecture that the weights specify.
+  # Name in timm, one of `vc.list_variants()`; none: the architecture that the weights specify.
   variant: str | None = "deit_small_patch16_224"
   weights: str | None = None  # file, folder, hub id, `bundled`, or none: random weights
   num_heads: Count | None = None  # set this and the next four if the weights do not specify them
   norm_eps: Positive | None = None  # epsilon of every norm
-  activation: str | None = None  # gelu, gelu_tanh, quick_gelu, relu or silu
-  pool: str | None = None  # cls, cls_dist, size_mean (the mean), cls_mean or map
+  activation: str | None = None  # one of gelu, gelu_tanh, quick_gelu, relu and silu
+  pool: str | None = None  # one of cls, cls_dist, size_mean (the mean), cls_mean and map
   projection: bool | None = None  # whether the outputs are an embedding, like CLIP's, not logits
   plan: str | None = None  # published plan's name or path of a plan.json, for `evaluate`
   # Outputs of the classifier; none: the weights', or the data's for a new classifier.
   num_classes: CountOrZero | None = None
-  image_size: Count | None = None  # pixels; none: the weights'
-  antialias: bool | None = None  # for resampled position embeddings; none: as the variant's authors
-  dtype: Literal["float32", "bfloat16"] = "float32"  # of the computation; weights stay float32
+  image_size: Count | None = None  # side in pixels; none: the weights'
+  antialias: bool | None = None  # antialias resampled position embeddings; none: as the authors do
+  dtype: Literal["float32", "bfloat16"] = "float32"  # dtype to compute in; weights stay float32
   # XLA's own, or cuDNN's fused kernel (NVIDIA, bfloat16); auto: cuDNN's if available.
   attention: Literal["auto", "xla", "cudnn"] = "auto"
 
@@ -67,7 +67,7 @@ class DataConfig:
   name: str = "bundled"  # `bundled`, `folder`, `fake`, or a TFDS name such as `imagenet2012`
   dir: str | None = None  # the image folder, or TFDS's data_dir
   train_split: str = "train"  # a split's name; TFDS slices such as `train[:90%]` work
-  eval_split: str | None = None  # none: the first of `validation`, `val` and `test`
+  eval_split: str | None = None  # a split's name; none: first of `validation`, `val` and `test`
   # Halve a folder without `train` and `val`, to train and to evaluate on, unless splits are named.
   divide: bool = False
   train_examples: Count | None = None  # use only this many training images (drawn by seed)
@@ -128,7 +128,7 @@ class TrainConfig:
   weight_decay: PositiveOrZero = 0.05  # of kernels, not of biases, norms, tokens or positions
   label_smoothing: Share = 0.1  # share of the target spread over all classes
   drop_path: Rate = 0.0  # stochastic depth at the last layer, growing linearly from 0
-  clip_norm: Positive | None = 1.0  # global norm of the gradient; none: not clipped
+  clip_norm: Positive | None = 1.0  # maximum global norm of the gradient; none: not clipped
   keep_rate_epochs: PositiveOrZero = 0.0  # epochs for EViT's keep rate to fall from 1 to the plan's
   ema: Rate | None = None  # decay of the averaged weights to save; none: save the last weights
   parts: Count = 1  # parts that a batch is processed in, one after the other, to save memory
@@ -162,8 +162,8 @@ class SlimConfig(TrainConfig, ViTSlimOptions):
   # Fold the learnt factors of kept units into the weights; false: set them to 1, as the authors do.
   keep_factors: bool = False
   freeze_weights: bool = False  # train masks and norms only
-  # masks.safetensors of another run, to cut without a search; set `model.weights` to that run's
-  # searched.safetensors. One search can thus serve any number of budgets.
+  # `masks.safetensors` of another run, to cut without a search; set `model.weights` to that run's
+  # `searched.safetensors`. One search can thus serve any number of budgets.
   masks: str | None = None
 
 
@@ -193,7 +193,8 @@ class DiffRateOptions:
   budget_weight: PositiveOrZero = 20.0
   warmup_steps: CountOrZero = 0  # first steps, which have no budget term
   compress_first: bool = False  # whether the first layer may remove tokens
-  compress_last: bool | None = None  # none: as the authors, true with a CLS head, false with a mean
+  # Whether the last layer may remove tokens; none: with a CLS head, not a mean (as the authors).
+  compress_last: bool | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -206,7 +207,7 @@ class SearchConfig(DiffRateOptions):
   # Adam's decay of squared gradients; lower than the authors' 0.999, to forget the budget term's
   # large initial gradients soon.
   adam_b2: Rate = 0.95
-  schedule: Literal["cosine", "authors"] = "cosine"  # per step, or per epoch and one epoch late
+  schedule: Literal["cosine", "authors"] = "cosine"  # decay per step, or per epoch, one epoch late
   epoch_steps: Count | None = None  # steps per epoch of `authors`; none: one pass over the images
   # Cross-entropy with the labels, or the divergence from the dense model's logits or features;
   # auto: logits, which need no labels, or features if there is no classifier; labels with
@@ -248,11 +249,11 @@ class CompareConfig:
   # `search`, or dotted keys such as `data.train_examples`, for that row only.
   methods: tuple[str, ...] = ()
   plans: tuple[str, ...] = ()  # names or paths of plans to add rows for
-  budgets: tuple[Share, ...] = (0.8, 0.65, 0.5)  # of the dense model's MACs
+  budgets: tuple[Share, ...] = (0.8, 0.65, 0.5)  # shares of the dense model's MACs
   seeds: Count = 1  # number of seeds per search
-  searched: str | None = None  # folder with an earlier comparison's plans; none: search anew
+  searched: str | None = None  # folder with an earlier comparison's plans; none: search again
   finetuned: tuple[str, ...] = ()  # methods to train, including `vit_slim` and `dynamicvit`
-  finetune_budgets: tuple[Share, ...] = (0.65,)  # of the dense model's MACs
+  finetune_budgets: tuple[Share, ...] = (0.65,)  # shares of the dense model's MACs
   random_schedules: CountOrZero = 0  # number of random schedules per budget
   random_examples: Count = 2000  # number of first examples that random schedules are measured on
 
@@ -260,7 +261,7 @@ class CompareConfig:
 @dataclasses.dataclass(frozen=True)
 class VisualizeConfig:
   images: CountOrZero = 2  # images whose tokens and attention are drawn
-  layers: tuple[Count, ...] = ()  # layers to draw them after, counted from 1; empty: up to 14
+  layers: tuple[Count, ...] = ()  # layers after which to draw them, counted from 1; empty: up to 14
   plans: tuple[str, ...] = ()  # names or paths of plans to draw beside the run's
   published: bool = True  # draw published results beside measured ones, if there are any
 
