@@ -3,11 +3,11 @@
 CAPTIONS = {
   "schedule": (
     "Stair chart of tokens over layers",
-    "Tokens that each layer leaves, after pruning and after merging.",
+    "Tokens that remain in each layer, after pruning and after merging.",
   ),
   "plans": (
     "Stair chart of tokens over layers, for several plans",
-    "The same for this run's plans beside those that `config.visualize.plans` names.",
+    "The same for this run's plans and for those that `config.visualize.plans` names.",
   ),
   "accuracy": (
     "Scatter chart of accuracy over GMACs",
@@ -15,13 +15,13 @@ CAPTIONS = {
   ),
   "published": (
     "Scatter chart of accuracy over GMACs, with published points",
-    "The same beside published figures (open markers, dotted), which were not measured here: "
-    "top-1 on ImageNet-1k as their sources state it, with the GMACs that they state, or, where "
-    "they state none, those of this library's counter.",
+    "The same with published figures (open markers, dotted), which were not measured here: "
+    "top-1 on ImageNet-1k and GMACs as their sources state them; if a source states no GMACs, "
+    "those that this library counts.",
   ),
   "widths": (
     "Bar chart of kept shares over layers",
-    "What each slimmed layer keeps, in percent of the dense one's.",
+    "Share of the dense layer's units that each slimmed layer keeps, in percent.",
   ),
   "units": (
     "Map of kept units, one line for each layer",
@@ -33,8 +33,8 @@ CAPTIONS = {
   ),
   "masks": (
     "Maps of the masks' values over steps",
-    "The values of the soft masks over the steps of the slimming search: how many percent of them "
-    "lie where.",
+    "Distribution of the soft masks' values over the steps of the slimming search, in percent of "
+    "all masks.",
   ),
   "search": (
     "Line charts of loss and compute over steps",
@@ -42,8 +42,8 @@ CAPTIONS = {
   ),
   "token_maps": (
     "Images with their tokens after a quarter, half, three quarters and all of the layers",
-    "What became of the patches of a few images: patches that share a token are painted in their "
-    "mean colour and outlined, pruned ones are dark.",
+    "Patches of a few images. Patches that share a token have their mean colour and an outline; "
+    "pruned patches are dark.",
   ),
   "token_maps_by_layer": (
     "Images with their tokens after each layer",
@@ -52,7 +52,7 @@ CAPTIONS = {
   ),
   "attention": (
     "Maps of the attention of CLS, one for each layer",
-    "How much attention CLS pays each patch, from dark blue (little) to yellow (much).",
+    "Attention from CLS to each patch, from dark blue (little) to yellow (much).",
   ),
 }
 """Title and caption of each plot in `figures/` by name, in the order of the report."""
@@ -60,14 +60,14 @@ CAPTIONS = {
 ABSENT = {
   "schedule": "Schedules and token maps: no model of this run removes tokens.",
   "accuracy": (
-    "Accuracy: no row has one; the stages `evaluate` and `compare` measure it, on labelled images."
+    "Accuracy: not measured; the stages `evaluate` and `compare` measure it on labelled images."
   ),
   "published": (
-    "Published figures: there are some for DeiT, MAE and ViT on ImageNet-1k, none for this model "
-    "on these data."
+    "Published figures: available for DeiT, MAE and ViT on ImageNet-1k, but not for this model and "
+    "data set."
   ),
-  "search": "Search curves: this run itself has searched no token counts.",
+  "search": "Search curves: this run did not search token counts itself.",
   "widths": "Widths and masks: no plan of this run is slimmed.",
-  "attention": "Pictures of images: `config.visualize.images` is 0, or the data hold none.",
+  "attention": "Pictures of images: `config.visualize.images` is 0, or the data set has no images.",
 }
 """Reason for a missing plot, by name."""

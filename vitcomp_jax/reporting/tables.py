@@ -98,21 +98,21 @@ def _comparison_caption(rows: Sequence[Row]) -> str:
       f"Differences are paired, example by example; the references are {', '.join(references)}."
     )
   if any(row.top1_of_seeds for row in rows):
-    captions.append("What was searched with several seeds is their mean.")
+    captions.append("A search with several seeds is shown as the mean over its seeds.")
   return " ".join(captions)
 
 
 def _random_text(budget: str, found: RandomSchedules) -> str:
   line = (
     f"Random schedules at {budget} of the MACs: {found.schedules:,} on {found.examples:,} "
-    f"examples, top-1 of 1, 50 and 99 % of them up to "
+    f"examples, with 1st, 50th and 99th percentiles of top-1 of "
     f"{', '.join(f'{value:.2f}' for value in found.top1.values())} %"
   )
   if found.diffrate and found.beaten_by_top1 is not None and found.beaten_by_loss is not None:
     line += (
-      f"; DiffRate, with {found.diffrate['top1']:.2f} %, is above "
-      f"{100 * found.beaten_by_top1:.1f} % of them, and by cross-entropy better than "
-      f"{100 * found.beaten_by_loss:.1f} %"
+      f"; DiffRate, with {found.diffrate['top1']:.2f} %, beats "
+      f"{100 * found.beaten_by_top1:.1f} % of them by top-1, and "
+      f"{100 * found.beaten_by_loss:.1f} % by cross-entropy"
     )
   return f"{line}."
 
@@ -135,12 +135,12 @@ def speed_blocks(benchmark: BenchmarkResult) -> list[Block]:
     predicted = [formatted(entry.predicted_ms, ".4g")] if is_predicted else []
     lines.append(_speed_cells(entry) + predicted)
   text = (
-    "Medians; the spread is the distance of the quartiles, relative to the median. The peak is "
+    "Medians; the spread is the interquartile range relative to the median. The peak is "
     f"that of a large float32 matrix product, {benchmark.matmul_peak_gflops:,.0f} GFLOP/s, "
     "measured in the same run. All models took turns."
   )
   if is_predicted:
-    text += " What the search's latency table predicted is to be held against p50."
+    text += " Compare p50 with the prediction of the search's latency table."
   return [Table("Speed by model and batch size.", heads, lines), Text(text)]
 
 
