@@ -110,41 +110,64 @@ def differences(reference: str, points: str) -> dict[str, Callable[[Row], str]]:
   }
 
 
-def by_cost(rows: Sequence[Row]) -> list[Row]:
-  """Sorts rows by decreasing cost, and rows within 1 % of the same cost by decreasing loss."""
+def costs(rows: Sequence[Row]) -> list[list[Row]]:
+  """Groups rows whose costs are within 1 % of each other, by decreasing cost."""
   groups: list[list[Row]] = []
   for row in sorted(rows, key=lambda row: -row["gmacs"]):
     if not groups or row["gmacs"] < 0.99 * groups[-1][0]["gmacs"]:
       groups.append([])
     groups[-1].append(row)
-  return [row for group in groups for row in sorted(group, key=lambda row: -row["loss"])]
+  return groups
+
+
+def pivot(rows: Sequence[Row], cell: Callable[[Row], str]) -> str:
+  """Returns a table with a line for each method and a column for each cost.
+
+  Args:
+    rows: Rows, at most one for each method and cost. Methods keep their order.
+    cell: Returns the text of a row's cell.
+  """
+  lines: dict[str, dict[str, str]] = {label(row): {} for row in rows}
+  columns: dict[str, Callable[[Row], str]] = {"GMACs": lambda line: line["label"]}
+  for group in costs(rows):
+    head = f"{group[-1]['gmacs']:.3f}"
+    columns[head] = lambda line, head=head: line.get(head, MISSING)
+    for row in group:
+      lines[label(row)][head] = cell(row)
+  return table(columns, [{"label": name, **cells} for name, cells in lines.items()])
 
 
 def photos() -> str:
-  """Returns all rows of the comparison on photos."""
-  columns = {
-    "plan": label,
-    "GMACs": plain("gmacs", ".3f"),
-    "params (M)": plain("params_m", ".2f"),
-    "top-1 (%)": plain("top1", ".1f"),
-    "cross-entropy": plain("loss", ".4f"),
-    **differences("tokens", "+.1f"),
-    "minutes": plain("minutes", ".1f"),
-  }
-  return table(columns, by_cost(stored("photos.json")))
+  """Accuracy and cross-entropy of all plans of the comparison on photos."""
+  return pivot(stored("photos.json"), _accuracy)
+
+
+def _accuracy(row: Row) -> str:
+  return f"{row['top1']:.1f} / {row['loss']:.3f}"
+
+
+def photos_differences(key: str, spec: str) -> Callable[[], str]:
+  """Returns a table of the paired differences of a metric from the search of tokens."""
+
+  def differences() -> str:
+    rows = [
+      row for row in stored("photos.json") if row.get("reference", "").startswith("diffrate@")
+    ]
+    return pivot(rows, number(f"{key}_over_reference", spec))
+
+  return differences
+
+
+def photos_searches() -> str:
+  """Minutes and parameters of the searches on photos."""
+  searched = [row for row in stored("photos.json") if row.get("minutes")]
+  return pivot(searched, lambda row: f"{row['minutes']:.1f} / {row['params_m']:.2f}")
 
 
 def reached() -> str:
-  """Returns the rows of that comparison that README shows."""
-  columns = {
-    "DeiT-Tiny, 1,000 photos": label,
-    "GMACs": plain("gmacs", ".3f"),
-    "top-1 (%)": plain("top1", ".1f"),
-    "cross-entropy": plain("loss", ".3f"),
-  }
+  """The part of that comparison that README shows."""
   rows = [row for row in stored("photos.json") if "+finetune" not in row["name"]]
-  shown = [row for row in rows if row["gmacs"] < 0.66 or row["name"] == "dense"]
-  return table(columns, by_cost(shown))
+  return pivot([row for row in rows if row["gmacs"] < 0.66 or row["name"] == "dense"], _accuracy)
 
 
 def clip() -> str:
@@ -222,6 +245,9 @@ def share(rows: Sequence[Row]) -> Callable[[Row], str]:
 
 TABLES = {
   "photos": photos,
+  "photos_top1": photos_differences("top1", "+.1f"),
+  "photos_loss": photos_differences("loss", "+.3f"),
+  "photos_searches": photos_searches,
   "reached": reached,
   "clip": clip,
   "quickstart": quickstart,
