@@ -102,6 +102,14 @@ def test_a_variable_that_is_not_set_is_status_2(capsys):
   assert error.count("\n") == 1 and "variable NOT_SET" in error
 
 
+@pytest.mark.parametrize("path", ["runs[1]/a", "runs/*", "what?/run"])
+def test_a_workdir_that_is_a_pattern_is_refused(path, tmp_path):
+  """Orbax would save checkpoints there that nothing can read."""
+  with pytest.raises(vc.UserError, match=r"expected a path without \*, \? and \[, got /"):
+    vc.run_stage("search", tiny_config(), tmp_path / path)
+  assert not (tmp_path / path).exists()
+
+
 def test_python(home):
   files.write(vc.load(TINY, num_classes=10)[1], str(home / "w.safetensors"))
   save_plan(mini_plan(), home / "plan.json")

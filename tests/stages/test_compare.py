@@ -13,6 +13,7 @@ from vitcomp_jax import methods
 from vitcomp_jax.cost import macs
 from vitcomp_jax.models.variants import get_spec
 from vitcomp_jax.plans import make_plan, save_plan
+from vitcomp_jax.training.search import SearchTrainer
 from vitcomp_jax.weights import files
 
 _METHODS = ("diffrate", "uniform[importance=value_norm]", "tome")
@@ -100,7 +101,7 @@ def test_searched_widths_are_compared_and_tuned(tmp_path):
     assert rows[name]["minutes"] >= rows[before]["minutes"]
   # What was found is trained, not searched again.
   folders = {path.parent.name for path in (tmp_path / "run/compare").glob("*/config.json")}
-  assert folders == {f"{name}-seed0" for name in searched}
+  assert folders == {"diffrate@0.7-seed0", "diffrate(what=both)@0.7-seed0"}
 
   # Rows can be added later, and measured ones are kept.
   compare.methods += ("tome",)
@@ -121,6 +122,18 @@ def test_searched_widths_are_compared_and_tuned(tmp_path):
   compare.searched = str(tmp_path / "run/plans")
   with pytest.raises(vc.UserError, match="expected plans of tokens, got .*what=both"):
     vc.run_stage("compare", config, tmp_path / "again")
+
+
+@pytest.mark.slow
+def test_a_search_with_options_is_resumed(tmp_path, monkeypatch):
+  config = tiny_config()
+  config.compare.methods, config.compare.budgets = ("diffrate[actions=merge]",), (0.8,)
+  config.compare.seeds, config.compare.random_schedules, config.compare.finetuned = 1, 0, ()
+  with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+    patch.setattr(SearchTrainer, "choose", lambda *_: 1 / 0)
+    vc.run_stage("compare", config, tmp_path / "run")
+  rows = vc.run_stage("compare", config, tmp_path / "run")["rows"]
+  assert [row["name"] for row in rows] == ["dense", "diffrate[actions=merge]@0.8"]
 
 
 def test_without_a_search_the_first_plan_is_the_reference(tmp_path):

@@ -1,6 +1,7 @@
 """The folder of a run: its config, and its finished stages."""
 
 import dataclasses
+import glob
 import operator
 import pathlib
 import reprlib
@@ -127,7 +128,7 @@ class Workdir:
 
 
 def check_resumable(workdir: Workdir, config: Config, other_rows: bool = False) -> None:
-  """Rejects a folder that cannot be read, or was made with another config.
+  """Rejects a folder that cannot be used, or was made with another config.
 
   Args:
     workdir: The folder.
@@ -135,6 +136,12 @@ def check_resumable(workdir: Workdir, config: Config, other_rows: bool = False) 
     other_rows: Whether the rows of a comparison may have changed since.
   """
   path = workdir.path
+  # Orbax looks for the parts of a checkpoint by glob; if its path is a pattern, they are lost.
+  absolute = str(path.absolute())
+  if glob.escape(absolute) != absolute:
+    raise UserError(
+      f"--workdir {path}: expected a path without *, ? and [, got {absolute}; give another."
+    )
   try:
     names = {entry.name for entry in path.iterdir()} if path.exists() else set()
   except OSError as error:
