@@ -36,7 +36,8 @@ class Row(Record):
     minutes: Time of the search and the training, if any; the mean over the seeds.
     top1_se: Standard error of `top1` over the examples; likewise all fields that end in `_se`.
     top1_of_seeds: Top-1 accuracy of each seed, if the row is a mean.
-    reference: Name of the row that paired differences are taken from.
+    top1_over_dense: Paired difference of `top1` from the dense model's; likewise `loss_over_dense`.
+    reference: Name of the row that the following differences are taken from.
     top1_over_reference: Paired difference of `top1`; likewise `loss_over_reference`.
   """
 
@@ -58,6 +59,10 @@ class Row(Record):
   top1_se: float | None = None
   loss_se: float | None = None
   top1_of_seeds: tuple[float, ...] | None = None
+  top1_over_dense: float | None = None
+  top1_over_dense_se: float | None = None
+  loss_over_dense: float | None = None
+  loss_over_dense_se: float | None = None
   reference: str | None = None
   top1_over_reference: float | None = None
   top1_over_reference_se: float | None = None

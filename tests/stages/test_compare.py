@@ -149,6 +149,9 @@ def test_without_a_search_the_first_plan_is_the_reference(tmp_path):
   rows = {row["name"]: row for row in vc.run_stage("compare", config, tmp_path / "run")["rows"]}
   assert list(rows) == ["dense", str(plan), "tome@0.8"]
   mine, tome = rows[str(plan)], rows["tome@0.8"]
+  dense = rows["dense"]
+  assert mine["loss_over_dense"] == pytest.approx(mine["loss"] - dense["loss"], abs=1e-5)
+  assert mine["loss_over_dense_se"] > 0 and "loss_over_dense" not in dense
   assert "reference" not in mine and tome["reference"] == str(plan)
   assert tome["loss_over_reference"] == pytest.approx(tome["loss"] - mine["loss"], abs=1e-5)
   assert f"the references are {plan}" in (tmp_path / "run/report.md").read_text()

@@ -49,21 +49,22 @@ def measured(run: Run, row: Row, models: Sequence[Model]) -> Row:
   return row
 
 
-def with_differences(run: Run, row: Row, reference: Row) -> Row:
+def with_differences(run: Run, row: Row, reference: Row, called: str) -> Row:
   """Returns a measured row with its paired differences from another row.
 
   Args:
     run: The run, which holds the examples.
     row: The row.
     reference: Row to compute differences from.
+    called: Name of the reference in the fields of the row: `dense` or `reference`.
   """
   mean, other = _read(_mean_path(run, row)), _read(_mean_path(run, reference))
   differences: dict[str, float | None] = {}
   for key in PAIRED:
     difference = mean[key] - other[key]
-    differences[f"{key}_over_reference"] = round(float(difference.mean()), 6)
-    differences[f"{key}_over_reference_se"] = standard_error(difference)
-  return dataclasses.replace(row, reference=reference.name).with_metrics(differences)
+    differences[f"{key}_over_{called}"] = round(float(difference.mean()), 6)
+    differences[f"{key}_over_{called}_se"] = standard_error(difference)
+  return row.with_metrics(differences)
 
 
 def rank(run: Run, searched: Row | None, points: Sequence[Point]) -> RandomSchedules:

@@ -74,11 +74,12 @@ def comparison_blocks(result: Result) -> list[Block]:
   """Returns the table of a comparison and a sentence for each set of random schedules."""
   rows, dense = result.rows, _dense_gmacs(result.rows)
   heads = ["model", "top-1 (%)", "cross-entropy"]
-  heads += ["top-1 over reference", "cross-entropy over reference"]
+  heads += ["top-1 over dense", "top-1 over reference", "cross-entropy over reference"]
   heads += ["GMACs", "of dense", "params (M)", "minutes"]
   lines = []
   for row in rows:
     errors = [_with_error(row.top1, row.top1_se, ".2f"), _with_error(row.loss, row.loss_se, ".4f")]
+    errors.append(_with_error(row.top1_over_dense, row.top1_over_dense_se, "+.2f"))
     errors.append(_with_error(row.top1_over_reference, row.top1_over_reference_se, "+.2f"))
     errors.append(_with_error(row.loss_over_reference, row.loss_over_reference_se, "+.4f"))
     cost = [*_gmacs_cells(row.gmacs, dense), formatted(row.params_m, ".4g")]

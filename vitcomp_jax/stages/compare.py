@@ -94,17 +94,21 @@ def _plan_row(run: Run, name: str) -> Row:
 
 
 def _compared(run: Run, row: Row, there: Collection[str]) -> Row:
-  """Adds the differences from the row's reference, if the reference is in the table.
+  """Adds the differences from the dense model, and from the row's reference if it is in the table.
 
   Args:
     run: The run.
     row: A measured row.
     there: Names of all rows.
   """
+  dense = Row(method="dense")
+  if row.name != dense.name:
+    row = rows.with_differences(run, row, dense, "dense")
   reference = _reference(run, row, there)
   if reference is None or reference.name == row.name or reference.name not in there:
     return row
-  return rows.with_differences(run, row, reference)
+  row = rows.with_differences(run, row, reference, "reference")
+  return dataclasses.replace(row, reference=reference.name)
 
 
 def _reference(run: Run, row: Row, there: Collection[str]) -> Row | None:
