@@ -4,8 +4,8 @@
 
 `runs/NAME` is the workdir of a finished search with recipe=ours. The marginal cost of a count is
 the increase of the task loss for each GMAC removed by lowering this count. It is the ratio of the
-gradients of loss and MACs that the search descends along, measured on images that the search has
-not used. If a search has converged, all marginal costs are equal.
+gradients of loss and MACs that the search descends along, measured on batches after
+those of the search. If a search has converged, all marginal costs are equal.
 """
 
 import argparse
