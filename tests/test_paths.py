@@ -174,7 +174,7 @@ def test_predictions(home, capsys):
   assert capsys.readouterr().out.startswith("~/cost$5.png\n")
   assert (home / "maps/1_cost$5.png").exists()
   for option, said in (
-    ("--workdir", "none: expected a run"),
+    ("--workdir", "none: expected the workdir of a run"),
     ("--exported", "none: expected an export's folder or a file"),
   ):
     assert predict.main(["predict", option, "~/none", "$ASKED/cost$5.png"]) == 2
