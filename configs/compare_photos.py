@@ -4,13 +4,16 @@
 
 `DIR` holds the photos as a TFDS data set, `in1k_photos`: `train` has one photo of each of the 1,000
 classes (`EliSchwartz/imagenet-sample-images`), for searching, and `validation` has the 1,000 photos
-of the NIPS 2017 competition's development set, for evaluation. They are 224 pixels wide. The
-weights are timm's, from the Hugging Face hub. The part after the colon is one of
+of the NIPS 2017 competition's development set, for evaluation. They are 224 pixels wide. With
+`--config.data.name=folder`, `DIR` is an image folder instead, with `train/WNID/*.jpg` and
+`val/WNID/*.jpg`. The weights are timm's, from the Hugging Face hub. The part after the colon is one
+of
 
 - `budgets`, the default: searches of tokens, of widths and of both, ToMe, and the published plans,
   at the costs of these plans and at 0.5 and 0.4 GMACs; the norms and biases of the models found are
   then tuned on the same photos to match the dense model's features, without labels;
-- `off_the_shelf`: the methods without training, at the published plans' costs;
+- `off_the_shelf`: the search of tokens and hand-made schedules at the same costs; with
+  `--config.compare.searched=configs/plans/photos` it takes the plans that were found before;
 - `random`: the search of tokens among 300 random schedules for each of two budgets, on 500 photos;
 - `ablation`: importance, actions, loss, steps and number of photos, at 65 % of the MACs;
 - `tuning`: the split on which settings were chosen: 800 photos of `train` for searching, and the
@@ -57,7 +60,7 @@ def get_config(part: str = "budgets") -> ml_collections.ConfigDict:
     compare.finetune_budgets = compare.budgets
   elif part == "off_the_shelf":
     compare.plans = PLANS
-    compare.budgets = published
+    compare.budgets = (*published, *least)
     compare.methods = ("diffrate", "tome", "evit", "uniform", "uniform_merge", "linear_merge")
     compare.methods += ("linear", "random")
   elif part == "random":
