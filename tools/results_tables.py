@@ -28,6 +28,7 @@ Columns = Mapping[str, Callable[[Row], str]]
 # Readable names of methods.
 LABELS = {
   "diffrate": "searched, tokens",
+  "diffrate[loss=labels]": "searched, tokens, with labels",
   "diffrate[what=widths]": "searched, widths",
   "diffrate[what=both]": "searched, tokens and widths",
   "tome": "ToMe",
@@ -181,9 +182,9 @@ def reached() -> str:
 
 
 def clip() -> str:
-  """Returns results for embeddings of CLIP's image tower, where tokens and widths are searched."""
+  """Returns results for embeddings of CLIP's image tower."""
   columns = {
-    "plan": lambda row: label({"name": row["name"].replace("diffrate", "diffrate[what=both]")}),
+    "plan": label,
     "GMACs": plain("gmacs", ".2f"),
     "params (M)": plain("params_m", ".1f"),
     "cosine to dense": plain("cosine", ".4f"),
