@@ -8,6 +8,7 @@ status is 1 if a table does not match its results.
 """
 
 import argparse
+import functools
 import json
 import pathlib
 import re
@@ -149,7 +150,7 @@ def pivot(rows: Sequence[Row], cell: Callable[[Row], str]) -> str:
 
 
 def photos() -> str:
-  """Accuracy and cross-entropy of all plans of the comparison on photos."""
+  """Returns accuracy and cross-entropy of all plans of the comparison on photos."""
   return pivot(stored("photos.json"), _accuracy)
 
 
@@ -157,26 +158,20 @@ def _accuracy(row: Row) -> str:
   return f"{row['top1']:.1f} / {row['loss']:.3f}"
 
 
-def photos_differences(key: str, spec: str) -> Callable[[], str]:
-  """Returns a table of the paired differences of a metric from the search of tokens."""
-
-  def differences() -> str:
-    rows = [
-      row for row in stored("photos.json") if row.get("reference", "").startswith("diffrate@")
-    ]
-    return pivot(rows, number(f"{key}_over_reference", spec))
-
-  return differences
+def photos_differences(key: str, spec: str) -> str:
+  """Returns the paired differences of a metric from the search of tokens."""
+  rows = [row for row in stored("photos.json") if row.get("reference", "").startswith("diffrate@")]
+  return pivot(rows, number(f"{key}_over_reference", spec))
 
 
 def photos_searches() -> str:
-  """Minutes and parameters of the searches on photos."""
+  """Returns minutes and parameters of the searches on photos."""
   searched = [row for row in stored("photos.json") if row.get("minutes")]
   return pivot(searched, lambda row: f"{row['minutes']:.1f} / {row['params_m']:.2f}")
 
 
 def reached() -> str:
-  """The part of that comparison that README shows."""
+  """Returns the part of that comparison that README shows."""
   rows = [row for row in stored("photos.json") if label(row) in _IN_README]
   return pivot([row for row in rows if row["gmacs"] < 0.66 or row["name"] == "dense"], _accuracy)
 
@@ -256,8 +251,8 @@ def share(rows: Sequence[Row]) -> Callable[[Row], str]:
 
 TABLES = {
   "photos": photos,
-  "photos_top1": photos_differences("top1", "+.1f"),
-  "photos_loss": photos_differences("loss", "+.3f"),
+  "photos_top1": functools.partial(photos_differences, "top1", "+.1f"),
+  "photos_loss": functools.partial(photos_differences, "loss", "+.3f"),
   "photos_searches": photos_searches,
   "reached": reached,
   "clip": clip,
