@@ -1,10 +1,10 @@
-"""Slims a network and then searches its token counts, to 65 % times 65 % of the MACs.
+"""Slims a network and then searches its token counts, to 40 % of the dense model's MACs.
 
     python -m vitcomp_jax.main --config configs/joint_quickstart.py
 
-The network is slimmed as in `configs/vitslim_quickstart.py`; DiffRate then searches how many tokens
-its layers keep, and the result is trained again. The report compares the dense model, each method
-alone, and both together.
+The network is slimmed as in `configs/vitslim_quickstart.py`, but to 60 % of its head dimensions and
+hidden units; DiffRate then searches how many tokens its layers keep, and the result is trained
+again. The report compares the dense model, each method alone, and both together.
 """
 
 import ml_collections
