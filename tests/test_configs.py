@@ -40,7 +40,7 @@ def test_a_model_of_the_comparison(model):
   assert len(config.compare.plans) == len(config.compare.budgets) >= 3
 
 
-@pytest.mark.parametrize("name", ["compare_fashion_mnist", "compare_imagenet", "compare_photos"])
+@pytest.mark.parametrize("name", [name for name in NAMES if name.startswith("compare_")])
 def test_an_unknown_part(name):
   module = importlib.import_module(f"vitcomp_jax.configs.{name}")
   with pytest.raises(UserError, match="behind the colon, got nothing"):
