@@ -50,6 +50,13 @@ def test_a_search_meets_its_budget_and_keeps_its_history(dense):
   )
 
 
+def test_only_images_that_are_used_are_counted(dense):
+  """The authors choose no plan, so they need no images to choose by."""
+  ours = _search(dense, IMAGES, steps=2, choose_images=9)
+  theirs = _search(dense, (IMAGES, LABELS), steps=2, recipe="paper")
+  assert (ours.made_by["images"], theirs.made_by["images"]) == (4 * 8, 2 * 8)
+
+
 def test_batches_may_come_in_any_form():
   halves = [(IMAGES[:8], LABELS[:8]), (IMAGES[8:16], LABELS[8:16])]
   named = [{"image": x, "label": y} for x, y in halves]

@@ -251,7 +251,7 @@ class CompareConfig:
   plans: tuple[str, ...] = ()  # names or paths of plans to add rows for
   budgets: tuple[Share, ...] = (0.8, 0.65, 0.5)  # shares of the dense model's MACs
   seeds: Count = 1  # number of seeds per search
-  searched: str | None = None  # folder with an earlier comparison's plans; none: search again
+  searched: str | None = None  # folder with earlier plans for `methods`; none: search again
   finetuned: tuple[str, ...] = ()  # methods to train, including `vit_slim` and `dynamicvit`
   finetune_budgets: tuple[Share, ...] = (0.65,)  # shares of the dense model's MACs
   random_schedules: CountOrZero = 0  # number of random schedules per budget

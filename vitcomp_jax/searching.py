@@ -104,7 +104,8 @@ def search(
   trainer = SearchTrainer(method, config, spec.preprocess, layout, seed)
   size = len(first["image"])
   # Drawn first, so that an iterable that ends early fails before the search rather than after it.
-  held_back = list(itertools.islice(batches, math.ceil(config.choose_images / size)))
+  count = math.ceil(config.choose_images / size) if trainer.chooses else 0
+  held_back = list(itertools.islice(batches, count))
   count = 0 if config.what == "tokens" else math.ceil(config.calibration_images / size)
   factors = trainer.factors(params, list(itertools.islice(batches, count)))
   trainer, arch = trainer.start(params, factors, held_back)

@@ -298,6 +298,18 @@ def test_what_nobody_reads_is_not_kept(kind):
   assert (last.prune_keep, last.merge_keep) == (kept, kept)
 
 
+@pytest.mark.parametrize("recipe", ["ours", "paper"])
+def test_an_offset_is_a_share_of_each_list(recipe):
+  spec = SPECS["caformer"]
+  rates = DiffRate(spec, 1.0, DiffRateOptions(recipe=recipe)).rates
+  patches = np.array([[spec.patches_at(i)] for i in range(spec.depth)])
+  table = np.repeat(patches / 2, 2, axis=1)
+  change = rates.shifted(table, -0.25) - rates.shifted(table, 0.0)
+  learnt = change != 0
+  assert learnt.any()
+  np.testing.assert_allclose((change / patches)[learnt], -0.25, atol=0.02)
+
+
 def test_budget_below_the_smallest_plan_is_refused():
   with pytest.raises(UserError, match="smallest plan"):
     DiffRate(small_spec(), 1e-6).check()

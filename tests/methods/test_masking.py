@@ -7,6 +7,7 @@ import pytest
 
 from vitcomp_jax.methods.diffrate.counts import LearntCounts
 from vitcomp_jax.methods.diffrate.masking import MaskedPruneMerge
+from vitcomp_jax.methods.proxy import learnt_count
 from vitcomp_jax.models.tokens import AttentionStats, Tokens
 
 PATCHES, KEPT = 8, 4
@@ -38,3 +39,20 @@ def test_a_dropped_token_passes_where_it_would_have_stayed(value, passes):
   slope = jax.grad(kept)(keep)
   np.testing.assert_array_equal(slope[:6], [1, 1, 1, 0, 0, passes])
   np.testing.assert_array_equal(slope[6:], 0)
+
+
+def test_pruning_alone_has_the_gradient_of_one_mask():
+  values = jnp.arange(1.0, PATCHES + 2)
+  before = jnp.float32(1 + PATCHES)
+
+  def of_the_layer(share):
+    counts = LearntCounts(PATCHES, 1, "prune")
+    choice = counts.apply({"arch": {"merge": share}}, before, PATCHES + 1)
+    return jnp.sum(values * choice.prune * choice.merge)
+
+  def of_one_mask(share):
+    mask, _ = learnt_count(share, PATCHES, jnp.float32(2), before, 1, PATCHES + 1)
+    return jnp.sum(values * mask)
+
+  share = jnp.float32(0.4)
+  assert float(jax.grad(of_the_layer)(share)) == float(jax.grad(of_one_mask)(share)) > 0

@@ -304,3 +304,11 @@ def test_weights_of_a_look_alike_are_refused(tmp_path):
   loading.save_params(spec, random_params(spec), path)
   with pytest.raises(UserError, match=r"activation gelu\), got those of .*quickgelu_224 \(quick"):
     loading.spec_for("vit_base_patch32_clip_224", str(path))
+
+
+def test_the_plan_of_a_search_that_was_killed_is_not_read(tmp_path):
+  """A search saves its plan just before it is marked as finished."""
+  run = opened(tmp_path, config_of(tmp_path, data={"name": "bundled", "pad": 1}))
+  begin(run)
+  (run.workdir.path / "plan.json").write_text("{}")
+  assert run.artefacts.plan is None

@@ -10,6 +10,8 @@ import vitcomp_jax as vc
 from tests.models import random_params
 from tests.stages.test_slim import tiny_config, tiny_variant  # noqa: F401
 from vitcomp_jax import methods
+from vitcomp_jax.comparison.methods import file_name, searched_before
+from vitcomp_jax.config import from_config_dict
 from vitcomp_jax.cost import macs
 from vitcomp_jax.models.variants import get_spec
 from vitcomp_jax.plans import make_plan, save_plan
@@ -119,7 +121,10 @@ def test_searched_widths_are_compared_and_tuned(tmp_path):
     vc.run_stage("compare", config, tmp_path / "run")
   compare.methods = ("diffrate[what=both]",)
 
-  compare.searched = str(tmp_path / "run/plans")
+  compare.plans += (str(tmp_path / "run/plans/diffrate[what=both]@0.7-seed0.json"),)
+  with pytest.raises(vc.UserError, match="config.compare.plans: expected plans of tokens, got"):
+    vc.run_stage("compare", config, tmp_path / "again")
+  compare.plans, compare.searched = compare.plans[:1], str(tmp_path / "run/plans")
   with pytest.raises(vc.UserError, match="expected plans of tokens, got .*what=both"):
     vc.run_stage("compare", config, tmp_path / "again")
 
@@ -153,6 +158,12 @@ def test_without_a_search_the_first_plan_is_the_reference(tmp_path):
   assert mine["loss_over_dense"] == pytest.approx(mine["loss"] - dense["loss"], abs=1e-5)
   assert mine["loss_over_dense_se"] > 0 and "loss_over_dense" not in dense
   assert "reference" not in mine and tome["reference"] == str(plan)
+
+  # A plan that has changed since is measured again.
+  save_plan(make_plan(spec, spec.dense_layers, {}), plan)
+  config.compare.methods = ("tome", "evit")
+  rows = {row["name"]: row for row in vc.run_stage("compare", config, tmp_path / "run")["rows"]}
+  assert rows[str(plan)]["loss"] == rows["dense"]["loss"] != mine["loss"]
   assert tome["loss_over_reference"] == pytest.approx(tome["loss"] - mine["loss"], abs=1e-5)
   assert f"the references are {plan}" in (tmp_path / "run/report.md").read_text()
 
@@ -191,11 +202,24 @@ def test_the_cloud_is_what_the_static_schedules_give(tmp_path):
     ("methods", ("dynamicvit",), "dynamicvit has to be trained"),
     ("finetuned", ("fastest",), "config.compare.finetuned: expected some of diffrate, vit_slim"),
     ("plans", ("diffrate/deit_small@2.9",), "expected 3 layers"),
+    ("budgets", (0.8, 0.01), r"config.budget: expected 0\.\d+ to .*, from the smallest plan"),
+    ("finetune_budgets", (0.01,), "from the smallest plan to the dense model"),
+    ("methods", ("diffrate[recipe=paper,what=both]",), "config.search.what: expected tokens"),
   ],
 )
 def test_what_cannot_be_compared_is_refused(key, value, said, tmp_path):
   config = tiny_config()
-  config.compare.methods = ("diffrate",)
+  config.compare.methods = config.compare.finetuned = ("diffrate",)
   config.compare[key] = value
   with pytest.raises(vc.UserError, match=said):
     vc.run_stage("compare", config, tmp_path)
+
+
+def test_the_files_of_rows(tmp_path):
+  names = [file_name(f"diffrate[data.dir=/photos]@0.5-seed{seed}.json") for seed in (10, 9, 2)]
+  for name in names:
+    (tmp_path / name).touch()
+  config = tiny_config()
+  config.compare.searched = str(tmp_path)
+  found = searched_before(from_config_dict(config), "diffrate[data.dir=/photos]", 0.5)
+  assert [path.name for path in found] == names[::-1]

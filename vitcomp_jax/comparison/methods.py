@@ -59,7 +59,7 @@ def _known(key: str, text: str, config: Config, spec: ViTSpec, learning: tuple[s
 
 
 def searched_before(config: Config, text: str, budget: float) -> list[pathlib.Path]:
-  """Returns the plans of a method in `config.compare.searched`, from an earlier comparison.
+  """Returns the plans of a method in `config.compare.searched`, in the order of their seeds.
 
   Args:
     config: Config of the run.
@@ -73,12 +73,17 @@ def searched_before(config: Config, text: str, budget: float) -> list[pathlib.Pa
     return []
   folder = pathlib.Path(paths.expand(config.compare.searched or ""))
   # Not `glob`, which takes a method's brackets for a pattern.
-  start = f"{text}@{budget:g}-seed"
-  there = sorted(folder.iterdir()) if folder.is_dir() else []
+  start = file_name(f"{text}@{budget:g}-seed")
+  there = folder.iterdir() if folder.is_dir() else []
   found = [path for path in there if path.name.startswith(start)]
   if not found:
     raise UserError(
       f"config.compare.searched: expected plans {start}*.json in {folder}, got none; leave it out "
       "to search."
     )
-  return found
+  return sorted(found, key=lambda path: (len(path.name), path.name))  # 2 comes before 10
+
+
+def file_name(row: str) -> str:
+  """Returns the name of a row's files, without slashes, which a plan's or data's path has."""
+  return row.replace("/", ":")

@@ -4,6 +4,7 @@ Measurements are stored per example, and are not repeated.
 """
 
 import dataclasses
+import hashlib
 import pathlib
 from collections.abc import Mapping, Sequence
 
@@ -11,6 +12,7 @@ import numpy as np
 
 from vitcomp_jax import multihost, scoring
 from vitcomp_jax.atomic import replacing
+from vitcomp_jax.comparison.methods import file_name
 from vitcomp_jax.comparison.random_schedules import Point
 from vitcomp_jax.models.build import build
 from vitcomp_jax.models.spec import LayerSpec
@@ -97,7 +99,9 @@ def _quantiles(values: np.ndarray) -> dict[str, float]:
 
 
 def _outcomes(run: Run, name: str, layers: tuple[LayerSpec, ...], params: Params) -> Outcomes:
-  path = _path(run, name)
+  # The plan behind a name may be another one when a comparison is continued.
+  layers_id = hashlib.sha256(repr(layers).encode()).hexdigest()[:8]
+  path = _path(run, f"{name}.{layers_id}")
   if not path.exists():
     _save(path, table.outcomes(run, build(run.inputs.spec, layers), params, name))
   return _read(path)
@@ -110,7 +114,7 @@ def _read(path: pathlib.Path) -> Outcomes:
 
 def _save(path: pathlib.Path, arrays: Mapping[str, np.ndarray]) -> None:
   with replacing(path) as unfinished, unfinished.open("wb") as stream:
-    np.savez_compressed(stream, allow_pickle=False, **arrays)
+    np.savez_compressed(stream, **arrays)  # type: ignore[arg-type]  # no metric is called allow_pickle
   multihost.meet(f"saved {path.name}")  # before another process looks for it
 
 
@@ -119,7 +123,7 @@ def _mean_path(run: Run, row: Row) -> pathlib.Path:
 
 
 def _path(run: Run, name: str) -> pathlib.Path:
-  """Returns the file of outcomes; slashes are replaced, as a name may be a plan's path."""
+  """Returns the file of outcomes."""
   folder = run.workdir.path / "compare" / "outcomes"
   folder.mkdir(parents=True, exist_ok=True)
-  return folder / f"{name.replace('/', ':')}.npz"
+  return folder / f"{file_name(name)}.npz"

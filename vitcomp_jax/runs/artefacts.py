@@ -35,10 +35,8 @@ class Artefacts:
   @functools.cached_property
   def plan(self) -> Plan | None:
     """Returns the last plan made in this workdir, or else the config's; None for a dense model."""
-    made_here = self.workdir.path / "plan.json"
-    is_due = self.workdir.is_finished("search") or self.workdir.is_finished("slim")
-    if made_here.exists() or is_due:
-      return load_plan(str(made_here))
+    if self.workdir.is_finished("search") or self.workdir.is_finished("slim"):
+      return load_plan(str(self.workdir.path / "plan.json"))
     return self._plan_of_config
 
   @functools.cached_property

@@ -16,7 +16,7 @@ _IN_FOLDERS = str.maketrans({"[": "(", "]": ")", "/": ":"})
 def finished_child(run: Run, name: str, config: Config, stages: Stages) -> Run:
   """Returns a finished run in `compare/NAME`, resuming it if it was interrupted.
 
-  The folder has round brackets where the name has square ones.
+  The folder has round brackets where the name has square ones, and colons for slashes.
 
   Args:
     run: Parent run.

@@ -80,7 +80,7 @@ class Workdir:
       )
     found = strict_json.read(self.config_file)
     if found.get("leaves_labels_out", False) != leaves_labels_out:
-      before, now = ("without", "with") if leaves_labels_out is False else ("with", "without")
+      before, now = ("without", "with") if not leaves_labels_out else ("with", "without")
       raise UserError(
         f"{self.path} was begun {before} labels, and the class folders now are such that it would "
         f"go on {now} them; give another --workdir, or the class folders that it was begun with."

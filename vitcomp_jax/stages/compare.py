@@ -12,9 +12,17 @@ import jax
 
 from vitcomp_jax import strict_json
 from vitcomp_jax.comparison import random_schedules, rows
-from vitcomp_jax.comparison.methods import SEARCHED, SLIMMED, check_methods, parse, searched_before
+from vitcomp_jax.comparison.methods import (
+  SEARCHED,
+  SLIMMED,
+  check_methods,
+  file_name,
+  parse,
+  searched_before,
+)
 from vitcomp_jax.config import BudgetConfig, CompareConfig, Config, Stage
 from vitcomp_jax.errors import UserError
+from vitcomp_jax.methods.diffrate.search import DiffRate
 from vitcomp_jax.methods.registry import schedules, within
 from vitcomp_jax.plans import load_plan, make_plan, save_plan
 from vitcomp_jax.reporting import plots, report
@@ -25,6 +33,11 @@ from vitcomp_jax.runs.run import Run
 from vitcomp_jax.stages import finetune, search, slim
 
 _STAGES = {"search": search.run, "slim": slim.run, "finetune": finetune.run}
+_RESULTS: dict[str, type[SearchResult | SlimResult | TrainResult]] = {
+  "search": SearchResult,
+  "slim": SlimResult,
+  "finetune": TrainResult,
+}
 
 
 def check(run: Run) -> None:
@@ -41,14 +54,34 @@ def check(run: Run) -> None:
     )
   for name in config.plans:
     load_plan(name).layers_for(spec)
-  for budget in config.budgets if config.searched else ():
+    _check_widths("plans", name)
+  for budget in config.budgets:
     for text in config.methods:
-      for path in searched_before(run.config, text, budget):
-        if load_plan(str(path)).has_own_widths:
-          raise UserError(
-            f"config.compare.searched: expected plans of tokens, got {path}, whose widths need "
-            "weights of their own; leave it out to search."
-          )
+      if config.searched:
+        for path in searched_before(run.config, text, budget):
+          _check_widths("searched", str(path))
+      else:
+        _check_search(run, text, budget)
+  for budget in config.finetune_budgets:
+    for text in config.finetuned:
+      _check_search(run, text, budget)
+
+
+def _check_widths(key: str, plan: str) -> None:
+  """Rejects a plan that needs weights of its own."""
+  found = load_plan(plan)
+  if found.has_own_widths or found.indices:
+    raise UserError(
+      f"config.compare.{key}: expected plans of tokens, got {plan}, whose widths need weights of "
+      "their own; search again instead, in `methods`."
+    )
+
+
+def _check_search(run: Run, text: str, budget: float) -> None:
+  """Rejects a search that cannot succeed, before any other row is measured."""
+  method, config = parse(text, run.config)
+  if method == SEARCHED:
+    DiffRate(run.inputs.spec, run.inputs.gmacs_of(budget), config.search).check()
 
 
 def run(run: Run) -> Result:
@@ -167,9 +200,7 @@ def _mean_minutes(children: Sequence[Run]) -> float:
   """Returns the mean time that the runs spent on searching and training, in minutes."""
   found = []
   for child in children:
-    kinds: dict[str, type[SearchResult | SlimResult | TrainResult]]
-    kinds = {"search": SearchResult, "slim": SlimResult, "finetune": TrainResult}
-    done = [child.workdir.finished(stage, kinds[stage]) for stage in child.config.stages]
+    done = [child.workdir.finished(stage, _RESULTS[stage]) for stage in child.config.stages]
     found.append(sum(result.minutes for result in done if result))
   return round(sum(found) / len(found), 2)
 
@@ -202,4 +233,4 @@ def _child(run: Run, name: str, config: Config, stages: tuple[Stage, ...], budge
 def _plan_path(run: Run, name: str) -> pathlib.Path:
   folder = run.workdir.path / "plans"
   folder.mkdir(exist_ok=True)
-  return folder / f"{name}.json"
+  return folder / f"{file_name(name)}.json"

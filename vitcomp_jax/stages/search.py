@@ -167,7 +167,7 @@ def _first_rates(
 
 
 def _is_begun(run: Run, stage: str) -> bool:
-  """Returns whether a stage has left a checkpoint, or the beginning of one, in the workdir."""
+  """Returns whether a stage has left a checkpoint in the workdir."""
   folder = run.workdir.path / "checkpoints" / stage
   return any(child.name.isdigit() for child in folder.glob("*"))
 
@@ -254,8 +254,12 @@ def _name(run: Run) -> str:
 def _images(run: Run) -> int:
   """Returns the number of images that the search for one budget uses, for any purpose."""
   config = run.config.search
-  calibration = 0 if config.what == "tokens" else config.calibration_images
-  return steps_of(run) * config.batch_size + config.choose_images + calibration
+  batches = steps_of(run)
+  if trainer(run).chooses:
+    batches += _batches(config.choose_images, config)
+  if config.what != "tokens":
+    batches += _batches(config.calibration_images, config)
+  return batches * config.batch_size
 
 
 def _where(cost: Latency) -> dict[str, Any]:

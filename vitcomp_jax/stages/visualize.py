@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from vitcomp_jax import api, multihost, paths, scoring
+from vitcomp_jax.comparison.methods import file_name
 from vitcomp_jax.data.transforms import normalize
 from vitcomp_jax.errors import UserError
 from vitcomp_jax.models.build import build
@@ -78,7 +79,7 @@ def _compared(run: Run) -> dict[str, Candidate]:
   folder = pathlib.Path(paths.expand(searched)) if searched else run.workdir.path / "plans"
   found = {}
   for row in compared.rows:
-    path = folder / f"{row.name}-seed{config.seed}.json"
+    path = folder / f"{file_name(row.name)}-seed{config.seed}.json"
     plan = load_plan(str(path)) if path.is_file() else None
     if plan and not plan.has_own_widths:  # such a plan's weights stay with its search
       layers = plan.layers_for(run.inputs.spec)

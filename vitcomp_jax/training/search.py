@@ -125,7 +125,7 @@ class SearchTrainer:
       batches: This process's rows of those images; without any, the first start is used.
     """
     batches = list(batches)
-    if not self._chooses or not batches:
+    if not self.chooses or not batches:
       return self, self.method.init()
     # Starts differ more than the plans that a search passes through, so half of the images suffice.
     batches = batches[: -(-len(batches) // 2)]
@@ -172,7 +172,7 @@ class SearchTrainer:
     return self.method.spec.importance(self.method.options.importance)
 
   @property
-  def _chooses(self) -> bool:
+  def chooses(self) -> bool:
     """Returns whether plans are compared; the authors start from zeros and use the last rates."""
     return self.method.recipe.learns_shares and self.config.choose_images > 0
 
@@ -213,7 +213,7 @@ class SearchTrainer:
 
   def _kept_steps(self) -> list[int]:
     """Returns the evenly spaced steps whose rates are kept, including the first."""
-    if not self._chooses:
+    if not self.chooses:
       return []
     return sorted({self.config.steps * i // _KEPT for i in range(_KEPT)})
 
@@ -259,14 +259,16 @@ class SearchTrainer:
       UserError: If no plan has a finite loss.
     """
     tables = self._tables(state)
-    step: int = self.config.steps
+    adjusted = {step: self.method.adjusted(table) for step, table in tables.items()}
+    chosen: int = self.config.steps
     passed: tuple[Passed, ...] = ()
-    if self._chooses:
-      adjusted = [self.method.adjusted(table)[0] for table in tables.values()]
-      found = self._losses(adjusted, params, factors, batches)
+    if self.chooses:
+      found = self._losses([table for table, _ in adjusted.values()], params, factors, batches)
+      for step, loss in zip(tables, found, strict=True):
+        logging.info("search: the plan of step %d has a loss of %.4f", step, loss)
       passed = tuple(
-        Passed(step, loss, self.method.static_layers(table))
-        for step, loss, table in zip(tables, found, adjusted, strict=True)
+        Passed(step, loss, self.method.static_layers(adjusted[step][0]))
+        for step, loss in zip(tables, found, strict=True)
         if math.isfinite(loss)
       )
       if not passed:
@@ -274,10 +276,11 @@ class SearchTrainer:
           f"stage search: expected plans with a finite loss, got {len(found)} of {len(found)} "
           "that have none; start from other weights, or set config.model.dtype=float32."
         )
-      step = min(passed, key=lambda each: each.loss).step
-    table, offset = self.method.adjusted(tables[step])
+      chosen = min(passed, key=lambda each: each.loss).step
+    table, offset = adjusted[chosen]
     layers, small = self.method.deployment.slimmed(jax.device_get(params), table, factors)
-    return Found(step, self.method.static_layers(tables[step]), layers, offset, small, passed)
+    raw = self.method.static_layers(tables[chosen])
+    return Found(chosen, raw, layers, offset, small, passed)
 
   def _tables(self, state: TrainState) -> dict[int, np.ndarray]:
     """Returns the expected counts of the steps whose rates were kept, and of the last one."""
@@ -320,7 +323,6 @@ class SearchTrainer:
       # One at a time, as too many concurrent programs may deadlock XLA's CPU devices.
       parts = [self.layout.get(self._score(params, arch, factors, *each)) for each in placed]
       found.append(float(np.mean(parts)))
-      logging.info("search: a plan has a loss of %.4f", found[-1])
     return found
 
 

@@ -20,7 +20,7 @@ class Choice(NamedTuple):
   """
 
   prune: Array  # f[n] 0 at ranks that pruning drops
-  merge: Array  # f[n] 0 at ranks that merging drops
+  merge: Array  # f[n] 0 at ranks that merging drops; of no effect at pruned ranks
   pruned: Array  # f[] tokens after pruning
   merged: Array  # f[] tokens that merging keeps
   left: Array  # f[] tokens after both, with the gradient of the cost
@@ -134,8 +134,8 @@ class LearntCounts(nn.Module):
       prune, pruned = self._learnt("prune", jax.lax.stop_gradient(merged), before, n)
     elif self.actions == "merge":
       prune, pruned = jnp.ones_like(merge), before
-    else:
-      prune, pruned = merge, merged
+    else:  # `merge` is the count after pruning
+      prune, pruned, merge = merge, merged, jnp.ones_like(merge)
     return Choice(prune, merge, pruned, merged, merged)
 
   @nn.nowrap

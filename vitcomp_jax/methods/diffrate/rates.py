@@ -33,7 +33,8 @@ from vitcomp_jax.models.spec import ViTSpec
 
 Arch = dict[str, Any]
 ACTIONS = ("prune", "merge")
-_STEEP = 300.0  # slope of logits at which all tokens are certainly kept
+# Largest slope of logits that is tried; nearly all of the weight is then on the largest count.
+_STEEP = 300.0
 
 
 @runtime_checkable
@@ -134,7 +135,8 @@ class LogitRates:
 
   def shifted(self, table: np.ndarray, offset: float) -> np.ndarray:
     learnt = [[options.size > 1 for options in layer.values()] for layer in self._candidates]
-    return np.where(learnt, table + offset * self.spec.num_patches, table)
+    patches = np.array([[self.spec.patches_at(i)] for i in range(self.spec.depth)])
+    return np.where(learnt, table + offset * patches, table)
 
 
 def _expectation(logits: Array | np.ndarray, options: np.ndarray) -> float:
@@ -261,8 +263,12 @@ class ShareRates:
       if not self.learns[i, 0]:
         row[:2] = self._unlearnt[i]
       row[1] = min(row[1], before)
-      every = {"prune": row[1], "merge": before}
-      row[0] = every.get(self.options.actions, np.clip(row[0], row[1], before))
+      if self.options.actions == "prune":
+        row[0] = row[1]
+      elif self.options.actions == "merge":
+        row[0] = before
+      else:
+        row[0] = np.clip(row[0], row[1], before)
       before = row[1]
     return table
 

@@ -140,8 +140,8 @@ class DiffRate:
     smallest, dense = self._smallest(), self._dense_cost
     if not smallest <= self.target <= dense * (1 + 1e-9):
       raise UserError(
-        f"config.budget: expected at least {smallest:.4g} {self.cost.unit} (fraction "
-        f"{smallest / dense:.3g}), what the smallest plan of {self.spec.name} costs, got "
+        f"config.budget: expected {smallest:.4g} to {dense:.4g} {self.cost.unit} (fraction "
+        f"{smallest / dense:.3g} to 1), from the smallest plan to the dense model, got "
         f"{self.target:.4g} (fraction {self.target / dense:.3g})."
       )
 
@@ -261,9 +261,9 @@ class DiffRate:
   def init(self, learnt: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Returns the initial rates: the collection `arch`.
 
-    They meet the budget: the counts fall linearly with depth, and half of the tokens that a layer
-    removes are merged. `starts` has others. With the authors' recipe, all logits are zero as in
-    their code, which keeps half of the tokens in every layer.
+    They are those of the first of `starts`, which meet the budget. With the authors' recipe, all
+    logits are zero as in their code, which keeps half of the tokens in every layer, whatever the
+    budget.
 
     Args:
       learnt: Rates of a search at another budget to continue from, which are moved together to this
@@ -280,7 +280,8 @@ class DiffRate:
     assert isinstance(self.rates, ShareRates), "the authors start from zeros"
     found, strongest = {}, STRONGEST * self.spec.depth
     for name, at in starts(self.rates).items():
-      table = at(bracket(functools.partial(self._is_strength_above, at), strongest, 0.0)[0])
+      below, _ = bracket(functools.partial(self._is_strength_above, at), strongest, 0.0)
+      table = at(below)
       if not self._is_above(table):
         found[name] = table
     return found

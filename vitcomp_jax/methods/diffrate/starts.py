@@ -17,7 +17,7 @@ _SHAPES: Mapping[str, Callable[[np.ndarray], np.ndarray]] = {
   "late": np.square,
   "s_shaped": lambda depth: depth**2 * (3 - 2 * depth),  # like the published schedules
 }
-# Strength, per layer of the model, at which all of them keep almost no tokens.
+# The largest strength tried, times the depth. It leaves one element in almost every list.
 STRONGEST = 4.0
 _MERGED = 0.5  # share of the removed tokens that is merged, by default
 
