@@ -30,8 +30,8 @@ class Row(Record):
     logit_divergence: Divergence from the dense model's logits, measured without labels; likewise
       `feature_divergence`.
     cosine: Cosine similarity to the dense model's features, or to its embedding if it has one.
-    gmacs: 1e9 multiply-accumulates per image.
-    params_m: 1e6 parameters.
+    gmacs: 1e9 multiply-accumulates per image; those of the first seed if the row is a mean.
+    params_m: 1e6 parameters, likewise.
     images_per_second: Throughput by batch size.
     minutes: Time of the search and the training, if any; the mean over the seeds.
     top1_se: Standard error of `top1` over the examples; likewise all fields that end in `_se`.

@@ -8,7 +8,7 @@ widths (`methods.widths.lists.sorted_lists`).
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,6 @@ from jaxtyping import Array
 from vitcomp_jax.config import DiffRateOptions
 from vitcomp_jax.methods.bisection import bracket
 from vitcomp_jax.methods.diffrate.counts import (
-  Counts,
   GivenCounts,
   LearntCounts,
   LogitCounts,
@@ -37,41 +36,6 @@ ACTIONS = ("prune", "merge")
 _STEEP = 300.0
 
 
-@runtime_checkable
-class Rates(Protocol):
-  """Learns counts under a budget."""
-
-  @property
-  def tokens(self) -> tuple[str, ...]:
-    """Returns the lists of tokens that are searched."""
-    ...
-
-  @property
-  def widths(self) -> dict[str, SortedList]:
-    """Returns the lists of widths that are searched, by name."""
-    ...
-
-  def counts(self, layer: int) -> Counts:
-    """Returns the module that computes a layer's token counts."""
-    ...
-
-  def init(self) -> Arch:
-    """Returns the initial rates."""
-    ...
-
-  def table(self, arch: Mapping[str, Any]) -> np.ndarray:
-    """Computes the expected counts."""
-    ...
-
-  def moved(self, arch: Mapping[str, Any], is_above: Callable[[np.ndarray], bool]) -> Arch:
-    """Moves all rates together until the cost of their table meets a budget."""
-    ...
-
-  def shifted(self, table: np.ndarray, offset: float) -> np.ndarray:
-    """Adds an offset, as a share of each list, to all counts that are learnt."""
-    ...
-
-
 @dataclasses.dataclass(frozen=True)
 class LogitRates:
   """The authors' rates: one logit for each candidate count.
@@ -87,9 +51,11 @@ class LogitRates:
 
   @property
   def widths(self) -> dict[str, SortedList]:
+    """Returns the lists of widths that are searched, by name: none."""
     return {}  # the authors search tokens only
 
   def counts(self, layer: int) -> LogitCounts:
+    """Returns the module that computes a layer's token counts."""
     prune, merge = (self._granularity(layer, action) for action in ACTIONS)
     return LogitCounts(self.spec.patches_at(layer), self.spec.num_prefix, (prune, merge))
 
@@ -109,6 +75,7 @@ class LogitRates:
     return found
 
   def init(self) -> Arch:
+    """Returns the initial rates."""
     return self._sloped(0.0)
 
   def _sloped(self, slope: float) -> Arch:
@@ -120,6 +87,8 @@ class LogitRates:
     return to_tree(self.spec, arch)
 
   def moved(self, arch: Mapping[str, Any], is_above: Callable[[np.ndarray], bool]) -> Arch:
+    """Adds one slope to all logits, so that the cost of their table meets a budget."""
+
     def at(slope: float) -> Arch:
       return jax.tree.map(jnp.add, dict(arch), self._sloped(slope))
 
@@ -127,6 +96,7 @@ class LogitRates:
     return at(found[0])
 
   def table(self, arch: Mapping[str, Any]) -> np.ndarray:
+    """Computes the expected counts."""
     rows = []
     for i, layer in enumerate(self._candidates):
       logits = of_layer(self.spec, arch, i)["reduce"]
@@ -134,6 +104,7 @@ class LogitRates:
     return np.array(rows)
 
   def shifted(self, table: np.ndarray, offset: float) -> np.ndarray:
+    """Adds an offset, as a share of each list, to all counts that are learnt."""
     learnt = [[options.size > 1 for options in layer.values()] for layer in self._candidates]
     patches = np.array([[self.spec.patches_at(i)] for i in range(self.spec.depth)])
     return np.where(learnt, table + offset * patches, table)
@@ -193,6 +164,7 @@ class ShareRates:
     return learns
 
   def counts(self, layer: int) -> LearntCounts | GivenCounts:
+    """Returns the module that computes a layer's token counts."""
     spec = self.spec
     if self.learns[layer, 0]:
       return LearntCounts(spec.patches_at(layer), spec.num_prefix, self.options.actions)
@@ -225,6 +197,7 @@ class ShareRates:
     return masks, widths
 
   def init(self) -> Arch:
+    """Returns rates that keep everything."""
     return self.arch(self.lengths.astype(np.float64))
 
   def arch(self, table: np.ndarray) -> Arch:
@@ -244,6 +217,7 @@ class ShareRates:
     return action == "merge" or self.options.actions == "both"
 
   def table(self, arch: Mapping[str, Any]) -> np.ndarray:
+    """Computes the expected counts."""
     rows = []
     for i, lengths in enumerate(self.lengths):
       branches = of_layer(self.spec, arch, i)
@@ -273,9 +247,14 @@ class ShareRates:
     return table
 
   def moved(self, arch: Mapping[str, Any], is_above: Callable[[np.ndarray], bool]) -> Arch:
+    """Adds one offset to all shares, so that the cost of their table meets a budget."""
     table = self.table(jax.device_get(arch))
     found = bracket(lambda offset: is_above(self.shifted(table, offset)), -1.0, 1.0)
     return self.arch(self.shifted(table, found[0]))
 
   def shifted(self, table: np.ndarray, offset: float) -> np.ndarray:
+    """Adds an offset, as a share of each list, to all counts that are learnt."""
     return self.clipped(np.where(self.learns, table + offset * self.lengths, table))
+
+
+Rates = LogitRates | ShareRates

@@ -19,7 +19,7 @@ from vitcomp_jax.methods.diffrate import recipe as recipes
 from vitcomp_jax.methods.diffrate.counts import GivenCounts
 from vitcomp_jax.methods.diffrate.deployment import Deployment
 from vitcomp_jax.methods.diffrate.masking import HeadOnlyPruneMerge, MaskedPruneMerge
-from vitcomp_jax.methods.diffrate.rates import LogitRates, ShareRates
+from vitcomp_jax.methods.diffrate.rates import LogitRates, Rates, ShareRates
 from vitcomp_jax.methods.diffrate.recipe import Recipe
 from vitcomp_jax.methods.diffrate.reducer import PruneMerge
 from vitcomp_jax.methods.diffrate.starts import STRONGEST, starts
@@ -94,7 +94,7 @@ class DiffRate:
     return recipes.recipe(self.options.recipe, self.spec)
 
   @functools.cached_property
-  def rates(self) -> LogitRates | ShareRates:
+  def rates(self) -> Rates:
     """Returns the rates that are learnt, of the recipe's kind."""
     kind = ShareRates if self.recipe.learns_shares else LogitRates
     return kind(self.spec, self.options)
