@@ -177,9 +177,11 @@ def accuracy_figure(figure: Figure) -> None:
     "searched, tokens": ("diffrate", VERMILION, "s"),
     "the authors' plans": ("diffrate/deit_tiny", GRAY, "D"),
     "ToMe": ("tome", GREEN, "^"),
+    "linear, merged": ("linear_merge", PURPLE, "v"),
   }
   left, right = figure.subplots(1, 2)
-  for axes, key, title in ((left, "top1", "top-1 (%)"), (right, "loss", "cross-entropy")):
+  titles = {"top1": "top-1 (%)", "loss": "cross-entropy, log scale"}
+  for axes, (key, title) in zip((left, right), titles.items(), strict=True):
     for name, (start, color, marker) in lines.items():
       found = [row for row in rows if row["name"].partition("@")[0] == start]
       x, y, error = np.transpose([(row["gmacs"], row[key], row[f"{key}_se"]) for row in found])
@@ -190,7 +192,7 @@ def accuracy_figure(figure: Figure) -> None:
     axes.annotate("dense", (0.4, dense[key]), (0, 3), textcoords="offset points", fontsize=8)
     _plain(axes, title, "GMACs")
   right.set_yscale("log")
-  right.set_yticks((0.8, 1, 1.5, 2, 3), ("0.8", "1", "1.5", "2", "3"))
+  right.set_yticks((0.8, 1, 1.5, 2, 3, 5), ("0.8", "1", "1.5", "2", "3", "5"))
   right.minorticks_off()
   left.legend(fontsize=8, frameon=False, loc="lower right")
 
