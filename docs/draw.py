@@ -4,10 +4,10 @@ What they show is computed by the library: counts by its schedules and plans, ch
 operations. The folder is docs/figures unless given.
 """
 
+import argparse
 import dataclasses
 import json
 import pathlib
-import sys
 import textwrap
 from collections.abc import Callable, Sequence
 
@@ -416,5 +416,7 @@ FIGURES: dict[str, Callable[[Figure], None]] = {
 
 
 if __name__ == "__main__":
+  parser = argparse.ArgumentParser(description=__doc__)
   default = pathlib.Path(__file__).with_name("figures")
-  main(pathlib.Path(sys.argv[1]) if len(sys.argv) > 1 else default)
+  parser.add_argument("folder", nargs="?", type=pathlib.Path, default=default)
+  main(parser.parse_args().folder)
