@@ -104,10 +104,10 @@ def search(
   trainer = SearchTrainer(method, config, spec.preprocess, layout, seed)
   size = len(first["image"])
   # Drawn first, so that an iterable that ends early fails before the search rather than after it.
-  count = math.ceil(config.choose_images / size) if trainer.chooses else 0
-  held_back = list(itertools.islice(batches, count))
-  count = 0 if config.what == "tokens" else math.ceil(config.calibration_images / size)
-  factors = trainer.factors(params, list(itertools.islice(batches, count)))
+  choosing = math.ceil(config.choose_images / size) if trainer.chooses else 0
+  held_back = list(itertools.islice(batches, choosing))
+  calibrating = 0 if config.what == "tokens" else math.ceil(config.calibration_images / size)
+  factors = trainer.factors(params, list(itertools.islice(batches, calibrating)))
   trainer, arch = trainer.start(params, factors, held_back)
   epoch_steps = config.epoch_steps or config.steps
   task = trainer.task("search", params, lambda _: batches, epoch_steps, arch, factors)
@@ -116,7 +116,7 @@ def search(
     "method": config.method,
     "loss": config.loss,
     "steps": config.steps,
-    "images": (config.steps + len(held_back) + count) * size,
+    "images": (config.steps + choosing + calibrating) * size,
     "seed": seed,
   }
   passed = [PassedPlan(p.step, p.loss, make_plan(spec, p.layers, made_by)) for p in found.passed]

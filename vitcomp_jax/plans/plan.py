@@ -131,6 +131,17 @@ class Plan:
     return any(layer.widths or layer.rotated for layer in self.layers)
 
   @property
+  def is_slimmed(self) -> bool:
+    """Returns whether the plan removes units or patches by index, or has widths of its own.
+
+    Examples:
+      >>> import vitcomp_jax as vc
+      >>> vc.load_plan("diffrate/deit_small@2.9").is_slimmed
+      False
+    """
+    return bool(self.indices) or self.has_own_widths
+
+  @property
   def indices(self) -> tuple[LayerIndex, ...] | None:
     """Returns the kept units of the dense layers; None if all are kept.
 

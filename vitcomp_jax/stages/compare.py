@@ -24,7 +24,7 @@ from vitcomp_jax.config import BudgetConfig, CompareConfig, Config, Stage
 from vitcomp_jax.errors import UserError
 from vitcomp_jax.methods.diffrate.search import DiffRate
 from vitcomp_jax.methods.registry import schedules, within
-from vitcomp_jax.plans import load_plan, make_plan, save_plan
+from vitcomp_jax.plans import Plan, load_plan, make_plan, save_plan
 from vitcomp_jax.reporting import plots, report
 from vitcomp_jax.results import Result, Row, SearchResult, SlimResult, TrainResult
 from vitcomp_jax.runs import table
@@ -53,13 +53,14 @@ def check(run: Run) -> None:
       "config.compare.random_schedules: expected 0 with several processes; measure them in one."
     )
   for name in config.plans:
-    load_plan(name).layers_for(spec)
-    _check_widths("plans", name)
+    plan = load_plan(name)
+    plan.layers_for(spec)
+    _check_widths("plans", name, plan)
   for budget in config.budgets:
     for text in config.methods:
       if config.searched:
         for path in searched_before(run.config, text, budget):
-          _check_widths("searched", str(path))
+          _check_widths("searched", str(path), load_plan(str(path)))
       else:
         _check_search(run, text, budget)
   for budget in config.finetune_budgets:
@@ -67,12 +68,11 @@ def check(run: Run) -> None:
       _check_search(run, text, budget)
 
 
-def _check_widths(key: str, plan: str) -> None:
+def _check_widths(key: str, name: str, plan: Plan) -> None:
   """Rejects a plan that needs weights of its own."""
-  found = load_plan(plan)
-  if found.has_own_widths or found.indices:
+  if plan.is_slimmed:
     raise UserError(
-      f"config.compare.{key}: expected plans of tokens, got {plan}, whose widths need weights of "
+      f"config.compare.{key}: expected plans of tokens, got {name}, whose widths need weights of "
       "their own; search again instead, in `methods`."
     )
 

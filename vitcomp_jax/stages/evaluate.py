@@ -37,8 +37,7 @@ def check(run: Run) -> None:
 def _check_dense(run: Run) -> None:
   """Rejects a row for the dense model if the weights are those of a slimmed model."""
   plan = run.artefacts.plan
-  is_slimmed = plan is not None and (plan.indices or plan.has_own_widths)
-  if is_slimmed and run.config.evaluate.dense:
+  if plan is not None and plan.is_slimmed and run.config.evaluate.dense:
     try:
       run.artefacts.check_dense_weights()
     except UserError as error:

@@ -49,7 +49,7 @@ def run(run: Run) -> TrainResult:
   """
   result, params = fit(run, task(run), run.config.finetune, made(run))
   plan = run.artefacts.plan
-  if plan and (plan.indices or plan.has_own_widths):
+  if plan and plan.is_slimmed:
     timm = writing_back.write(run.inputs.named_spec, run.artefacts.layers, params, run.workdir.path)
     return dataclasses.replace(result, timm=timm)
   return result
